@@ -1,0 +1,90 @@
+"""Superscopes for TransformerLens: amplify an activation and let the model say what it means.
+
+Data flows one way through the modules, each of which has one job:
+
+    models -> tokens -> prompts -> capture -> amplify -> patching -> scoring -> results
+    -> plan -> sweep -> plots
+
+A first look:
+
+    from superscopes_tl import heatmap, load_model, sweep
+
+    result = sweep(load_model("mini"), "Red Hot Chili Peppers")
+    heatmap(result)
+"""
+
+from importlib.metadata import version
+
+from superscopes_tl.amplify import MappingFamily, MappingFunction, random_direction, scale
+from superscopes_tl.capture import Activations, capture
+from superscopes_tl.errors import (
+    ModelLoadError,
+    PlaceholderError,
+    RunFileError,
+    UnavailableKindError,
+)
+from superscopes_tl.loading import load_model
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.patching import Generation, Patch, PatchedGenerator
+from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.plots import alpha_curve, heatmap, write_html
+from superscopes_tl.prompts import (
+    DESCRIPTION_PROMPT,
+    IDENTITY_PROMPT,
+    PAPER_ALPHAS,
+    TargetPrompt,
+    crop_description,
+)
+from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingScorer
+from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
+from superscopes_tl.sweep import SweepError, SweepInterrupted, iter_sweep, sweep
+from superscopes_tl.tokens import TokenizedText, resolve_positions, tokenize
+
+__version__ = version("superscopes-tl")
+
+__all__ = [
+    "DESCRIPTION_PROMPT",
+    "IDENTITY_PROMPT",
+    "KINDS",
+    "PAPER_ALPHAS",
+    "PAPER_KINDS",
+    "PAPER_THRESHOLD",
+    "Activations",
+    "Generation",
+    "HookKind",
+    "LanguageModel",
+    "MappingFamily",
+    "MappingFunction",
+    "ModelLoadError",
+    "Patch",
+    "PatchedGenerator",
+    "PlaceholderError",
+    "Reading",
+    "RunFileError",
+    "Scorer",
+    "SentenceEmbeddingScorer",
+    "Site",
+    "SweepConfig",
+    "SweepError",
+    "SweepInterrupted",
+    "SweepPlan",
+    "SweepResult",
+    "TargetPrompt",
+    "TokenizedText",
+    "UnavailableKindError",
+    "__version__",
+    "alpha_curve",
+    "capture",
+    "crop_description",
+    "heatmap",
+    "iter_sweep",
+    "load_model",
+    "plan_sweep",
+    "random_direction",
+    "resolve_positions",
+    "scale",
+    "sweep",
+    "tokenize",
+    "write_html",
+]

@@ -1,0 +1,69 @@
+"""Mapping functions f(v): what happens to a vector between reading it and patching it.
+
+1. A mapping function is any callable from vectors to vectors of the same shape.
+2. A mapping *family* is a callable that takes the amplifier α and returns a mapping function;
+   a sweep calls the family once per α. `scale` is the paper's (section 3.4): f(v) = α·v, and
+   α = 1 is Patchscopes.
+3. Arithmetic is done in float32, because α·v of a half-precision model can overflow float16.
+
+Why a scale changes anything although the next block normalises its input: LN(α·v) = LN(v), but
+the residual stream at the placeholder goes on as α·v + (what later blocks add). With α = 1 and a
+weak v the later blocks drown it; with α = 9 it outweighs them.
+
+A family of your own needs no registration:
+
+    def from_mean(alpha: float) -> MappingFunction:
+        return lambda v: mean + alpha * (v - mean)
+
+    sweep(model, prompt, mapping=from_mean)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MappingFunction: TypeAlias = Callable[[Float[Tensor, "... d_model"]], Float[Tensor, "... d_model"]]
+MappingFamily: TypeAlias = Callable[[float], MappingFunction]
+
+
+def scale(alpha: float) -> MappingFunction:
+    """Amplify: f(v) = α·v (paper, section 3.4). α = 0 and negative α are legal."""
+
+    def scaled(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return v.float() * alpha
+
+    return scaled
+
+
+def random_direction(seed: int = 0) -> MappingFamily:
+    """Control: the norm of α·v in one random direction, the same for every vector.
+
+    What a sweep reads through this family owes nothing to the direction of v, only to how far
+    the placeholder was pushed.
+
+    Args:
+        seed: chooses the direction; another seed is another draw of the control.
+    """
+
+    def random_scale(alpha: float) -> MappingFunction:
+        def redirect(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+            generator = torch.Generator().manual_seed(seed)
+            direction = torch.randn(v.shape[-1], generator=generator).to(v.device)
+            norms = v.float().norm(dim=-1, keepdim=True)
+            redirected: Tensor = norms * alpha * direction / direction.norm()
+            return redirected
+
+        return redirect
+
+    random_scale.__name__ = f"random_direction(seed={seed})"
+    return random_scale
+
+
+def family_name(family: MappingFamily) -> str:
+    """Return the name under which a result records a mapping family."""
+    return getattr(family, "__name__", None) or repr(family)

@@ -1,0 +1,44 @@
+"""The one shape of every message about bad input.
+
+A reader of an error wants four things: which argument, what was expected, what came, and what to
+do. `bad_value` writes them in that order, for example:
+
+    alphas: expected at least one finite number, got []. Fix: pass for example alphas=(1, 3, 6).
+"""
+
+from __future__ import annotations
+
+
+class UnavailableKindError(ValueError):
+    """The model does not compute the requested kind of activation."""
+
+
+class PlaceholderError(ValueError):
+    """The target prompt's placeholder is missing or is not a token of its own."""
+
+
+class ModelLoadError(ValueError):
+    """The thing given as a model cannot be loaded as one."""
+
+
+class RunFileError(ValueError):
+    """The file is not a run file that this version can open."""
+
+
+def describe(argument: str, *, expected: str, got: object, fix: str, limit: int = 200) -> str:
+    """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `limit` characters."""
+    shown = got if isinstance(got, str) else repr(got)
+    if len(shown) > limit:
+        shown = f"{shown[: limit - 1]}…"
+    return f"{argument}: expected {expected}, got {shown}. Fix: {fix}."
+
+
+def bad_value(argument: str, *, expected: str, got: object, fix: str) -> ValueError:
+    """Return (not raise) the `ValueError` for a bad value of `argument`."""
+    return ValueError(describe(argument, expected=expected, got=got, fix=fix))
+
+
+def bad_type(argument: str, *, expected: str, got: object, fix: str) -> TypeError:
+    """Return (not raise) the `TypeError` for an `argument` of the wrong type."""
+    shown = f"{type(got).__name__} {got!r}"
+    return TypeError(describe(argument, expected=expected, got=shown, fix=fix))

@@ -1,0 +1,273 @@
+"""Load a model: anything that is one becomes a `LanguageModel`.
+
+1. A name or a directory is loaded with Hugging Face transformers, as raw weights.
+2. A Hugging Face model is turned into a TransformerLens object (`conversion`).
+3. A TransformerLens object is used as it is.
+4. The result states everything that the rest of the package needs to know of the model.
+
+Weights are not processed (no folding of layer norms, no centring), so a vector read here is the
+vector that the Hugging Face model computes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superscopes_tl.conversion import Backend, quiet, to_transformer_lens
+from superscopes_tl.errors import ModelLoadError, bad_value, describe
+from superscopes_tl.mini import MODEL_DIR
+from superscopes_tl.models import LanguageModel, describe_model, weight_fingerprint
+
+BUNDLED_MODEL = "mini"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def load_model(
+    model: Any = BUNDLED_MODEL,
+    tokenizer: Any = None,
+    *,
+    backend: Backend = "auto",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    prepend_bos: bool | None = None,
+    **from_pretrained: Any,
+) -> LanguageModel:
+    """Return `model` as a `LanguageModel`.
+
+    Args:
+        model: `"mini"` (the bundled model), a hub name, a local Hugging Face directory, a
+            `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal language model (with
+            its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`.
+        tokenizer: goes with a Hugging Face model, or replaces the tokenizer of any other.
+        backend: the TransformerLens class to use. `"auto"` takes `HookedTransformer` where it is
+            installed and can hold the model; `"bridge"` is the faster choice.
+        dtype: number type of the weights; float32 unless given.
+        device: cuda, else mps, else cpu unless given.
+        prepend_bos: whether prompts start with the BOS token. Unless given: as the tokenizer does
+            by itself, or as a TransformerLens object is configured.
+        **from_pretrained: passed to `AutoModelForCausalLM.from_pretrained` (`revision`,
+            `device_map`, `cache_dir`, ...).
+
+    Raises:
+        ModelLoadError: not a model, no tokenizer, or a backend that cannot hold it.
+        ValueError: an argument that does not go with the model.
+    """
+    if backend not in ("auto", "hooked", "bridge"):
+        raise bad_value(
+            "backend",
+            expected="'auto', 'hooked' or 'bridge'",
+            got=backend,
+            fix="leave it out, or choose 'bridge' for speed",
+        )
+    if isinstance(model, LanguageModel) or _transformer_lens_class(model):
+        _refuse_load_options(backend, dtype, device, from_pretrained)
+        if isinstance(model, LanguageModel):
+            return model
+        return _wrap(model, tokenizer, prepend_bos=prepend_bos)
+    number_type = _dtype(dtype)
+    with quiet():
+        if isinstance(model, str | Path):
+            hf, own_tokenizer, name = _from_pretrained(
+                model, tokenizer, number_type, device, from_pretrained
+            )
+        elif hasattr(model, "config") and hasattr(model, "generate"):
+            if tokenizer is None:
+                raise ModelLoadError(
+                    describe(
+                        "tokenizer",
+                        expected="the tokenizer of the Hugging Face model",
+                        got="None",
+                        fix="load_model(model, tokenizer)",
+                    )
+                )
+            _refuse_load_options("auto", dtype, device, from_pretrained)
+            hf, own_tokenizer = model, tokenizer
+            name = str(model.config.name_or_path or type(model).__name__)
+        else:
+            raise ModelLoadError(
+                describe(
+                    "model",
+                    expected="a name, a directory, a HookedTransformer, a TransformerBridge "
+                    "or a Hugging Face model",
+                    got=f"{type(model).__name__}",
+                    fix="load_model('mini') loads the bundled model",
+                )
+            )
+        _check_tokenizer(own_tokenizer, name)
+        lens = to_transformer_lens(hf, own_tokenizer, backend, name)
+    bos = _prepends_bos(own_tokenizer) if prepend_bos is None else prepend_bos
+    return describe_model(
+        lens,
+        own_tokenizer,
+        name=name,
+        hf=hf,
+        bos=bos,
+        processing="none",
+        fingerprint=weight_fingerprint(hf),
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise bad_value(
+            "dtype",
+            expected="float32, bfloat16 or float16",
+            got=dtype,
+            fix="leave it out for float32",
+        )
+    return found
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _refuse_load_options(
+    backend: str, dtype: object, device: object, others: dict[str, Any]
+) -> None:
+    given = {"backend": None if backend == "auto" else backend, "dtype": dtype, "device": device}
+    given.update(others)
+    for name, value in given.items():
+        if value is not None:
+            raise bad_value(
+                name,
+                expected="no such argument with a model that is already loaded",
+                got=value,
+                fix=f"load the model with this {name} in the first place, "
+                "or pass its name instead of the object",
+            )
+
+
+def _transformer_lens_class(model: object) -> str | None:
+    """Return the name of the TransformerLens class of `model`, without importing it."""
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("transformer_lens") and cls.__name__ in (
+            "HookedTransformer",
+            "TransformerBridge",
+        ):
+            return cls.__name__
+    return None
+
+
+def _from_pretrained(
+    model: str | Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any, str]:
+    """Return the Hugging Face model and tokenizer of a name or directory, and how to call it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = MODEL_DIR if str(model) == BUNDLED_MODEL else Path(model)
+    if path.is_dir():
+        source, name = str(path), BUNDLED_MODEL if path == MODEL_DIR else path.name
+        _check_directory(path, needs_tokenizer=tokenizer is None)
+    else:
+        source = name = str(model)
+    shared = {k: options[k] for k in ("revision", "cache_dir", "token") if k in options}
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        # TransformerLens exposes attention patterns, which needs the plain implementation.
+        hf = AutoModelForCausalLM.from_pretrained(
+            source, **{"dtype": dtype, "attn_implementation": "eager", **options}
+        ).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            describe(
+                "model",
+                expected=f"{BUNDLED_MODEL!r}, a local Hugging Face directory or a hub name "
+                "such as 'openai-community/gpt2'",
+                got=source,
+                fix=f"check the name, the directory and the connection ({error})",
+            )
+        ) from error
+    return (hf if "device_map" in options else hf.to(_device(device))), tokenizer, name
+
+
+def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
+    found = sorted(p.name for p in path.iterdir())
+    wanted: list[tuple[str, ...]] = [("config.json",)]
+    if needs_tokenizer:
+        wanted.append(_TOKENIZER_FILES)
+    for names in wanted:
+        if not any(n in found for n in names):
+            raise ModelLoadError(
+                describe(
+                    "model",
+                    expected=f"a Hugging Face directory with {' or '.join(names)}",
+                    got=f"{path} with {', '.join(found) or 'no file'}",
+                    fix=f"save it there (save_pretrained writes {names[0]})"
+                    + (", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""),
+                )
+            )
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelLoadError(
+            describe(
+                "tokenizer",
+                expected="a fast tokenizer, which knows the characters of each token",
+                got=f"{type(tokenizer).__name__} of {name}",
+                fix="convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
+            )
+        )
+
+
+def _prepends_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None) -> LanguageModel:
+    """Describe a TransformerLens object that the user made."""
+    own = tokenizer if tokenizer is not None else lens.tokenizer
+    name = str(lens.cfg.model_name or type(lens).__name__)
+    if own is None:
+        raise ModelLoadError(
+            describe(
+                "tokenizer",
+                expected=f"a tokenizer on {name} or beside it",
+                got="None",
+                fix="load_model(model, tokenizer)",
+            )
+        )
+    _check_tokenizer(own, name)
+    if hasattr(lens, "original_model"):
+        hf = lens.original_model
+        processed = bool(getattr(lens, "compatibility_mode", False))
+        processing = "compatibility mode" if processed else "none"
+    else:
+        hf = None
+        normalization = lens.cfg.normalization_type
+        processing = "folded layer norms" if str(normalization).endswith("Pre") else "as given"
+    bos = bool(lens.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+    return describe_model(
+        lens,
+        own,
+        name=name,
+        hf=hf,
+        bos=bos,
+        processing=processing,
+        fingerprint=weight_fingerprint(lens),
+    )

@@ -1,0 +1,9 @@
+"""The bundled model: a small Llama trained from a table of facts, for demonstrations and tests."""
+
+from pathlib import Path
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""The folder of the shipped weights and tokenizer, in Hugging Face format."""
+
+FACTS_PATH = Path(__file__).parent / "facts.tsv"
+"""The table of facts that the model was trained from."""

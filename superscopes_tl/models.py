@@ -1,0 +1,167 @@
+"""What the rest of the package needs to know of a model, whatever class it is.
+
+1. `LanguageModel` states it: the TransformerLens object with its hook points, the tokenizer, the
+   decoder, the kinds of activation that exist, sizes, special tokens, provenance.
+2. `describe_model` reads it off a TransformerLens object.
+
+`loading.load_model` makes one from anything that is a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from superscopes_tl.backends import Decoder, decoder_for
+from superscopes_tl.sites import KINDS, HookKind, hook_name
+
+Hook = Callable[..., Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model with TransformerLens hooks.
+
+    Attributes:
+        name: how results and messages call it.
+        lens: the `HookedTransformer` or `TransformerBridge`.
+        tokenizer: a fast Hugging Face tokenizer, as it came (TransformerLens alters its own copy).
+        decoder: cached decoding with `lens`.
+        kinds: the kinds of activation that this model computes.
+        n_layers: number of blocks.
+        d_model: width of the residual stream.
+        n_ctx: longest sequence, in tokens.
+        bos_token_id: put in front of every prompt; `None` if prompts start without one.
+        eos_token_ids: any of these ends a generation.
+        max_new_tokens: the model's own default length of a generation
+            (`generation_config.json`), if it states one.
+        processing: what was done to the weights; "none" is the raw model.
+        fingerprint: a hash of the weights (of every parameter its name, shape and first values).
+        revision: the hub commit, where there is one.
+    """
+
+    name: str
+    lens: Any
+    tokenizer: Any
+    decoder: Decoder
+    kinds: tuple[HookKind, ...]
+    n_layers: int
+    d_model: int
+    n_ctx: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    max_new_tokens: int | None
+    processing: str
+    fingerprint: str
+    revision: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of the weights."""
+        return next(iter(self.lens.parameters())).dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens have to be put."""
+        return next(iter(self.lens.parameters())).device  # type: ignore[no-any-return]
+
+    def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which the named hook points run the given functions."""
+        context: contextlib.AbstractContextManager[Any] = self.lens.hooks(fwd_hooks=list(hooks))
+        return context
+
+    def activations(self, tokens: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
+        """Run `tokens` once and return what the named hook points saw, `batch pos d_model`."""
+        with torch.no_grad():
+            _, cache = self.lens.run_with_cache(
+                tokens, names_filter=list(names), return_cache_object=False
+            )
+        return {name: cache[name] for name in names}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a reader needs to get the same model again, as plain data."""
+        return {
+            "name": self.name,
+            "backend": self.decoder.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "weight_processing": self.processing,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "prepend_bos": self.bos_token_id is not None,
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+            "transformer_lens": version("transformer-lens"),
+            "transformers": version("transformers"),
+            "torch": str(torch.__version__),
+        }
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"LanguageModel({self.name!r}: {self.n_layers} layers x {self.d_model}, "
+            f"{self.decoder.name}, {dtype}, {self.device})"
+        )
+
+
+def describe_model(
+    lens: Any, tokenizer: Any, *, name: str, hf: Any, bos: bool, processing: str, fingerprint: str
+) -> LanguageModel:
+    """Read off a TransformerLens object what a `LanguageModel` states.
+
+    Args:
+        lens: the `HookedTransformer` or `TransformerBridge`.
+        tokenizer: a fast Hugging Face tokenizer.
+        name: how to call the model.
+        hf: the Hugging Face model behind it, where there is one.
+        bos: whether prompts start with the BOS token.
+        processing: what was done to the weights.
+        fingerprint: from `weight_fingerprint`.
+    """
+    cfg = lens.cfg
+    last = cfg.n_layers - 1
+    n_ctx = [cfg.n_ctx, getattr(getattr(hf, "config", None), "max_position_embeddings", None)]
+    generation = getattr(hf, "generation_config", None)
+    return LanguageModel(
+        name=name,
+        lens=lens,
+        tokenizer=tokenizer,
+        decoder=decoder_for(lens),
+        kinds=tuple(kind for kind in KINDS if hook_name(kind, last) in lens.hook_dict),
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        n_ctx=min(n for n in n_ctx if n),
+        bos_token_id=tokenizer.bos_token_id if bos else None,
+        eos_token_ids=_eos_token_ids(tokenizer, generation),
+        max_new_tokens=getattr(generation, "max_new_tokens", None),
+        processing=processing,
+        fingerprint=fingerprint,
+        revision=getattr(getattr(hf, "config", None), "_commit_hash", None),
+    )
+
+
+def _eos_token_ids(tokenizer: Any, generation: Any) -> tuple[int, ...]:
+    """Return what ends a text: the model's own list, else the tokenizer's one token."""
+    declared = getattr(generation, "eos_token_id", None)
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    ids = declared if isinstance(declared, list | tuple) else [declared]
+    return tuple(int(i) for i in ids if i is not None)
+
+
+def weight_fingerprint(module: Any) -> str:
+    """Return a hash of every parameter's name, shape and first 256 numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        head = parameter.detach().flatten()[:256].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(head.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,300 @@
+"""Patch a vector over the placeholder of a target prompt and let the model go on writing.
+
+1. Run the target prompt up to its first placeholder token once; keep the keys and values. Every
+   cell of a sweep has these tokens in common.
+2. Give each row of a batch a copy of them. All rows have the same length: no padding, no mask.
+3. Run the rest of the prompt. One hook per *distinct* target layer writes each row's vector over
+   the block output (`hook_resid_post`) at the placeholder, so the rows of a batch may be patched
+   at different layers. The hooks are on the model during this step alone.
+4. Go on greedily, one token per step, until every row has ended or has `max_new_tokens` tokens.
+
+The result is what one forward pass per cell would give, token for token (the tests compare it
+with plain Hugging Face generation). Patching once and by absolute position follows the paper's
+section 3.1: later tokens see the patched state through attention, they are never patched.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.models import Hook, LanguageModel
+from superscopes_tl.prompts import (
+    DESCRIPTION_PROMPT,
+    PAPER_MAX_NEW_TOKENS,
+    TargetPrompt,
+    as_target_prompt,
+)
+from superscopes_tl.sites import check_layers, hook_name
+
+DEFAULT_BATCH_SIZE = 64
+MEMORY_SHARE = 0.25
+"""Share of the free memory that the keys and values of one batch may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One cell's work: write `vector` over the placeholder at the output of `target_layer`.
+
+    Attributes:
+        vector: f(v), `Float[Tensor, " d_model"]` in float32.
+        target_layer: block number from 0; `None` leaves the target prompt unpatched.
+    """
+
+    vector: Float[Tensor, " d_model"]
+    target_layer: int | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote.
+
+    Attributes:
+        token_ids: the new tokens, without the one that ended the text.
+        text: the same as text.
+        margin: the smallest distance, in logits, between the chosen token and the second best
+            over the steps. Below about 5e-5 another batch size may choose differently.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    margin: float
+
+
+class PatchedGenerator:
+    """Patched greedy generation from one target prompt.
+
+    Args:
+        model: from `load_model`.
+        target_prompt: the prompt with the placeholder.
+        max_new_tokens: the longest text; the model's own default if it states one
+            (`generation_config.json`), else the paper's 10.
+        batch_size: rows per batch; 64, or fewer where memory is short, unless given.
+
+    Raises:
+        ValueError: a bad number, a target prompt that does not fit, or no placeholder in it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        target_prompt: TargetPrompt | str = DESCRIPTION_PROMPT,
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.max_new_tokens = _at_least_one(
+            "max_new_tokens", max_new_tokens, model.max_new_tokens or PAPER_MAX_NEW_TOKENS
+        )
+        self.target = as_target_prompt(target_prompt).locate(model, self.max_new_tokens)
+        self.batch_size = _at_least_one(
+            "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, self._rows_that_fit())
+        )
+
+    def generate(self, patches: Sequence[Patch]) -> list[Generation]:
+        """Return the text of every patch, in the same order."""
+        return [generation for batch in self.batches(patches) for generation in batch]
+
+    def batches(self, patches: Sequence[Patch]) -> Iterator[list[Generation]]:
+        """Yield the texts batch by batch, as they are finished.
+
+        When memory runs out, the batch size is halved and the batch repeated.
+
+        Raises:
+            ValueError: a vector that overflows the model's number type, or a layer out of range.
+            MemoryError: not even one row fits.
+        """
+        for patch in patches:
+            if patch.target_layer is not None:
+                check_layers(patch.target_layer, self.model.n_layers, "target_layer")
+        start = 0
+        while start < len(patches):
+            batch = patches[start : start + self.batch_size]
+            try:
+                generations = self._generate_batch(batch)
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise MemoryError(
+                        f"batch_size: not even one row of {self.model.name} fits into memory. "
+                        "Fix: a shorter target prompt, fewer max_new_tokens or a smaller model."
+                    ) from error
+                self.batch_size = max(1, len(batch) // 2)
+            else:
+                yield generations
+                start += len(batch)
+                continue
+            # Outside the handler, whose traceback keeps the failed batch's tensors alive.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def unpatched(self) -> Generation:
+        """Return what the model writes when nothing is patched: the simplest control."""
+        zero = torch.zeros(self.model.d_model)
+        return self.generate([Patch(zero, None)])[0]
+
+    @cached_property
+    def placeholder_norms(self) -> Float[Tensor, " n_layers"]:
+        """The norm of the residual stream at the placeholder, after each block, unpatched.
+
+        The yardstick for ||α·v||: where it is about 1, the vector weighs as much as what it
+        replaces. With several placeholder tokens, their mean.
+        """
+        names = [hook_name("resid_post", layer) for layer in range(self.model.n_layers)]
+        seen = self.model.activations(self._tokens, names)
+        rows = [seen[name][0, list(self.target.positions)].float().norm(dim=-1) for name in names]
+        return torch.stack(rows).mean(dim=1).cpu()
+
+    @property
+    def _tokens(self) -> Int[Tensor, "1 pos"]:
+        return self.target.tokens.tensor(self.model.device)
+
+    @property
+    def _first(self) -> int:
+        """The first placeholder token: what stands before it is the same in every row."""
+        return self.target.positions[0]
+
+    @cached_property
+    def _prefix(self) -> Any:
+        with torch.no_grad():
+            return self.model.decoder.prefill(self._tokens[:, : self._first])
+
+    def _rows_that_fit(self) -> int:
+        cfg, length = self.model.lens.cfg, len(self.target.tokens) + self.max_new_tokens
+        heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        itemsize = torch.finfo(self.model.dtype).bits // 8
+        row = 2 * length * cfg.n_layers * heads * cfg.d_head * itemsize
+        if self.model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.model.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return max(1, int(int(free) * MEMORY_SHARE) // int(row))
+
+    def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
+        with torch.no_grad():
+            cache = self.start(len(patches))
+            with self.model.hooks(self._patch_hooks(patches)):
+                logits = self.step(self._tail(len(patches)), cache)
+            return self._decode(logits, cache)
+
+    def start(self, rows: int) -> Any:
+        """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
+        room = len(self.target.tokens) - self._first + self.max_new_tokens
+        return self.model.decoder.expand(self._prefix, rows, room)
+
+    def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
+        """Run `tokens` behind `cache` and return the float32 logits of the last one."""
+        return self.model.decoder.step(tokens, cache).float()
+
+    def _tail(self, rows: int) -> Int[Tensor, "batch pos"]:
+        return self._tokens[:, self._first :].expand(rows, -1)
+
+    def _patch_hooks(self, patches: Sequence[Patch]) -> list[tuple[str, Hook]]:
+        rows_of: dict[int, list[int]] = {}
+        for row, patch in enumerate(patches):
+            if patch.target_layer is not None:
+                rows_of.setdefault(patch.target_layer % self.model.n_layers, []).append(row)
+        positions = torch.tensor([p - self._first for p in self.target.positions])
+        return [
+            (
+                hook_name("resid_post", layer),
+                _writer(torch.tensor(rows), positions, self._cast([patches[r] for r in rows])),
+            )
+            for layer, rows in rows_of.items()
+        ]
+
+    def _cast(self, patches: Sequence[Patch]) -> Float[Tensor, "batch d_model"]:
+        vectors = torch.stack([patch.vector.float() for patch in patches])
+        if vectors.shape[-1] != self.model.d_model:
+            raise bad_value(
+                "vector",
+                expected=f"{self.model.d_model} numbers, the width of {self.model.name}",
+                got=f"{vectors.shape[-1]} numbers",
+                fix="read the vector from the same model",
+            )
+        cast = vectors.to(self.model.dtype)
+        if not torch.isfinite(cast).all():
+            raise bad_value(
+                "vector",
+                expected=f"numbers that {self.model.dtype} can hold",
+                got=f"up to {vectors.abs().max().item():.3g}",
+                fix="use a smaller α, or load the model with dtype='float32'",
+            )
+        return cast.to(self.model.device)
+
+    def _decode(self, logits: Float[Tensor, "batch vocab"], cache: Any) -> list[Generation]:
+        rows = len(logits)
+        chosen: list[Tensor] = []
+        ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+        margins = torch.full((rows,), float("inf"), device=logits.device)
+        eos = torch.tensor(self.model.eos_token_ids, device=logits.device, dtype=torch.long)
+        for step in range(self.max_new_tokens):
+            best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+            margin = best[:, 0] - best[:, -1]
+            margins = torch.where(ended, margins, torch.minimum(margins, margin))
+            # argmax, not topk's index: both take the first of equals, topk does not promise to.
+            tokens = logits.argmax(dim=-1)
+            ended = ended | torch.isin(tokens, eos)
+            chosen.append(torch.where(ended, -1, tokens))
+            if step + 1 == self.max_new_tokens or bool(ended.all()):
+                break
+            logits = self.step(tokens[:, None].to(self.model.device), cache)
+        ids = torch.stack(chosen, dim=1).tolist()
+        return [
+            self._generation(row, margin) for row, margin in zip(ids, margins.tolist(), strict=True)
+        ]
+
+    def _generation(self, row: list[int], margin: float) -> Generation:
+        ids = [i for i in row if i >= 0]
+        text = self.model.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return Generation(tuple(ids), text, margin)
+
+
+def _writer(
+    rows: Int[Tensor, " rows"],
+    positions: Int[Tensor, " placeholders"],
+    vectors: Float[Tensor, "rows d_model"],
+) -> Hook:
+    def write(
+        block_output: Float[Tensor, "batch pos d_model"], hook: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
+        patched = block_output.clone()  # an edit in place would reach other users of the tensor
+        patched[rows[:, None], positions[None, :]] = vectors[:, None].to(patched.device)
+        return patched
+
+    return write
+
+
+def _at_least_one(argument: str, value: int | None, default: int) -> int:
+    number: object = default if value is None else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise bad_type(argument, expected="a whole number", got=number, fix="pass 1 or more")
+    if number < 1:
+        raise bad_value(
+            argument,
+            expected="1 or more",
+            got=number,
+            fix=f"pass {argument}={default}, the default here, or another count",
+        )
+    return number
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether an allocation failed; on a CPU, torch says so in a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

@@ -1,0 +1,312 @@
+"""Pictures of a sweep: pure functions from `SweepResult` to a plotly figure.
+
+1. Choose the rows: one token, one value per cell of the picture.
+2. Lay them out as layer x α, one panel per kind, all on one colour scale.
+3. Mark what a colour cannot say: cells that were not computed, texts that were empty.
+
+No function shows or writes a figure; `write_html` does the latter, in one file that opens
+offline. Colours are cividis, which reads the same with and without colour vision. Generated text
+is escaped wherever it enters a figure: it is untrusted.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from superscopes_tl.errors import bad_value
+from superscopes_tl.results import SweepResult
+
+COLOR_SCALE = "cividis"
+TITLES = {
+    "resid_pre": "resid_pre (block input)",
+    "attn_out": "attn_out",
+    "resid_mid": "resid_mid (pre-MLP)",
+    "mlp_out": "mlp_out",
+    "resid_post": "resid_post (block output)",
+}
+_LABEL_LIMIT = 8
+"""Above this number of columns a value printed in each cell is too small to read."""
+
+Axis = Literal["alpha", "target_layer"]
+
+
+def heatmap(
+    result: SweepResult,
+    *,
+    x: Axis = "alpha",
+    value: str = "score",
+    position: int | None = None,
+    target_layer: int | None = None,
+) -> go.Figure:
+    """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
+
+    Hovering over a cell shows what the model wrote there. Cells that were not computed carry a
+    cross, cells whose text was empty a ring.
+
+    Args:
+        result: the sweep.
+        x: what runs along the horizontal axis; `"target_layer"` shows the best α of each source
+            layer and target layer.
+        value: the column to colour by, `score` or any other numeric column.
+        position: the token; the last one of the sweep unless given.
+        target_layer: which target layer, where there are several per source layer.
+
+    Raises:
+        ValueError: a token, column or target layer that the sweep does not have, or several
+            target layers to choose from.
+    """
+    rows = _rows(result, position=position, value=value)
+    if x not in ("alpha", "target_layer"):
+        raise bad_value("x", expected="'alpha' or 'target_layer'", got=x, fix="leave it out")
+    if x == "alpha":
+        rows = _one_target_layer(rows, target_layer)
+    else:
+        rows = rows.sort_values(value, ascending=False, na_position="last", kind="stable")
+        rows = rows.drop_duplicates(["kind", "source_layer", "target_layer"])
+    kinds = list(dict.fromkeys(result.table["kind"]))
+    layers, columns = sorted(rows["source_layer"].unique()), sorted(rows[x].unique())
+    figure = make_subplots(
+        cols=len(kinds),
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+        subplot_titles=[TITLES.get(kind, kind) for kind in kinds],
+    )
+    for column, kind in enumerate(kinds, start=1):
+        panel = _Panel(rows[rows["kind"] == kind], layers, columns, x, value)
+        figure.add_trace(panel.cells(), row=1, col=column)
+        for marks in panel.marks():
+            figure.add_trace(marks, row=1, col=column)
+    figure.update_xaxes(title_text="α" if x == "alpha" else "target layer", type="category")
+    figure.update_yaxes(title_text="source layer", type="category", col=1)
+    token = html.escape(str(rows["token"].iloc[0]))
+    figure.update_layout(
+        title=f"{_title(result)} · token <b>{token}</b>",
+        template="plotly_white",
+        coloraxis={"colorscale": COLOR_SCALE, "colorbar": {"title": value}},
+        height=220 + 26 * len(layers),
+        width=180 + 300 * len(kinds),
+        plot_bgcolor="#e9e9e9",
+        showlegend=False,
+    )
+    return figure
+
+
+def alpha_curve(
+    result: SweepResult,
+    *,
+    kind: str | None = None,
+    layers: Sequence[int] | None = None,
+    value: str = "score",
+    position: int | None = None,
+    target_layer: int | None = None,
+) -> go.Figure:
+    """Draw a value against α, one line per layer (the α ladder of section 3.5).
+
+    Args:
+        result: the sweep.
+        kind: which kind; the first of the sweep unless given.
+        layers: which source layers; all of the sweep unless given.
+        value: the column to draw.
+        position: the token; the last one of the sweep unless given.
+        target_layer: which target layer, where there are several per source layer.
+
+    Raises:
+        ValueError: a kind, layer, token, column or target layer that the sweep does not have.
+    """
+    rows = _one_target_layer(_rows(result, position=position, value=value), target_layer)
+    chosen_kind = rows["kind"].iloc[0] if kind is None else kind
+    rows = _having(rows, "kind", [chosen_kind])
+    if layers is not None:
+        rows = _having(rows, "source_layer", list(layers))
+    numbers = sorted(rows["source_layer"].unique())
+    figure = go.Figure()
+    for rank, layer in enumerate(numbers):
+        line = rows[rows["source_layer"] == layer].sort_values("alpha")
+        figure.add_trace(
+            go.Scatter(
+                x=line["alpha"],
+                y=[_or_none(v) for v in line[value]],
+                name=f"layer {layer}",
+                mode="lines+markers",
+                line_color=_shade(rank, len(numbers)),
+                customdata=[_hover(row) for _, row in line.iterrows()],
+                hovertemplate="%{customdata}<extra></extra>",
+            )
+        )
+    token = html.escape(str(rows["token"].iloc[0]))
+    figure.update_layout(
+        title=f"{_title(result)} · {chosen_kind} of token <b>{token}</b>",
+        template="plotly_white",
+        xaxis_title="α",
+        yaxis_title=value,
+    )
+    return figure
+
+
+def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure to one HTML file that opens offline; return its path."""
+    target = Path(path)
+    figure.write_html(target, include_plotlyjs=True, full_html=True)
+    return target
+
+
+class _Panel:
+    """One heatmap: a grid of layers x columns, with the rows that fall on it."""
+
+    def __init__(
+        self, rows: pd.DataFrame, layers: list[int], columns: list[float], x: Axis, value: str
+    ) -> None:
+        self._grid = {(row["source_layer"], row[x]): row for _, row in rows.iterrows()}
+        self._layers, self._columns, self._value = layers, columns, value
+
+    def cells(self) -> go.Heatmap:
+        """Return the coloured cells."""
+        values = [
+            [
+                _or_none(self._grid[layer, c][self._value]) if (layer, c) in self._grid else None
+                for c in self._columns
+            ]
+            for layer in self._layers
+        ]
+        hover = [
+            [
+                _hover(self._grid[layer, c]) if (layer, c) in self._grid else "not computed"
+                for c in self._columns
+            ]
+            for layer in self._layers
+        ]
+        labels = len(self._columns) <= _LABEL_LIMIT
+        return go.Heatmap(
+            z=values,
+            x=[f"{c:g}" for c in self._columns],
+            y=[str(i) for i in self._layers],
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            texttemplate="%{z:.2f}" if labels else None,
+        )
+
+    def marks(self) -> list[go.Scatter]:
+        """Return the crosses of cells not computed and the rings of empty texts."""
+        missing, empty = [], []
+        for layer in self._layers:
+            for c in self._columns:
+                place = (f"{c:g}", str(layer))
+                if (layer, c) not in self._grid:
+                    missing.append(place)
+                elif _or_none(self._grid[layer, c][self._value]) is None:
+                    empty.append((place, _hover(self._grid[layer, c])))
+        marks = [
+            _marker("not computed", "x-thin-open", missing, ["not computed"] * len(missing)),
+            _marker("empty text", "circle-open", [p for p, _ in empty], [h for _, h in empty]),
+        ]
+        return [mark for mark in marks if len(mark.x)]
+
+
+def _marker(
+    name: str, symbol: str, places: Sequence[tuple[str, str]], hover: Sequence[str]
+) -> go.Scatter:
+    return go.Scatter(
+        x=[p[0] for p in places],
+        y=[p[1] for p in places],
+        mode="markers",
+        name=name,
+        marker={"symbol": symbol, "color": "#666", "size": 9},
+        customdata=list(hover),
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+
+
+def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFrame:
+    """Return the rows of one token after checking that the wanted column is there."""
+    table = result.table
+    numeric = list(table.select_dtypes("number").columns)
+    if value not in numeric:
+        raise bad_value(
+            "value",
+            expected=f"one of the numeric columns {numeric}",
+            got=value,
+            fix="value='score' is the similarity",
+        )
+    if table.empty:
+        raise bad_value(
+            "result",
+            expected="at least one cell",
+            got="an empty table",
+            fix="let the sweep finish a batch",
+        )
+    chosen = max(table["position"]) if position is None else position
+    return _having(table, "position", [chosen])
+
+
+def _having(rows: pd.DataFrame, column: str, wanted: list[Any]) -> pd.DataFrame:
+    there = sorted(rows[column].unique().tolist())
+    for item in wanted:
+        if item not in there:
+            raise bad_value(
+                column, expected=f"one of {there}", got=item, fix="choose one of this sweep"
+            )
+    return rows[rows[column].isin(wanted)]
+
+
+def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFrame:
+    if target_layer is not None:
+        rows = _having(rows, "target_layer", [target_layer])
+    if rows.duplicated(["kind", "source_layer", "alpha"]).any():
+        there = sorted(rows["target_layer"].unique().tolist())
+        raise bad_value(
+            "target_layer",
+            expected=f"one of {there}",
+            got=target_layer,
+            fix="choose one, or draw the grid with heatmap(result, x='target_layer')",
+        )
+    return rows
+
+
+def _or_none(value: float) -> float | None:
+    """Return `None` for NaN: plotly in a notebook cannot send NaN."""
+    return None if pd.isna(value) else float(value)
+
+
+def _hover(row: pd.Series) -> str:
+    score = "no text" if pd.isna(row["score"]) else f"{row['score']:.3f}"
+    copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""
+    return (
+        f"<b>{_wrapped(row['description']) or '(empty)'}</b><br>"
+        f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
+        f"{row['target_layer']}, α = {row['alpha']:g}<br>"
+        f"score {score} · norm ratio {row['norm_ratio']:.2f}{copied}<br>"
+        f"<i>{_wrapped(row['text'])}</i>"
+    )
+
+
+def _wrapped(text: str, width: int = 60) -> str:
+    """Return the text escaped, in lines of at most `width` characters."""
+    shown = " ".join(text.split())
+    lines = [shown[i : i + width] for i in range(0, len(shown), width)]
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+def _title(result: SweepResult) -> str:
+    model = result.provenance.get("model", {}).get("name", "unknown model")
+    prompt = result.provenance.get("prompt", "")
+    return f"{html.escape(str(prompt))} · {html.escape(str(model))}"
+
+
+def _shade(rank: int, count: int) -> str:
+    from plotly.colors import sample_colorscale
+
+    # Up to 0.85: the last, pale yellow of the scale is hard to see on white.
+    shade: str = sample_colorscale(COLOR_SCALE, [0.85 * rank / max(1, count - 1)])[0]
+    return shade

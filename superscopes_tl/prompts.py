@@ -1,0 +1,155 @@
+"""Target prompts: the question put to the model about a vector.
+
+1. A target prompt asks the model to describe its placeholder; the placeholder's tokens are where
+   the vector goes.
+2. It is tokenised in one piece, and the placeholder is found by its characters: a token that also
+   holds other characters is no place to patch.
+3. What the model writes behind the prompt is cropped to the description of the placeholder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from superscopes_tl.errors import PlaceholderError, bad_type, bad_value, describe
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.tokens import TokenizedText, covering, tokenize
+
+PAPER_ALPHAS: tuple[float, ...] = (1, 3, 6, 9, 12, 15)
+"""The amplifiers of the paper's section 4.1; 1 is Patchscopes."""
+
+PAPER_MAX_NEW_TOKENS = 10
+"""How many tokens the authors' code generates."""
+
+
+@dataclass(frozen=True)
+class TargetPrompt:
+    """A prompt that makes the model describe what stands at its placeholder.
+
+    Every occurrence of `placeholder` that is a word of its own is patched, so that
+    `TargetPrompt("_ _ _ means:", "_")` has three, and all of an occurrence's tokens are.
+
+    Raises:
+        ValueError: the text is empty.
+        PlaceholderError: the text does not contain the placeholder as a word of its own.
+    """
+
+    text: str
+    placeholder: str = "x"
+
+    def __post_init__(self) -> None:
+        for name in ("text", "placeholder"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise bad_type(
+                    f"target_prompt.{name}", expected="a string", got=value, fix="pass text"
+                )
+            if not value.strip():
+                raise bad_value(
+                    f"target_prompt.{name}",
+                    expected="visible characters",
+                    got=value,
+                    fix="see DESCRIPTION_PROMPT for an example",
+                )
+        if not self.spans:
+            raise PlaceholderError(
+                describe(
+                    "target_prompt",
+                    got=self.text,
+                    expected=f"a text with the placeholder {self.placeholder!r} as a word",
+                    fix=f"write {self.placeholder!r} where the vector shall go, or name another "
+                    "word: TargetPrompt(text, placeholder=...)",
+                )
+            )
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The characters `[start, end)` of every occurrence of the placeholder."""
+        word = rf"(?<!\w){re.escape(self.placeholder)}(?!\w)"
+        return tuple(m.span() for m in re.finditer(word, self.text))
+
+    @property
+    def few_shot_names(self) -> tuple[str, ...]:
+        """The names that the prompt itself describes (`Syria`, ...): not to be read back."""
+        names = re.findall(r"(?:^|,|\n)\s*([^,:\n]+):", self.text)
+        return tuple(n.strip() for n in names if n.strip() != self.placeholder)
+
+    def locate(self, model: LanguageModel, max_new_tokens: int) -> TargetTokens:
+        """Tokenise for `model` and find the placeholder's tokens.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit into the context.
+            PlaceholderError: a token joins the placeholder with other characters, so that there
+                is no place of its own to patch.
+        """
+        tokens = tokenize(model, self.text, argument="target_prompt", room=max_new_tokens)
+        positions: list[int] = []
+        for start, end in self.spans:
+            patched = covering(tokens, start, end)
+            for position in patched:
+                a, b = tokens.spans[position]
+                outside = self.text[a : min(b, start)] + self.text[max(a, end) : b]
+                if outside.strip():
+                    raise self._not_in_context(tokens, tokens.labels[position])
+            if not patched:
+                raise self._not_in_context(tokens, "no token at all")
+            positions += patched
+        return TargetTokens(self, tokens, tuple(dict.fromkeys(positions)))
+
+    def _not_in_context(self, tokens: TokenizedText, token: str) -> PlaceholderError:
+        return PlaceholderError(
+            describe(
+                "target_prompt",
+                got=f"the token {token!r} in {tokens.numbered()}",
+                expected=f"the placeholder {self.placeholder!r} to be a token of its own",
+                fix="put spaces around the placeholder or choose another one",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """A target prompt as one model sees it; `positions` are the placeholder's tokens."""
+
+    prompt: TargetPrompt
+    tokens: TokenizedText
+    positions: tuple[int, ...]
+
+
+DESCRIPTION_PROMPT = TargetPrompt(
+    "Syria: Country in the Middle East, Leonardo DiCaprio: American actor, Samsung: South Korean "
+    "multinational major appliance and consumer electronics corporation, x"
+)
+"""The description prompt of Patchscopes and of the paper (reference code of both)."""
+
+IDENTITY_PROMPT = TargetPrompt("cat -> cat\n1135 -> 1135\nhello -> hello\n?", placeholder="?")
+"""The token-identity prompt of Patchscopes (section 4.1 there)."""
+
+
+def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:
+    """Return a `TargetPrompt`; a plain text has the placeholder `x`.
+
+    Raises:
+        TypeError: neither of the two.
+        PlaceholderError: a plain text without the placeholder `x`.
+    """
+    if isinstance(target_prompt, TargetPrompt):
+        return target_prompt
+    return TargetPrompt(target_prompt)
+
+
+def crop_description(text: str) -> str:
+    """Crop a generated text to the description of the placeholder.
+
+    The model goes on in the form of the prompt: `: American rock band, Adele: English singer`.
+    What follows the comma (or line break) before the next `name:` is no longer about the
+    placeholder.
+
+    >>> crop_description(": American rock band, Adele: English singer")
+    'American rock band'
+    >>> crop_description(": Ancient Greek king, ruler of Macedon")
+    'Ancient Greek king, ruler of Macedon'
+    """
+    first_line = text.strip().removeprefix(":").strip().split("\n", 1)[0]
+    return re.split(r",[^,:]{1,80}:", first_line, maxsplit=1)[0].strip().rstrip(",").strip()

@@ -1,0 +1,313 @@
+"""The table of a sweep and where it came from.
+
+1. A sweep yields one `Reading` per cell.
+2. `SweepResult` holds them as a long table (pandas, one row per cell) beside its provenance.
+   Whatever draws or judges reads this table; nothing computes a cell again.
+3. One file holds both: a zip with `provenance.json` and `table.parquet`. It contains data alone,
+   no code, and opens without a model.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.scoring import PAPER_THRESHOLD
+
+FORMAT = "superscopes_tl.sweep"
+FORMAT_VERSION = 1
+MAX_FILE_BYTES = 4 * 2**30
+"""A run file that unpacks to more than this is refused."""
+
+SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
+"""The columns that name a site and where it is patched; the cells of a site differ in α."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One cell: a vector, amplified and patched, and what the model wrote about it.
+
+    Attributes:
+        prompt: the source prompt.
+        position: the token whose activation was read, counted from 0.
+        token: that token, with visible white space.
+        kind: the kind of activation.
+        source_layer: where it was read.
+        target_layer: where it was patched.
+        mapping: the mapping family, `scale` in the paper.
+        alpha: the amplifier α.
+        vector_norm: the norm of f(v), the patched vector.
+        norm_ratio: that norm in units of the residual stream that it replaced.
+        text: everything that the model wrote.
+        description: the part of it that is about the placeholder.
+        score: the scorer's number; NaN for an empty text.
+        few_shot_copy: whether the description repeats a name that the target prompt gave.
+        n_tokens: how many tokens were written.
+        margin: the closest call among them, in logits (see `patching.Generation`).
+    """
+
+    prompt: str
+    position: int
+    token: str
+    kind: str
+    source_layer: int
+    target_layer: int
+    mapping: str
+    alpha: float
+    vector_norm: float
+    norm_ratio: float
+    text: str
+    description: str
+    score: float
+    few_shot_copy: bool
+    n_tokens: int
+    margin: float
+
+
+COLUMNS = tuple(f.name for f in fields(Reading))
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult:
+    """Every cell of a sweep ("Show All") and its provenance.
+
+    Attributes:
+        table: one row per cell; the columns are the fields of `Reading`.
+        provenance: model, versions, prompts, tokens and settings, as plain data.
+    """
+
+    table: pd.DataFrame
+    provenance: dict[str, Any]
+
+    @classmethod
+    def from_readings(cls, readings: Iterable[Reading], provenance: dict[str, Any]) -> Self:
+        """Return the result that holds `readings`."""
+        rows = [asdict(reading) for reading in readings]
+        return cls(pd.DataFrame(rows, columns=list(COLUMNS)), provenance)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def best(self) -> pd.DataFrame:
+        """Return the best-scoring cell of every site: the automatic amplifier.
+
+        This is the paper's "Show Best Results" (section 5.1). The α is chosen by the same score
+        that judges it, so a best score is an upper bound, to be compared with equal draws of a
+        control. Among equal scores the smallest |α| wins; a site without any score keeps its
+        smallest |α|.
+        """
+        order = self.table.assign(_size=self.table["alpha"].abs()).sort_values(
+            ["score", "_size"], ascending=[False, True], na_position="last", kind="stable"
+        )
+        first = order.drop_duplicates(SITE).drop(columns="_size")
+        return first.sort_index().reset_index(drop=True)
+
+    def by_layer(self, *, alpha: float | None = None, position: int | None = None) -> pd.DataFrame:
+        """Return the readings of one token as the paper shows them: a row per layer.
+
+        Args:
+            alpha: this α for all (the paper's Figure 5 has α = 1); the best of each site unless
+                given (Figure 6).
+            position: the token; the last one of the sweep unless given.
+
+        Returns:
+            A table with the source layer as index and, for every kind, the columns
+            `(kind, "reading")`, `(kind, "alpha")` and `(kind, "score")`.
+
+        Raises:
+            ValueError: an α or position that the sweep does not have.
+        """
+        chosen = self._at(position)
+        if alpha is None:
+            chosen = SweepResult(chosen, self.provenance).best()
+        else:
+            chosen = chosen[chosen["alpha"] == alpha]
+            if chosen.empty:
+                raise bad_value(
+                    "alpha",
+                    expected=f"one of {self._values('alpha')}",
+                    got=alpha,
+                    fix="choose an α of this sweep, or sweep over it",
+                )
+        order = chosen.sort_values("score", ascending=False, kind="stable")
+        one = order.drop_duplicates(["source_layer", "kind"])
+        wide = one.rename(columns={"description": "reading"}).pivot(
+            index="source_layer", columns="kind", values=["reading", "alpha", "score"]
+        )
+        kinds = list(dict.fromkeys(self.table["kind"]))
+        columns = [(column, kind) for kind in kinds for column in ("reading", "alpha", "score")]
+        return wide[columns].swaplevel(axis="columns")
+
+    def contextualization_layer(
+        self,
+        *,
+        threshold: float = PAPER_THRESHOLD,
+        reads: Callable[[str], bool] | None = None,
+        position: int | None = None,
+        target_layer: int | None = None,
+    ) -> int | None:
+        """Return ℓ_c: the first layer at which unamplified Patchscopes reads the entity.
+
+        That is, the first source layer whose `resid_post` at α = 1 reads it (paper, section 4.1).
+
+        Args:
+            threshold: the score from which a description counts as reading the entity.
+            reads: judges a description instead of the threshold, for example
+                `lambda text: "rock band" in text`.
+            position: the token; the last one of the sweep unless given.
+            target_layer: which target layer, if the sweep patched several per source layer.
+
+        Returns:
+            The layer, or `None` if no layer of the sweep reads it.
+
+        Raises:
+            ValueError: the sweep has no `resid_post` at α = 1, or several target layers.
+        """
+        rows = self._at(position)
+        rows = rows[(rows["kind"] == "resid_post") & (rows["alpha"] == 1)]
+        if target_layer is not None:
+            rows = rows[rows["target_layer"] == target_layer]
+        if rows.empty:
+            raise bad_value(
+                "contextualization_layer",
+                expected="a sweep with kind 'resid_post' and α = 1",
+                got=f"kinds {self._values('kind')}, alphas "
+                f"{self._values('alpha')}, target layers "
+                f"{self._values('target_layer')}",
+                fix="sweep over these too",
+            )
+        if rows.duplicated("source_layer").any():
+            raise bad_value(
+                "target_layer",
+                expected=f"one of {self._values('target_layer')}",
+                got=target_layer,
+                fix="say which one to read, or tell the mappings of this result apart",
+            )
+        judged = rows["score"] >= threshold if reads is None else rows["description"].map(reads)
+        layers = rows.loc[judged.astype(bool), "source_layer"]
+        return None if layers.empty else int(layers.min())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write table and provenance to one file, whole or not at all; return its path."""
+        target = Path(path)
+        buffer = io.BytesIO()
+        self.table.to_parquet(buffer, index=False)
+        header = {"format": FORMAT, "version": FORMAT_VERSION, "provenance": self.provenance}
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            try:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    text = json.dumps(header, indent=1, ensure_ascii=False)
+                    archive.writestr("provenance.json", text)
+                    archive.writestr("table.parquet", buffer.getvalue())
+                file.close()
+                Path(file.name).replace(target)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `save` wrote. No model is needed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RunFileError: it is corrupt, foreign, or of a newer format.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
+                    raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes of content")
+                header = json.loads(archive.read("provenance.json"))
+                table = pd.read_parquet(io.BytesIO(archive.read("table.parquet")))
+        except FileNotFoundError:
+            raise
+        except RunFileError:
+            raise
+        except Exception as error:  # whatever zip, JSON and Parquet readers raise on bad bytes
+            raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise _unreadable(path, "a zip that is not a sweep")
+        if header.get("version") != FORMAT_VERSION:
+            raise _unreadable(path, f"format version {header.get('version')!r}")
+        missing = [c for c in COLUMNS if c not in table.columns]
+        if missing or not isinstance(header.get("provenance"), dict):
+            raise _unreadable(path, f"no column {missing}" if missing else "no provenance")
+        return cls(table, header["provenance"])
+
+    def _at(self, position: int | None) -> pd.DataFrame:
+        if self.table.empty:
+            raise bad_value(
+                "result",
+                expected="at least one cell",
+                got="an empty table",
+                fix="let the sweep finish a batch",
+            )
+        positions = self._values("position")
+        chosen = positions[-1] if position is None else position
+        if chosen not in positions:
+            raise bad_value(
+                "position",
+                expected=f"one of {positions}",
+                got=position,
+                fix="choose a token of this sweep, or sweep over it",
+            )
+        return self.table[self.table["position"] == chosen]
+
+    def _values(self, column: str) -> list[Any]:
+        values: list[Any] = sorted(self.table[column].unique().tolist())
+        return values
+
+    def __repr__(self) -> str:
+        model = self.provenance.get("model", {}).get("name")
+        return f"SweepResult({len(self)} cells of {self.provenance.get('prompt')!r}, {model})"
+
+    def _repr_html_(self) -> str:
+        """Return the best reading per layer and kind as an HTML table; all text is escaped."""
+        if self.table.empty:
+            return f"<p>{html.escape(repr(self))}</p>"
+        wide = self.by_layer()
+        kinds = list(wide.columns.get_level_values(0).unique())
+        head = "".join(f"<th style='text-align:left'>{html.escape(k)}</th>" for k in kinds)
+        rows = []
+        for layer, row in wide.iterrows():
+            cells = "".join(_html_cell(row[k]) for k in kinds)
+            rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
+        token = html.escape(str(self._at(None)["token"].iloc[0]))
+        caption = f"{html.escape(repr(self))}: best reading of token <bdi>{token}</bdi> per layer"
+        return (
+            f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>"
+        )
+
+
+def _html_cell(cell: pd.Series) -> str:
+    if pd.isna(cell["alpha"]):
+        return "<td>not computed</td>"
+    score = "no text" if pd.isna(cell["score"]) else f"{cell['score']:.2f}"
+    return (
+        f"<td style='text-align:left'><bdi>{html.escape(cell['reading'])}</bdi> "
+        f"<small>α = {cell['alpha']:g}, {score}</small></td>"
+    )
+
+
+def _unreadable(path: object, got: str) -> RunFileError:
+    return RunFileError(
+        describe(
+            "path",
+            expected=f"a run file of format {FORMAT} version {FORMAT_VERSION}",
+            got=f"{path} with {got}",
+            fix="pass a file that SweepResult.save wrote, complete",
+        )
+    )

