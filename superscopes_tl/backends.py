@@ -59,7 +59,7 @@ class HookedDecoder:
         """See `Decoder.expand`."""
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-        mask = prefix.previous_attention_mask
+        mask = prefix.previous_attention_mask  # a field that must be there, and is not read
         return TransformerLensKeyValueCache(
             entries=[
                 _HookedBuffer(entry.past_keys, entry.past_values, batch, room)
@@ -84,15 +84,25 @@ class HookedDecoder:
         return logits
 
     def _run(self, tokens: Tensor, cache: Any) -> Tensor:
-        # Without an explicit mask TransformerLens takes a token equal to the padding token (often
-        # the end-of-sequence token) for padding and hides it from attention.
-        residual: Tensor = self._lens(
-            tokens,
+        """Return the last block's output.
+
+        The embedding is computed here because a forward pass from tokens with a cache wants an
+        attention mask: without one, TransformerLens takes every token equal to the padding token
+        (often the end-of-sequence token) for padding and hides it; with one, it looks positions
+        up row by row, twice as slow. From embeddings on, no mask means full causal attention.
+        """
+        lens = self._lens
+        offset = cache[0].past_keys.shape[1]
+        embedded = lens.hook_embed(lens.embed(tokens))
+        residual, shortformer = lens.get_residual(embedded, offset, tokens=tokens)
+        output: Tensor = lens(
+            residual,
+            start_at_layer=0,
+            stop_at_layer=lens.cfg.n_layers,
             past_kv_cache=cache,
-            attention_mask=torch.ones_like(tokens),
-            stop_at_layer=self._lens.cfg.n_layers,
+            shortformer_pos_embed=shortformer,
         )
-        return residual
+        return output
 
 
 class _HookedBuffer:

@@ -151,10 +151,24 @@ def alpha_curve(
     return figure
 
 
-def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure to one HTML file that opens offline; return its path."""
+def write_html(
+    figures: go.Figure | Sequence[go.Figure],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Superscopes",
+) -> Path:
+    """Write one or several figures to one HTML file that opens offline; return its path."""
+    several = [figures] if isinstance(figures, go.Figure) else list(figures)
+    parts = [
+        figure.to_html(full_html=False, include_plotlyjs=index == 0)
+        for index, figure in enumerate(several)
+    ]
     target = Path(path)
-    figure.write_html(target, include_plotlyjs=True, full_html=True)
+    target.write_text(
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{html.escape(title)}</title></head><body>{''.join(parts)}</body></html>",
+        encoding="utf-8",
+    )
     return target
 
 

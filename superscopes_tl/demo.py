@@ -1,0 +1,248 @@
+"""The main job on the bundled model, with its controls: what `make demo` runs.
+
+1. Sweep the prompts that the paper shows in its tables and figures over every layer, three kinds
+   and the paper's alphas; print the best reading per layer and kind, write the heatmaps.
+2. The bundled model's facts are known, so a reading is right when it is the fact, word for word.
+   List the MLP outputs that read wrong at α = 1 and right when amplified.
+3. Count right readings over all 48 prompts of the paper, beside three controls at the same
+   sites and alphas: random vectors of equal norm, the readings of the other prompts, and the
+   unpatched target prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from superscopes_tl.amplify import MappingFamily, random_direction, scale
+from superscopes_tl.loading import load_model
+from superscopes_tl.mini.facts import PAPER_PROMPTS, load_facts
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.patching import PatchedGenerator
+from superscopes_tl.plan import SweepConfig
+from superscopes_tl.plots import heatmap, write_html
+from superscopes_tl.prompts import crop_description
+from superscopes_tl.results import SweepResult
+from superscopes_tl.sites import HookKind
+from superscopes_tl.sweep import sweep
+
+SHOWN_PROMPTS = (
+    "Red Hot Chili Peppers",
+    "Saturday Night Live",
+    "Back to the Future",
+    "Alexander the Great",
+    "Diana, Princess of Wales",
+)
+"""The prompts of the paper's Tables 1 to 3, Figures 1, 5 and 6 and section 3.5."""
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """An MLP output that reads wrong at α = 1 and right when amplified.
+
+    Attributes:
+        prompt: the source prompt.
+        layer: the source layer.
+        before: the reading at α = 1.
+        alpha: the smallest α that reads the fact.
+        after: the reading there, which is the fact.
+    """
+
+    prompt: str
+    layer: int
+    before: str
+    alpha: float
+    after: str
+
+
+def known_facts() -> dict[str, str]:
+    """Return what the bundled model was trained to say of each name."""
+    return {fact.name: fact.description for fact in load_facts()}
+
+
+def right(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
+    """Return for each row whether its description is the prompt's fact, word for word.
+
+    The facts hold no comma, so what follows one belongs to the next entry of the list.
+    """
+    read = table["description"].str.split(",").str[0].str.strip()
+    return read == table["prompt"].map(facts)
+
+
+def rescues(table: pd.DataFrame, facts: Mapping[str, str]) -> Iterator[Rescue]:
+    """Yield the MLP outputs that amplification alone makes readable."""
+    mlp = table[table["kind"] == "mlp_out"]
+    for _, site in mlp.groupby(["prompt", "source_layer"], sort=False):
+        hits = site[right(site, facts) & (site["alpha"] > 1)].sort_values("alpha")
+        plain = site[site["alpha"] == 1]
+        if len(hits) and not right(plain, facts).any():
+            first = hits.iloc[0]
+            before = str(plain["description"].iloc[0])
+            yield Rescue(
+                first["prompt"], first["source_layer"], before, first["alpha"], first["description"]
+            )
+
+
+def run_demo(
+    model: LanguageModel | None = None,
+    output: Path = Path("output"),
+    prompts: Sequence[str] = PAPER_PROMPTS,
+    console: Console | None = None,
+) -> Path:
+    """Run the demo and return the path of the page with the heatmaps.
+
+    Args:
+        model: the bundled model unless given; another one needs to know the same facts.
+        output: the folder for the page and the run files; made if missing.
+        prompts: the prompts that are counted.
+        console: where to print.
+    """
+    console = console or Console()
+    started = time.perf_counter()
+    model = model or load_model(backend="bridge")
+    facts = known_facts()
+    output.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]{model!r}[/bold]\n")
+    figures, tables = [], []
+    for prompt in SHOWN_PROMPTS:
+        result = sweep(model, prompt)
+        result.save(output / f"{_file_name(prompt)}.zip")
+        console.print(reading_table(result, facts))
+        figures.append(heatmap(result))
+        tables.append(result.table)
+    page = write_html(figures, output / "demo.html", title="Superscopes on the bundled model")
+    _print_rescues(console, list(rescues(pd.concat(tables), facts)))
+    _print_counts(console, model, facts, prompts)
+    console.print(f"\nHeatmaps: [bold]{page}[/bold] (run files beside it)")
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+    return page
+
+
+def reading_table(result: SweepResult, facts: Mapping[str, str] | None = None) -> Table:
+    """Return the best reading per layer and kind as a table for the terminal.
+
+    Args:
+        result: the sweep.
+        facts: what each prompt is known to mean; readings that say it are marked.
+    """
+    wide = result.by_layer()
+    kinds = list(wide.columns.get_level_values(0).unique())
+    prompt = str(result.provenance["prompt"])
+    fact = (facts or {}).get(prompt)
+    token = result.table["token"].iloc[-1]
+    table = Table(title=f"{prompt} · token {token!r} · best reading (α, similarity)")
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for layer, row in wide.iterrows():
+        cells = []
+        for kind in kinds:
+            reading, alpha, score = (row[kind, c] for c in ("reading", "alpha", "score"))
+            mark = "[green]✓[/green] " if fact and reading.split(",")[0].strip() == fact else ""
+            cells.append(f"{mark}{_escape(reading)} [dim]({alpha:g}, {score:.2f})[/dim]")
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _print_rescues(console: Console, found: Sequence[Rescue]) -> None:
+    table = Table(title="MLP outputs that only amplification reads")
+    for column in ("prompt", "layer", "α = 1 reads", "α", "reads"):
+        table.add_column(column, overflow="fold")
+    for rescue in found:
+        table.add_row(
+            _escape(rescue.prompt),
+            str(rescue.layer),
+            _escape(rescue.before),
+            f"{rescue.alpha:g}",
+            _escape(rescue.after),
+        )
+    console.print(table if found else "No MLP output was read by amplification alone.")
+
+
+COUNTED: tuple[tuple[HookKind, tuple[float, ...]], ...] = (
+    ("resid_post", (1,)),
+    ("mlp_out", (1,)),
+    ("mlp_out", (1, 3, 9)),
+)
+"""What is counted over all prompts: a kind and the alphas of which one may read the fact."""
+
+
+def count_right(
+    model: LanguageModel, facts: Mapping[str, str], prompts: Sequence[str]
+) -> pd.DataFrame:
+    """Count the prompts whose fact is read at some layer, beside two controls.
+
+    Returns:
+        A row per entry of `COUNTED` with the columns `right`, `random vector` (vectors of equal
+        norm at the same sites) and `other prompt` (the same readings against the fact of the
+        next prompt in the list).
+    """
+    cells: dict[HookKind, tuple[float, ...]] = {}
+    for kind, alphas in COUNTED:
+        cells[kind] = tuple(sorted({*cells.get(kind, ()), *alphas}))
+
+    def readings(mapping: MappingFamily) -> pd.DataFrame:
+        return pd.concat(
+            sweep(
+                model,
+                prompt,
+                SweepConfig(kinds=kind, alphas=alphas, mapping=mapping, scorer=_no_score),
+                progress=False,
+            ).table
+            for prompt in prompts
+            for kind, alphas in cells.items()
+        )
+
+    real, random = readings(scale), readings(random_direction(0))
+    shifted = dict(zip(prompts, [facts[p] for p in [*prompts[1:], prompts[0]]], strict=True))
+    rows = []
+    for kind, alphas in COUNTED:
+        mine, null = (
+            table[(table["kind"] == kind) & table["alpha"].isin(alphas)] for table in (real, random)
+        )
+        rows.append(
+            {
+                "cells": f"{kind}, α = {' or '.join(f'{a:g}' for a in alphas)}",
+                "right": _prompts_right(mine, facts),
+                "random vector": _prompts_right(null, facts),
+                "other prompt": _prompts_right(mine, shifted),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _print_counts(
+    console: Console, model: LanguageModel, facts: Mapping[str, str], prompts: Sequence[str]
+) -> None:
+    counts = count_right(model, facts, prompts)
+    table = Table(title=f"Prompts read right at some layer, of the paper's {len(prompts)}")
+    for column in counts.columns:
+        table.add_column(column, justify="left" if column == "cells" else "right")
+    for row in counts.astype(str).to_dict("records"):
+        table.add_row(*row.values())
+    console.print(table)
+    unpatched = crop_description(PatchedGenerator(model).unpatched().text)
+    console.print(f"Unpatched, the target prompt goes on: [italic]{_escape(unpatched)}[/italic]")
+
+
+def _prompts_right(table: pd.DataFrame, facts: Mapping[str, str]) -> int:
+    return int(right(table, facts).groupby(table["prompt"]).any().sum())
+
+
+def _no_score(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    return [0.0] * len(candidates)
+
+
+def _file_name(prompt: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
+
+
+def _escape(text: str) -> str:
+    """Return `text` without what rich would take for markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,63 @@
+"""Shared fixtures; the environment is set before any model library is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from superscopes_tl import LanguageModel, load_model
+from tests.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
+
+
+def has_hooked_transformer() -> bool:
+    """Tell whether the installed TransformerLens still has `HookedTransformer`."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+BACKENDS = ("hooked", "bridge") if has_hooked_transformer() else ("bridge",)
+
+
+@cache
+def tiny_model(architecture: str, backend: str) -> LanguageModel:
+    """Return a random-weight model, wrapped for the package by the given class."""
+    hf = tiny_hf(architecture)
+    if backend == "hooked" and architecture == "gemma2":
+        return load_model(hooked_gemma2(hf), tiny_tokenizer())
+    return load_model(hf, tiny_tokenizer(), backend=backend)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str, str], LanguageModel]:
+    """The factory of random-weight models: `tiny("llama", "bridge")`."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def mini() -> LanguageModel:
+    """The bundled model, through the faster class."""
+    return load_model("mini", backend="bridge", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def word_overlap() -> Any:
+    """A cheap scorer: the Jaccard overlap of the two texts' words."""
+
+    def word_overlap(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        pairs = [
+            (set(a.lower().split()), set(b.lower().split()))
+            for a, b in zip(references, candidates, strict=True)
+        ]
+        return [len(a & b) / max(1, len(a | b)) for a, b in pairs]
+
+    return word_overlap
