@@ -70,52 +70,71 @@ def load_model(
             got=backend,
             fix="leave it out, or choose 'bridge' for speed",
         )
-    if isinstance(model, LanguageModel) or _transformer_lens_class(model):
+    if isinstance(model, LanguageModel):
+        given = {"tokenizer": tokenizer, "prepend_bos": prepend_bos, **from_pretrained}
+        _refuse_load_options(backend, dtype, device, given)
+        return model
+    if _transformer_lens_class(model):
         _refuse_load_options(backend, dtype, device, from_pretrained)
-        if isinstance(model, LanguageModel):
-            return model
         return _wrap(model, tokenizer, prepend_bos=prepend_bos)
     number_type = _dtype(dtype)
     with quiet():
         if isinstance(model, str | Path):
-            hf, own_tokenizer, name = _from_pretrained(
+            hf, tokenizer, name = _from_pretrained(
                 model, tokenizer, number_type, device, from_pretrained
             )
-        elif hasattr(model, "config") and hasattr(model, "generate"):
-            if tokenizer is None:
-                raise ModelLoadError(
-                    describe(
-                        "tokenizer",
-                        expected="the tokenizer of the Hugging Face model",
-                        got="None",
-                        fix="load_model(model, tokenizer)",
-                    )
-                )
-            _refuse_load_options("auto", dtype, device, from_pretrained)
-            hf, own_tokenizer = model, tokenizer
-            name = str(model.config.name_or_path or type(model).__name__)
         else:
-            raise ModelLoadError(
-                describe(
-                    "model",
-                    expected="a name, a directory, a HookedTransformer, a TransformerBridge "
-                    "or a Hugging Face model",
-                    got=f"{type(model).__name__}",
-                    fix="load_model('mini') loads the bundled model",
-                )
-            )
-        _check_tokenizer(own_tokenizer, name)
-        lens = to_transformer_lens(hf, own_tokenizer, backend, name)
-    bos = _prepends_bos(own_tokenizer) if prepend_bos is None else prepend_bos
+            _refuse_load_options("auto", dtype, device, from_pretrained)
+            name = _check_hugging_face(model, tokenizer)
+            hf = model
+        _check_tokenizer(tokenizer, name)
+        fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
+        lens = to_transformer_lens(hf, tokenizer, backend, name)
     return describe_model(
         lens,
-        own_tokenizer,
+        tokenizer,
         name=name,
         hf=hf,
-        bos=bos,
+        bos=_bos_policy(tokenizer, prepend_bos, default=_prepends_bos(tokenizer)),
         processing="none",
-        fingerprint=weight_fingerprint(hf),
+        fingerprint=fingerprint,
     )
+
+
+def _check_hugging_face(model: Any, tokenizer: Any) -> str:
+    """Return how to call a Hugging Face model that the user made."""
+    if not (hasattr(model, "config") and hasattr(model, "generate")):
+        raise ModelLoadError(
+            describe(
+                "model",
+                expected="a name, a directory, a HookedTransformer, a TransformerBridge or a "
+                "Hugging Face model",
+                got=type(model).__name__,
+                fix="load_model('mini') loads the bundled model",
+            )
+        )
+    if tokenizer is None:
+        raise ModelLoadError(
+            describe(
+                "tokenizer",
+                expected="the tokenizer of the Hugging Face model",
+                got="None",
+                fix="load_model(model, tokenizer)",
+            )
+        )
+    return str(model.config.name_or_path or type(model).__name__)
+
+
+def _bos_policy(tokenizer: Any, prepend_bos: bool | None, *, default: bool) -> bool:
+    """Return whether prompts start with the BOS token."""
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise bad_value(
+            "prepend_bos",
+            expected="False or None for a tokenizer without a BOS token",
+            got=prepend_bos,
+            fix="set tokenizer.bos_token, or leave prepend_bos out",
+        )
+    return default if prepend_bos is None else prepend_bos
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -261,7 +280,7 @@ def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None) -> LanguageMod
         hf = None
         normalization = lens.cfg.normalization_type
         processing = "folded layer norms" if str(normalization).endswith("Pre") else "as given"
-    bos = bool(lens.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+    bos = _bos_policy(own, prepend_bos, default=bool(lens.cfg.default_prepend_bos))
     return describe_model(
         lens,
         own,

@@ -154,8 +154,8 @@ def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:
     if not progress:
         return tqdm(disable=True)
     seconds = plan.estimate_seconds()
-    expected = f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    title = f"{len(plan.cells)} cells in {plan.n_batches} batches, about {expected}"
+    expected = f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    title = f"{len(plan.cells)} cells in {plan.n_batches} batches, {expected}"
     return tqdm(total=len(plan.cells), unit="cell", desc=title)
 
 

@@ -1,0 +1,55 @@
+# make demo      set up and run the main job on the bundled model
+# make test      set up and pass every check and test, on both supported TransformerLens lines
+# make check     linter, formatter and type checker alone
+# make notebook  open the notebooks in JupyterLab
+# make bench     cells per second beside the one-cell-at-a-time way
+# make picture   draw the README's picture anew
+# make clean     remove what the above made
+
+PYTHON ?= python3
+VENV := .venv
+VENV_TL4 := .venv-tl4
+TL4 := 4.3.0
+# pip resolves everything within constraints.txt, so that every machine gets the same versions.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# No hub: the bundled model and the packaged scorer are all that demo and tests use.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test check notebook bench picture clean
+
+demo: $(VENV)/ready
+	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
+
+test: check $(VENV)/ready $(VENV_TL4)/ready
+	$(OFFLINE) $(VENV)/bin/python -m pytest
+	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py tests/test_loading.py
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+notebook: $(VENV)/ready
+	$(OFFLINE) $(VENV)/bin/jupyter lab notebooks
+
+bench: $(VENV)/ready
+	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks.cells_per_second
+
+picture: $(VENV)/ready
+	$(OFFLINE) $(VENV)/bin/python -m tests.readme_picture
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "superscopes_tl needs Python 3.11 or newer; got $$($(PYTHON) --version). Fix: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,dev]"
+	@touch $@
+
+$(VENV_TL4)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_TL4)
+	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > $(VENV_TL4)/constraints.txt
+	$(VENV_TL4)/bin/python $(PIP_INSTALL) -c $(VENV_TL4)/constraints.txt -e ".[offline,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_TL4) output .pytest_cache .mypy_cache .ruff_cache .hypothesis
