@@ -26,8 +26,12 @@ class RunFileError(ValueError):
 
 
 def describe(argument: str, *, expected: str, got: object, fix: str, limit: int = 200) -> str:
-    """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `limit` characters."""
-    shown = got if isinstance(got, str) else repr(got)
+    """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `limit` characters.
+
+    A string is shown as it is, unless that would show nothing or break the line.
+    """
+    plain = isinstance(got, str) and got.isprintable() and got.strip()
+    shown = str(got) if plain else repr(got)
     if len(shown) > limit:
         shown = f"{shown[: limit - 1]}…"
     return f"{argument}: expected {expected}, got {shown}. Fix: {fix}."

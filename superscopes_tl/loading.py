@@ -77,15 +77,15 @@ def load_model(
     if _transformer_lens_class(model):
         _refuse_load_options(backend, dtype, device, from_pretrained)
         return _wrap(model, tokenizer, prepend_bos=prepend_bos)
-    number_type = _dtype(dtype)
+    number_type, place = _dtype(dtype), _device(device)
     with quiet():
         if isinstance(model, str | Path):
             hf, tokenizer, name = _from_pretrained(
-                model, tokenizer, number_type, device, from_pretrained
+                model, tokenizer, number_type, place, from_pretrained
             )
         else:
-            _refuse_load_options("auto", dtype, device, from_pretrained)
             name = _check_hugging_face(model, tokenizer)
+            _refuse_load_options("auto", dtype, device, from_pretrained)
             hf = model
         _check_tokenizer(tokenizer, name)
         fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
@@ -153,7 +153,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise bad_value(
+                "device",
+                expected="a device such as 'cuda', 'mps' or 'cpu'",
+                got=device,
+                fix="leave it out for the best there is",
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -190,14 +198,14 @@ def _from_pretrained(
     model: str | Path,
     tokenizer: Any,
     dtype: torch.dtype,
-    device: torch.device | str | None,
+    device: torch.device,
     options: dict[str, Any],
 ) -> tuple[Any, Any, str]:
     """Return the Hugging Face model and tokenizer of a name or directory, and how to call it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = MODEL_DIR if str(model) == BUNDLED_MODEL else Path(model)
-    if path.is_dir():
+    if str(model).strip() and path.is_dir():
         source, name = str(path), BUNDLED_MODEL if path == MODEL_DIR else path.name
         _check_directory(path, needs_tokenizer=tokenizer is None)
     else:
@@ -210,7 +218,7 @@ def _from_pretrained(
         hf = AutoModelForCausalLM.from_pretrained(
             source, **{"dtype": dtype, "attn_implementation": "eager", **options}
         ).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever is wrong with a name, a folder, a file or the network
         raise ModelLoadError(
             describe(
                 "model",
@@ -220,7 +228,7 @@ def _from_pretrained(
                 fix=f"check the name, the directory and the connection ({error})",
             )
         ) from error
-    return (hf if "device_map" in options else hf.to(_device(device))), tokenizer, name
+    return (hf if "device_map" in options else hf.to(device)), tokenizer, name
 
 
 def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:

@@ -96,6 +96,13 @@ class PatchedGenerator:
         self.max_new_tokens = _at_least_one(
             "max_new_tokens", max_new_tokens, model.max_new_tokens or PAPER_MAX_NEW_TOKENS
         )
+        if self.max_new_tokens >= model.n_ctx:
+            raise bad_value(
+                "max_new_tokens",
+                expected=f"fewer than {model.n_ctx}, the context of {model.name}",
+                got=self.max_new_tokens,
+                fix="10 is the paper's choice",
+            )
         self.target = as_target_prompt(target_prompt).locate(model, self.max_new_tokens)
         self.batch_size = _at_least_one(
             "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, self._rows_that_fit())

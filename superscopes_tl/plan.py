@@ -225,8 +225,12 @@ def plan_sweep(
     )
 
 
-def _check_alphas(alphas: float | Sequence[float]) -> tuple[float, ...]:
-    given = list(alphas) if isinstance(alphas, Iterable) else [alphas]
+def _check_alphas(alphas: Any) -> tuple[float, ...]:
+    if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
+        raise bad_type(
+            "alphas", expected="finite numbers", got=alphas, fix="pass numbers, as in alphas=(1, 3)"
+        )
+    given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
     fix = "pass for example alphas=(1, 3, 6, 9, 12, 15)"
     if not given:
         raise bad_value("alphas", expected="at least one finite number", got=given, fix=fix)

@@ -2,7 +2,7 @@
 
 1. Choose the rows: one token, one value per cell of the picture.
 2. Lay them out as layer x α, one panel per kind, all on one colour scale.
-3. Mark what a colour cannot say: cells that were not computed, texts that were empty.
+3. Mark what a colour cannot say: cells that were not computed, texts without a description.
 
 No function shows or writes a figure; `write_html` does the latter, in one file that opens
 offline. Colours are cividis, which reads the same with and without colour vision. Generated text
@@ -49,14 +49,14 @@ def heatmap(
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
 
     Hovering over a cell shows what the model wrote there. Cells that were not computed carry a
-    cross, cells whose text was empty a ring.
+    cross, cells whose text says nothing about the placeholder a ring.
 
     Args:
         result: the sweep.
         x: what runs along the horizontal axis; `"target_layer"` shows the best α of each source
             layer and target layer.
         value: the column to colour by, `score` or any other numeric column.
-        position: the token; the last one of the sweep unless given.
+        position: the token; the rightmost one of the sweep unless given.
         target_layer: which target layer, where there are several per source layer.
 
     Raises:
@@ -69,7 +69,7 @@ def heatmap(
     if x == "alpha":
         rows = _one_target_layer(rows, target_layer)
     else:
-        rows = rows.sort_values(value, ascending=False, na_position="last", kind="stable")
+        rows = rows.sort_values("score", ascending=False, na_position="last", kind="stable")
         rows = rows.drop_duplicates(["kind", "source_layer", "target_layer"])
     kinds = list(dict.fromkeys(result.table["kind"]))
     layers, columns = sorted(rows["source_layer"].unique()), sorted(rows[x].unique())
@@ -79,10 +79,13 @@ def heatmap(
         horizontal_spacing=0.02,
         subplot_titles=[TITLES.get(kind, kind) for kind in kinds],
     )
+    explained: set[str] = set()  # the legend names each mark once
     for column, kind in enumerate(kinds, start=1):
         panel = _Panel(rows[rows["kind"] == kind], layers, columns, x, value)
         figure.add_trace(panel.cells(), row=1, col=column)
         for marks in panel.marks():
+            marks.showlegend = marks.name not in explained
+            explained.add(marks.name)
             figure.add_trace(marks, row=1, col=column)
     figure.update_xaxes(title_text="α" if x == "alpha" else "target layer", type="category")
     figure.update_yaxes(title_text="source layer", type="category", col=1)
@@ -94,7 +97,8 @@ def heatmap(
         height=220 + 26 * len(layers),
         width=180 + 300 * len(kinds),
         plot_bgcolor="#e9e9e9",
-        showlegend=False,
+        showlegend=True,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.08, "yanchor": "bottom"},
     )
     return figure
 
@@ -115,7 +119,7 @@ def alpha_curve(
         kind: which kind; the first of the sweep unless given.
         layers: which source layers; all of the sweep unless given.
         value: the column to draw.
-        position: the token; the last one of the sweep unless given.
+        position: the token; the rightmost one of the sweep unless given.
         target_layer: which target layer, where there are several per source layer.
 
     Raises:
@@ -200,7 +204,7 @@ class _Panel:
         labels = len(self._columns) <= _LABEL_LIMIT
         return go.Heatmap(
             z=values,
-            x=[f"{c:g}" for c in self._columns],
+            x=[f"{c:.10g}" for c in self._columns],
             y=[str(i) for i in self._layers],
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
@@ -212,18 +216,18 @@ class _Panel:
         )
 
     def marks(self) -> list[go.Scatter]:
-        """Return the crosses of cells not computed and the rings of empty texts."""
+        """Return the crosses of cells not computed and the rings of texts without a description."""
         missing, empty = [], []
         for layer in self._layers:
             for c in self._columns:
-                place = (f"{c:g}", str(layer))
+                place = (f"{c:.10g}", str(layer))
                 if (layer, c) not in self._grid:
                     missing.append(place)
-                elif _or_none(self._grid[layer, c][self._value]) is None:
+                elif not self._grid[layer, c]["description"]:
                     empty.append((place, _hover(self._grid[layer, c])))
         marks = [
             _marker("not computed", "x-thin-open", missing, ["not computed"] * len(missing)),
-            _marker("empty text", "circle-open", [p for p, _ in empty], [h for _, h in empty]),
+            _marker("no description", "circle-open", [p for p, _ in empty], [h for _, h in empty]),
         ]
         return [mark for mark in marks if len(mark.x)]
 
@@ -245,6 +249,13 @@ def _marker(
 def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFrame:
     """Return the rows of one token after checking that the wanted column is there."""
     table = result.table
+    if table.empty:
+        raise bad_value(
+            "result",
+            expected="at least one cell",
+            got="an empty table",
+            fix="let the sweep finish a batch",
+        )
     numeric = list(table.select_dtypes("number").columns)
     if value not in numeric:
         raise bad_value(
@@ -252,13 +263,6 @@ def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFr
             expected=f"one of the numeric columns {numeric}",
             got=value,
             fix="value='score' is the similarity",
-        )
-    if table.empty:
-        raise bad_value(
-            "result",
-            expected="at least one cell",
-            got="an empty table",
-            fix="let the sweep finish a batch",
         )
     chosen = max(table["position"]) if position is None else position
     return _having(table, "position", [chosen])
@@ -277,6 +281,13 @@ def _having(rows: pd.DataFrame, column: str, wanted: list[Any]) -> pd.DataFrame:
 def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFrame:
     if target_layer is not None:
         rows = _having(rows, "target_layer", [target_layer])
+    if rows["mapping"].nunique() > 1:
+        raise bad_value(
+            "result",
+            expected="readings of one mapping",
+            got=rows["mapping"].unique().tolist(),
+            fix="draw a figure for each of them",
+        )
     if rows.duplicated(["kind", "source_layer", "alpha"]).any():
         there = sorted(rows["target_layer"].unique().tolist())
         raise bad_value(
@@ -294,10 +305,10 @@ def _or_none(value: float) -> float | None:
 
 
 def _hover(row: pd.Series) -> str:
-    score = "no text" if pd.isna(row["score"]) else f"{row['score']:.3f}"
+    score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
     copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""
     return (
-        f"<b>{_wrapped(row['description']) or '(empty)'}</b><br>"
+        f"<b>{_wrapped(row['description']) or '(no description)'}</b><br>"
         f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
         f"{row['target_layer']}, α = {row['alpha']:g}<br>"
         f"score {score} · norm ratio {row['norm_ratio']:.2f}{copied}<br>"

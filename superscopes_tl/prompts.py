@@ -66,14 +66,18 @@ class TargetPrompt:
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """The characters `[start, end)` of every occurrence of the placeholder."""
-        word = rf"(?<!\w){re.escape(self.placeholder)}(?!\w)"
-        return tuple(m.span() for m in re.finditer(word, self.text))
+        return tuple(m.span() for m in re.finditer(self._word, self.text))
+
+    @property
+    def _word(self) -> str:
+        """The placeholder with no letter or digit next to it, as a regular expression."""
+        return rf"(?<!\w){re.escape(self.placeholder)}(?!\w)"
 
     @property
     def few_shot_names(self) -> tuple[str, ...]:
         """The names that the prompt itself describes (`Syria`, ...): not to be read back."""
         names = re.findall(r"(?:^|,|\n)\s*([^,:\n]+):", self.text)
-        return tuple(n.strip() for n in names if n.strip() != self.placeholder)
+        return tuple(n.strip() for n in names if not re.search(self._word, n))
 
     def locate(self, model: LanguageModel, max_new_tokens: int) -> TargetTokens:
         """Tokenise for `model` and find the placeholder's tokens.

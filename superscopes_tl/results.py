@@ -13,7 +13,6 @@ import html
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -51,7 +50,7 @@ class Reading:
         norm_ratio: that norm in units of the residual stream that it replaced.
         text: everything that the model wrote.
         description: the part of it that is about the placeholder.
-        score: the scorer's number; NaN for an empty text.
+        score: the scorer's number; NaN where there was nothing to score.
         few_shot_copy: whether the description repeats a name that the target prompt gave.
         n_tokens: how many tokens were written.
         margin: the closest call among them, in logits (see `patching.Generation`).
@@ -119,7 +118,7 @@ class SweepResult:
         Args:
             alpha: this α for all (the paper's Figure 5 has α = 1); the best of each site unless
                 given (Figure 6).
-            position: the token; the last one of the sweep unless given.
+            position: the token; the rightmost one of the sweep unless given.
 
         Returns:
             A table with the source layer as index and, for every kind, the columns
@@ -145,7 +144,7 @@ class SweepResult:
         wide = one.rename(columns={"description": "reading"}).pivot(
             index="source_layer", columns="kind", values=["reading", "alpha", "score"]
         )
-        kinds = list(dict.fromkeys(self.table["kind"]))
+        kinds = list(dict.fromkeys(chosen["kind"]))
         columns = [(column, kind) for kind in kinds for column in ("reading", "alpha", "score")]
         return wide[columns].swaplevel(axis="columns")
 
@@ -165,7 +164,7 @@ class SweepResult:
             threshold: the score from which a description counts as reading the entity.
             reads: judges a description instead of the threshold, for example
                 `lambda text: "rock band" in text`.
-            position: the token; the last one of the sweep unless given.
+            position: the token; the rightmost one of the sweep unless given.
             target_layer: which target layer, if the sweep patched several per source layer.
 
         Returns:
@@ -204,17 +203,15 @@ class SweepResult:
         buffer = io.BytesIO()
         self.table.to_parquet(buffer, index=False)
         header = {"format": FORMAT, "version": FORMAT_VERSION, "provenance": self.provenance}
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            try:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                    text = json.dumps(header, indent=1, ensure_ascii=False)
-                    archive.writestr("provenance.json", text)
-                    archive.writestr("table.parquet", buffer.getvalue())
-                file.close()
-                Path(file.name).replace(target)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        fresh = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
+                text = json.dumps(header, indent=1, ensure_ascii=False)
+                archive.writestr("provenance.json", text)
+                archive.writestr("table.parquet", buffer.getvalue())
+            fresh.replace(target)
+        finally:
+            fresh.unlink(missing_ok=True)
         return target
 
     @classmethod
@@ -295,7 +292,7 @@ class SweepResult:
 def _html_cell(cell: pd.Series) -> str:
     if pd.isna(cell["alpha"]):
         return "<td>not computed</td>"
-    score = "no text" if pd.isna(cell["score"]) else f"{cell['score']:.2f}"
+    score = "no description" if pd.isna(cell["score"]) else f"{cell['score']:.2f}"
     return (
         f"<td style='text-align:left'><bdi>{html.escape(cell['reading'])}</bdi> "
         f"<small>α = {cell['alpha']:g}, {score}</small></td>"

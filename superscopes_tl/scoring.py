@@ -53,7 +53,8 @@ class SentenceEmbeddingScorer:
     """
 
     def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
-        self.name = model if isinstance(model, str) else str(getattr(model, "name", model))
+        named = model if isinstance(model, str | Path) else getattr(model, "name", None)
+        self.name = str(named or type(model).__name__)
         self._source = model
         self._batch_size = batch_size
         self._embeddings: dict[str, Float[np.ndarray, " dim"]] = {}
@@ -106,7 +107,8 @@ def packaged_scorer() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    weights = folder / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
     if digest != _PACKAGED_SHA256:
         raise bad_value(
             "scorer",

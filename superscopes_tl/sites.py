@@ -54,6 +54,8 @@ def check_kinds(
         ValueError: no kind at all, or a name that is no kind.
         UnavailableKindError: a kind that this model does not compute.
     """
+    if not isinstance(kinds, Iterable):
+        raise bad_type("kinds", expected="names of kinds", got=kinds, fix=f"choose from {KINDS}")
     wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not wanted:
         raise bad_value(
@@ -98,7 +100,7 @@ def check_layers(
     """
     if layers is None:
         return tuple(range(n_layers))
-    wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+    wanted = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     fix = f"choose from 0 to {n_layers - 1} (or -{n_layers} to -1, counted from the last layer)"
     if not wanted:
         raise bad_value(argument, expected="at least one layer", got=wanted, fix=fix)

@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Int
@@ -46,7 +46,7 @@ class TokenizedText:
         ids: one id per token, the BOS included if the model wants one.
         spans: the characters `[start, end)` that each token covers; `(0, 0)` for the BOS.
         labels: how to show each token, with visible white space.
-        has_bos: whether token 0 is a BOS that the text does not contain.
+        has_bos: whether token 0 is a BOS.
     """
 
     text: str
@@ -91,13 +91,23 @@ def tokenize(
             got=text,
             fix="write the prompt whose activations you want to read",
         )
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise bad_value(
+            argument,
+            expected="a text of whole characters",
+            got=text.encode("ascii", "backslashreplace").decode(),
+            fix="remove the lone surrogates, the halves of characters that were cut in two",
+        )
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = [int(i) for i in encoded["input_ids"]]
-    spans = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    pieces = model.tokenizer.convert_ids_to_tokens(ids)
+    spans = [
+        _own_span(text, piece, int(a), int(b))
+        for piece, (a, b) in zip(pieces, encoded["offset_mapping"], strict=True)
+    ]
     labels = _labels(text, spans)
     bos = model.bos_token_id
-    has_bos = bos is not None and ids[:1] != [bos]
-    if bos is not None and has_bos:
+    if bos is not None and ids[:1] != [bos]:
         ids, spans = [bos, *ids], [(0, 0), *spans]
         labels = [model.tokenizer.convert_ids_to_tokens(bos), *labels]
     if len(ids) + room > model.n_ctx:
@@ -108,7 +118,18 @@ def tokenize(
             got=f"{len(ids)} tokens",
             fix="shorten the text" + (" or generate fewer tokens" if room else ""),
         )
+    has_bos = bos is not None and ids[0] == bos
     return TokenizedText(text, tuple(ids), tuple(spans), tuple(labels), has_bos)
+
+
+def _own_span(text: str, piece: str, start: int, end: int) -> tuple[int, int]:
+    """Return the characters of a token, none for a space that the tokenizer put in by itself.
+
+    Some tokenizers put a space in front of a text; where it becomes a token of its own, they
+    count it to the first character.
+    """
+    is_space = not piece.strip("Ġ▁ ")
+    return (start, start) if is_space and text[start:end].strip() else (start, end)
 
 
 def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int, ...]:
@@ -126,8 +147,8 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     """
     if isinstance(positions, slice):
         chosen = [p for p in range(len(tokens))[positions] if not (tokens.has_bos and p == 0)]
-    elif isinstance(positions, int | str):
-        chosen = [_resolve(tokens, positions)]
+    elif isinstance(positions, str) or hasattr(positions, "__index__"):
+        chosen = [_resolve(tokens, cast("Position", positions))]
     elif isinstance(positions, Sequence):
         chosen = [_resolve(tokens, p) for p in positions]
     else:
@@ -209,8 +230,12 @@ def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
     A character that takes several tokens (an emoji, say) is shown with a count, `🌶 1/3`.
     """
     labels: list[str] = []
+    before = 0
     for index, span in enumerate(spans):
-        piece = text[slice(*span)]
+        # Some tokenizers do not count the space in front of a word to its token: show it there.
+        gap = text[before : span[0]]
+        piece = (gap if gap.isspace() else "") + text[slice(*span)]
+        before = max(before, span[1])
         shown = "".join(
             _VISIBLE.get(c, "·" if unicodedata.category(c) == "Zs" else c) for c in piece
         )

@@ -1,0 +1,175 @@
+"""The command: what it prints, writes, and how it ends."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from superscopes_tl import LanguageModel, SweepInterrupted, SweepResult, sweep
+from superscopes_tl.cli import app, parse_layers, parse_numbers
+from superscopes_tl.demo import count_right, known_facts, rescues, right, run_demo
+from superscopes_tl.mini.facts import PAPER_PROMPTS
+
+FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
+
+
+def run(*arguments: str) -> Any:
+    """Run the command as a user would."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+def test_the_command_and_each_subcommand_explain_themselves() -> None:
+    """--help names every command and what it does, and ends well."""
+    top = run("--help")
+    assert top.exit_code == 0
+    for name in ("sweep", "demo", "models"):
+        assert name in top.stdout
+        help_text = run(name, "--help")
+        assert help_text.exit_code == 0
+        assert "Usage" in help_text.stdout
+
+
+def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path) -> None:
+    """The run file holds all cells; the page holds the figure."""
+    out, page = tmp_path / "run.zip", tmp_path / "map.html"
+    done = run("sweep", "Pearl Jam", *FAST, "--out", str(out), "--html", str(page))
+    assert done.exit_code == 0, done.stderr
+    assert "Pearl Jam" in done.stdout
+    assert "resid_post" in done.stdout
+    result = SweepResult.load(out)
+    assert len(result) == 2 * 3 * 2
+    assert sorted(result.table["source_layer"].unique()) == [2, 5]
+    assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
+
+
+def test_all_cells_can_be_printed() -> None:
+    """--all prints a row per cell."""
+    done = run("sweep", "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.count("mlp_out") == 4
+
+
+def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> None:
+    """Several target layers make a grid whose horizontal axis is the target layer."""
+    page = tmp_path / "grid.html"
+    done = run("sweep", "Pearl Jam", *FAST, "--target-layer", "0,4", "--html", str(page))
+    assert done.exit_code == 0, done.stderr
+    assert "target layer" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", *FAST], "prompt: expected"),
+        (["Pearl Jam", "--alphas", "1,x"], "--alphas: expected numbers"),
+        (["Pearl Jam", "--layers", "2-x"], "--layers: expected layers such as 0-5,8"),
+        (["Pearl Jam", "--layers", "99"], "layers: expected layers of a model with"),
+        (["Pearl Jam", "--kinds", "mlp"], "kinds: expected"),
+        (["Pearl Jam", "--target-prompt", "no place"], "target_prompt: expected"),
+        (["Pearl Jam", "--model", "./nowhere"], "model: expected"),
+        (["Pearl Jam", "--dtype", "int8"], "dtype: expected"),
+        (["Pearl Jam", "--token", "Juice"], "positions: expected a substring"),
+    ],
+)
+def test_bad_input_ends_with_two_and_says_what_to_do(arguments: list[str], message: str) -> None:
+    """Exit code 2, the message on the error stream, no traceback."""
+    done = run("sweep", *arguments)
+    assert done.exit_code == 2
+    text = " ".join(done.stderr.split())
+    assert message in text
+    assert "Fix:" in text
+    assert "Traceback" not in text
+
+
+def test_an_interrupted_sweep_saves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """Exit code 130, as a shell expects, and the finished cells in the file."""
+    partial = sweep(mini, "Pearl Jam", layers=2, scorer=word_overlap, progress=False)
+
+    def stopped(*args: Any, **kwargs: Any) -> SweepResult:
+        raise SweepInterrupted("stopped after 18 of 99 cells", partial)
+
+    monkeypatch.setattr("superscopes_tl.sweep", stopped)
+    done = run("sweep", "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
+    assert done.exit_code == 130
+    assert "stopped after 18 of 99 cells" in done.stderr
+    assert len(SweepResult.load(tmp_path / "run.zip")) == 18
+
+
+def test_models_shows_the_bundled_model_and_what_else_there_is() -> None:
+    """Name, kinds, size, and how to name another."""
+    done = run("models")
+    assert done.exit_code == 0, done.stderr
+    for word in ("mini", "resid_mid", "fingerprint", "hub name"):
+        assert word in done.stdout
+
+
+def test_lists_of_layers_and_numbers() -> None:
+    """Ranges include both ends; negative layers count from the last."""
+    assert parse_layers("0-3,8,-1", "--layers") == [0, 1, 2, 3, 8, -1]
+    assert parse_numbers("1, 2.5,-3", "--alphas") == [1.0, 2.5, -3.0]
+
+
+def _rows(*cells: tuple[str, int, float, str]) -> pd.DataFrame:
+    table = pd.DataFrame(cells, columns=["prompt", "source_layer", "alpha", "description"])
+    return table.assign(kind="mlp_out")
+
+
+FACTS = {"Pearl Jam": "American rock band", "Syria": "country"}
+
+
+def test_right_means_the_fact_word_for_word_up_to_the_next_entry() -> None:
+    """A comma ends the entry; anything else that differs is not the fact."""
+    table = _rows(
+        ("Pearl Jam", 2, 1, "American rock band"),
+        ("Pearl Jam", 2, 1, "American rock band, Oman"),
+        ("Pearl Jam", 2, 1, "American rock"),
+        ("Syria", 2, 1, "American rock band"),
+        ("Unknown", 2, 1, ""),
+    )
+    assert right(table, FACTS).tolist() == [True, True, False, False, False]
+
+
+def test_a_rescue_is_wrong_at_one_and_right_at_the_smallest_larger_alpha() -> None:
+    """Only sites that α = 1 misreads count, with the first α that reads them."""
+    table = _rows(
+        ("Pearl Jam", 5, 1, "fruit"),
+        ("Pearl Jam", 5, 9, "American rock band"),
+        ("Pearl Jam", 5, 3, "American rock band"),
+        ("Pearl Jam", 2, 1, "American rock band"),
+        ("Pearl Jam", 2, 3, "American rock band"),
+        ("Syria", 5, 1, "fruit"),
+        ("Syria", 5, 3, "fruit"),
+    )
+    found = list(rescues(table, FACTS))
+    assert [(r.prompt, r.layer, r.before, r.alpha) for r in found] == [("Pearl Jam", 5, "fruit", 3)]
+
+
+def test_the_counts_stand_beside_their_controls(mini: LanguageModel) -> None:
+    """On a few prompts: what is read right is neither random nor another prompt's fact."""
+    prompts = PAPER_PROMPTS[:4]
+    counts = count_right(mini, known_facts(), prompts).set_index("cells")
+    assert counts.loc["resid_post, α = 1", "right"] >= 3
+    assert counts["random vector"].max() == 0
+    assert counts["other prompt"].max() <= 1
+
+
+def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) -> None:
+    """Tables, an MLP output rescued by amplification, counts, a page, run files."""
+    screen = io.StringIO()
+    page = run_demo(mini, tmp_path, PAPER_PROMPTS[:3], Console(file=screen, width=160))
+    shown = screen.getvalue()
+    assert "Red Hot Chili Peppers" in shown
+    assert "✓" in shown, "at least one reading is the fact, word for word"
+    assert "MLP outputs that only amplification reads" in shown
+    assert "random vector" in shown
+    assert str(page) in shown
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 5
+    assert len(list(tmp_path.glob("*.zip"))) == 5
