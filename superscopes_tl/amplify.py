@@ -41,21 +41,22 @@ def scale(alpha: float) -> MappingFunction:
 
 
 def random_direction(seed: int = 0) -> MappingFamily:
-    """Control: the norm of α·v in one random direction, the same for every vector.
+    """Control: the norm of α·v in a random direction.
 
     What a sweep reads through this family owes nothing to the direction of v, only to how far
-    the placeholder was pushed.
+    the placeholder was pushed. Each row of a batch of vectors has a direction of its own, which
+    stays the same for every α, as the direction of v does.
 
     Args:
-        seed: chooses the direction; another seed is another draw of the control.
+        seed: chooses the directions; another seed is another draw of the control.
     """
 
     def random_scale(alpha: float) -> MappingFunction:
         def redirect(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
             generator = torch.Generator().manual_seed(seed)
-            direction = torch.randn(v.shape[-1], generator=generator).to(v.device)
+            directions = torch.randn(v.shape, generator=generator).to(v.device)
             norms = v.float().norm(dim=-1, keepdim=True)
-            redirected: Tensor = norms * alpha * direction / direction.norm()
+            redirected: Tensor = alpha * norms * directions / directions.norm(dim=-1, keepdim=True)
             return redirected
 
         return redirect

@@ -7,11 +7,14 @@ saves its finished cells if a file was asked for and ends with 130.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Amplify a model's internal activations and let the model say what they mean.",
@@ -20,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_ERRORS = Console(stderr=True)
+# Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
+_OUTPUT = Console(emoji=False)
+_ERRORS = Console(stderr=True, emoji=False)
 
 
 @app.command()
@@ -55,6 +60,9 @@ def sweep(
     scorer: Annotated[
         str, typer.Option(help="A SentenceTransformer. all-MiniLM-L6-v2 unless given.")
     ] = "",
+    score_on: Annotated[
+        str, typer.Option(help="'description', or as the paper did the whole 'text'.")
+    ] = "description",
     backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[
@@ -73,7 +81,6 @@ def sweep(
     """Read a prompt at every layer and α, and print what the model says it means."""
     from superscopes_tl import (
         DESCRIPTION_PROMPT,
-        SweepInterrupted,
         TargetPrompt,
         heatmap,
         load_model,
@@ -81,7 +88,9 @@ def sweep(
     )
     from superscopes_tl import sweep as run_sweep
 
-    try:
+    with _explained(), _stopped_sweep_saved_to(out):
+        for path in (out, html):
+            _check_folder(path)
         target = TargetPrompt(target_prompt, placeholder) if target_prompt else DESCRIPTION_PROMPT
         loaded = load_model(model, backend=_backend(backend), dtype=dtype, device=device or None)
         result = run_sweep(
@@ -98,22 +107,17 @@ def sweep(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             scorer=scorer or None,
+            score_on=score_on,
         )
-    except (ValueError, TypeError) as error:
-        _ERRORS.print(f"[red]Error:[/red] {_plain(str(error))}")
-        raise typer.Exit(2) from error
-    except SweepInterrupted as stopped:
-        where = f" Saved to {stopped.partial.save(out)}." if out else ""
-        _ERRORS.print(f"{_plain(str(stopped))}.{where}")
-        raise typer.Exit(130) from stopped
-    _print_result(result, show_all=show_all)
-    console = Console()
-    if out:
-        console.print(f"Run file: {result.save(out)}")
-    if html:
-        several = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
-        figure = heatmap(result, x="target_layer" if several else "alpha")
-        console.print(f"Heatmap: {write_html(figure, html)}")
+        _print_result(result, show_all=show_all)
+        if out:
+            _OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
+        if html:
+            grid = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
+            x: Literal["alpha", "target_layer"] = "target_layer" if grid else "alpha"
+            positions = dict.fromkeys(result.table["position"])
+            figures = [heatmap(result, x=x, position=position) for position in positions]
+            _OUTPUT.print(f"Heatmap: {write_html(figures, html)}", markup=False)
 
 
 @app.command()
@@ -127,11 +131,8 @@ def demo(
     from superscopes_tl import load_model
     from superscopes_tl.demo import run_demo
 
-    try:
+    with _explained():
         run_demo(load_model(backend=_backend(backend)), output)
-    except ValueError as error:
-        _ERRORS.print(f"[red]Error:[/red] {_plain(str(error))}")
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -143,19 +144,15 @@ def models(
     """Say which models can be loaded, and show what one of them is."""
     from superscopes_tl import load_model
 
-    try:
+    with _explained():
         loaded = load_model(model)
-    except ValueError as error:
-        _ERRORS.print(f"[red]Error:[/red] {_plain(str(error))}")
-        raise typer.Exit(2) from error
-    console = Console()
-    console.print(f"[bold]{loaded!r}[/bold]")
-    console.print(f"kinds       {', '.join(loaded.kinds)}")
-    console.print(f"context     {loaded.n_ctx} tokens")
-    for name, value in loaded.provenance().items():
-        if name not in ("name", "n_layers"):
-            console.print(f"{name:<18}{value}")
-    console.print(
+    facts = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
+    facts.update(loaded.provenance())
+    _OUTPUT.print(repr(loaded), style="bold", markup=False)
+    for name, value in facts.items():
+        if name not in ("name", "n_layers", "d_model"):
+            _OUTPUT.print(f"{name:<18}{value}", markup=False)
+    _OUTPUT.print(
         "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
         "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
         "meta-llama/Llama-2-13b-chat-hf) or a local directory."
@@ -193,7 +190,12 @@ def parse_layers(text: str, option: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            layers += range(int(first), int(last) + 1) if dash and first else [int(part)]
+            chosen: Sequence[int] = (
+                range(int(first), int(last) + 1) if dash and first else [int(part)]
+            )
+            if not chosen:
+                raise ValueError("a range from high to low")
+            layers += chosen
         except ValueError as error:
             raise bad_value(
                 option,
@@ -217,8 +219,44 @@ def _backend(text: str) -> Any:
     return text  # load_model checks it and says what is expected
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """End with exit code 2 and the message on bad input, with 1 on what the machine refuses."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        _ERRORS.print(f"Error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    except (OSError, MemoryError) as error:
+        _ERRORS.print(f"Error: {type(error).__name__}: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _stopped_sweep_saved_to(out: Path | None) -> Iterator[None]:
+    """Save the finished cells of a sweep that broke off; end with 130 or 1."""
+    from superscopes_tl import SweepError, SweepInterrupted
+
+    try:
+        yield
+    except (SweepInterrupted, SweepError) as stopped:
+        _ERRORS.print(str(stopped), markup=False)
+        if out:
+            _ERRORS.print(f"Saved to {stopped.partial.save(out)}.", markup=False)
+        raise typer.Exit(130 if isinstance(stopped, SweepInterrupted) else 1) from stopped
+
+
+def _check_folder(path: Path | None) -> None:
+    """Find out before a long sweep that its result would have no place."""
+    from superscopes_tl.errors import bad_value
+
+    if path is not None and not path.parent.is_dir():
+        raise bad_value(
+            "--out or --html",
+            expected="a file in a folder that exists",
+            got=str(path),
+            fix=f"mkdir -p {path.parent}",
+        )
 
 
 def _print_result(result: Any, *, show_all: bool) -> None:
@@ -226,17 +264,16 @@ def _print_result(result: Any, *, show_all: bool) -> None:
 
     from superscopes_tl.demo import reading_table
 
-    console = Console()
     if not show_all:
         for position in dict.fromkeys(result.table["position"]):
             chosen = result.table[result.table["position"] == position]
-            console.print(reading_table(type(result)(chosen, result.provenance)))
+            _OUTPUT.print(reading_table(type(result)(chosen, result.provenance)))
         return
-    table = Table(title=_plain(str(result.provenance["prompt"])))
+    table = Table(title=escape(str(result.provenance["prompt"])))
     columns = ["token", "kind", "source_layer", "target_layer", "alpha", "score", "text"]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in result.table[columns].to_dict("records"):
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
-        table.add_row(*map(_plain, cells))
-    console.print(table)
+        table.add_row(*map(escape, cells))
+    _OUTPUT.print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,26 +19,34 @@ from typing import Any, Literal
 
 import torch
 
+from superscopes_tl.backends import decoder_for
 from superscopes_tl.errors import ModelLoadError, describe
+
+_LOG = logging.getLogger(__name__)
 
 Backend = Literal["auto", "hooked", "bridge"]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars and deprecation notices of the libraries while a model loads."""
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Hide the deprecation notices of the libraries while a model loads.
+
+    Args:
+        bars: whether to keep their progress bars, as for a download.
+    """
     from transformers.utils import logging as hf_logging
 
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    verbosity, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    if not bars:
+        hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(verbosity)
-        if bars:
+        if had_bars:
             hf_logging.enable_progress_bar()
 
 
@@ -66,6 +75,7 @@ def to_transformer_lens(hf: Any, tokenizer: Any, backend: Backend, name: str) ->
                         fix=f"use backend='bridge' ({type(error).__name__}: {error})",
                     )
                 ) from error
+            _LOG.info("%s: TransformerBridge, because %s: %s", name, type(error).__name__, error)
     from transformer_lens.model_bridge import TransformerBridge
 
     with _saved_tokenizer(tokenizer) as (folder, copy):
@@ -120,9 +130,13 @@ def _hooked(hf: Any, tokenizer: Any) -> Any:
 
 
 def _compare_logits(hf: Any, lens: Any) -> None:
-    tokens = torch.arange(1, 9, device=hf.device)[None] % hf.config.vocab_size
+    """Compare the last logits of a few tokens, run as a sweep runs them, with the original's."""
+    tokens = torch.arange(1, 33, device=hf.device)[None] % hf.config.vocab_size
+    decoder = decoder_for(lens)
     with torch.no_grad():
-        expected, got = hf(tokens).logits.float(), lens(tokens).float()
+        expected = hf(tokens).logits[:, -1].float()
+        cache = decoder.expand(decoder.prefill(tokens[:, :20]), 1, tokens.shape[1] - 20)
+        got = decoder.step(tokens[:, 20:], cache).float()
     difference = (expected - got).abs().max().item() / expected.abs().max().item()
     tolerance = 1e-3 if hf.dtype == torch.float32 else 0.1
     if not difference <= tolerance:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.amplify import MappingFamily, random_direction, scale
@@ -83,10 +85,8 @@ def rescues(table: pd.DataFrame, facts: Mapping[str, str]) -> Iterator[Rescue]:
         plain = site[site["alpha"] == 1]
         if len(hits) and not right(plain, facts).any():
             first = hits.iloc[0]
-            before = str(plain["description"].iloc[0])
-            yield Rescue(
-                first["prompt"], first["source_layer"], before, first["alpha"], first["description"]
-            )
+            prompt, before = first["prompt"], str(plain["description"].iloc[0])
+            yield Rescue(prompt, first["source_layer"], before, first["alpha"], facts[prompt])
 
 
 def run_demo(
@@ -103,7 +103,7 @@ def run_demo(
         prompts: the prompts that are counted.
         console: where to print.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     started = time.perf_counter()
     model = model or load_model(backend="bridge")
     facts = known_facts()
@@ -133,10 +133,10 @@ def reading_table(result: SweepResult, facts: Mapping[str, str] | None = None) -
     """
     wide = result.by_layer()
     kinds = list(wide.columns.get_level_values(0).unique())
-    prompt = str(result.provenance["prompt"])
+    prompt, token = str(result.provenance["prompt"]), result.table["token"].iloc[-1]
     fact = (facts or {}).get(prompt)
     token = result.table["token"].iloc[-1]
-    table = Table(title=f"{prompt} · token {token!r} · best reading (α, similarity)")
+    table = Table(title=escape(f"{prompt} · token {token!r} · best reading (α, similarity)"))
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, overflow="fold")
@@ -145,7 +145,7 @@ def reading_table(result: SweepResult, facts: Mapping[str, str] | None = None) -
         for kind in kinds:
             reading, alpha, score = (row[kind, c] for c in ("reading", "alpha", "score"))
             mark = "[green]✓[/green] " if fact and reading.split(",")[0].strip() == fact else ""
-            cells.append(f"{mark}{_escape(reading)} [dim]({alpha:g}, {score:.2f})[/dim]")
+            cells.append(f"{mark}{escape(reading)} [dim]({alpha:g}, {score:.2f})[/dim]")
         table.add_row(str(layer), *cells)
     return table
 
@@ -156,11 +156,11 @@ def _print_rescues(console: Console, found: Sequence[Rescue]) -> None:
         table.add_column(column, overflow="fold")
     for rescue in found:
         table.add_row(
-            _escape(rescue.prompt),
+            escape(rescue.prompt),
             str(rescue.layer),
-            _escape(rescue.before),
+            escape(rescue.before),
             f"{rescue.alpha:g}",
-            _escape(rescue.after),
+            escape(rescue.after),
         )
     console.print(table if found else "No MLP output was read by amplification alone.")
 
@@ -183,16 +183,14 @@ def count_right(
 
     Returns:
         A row per entry of `COUNTED` with the columns `right`, `random vector` (vectors of equal
-        norm at the same sites) and `other prompt` (the same readings against the fact of the
-        next prompt in the list).
+        norm at the same sites) and `other prompt` (the same readings judged by the other
+        prompts' facts, the mean over all of them).
     """
     generator = PatchedGenerator(
         model, max_new_tokens=_longest(model, facts, prompts), batch_size=COUNT_BATCH_SIZE
     )
     real = _readings(generator, prompts, scale)
     random = _readings(generator, prompts, random_direction(0))
-    # The other-prompt control: judge each prompt's readings by the next prompt's fact.
-    shifted = dict(zip(prompts, [facts[p] for p in [*prompts[1:], prompts[0]]], strict=True))
     rows = []
     for kind, alphas in COUNTED:
         mine, null = (
@@ -203,7 +201,7 @@ def count_right(
                 "cells": f"{kind}, α = {' or '.join(f'{a:g}' for a in alphas)}",
                 "right": _prompts_right(mine, facts),
                 "random vector": _prompts_right(null, facts),
-                "other prompt": _prompts_right(mine, shifted),
+                "other prompt": f"{_others_right(mine, facts, prompts):.2f}",
             }
         )
     return pd.DataFrame(rows)
@@ -216,13 +214,17 @@ def _readings(
     alphas_of: dict[HookKind, set[float]] = {}
     for kind, alphas in COUNTED:
         alphas_of.setdefault(kind, set()).update(alphas)
+    activations = [capture(generator.model, prompt, kinds=alphas_of) for prompt in prompts]
     rows, patches = [], []
-    for prompt in prompts:
-        activations = capture(generator.model, prompt, kinds=alphas_of)
-        for (kind, _), vectors in activations.vectors.items():
-            for alpha in sorted(alphas_of[kind]):
-                rows.append({"prompt": prompt, "kind": kind, "alpha": alpha})
-                patches.append(Patch(family(alpha)(vectors[-1]), 0))
+    for kind, wanted in alphas_of.items():
+        names, vectors = [], []
+        for prompt, seen in zip(prompts, activations, strict=True):
+            for layer in range(generator.model.n_layers):
+                names.append(prompt)
+                vectors.append(seen[kind, layer][-1])
+        for alpha in sorted(wanted):
+            rows += [{"prompt": name, "kind": kind, "alpha": alpha} for name in names]
+            patches += [Patch(vector, 0) for vector in family(alpha)(torch.stack(vectors))]
     texts = [crop_description(generation.text) for generation in generator.generate(patches)]
     return pd.DataFrame(rows).assign(description=texts)
 
@@ -244,7 +246,16 @@ def _print_counts(
         table.add_row(*row.values())
     console.print(table)
     unpatched = crop_description(PatchedGenerator(model).unpatched().text)
-    console.print(f"Unpatched, the target prompt goes on: [italic]{_escape(unpatched)}[/italic]")
+    console.print(f"Unpatched, the target prompt goes on: [italic]{escape(unpatched)}[/italic]")
+
+
+def _others_right(table: pd.DataFrame, facts: Mapping[str, str], prompts: Sequence[str]) -> float:
+    """Return how many prompts are read as another prompt's fact, the mean over the others."""
+    shifts = range(1, len(prompts))
+    others = (
+        {p: facts[prompts[(i + k) % len(prompts)]] for i, p in enumerate(prompts)} for k in shifts
+    )
+    return sum(_prompts_right(table, other) for other in others) / len(shifts)
 
 
 def _prompts_right(table: pd.DataFrame, facts: Mapping[str, str]) -> int:
@@ -253,8 +264,3 @@ def _prompts_right(table: pd.DataFrame, facts: Mapping[str, str]) -> int:
 
 def _file_name(prompt: str) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
-
-
-def _escape(text: str) -> str:
-    """Return `text` without what rich would take for markup."""
-    return text.replace("[", r"\[")

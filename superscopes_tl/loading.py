@@ -33,6 +33,17 @@ _TOKENIZER_FILES = (
 )
 
 
+_TOKENIZER_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "trust_remote_code",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+)
+
+
 def load_model(
     model: Any = BUNDLED_MODEL,
     tokenizer: Any = None,
@@ -77,8 +88,15 @@ def load_model(
     if _transformer_lens_class(model):
         _refuse_load_options(backend, dtype, device, from_pretrained)
         return _wrap(model, tokenizer, prepend_bos=prepend_bos)
+    if device is not None and "device_map" in from_pretrained:
+        raise bad_value(
+            "device",
+            expected="no device beside a device_map",
+            got=device,
+            fix="leave one of the two out",
+        )
     number_type, place = _dtype(dtype), _device(device)
-    with quiet():
+    with quiet(bars=isinstance(model, str) and model != BUNDLED_MODEL):
         if isinstance(model, str | Path):
             hf, tokenizer, name = _from_pretrained(
                 model, tokenizer, number_type, place, from_pretrained
@@ -86,7 +104,7 @@ def load_model(
         else:
             name = _check_hugging_face(model, tokenizer)
             _refuse_load_options("auto", dtype, device, from_pretrained)
-            hf = model
+            hf = model.eval()  # dropout would make every run read something else
         _check_tokenizer(tokenizer, name)
         fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
         lens = to_transformer_lens(hf, tokenizer, backend, name)
@@ -210,14 +228,16 @@ def _from_pretrained(
         _check_directory(path, needs_tokenizer=tokenizer is None)
     else:
         source = name = str(model)
-    shared = {k: options[k] for k in ("revision", "cache_dir", "token") if k in options}
+    shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         # TransformerLens exposes attention patterns, which needs the plain implementation.
-        hf = AutoModelForCausalLM.from_pretrained(
-            source, **{"dtype": dtype, "attn_implementation": "eager", **options}
-        ).eval()
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            output_loading_info=True,
+            **{"dtype": dtype, "attn_implementation": "eager", **options},
+        )
     except Exception as error:  # whatever is wrong with a name, a folder, a file or the network
         raise ModelLoadError(
             describe(
@@ -228,6 +248,16 @@ def _from_pretrained(
                 fix=f"check the name, the directory and the connection ({error})",
             )
         ) from error
+    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ModelLoadError(
+            describe(
+                "model",
+                expected="weights for every parameter (a missing one would be random)",
+                got=f"{source} without fitting {', '.join(wrong)}",
+                fix="download or save the model again, complete",
+            )
+        )
+    hf = hf.eval()
     return (hf if "device_map" in options else hf.to(device)), tokenizer, name
 
 
@@ -268,6 +298,7 @@ def _prepends_bos(tokenizer: Any) -> bool:
 
 def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None) -> LanguageModel:
     """Describe a TransformerLens object that the user made."""
+    lens.eval()
     own = tokenizer if tokenizer is not None else lens.tokenizer
     name = str(lens.cfg.model_name or type(lens).__name__)
     if own is None:

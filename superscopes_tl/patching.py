@@ -15,18 +15,18 @@ section 3.1: later tokens see the patched state through attention, they are neve
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.memory import free_memory, out_of_memory, rows_that_fit
 from superscopes_tl.models import Hook, LanguageModel
 from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
@@ -37,8 +37,12 @@ from superscopes_tl.prompts import (
 from superscopes_tl.sites import check_layers, hook_name
 
 DEFAULT_BATCH_SIZE = 64
-MEMORY_SHARE = 0.25
-"""Share of the free memory that the keys and values of one batch may take."""
+LONGEST_DEFAULT = 64
+"""A model that asks for longer texts than this means conversation, not descriptions."""
+NEAR_TIE = 5e-5
+"""Float32 logits nearer to each other than this may change places with the batch size."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,7 @@ class Patch:
     """One cell's work: write `vector` over the placeholder at the output of `target_layer`.
 
     Attributes:
-        vector: f(v), `Float[Tensor, " d_model"]` in float32.
+        vector: f(v), `Float[Tensor, " d_model"]`; the vectors of one call on one device.
         target_layer: block number from 0; `None` leaves the target prompt unpatched.
     """
 
@@ -62,7 +66,8 @@ class Generation:
         token_ids: the new tokens, without the one that ended the text.
         text: the same as text.
         margin: the smallest distance, in logits, between the chosen token and the second best
-            over the steps. Below about 5e-5 another batch size may choose differently.
+            over the steps. Below `NEAR_TIE` another batch size may choose differently. NaN, and
+            the text empty, where the model's own arithmetic overflowed.
     """
 
     token_ids: tuple[int, ...]
@@ -76,8 +81,8 @@ class PatchedGenerator:
     Args:
         model: from `load_model`.
         target_prompt: the prompt with the placeholder.
-        max_new_tokens: the longest text; the model's own default if it states one
-            (`generation_config.json`), else the paper's 10.
+        max_new_tokens: the longest text; the model's own default if it states one of at most 64
+            (`generation_config.json`, as the bundled model does), else the paper's 10.
         batch_size: rows per batch; 64, or fewer where memory is short, unless given.
 
     Raises:
@@ -94,7 +99,7 @@ class PatchedGenerator:
     ) -> None:
         self.model = model
         self.max_new_tokens = _at_least_one(
-            "max_new_tokens", max_new_tokens, model.max_new_tokens or PAPER_MAX_NEW_TOKENS
+            "max_new_tokens", max_new_tokens, default_new_tokens(model)
         )
         if self.max_new_tokens >= model.n_ctx:
             raise bad_value(
@@ -105,7 +110,7 @@ class PatchedGenerator:
             )
         self.target = as_target_prompt(target_prompt).locate(model, self.max_new_tokens)
         self.batch_size = _at_least_one(
-            "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, self._rows_that_fit())
+            "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, rows_that_fit(model, self._length))
         )
 
     def generate(self, patches: Sequence[Patch]) -> list[Generation]:
@@ -127,25 +132,48 @@ class PatchedGenerator:
         start = 0
         while start < len(patches):
             batch = patches[start : start + self.batch_size]
-            try:
-                generations = self._generate_batch(batch)
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                if self.batch_size == 1:
-                    raise MemoryError(
-                        f"batch_size: not even one row of {self.model.name} fits into memory. "
-                        "Fix: a shorter target prompt, fewer max_new_tokens or a smaller model."
-                    ) from error
-                self.batch_size = max(1, len(batch) // 2)
-            else:
+            generations = self._unless_memory_runs_out(partial(self._generate_batch, batch), batch)
+            if generations is not None:
                 yield generations
                 start += len(batch)
-                continue
-            # Outside the handler, whose traceback keeps the failed batch's tensors alive.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+
+    def _unless_memory_runs_out(self, work: Callable[[], T], batch: Sized) -> T | None:
+        """Return the work's result, or `None` after halving the batch size for another try."""
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise MemoryError(
+                    f"batch_size: not even one row of {self.model.name} fits into memory. "
+                    "Fix: a shorter target prompt, fewer max_new_tokens or a smaller model."
+                ) from error
+            self.batch_size = len(batch) // 2
+        free_memory()  # outside the handler, whose traceback keeps the failed batch's tensors
+        return None
+
+    def seconds_per_batch(self, rows: int) -> float:
+        """Return how long a batch takes, from its prompt and one timed step.
+
+        Rows that end early are not accounted for. `batch_size` is halved if memory runs out.
+        """
+        while True:
+            rows = min(rows, self.batch_size)
+            seconds = self._unless_memory_runs_out(partial(self._time_batch, rows), range(rows))
+            if seconds is not None:
+                return seconds
+
+    def _time_batch(self, rows: int) -> float:
+        token = torch.zeros((rows, 1), dtype=torch.long, device=self.model.device)
+        with torch.no_grad():
+            cache = self._start(rows)
+            moments = [time.perf_counter()]
+            for tokens in (self._tail(rows), token, token):
+                float(self.step(tokens, cache)[0, 0])  # to a number: waits for the device
+                moments.append(time.perf_counter())
+        # The first step of a shape is slower than those that follow.
+        return (moments[1] - moments[0]) + (self.max_new_tokens - 1) * (moments[3] - moments[2])
 
     def unpatched(self) -> Generation:
         """Return what the model writes when nothing is patched: the simplest control."""
@@ -161,8 +189,13 @@ class PatchedGenerator:
         """
         names = [hook_name("resid_post", layer) for layer in range(self.model.n_layers)]
         seen = self.model.activations(self._tokens, names)
-        rows = [seen[name][0, list(self.target.positions)].float().norm(dim=-1) for name in names]
-        return torch.stack(rows).mean(dim=1).cpu()
+        at = list(self.target.positions)
+        return torch.stack([seen[name][0, at].float().norm(dim=-1).mean().cpu() for name in names])
+
+    @property
+    def _length(self) -> int:
+        """The most tokens that a row can have."""
+        return len(self.target.tokens) + self.max_new_tokens
 
     @property
     def _tokens(self) -> Int[Tensor, "1 pos"]:
@@ -178,25 +211,14 @@ class PatchedGenerator:
         with torch.no_grad():
             return self.model.decoder.prefill(self._tokens[:, : self._first])
 
-    def _rows_that_fit(self) -> int:
-        cfg, length = self.model.lens.cfg, len(self.target.tokens) + self.max_new_tokens
-        heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-        itemsize = torch.finfo(self.model.dtype).bits // 8
-        row = 2 * length * cfg.n_layers * heads * cfg.d_head * itemsize
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return max(1, int(int(free) * MEMORY_SHARE) // int(row))
-
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
         with torch.no_grad():
-            cache = self.start(len(patches))
+            cache = self._start(len(patches))
             with self.model.hooks(self._patch_hooks(patches)):
                 logits = self.step(self._tail(len(patches)), cache)
             return self._decode(logits, cache)
 
-    def start(self, rows: int) -> Any:
+    def _start(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
         room = len(self.target.tokens) - self._first + self.max_new_tokens
         return self.model.decoder.expand(self._prefix, rows, room)
@@ -245,9 +267,12 @@ class PatchedGenerator:
         rows = len(logits)
         chosen: list[Tensor] = []
         ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+        broken = torch.zeros_like(ended)
         margins = torch.full((rows,), float("inf"), device=logits.device)
         eos = torch.tensor(self.model.eos_token_ids, device=logits.device, dtype=torch.long)
         for step in range(self.max_new_tokens):
+            broken |= ~ended & ~torch.isfinite(logits).all(dim=-1)
+            ended = ended | broken
             best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
             margin = best[:, 0] - best[:, -1]
             margins = torch.where(ended, margins, torch.minimum(margins, margin))
@@ -258,7 +283,8 @@ class PatchedGenerator:
             if step + 1 == self.max_new_tokens or bool(ended.all()):
                 break
             logits = self.step(tokens[:, None].to(self.model.device), cache)
-        ids = torch.stack(chosen, dim=1).tolist()
+        ids = torch.stack(chosen, dim=1).masked_fill(broken[:, None], -1).tolist()
+        margins = margins.masked_fill(broken, float("nan"))
         return [
             self._generation(row, margin) for row, margin in zip(ids, margins.tolist(), strict=True)
         ]
@@ -286,6 +312,12 @@ def _writer(
     return write
 
 
+def default_new_tokens(model: LanguageModel) -> int:
+    """Return the length of a text if none is asked for (see `PatchedGenerator`)."""
+    own = model.max_new_tokens
+    return own if own is not None and 1 <= own <= LONGEST_DEFAULT else PAPER_MAX_NEW_TOKENS
+
+
 def _at_least_one(argument: str, value: int | None, default: int) -> int:
     number: object = default if value is None else value
     if isinstance(number, bool) or not isinstance(number, int):
@@ -298,10 +330,3 @@ def _at_least_one(argument: str, value: int | None, default: int) -> int:
             fix=f"pass {argument}={default}, the default here, or another count",
         )
     return number
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Tell whether an allocation failed; on a CPU, torch says so in a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

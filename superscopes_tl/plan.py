@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
-
-import torch
 
 from superscopes_tl.amplify import MappingFamily, family_name, scale
 from superscopes_tl.errors import bad_type, bad_value
@@ -30,9 +27,14 @@ from superscopes_tl.prompts import (
     TargetPrompt,
     as_target_prompt,
 )
-from superscopes_tl.scoring import Scorer, as_scorer, scorer_name
+from superscopes_tl.scoring import (
+    Scorer,
+    SentenceEmbeddingScorer,
+    as_scorer,
+    scorer_name,
+)
 from superscopes_tl.sites import PAPER_KINDS, Site, check_kinds, check_layers
-from superscopes_tl.tokens import Positions, TokenizedText, resolve_positions, tokenize
+from superscopes_tl.tokens import Positions, TokenizedText, check_text, resolve_positions, tokenize
 
 TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 """A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
@@ -44,6 +46,9 @@ ScoreOn = Literal["description", "text"]
 class SweepConfig:
     """The settings of a sweep; the defaults are the paper's (sections 4.1 and 5.1).
 
+    With two exceptions: the description is scored without what follows it (`score_on="text"` is
+    the paper's protocol), and a model may state its own length of a text.
+
     Attributes:
         layers: source layers, counted from 0; every layer unless given.
         kinds: kinds of activation.
@@ -53,7 +58,7 @@ class SweepConfig:
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
         mapping: gives the mapping function of each α.
-        max_new_tokens: the longest text; the model's own default, else the paper's 10.
+        max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
         batch_size: rows per batch; chosen by memory unless given.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_on: score the cropped "description", or as the paper did the whole "text".
@@ -116,20 +121,13 @@ class SweepPlan:
         return math.ceil(len(self.cells) / self.generator.batch_size)
 
     def estimate_seconds(self) -> float:
-        """Return the expected duration of generating all cells, from one timed batch step.
+        """Return the expected duration of generating all cells, from one timed batch.
 
-        The estimate leaves out scoring, and rows that end early: it is an upper bound in kind.
+        Scoring comes on top; texts that end early save time.
         """
         generator = self.generator
-        rows = min(generator.batch_size, len(self.cells))
-        token = torch.zeros((rows, 1), dtype=torch.long, device=self.model.device)
-        with torch.no_grad():
-            cache = generator.start(rows)
-            generator.step(token, cache)  # the first call of a shape is slower
-            started = time.perf_counter()
-            generator.step(token, cache)
-            one_step = time.perf_counter() - started
-        return one_step * generator.max_new_tokens * len(self.cells) / rows
+        seconds = generator.seconds_per_batch(min(generator.batch_size, len(self.cells)))
+        return seconds * self.n_batches
 
     def provenance(self) -> dict[str, Any]:
         """Return where the result comes from, as plain data."""
@@ -159,6 +157,7 @@ class SweepPlan:
                 "max_new_tokens": self.generator.max_new_tokens,
                 "batch_size": self.generator.batch_size,
                 "scorer": scorer_name(self.scorer),
+                "scorer_weights": getattr(self.scorer, "weights", None),
                 "score_on": self.config.score_on,
                 "decoding": "greedy",
             },
@@ -188,12 +187,10 @@ def plan_sweep(
             fix="use dataclasses.replace(config, ...)",
         )
     config = config or SweepConfig(**settings)
-    model = load_model(model)
-    source = tokenize(model, prompt)
-    kinds = check_kinds(config.kinds, model.kinds, model.name)
-    layers = check_layers(config.layers, model.n_layers)
-    positions = resolve_positions(source, config.positions)
+    # First what needs no model: a bad setting should not cost a download.
     alphas = _check_alphas(config.alphas)
+    target_prompt = as_target_prompt(config.target_prompt)
+    scorer = as_scorer(config.scorer)
     if config.score_on not in ("description", "text"):
         raise bad_value(
             "score_on",
@@ -208,7 +205,13 @@ def plan_sweep(
             got=config.mapping,
             fix="see superscopes_tl.amplify",
         )
-    return SweepPlan(
+    check_text(prompt, "prompt")
+    model = load_model(model)
+    source = tokenize(model, prompt)
+    kinds = check_kinds(config.kinds, model.kinds, model.name)
+    layers = check_layers(config.layers, model.n_layers)
+    positions = resolve_positions(source, config.positions)
+    plan = SweepPlan(
         model=model,
         source=source,
         sites=tuple(Site(k, layer, p) for p in positions for k in kinds for layer in layers),
@@ -216,13 +219,16 @@ def plan_sweep(
         target_layer=_check_target_layer(config.target_layer, model.n_layers),
         generator=PatchedGenerator(
             model,
-            as_target_prompt(config.target_prompt),
+            target_prompt,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
         ),
-        scorer=as_scorer(config.scorer),
+        scorer=scorer,
         config=config,
     )
+    if isinstance(scorer, SentenceEmbeddingScorer):
+        scorer.load()  # last, because it takes seconds; but before anything is generated
+    return plan
 
 
 def _check_alphas(alphas: Any) -> tuple[float, ...]:

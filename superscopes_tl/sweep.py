@@ -16,10 +16,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from superscopes_tl.amplify import family_name
 from superscopes_tl.capture import capture
+from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Generation, Patch
 from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
@@ -135,7 +138,7 @@ def _run(plan: SweepPlan, *, progress: bool) -> Iterator[Reading]:
         layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
     )
     vectors = torch.stack([activations.at(site).float().cpu() for site in plan.sites])
-    mapped = {alpha: plan.config.mapping(alpha)(vectors).float() for alpha in plan.alphas}
+    mapped = {alpha: _map(plan, alpha, vectors) for alpha in plan.alphas}
     row_of = {site: row for row, site in enumerate(plan.sites)}
     patches = [
         Patch(mapped[alpha][row_of[site]], target_layer) for site, target_layer, alpha in plan.cells
@@ -148,6 +151,38 @@ def _run(plan: SweepPlan, *, progress: bool) -> Iterator[Reading]:
             yield from _readings(plan, plan.cells[done:end], patches[done:end], generations, norms)
             done = end
             bar.update(len(generations))
+
+
+def _map(
+    plan: SweepPlan, alpha: float, vectors: Float[Tensor, "sites d_model"]
+) -> Float[Tensor, "sites d_model"]:
+    """Return f(v) of every site for one α, checked before anything is generated."""
+    function = plan.config.mapping(alpha)
+    name = f"mapping({alpha:g})"
+    if not callable(function):
+        raise bad_type(
+            name,
+            expected="a mapping function, from vectors to vectors",
+            got=function,
+            fix="mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
+        )
+    mapped = function(vectors)
+    if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
+        raise bad_value(
+            name,
+            expected=f"vectors of shape {tuple(vectors.shape)}, as it was given",
+            got=tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
+            fix="return one vector per vector",
+        )
+    fits = torch.isfinite(mapped.to(plan.model.dtype)).all(dim=-1)
+    if not fits.all():
+        raise bad_value(
+            name,
+            expected=f"numbers that {plan.model.dtype} can hold",
+            got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
+            fix="use a smaller α, or load the model with dtype='float32'",
+        )
+    return mapped.float()
 
 
 def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -82,22 +82,7 @@ def tokenize(
         TypeError: `text` is no string.
         ValueError: an empty text, or one that does not fit into the model's context.
     """
-    if not isinstance(text, str):
-        raise bad_type(argument, expected="a string", got=text, fix="pass the text itself")
-    if not text.strip():
-        raise bad_value(
-            argument,
-            expected="a text with at least one visible character",
-            got=text,
-            fix="write the prompt whose activations you want to read",
-        )
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise bad_value(
-            argument,
-            expected="a text of whole characters",
-            got=text.encode("ascii", "backslashreplace").decode(),
-            fix="remove the lone surrogates, the halves of characters that were cut in two",
-        )
+    check_text(text, argument)
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = [int(i) for i in encoded["input_ids"]]
     pieces = model.tokenizer.convert_ids_to_tokens(ids)
@@ -122,6 +107,31 @@ def tokenize(
     return TokenizedText(text, tuple(ids), tuple(spans), tuple(labels), has_bos)
 
 
+def check_text(text: str, argument: str) -> None:
+    """Raise unless `text` is a string with something in it that a tokenizer can take.
+
+    Raises:
+        TypeError: no string.
+        ValueError: nothing visible, or half a character.
+    """
+    if not isinstance(text, str):
+        raise bad_type(argument, expected="a string", got=text, fix="pass the text itself")
+    if not text.strip():
+        raise bad_value(
+            argument,
+            expected="a text with at least one visible character",
+            got=text,
+            fix="write the prompt whose activations you want to read",
+        )
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise bad_value(
+            argument,
+            expected="a text of whole characters",
+            got=text.encode("ascii", "backslashreplace").decode(),
+            fix="remove the lone surrogates, the halves of characters that were cut in two",
+        )
+
+
 def _own_span(text: str, piece: str, start: int, end: int) -> tuple[int, int]:
     """Return the characters of a token, none for a space that the tokenizer put in by itself.
 
@@ -138,8 +148,9 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     Args:
         tokens: the source prompt.
         positions: an index (negative: from the end), a substring (its last token is meant), a
-            slice (the BOS is left out: its norm dwarfs every other token's), or a sequence of
-            indices and substrings.
+            slice (the BOS is left out: its norm dwarfs every other token's; where a model has no
+            BOS, the first word takes its part and is kept), or a sequence of indices and
+            substrings.
 
     Raises:
         ValueError: out of range; a substring that is missing or found more than once.
@@ -147,12 +158,12 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     """
     if isinstance(positions, slice):
         chosen = [p for p in range(len(tokens))[positions] if not (tokens.has_bos and p == 0)]
-    elif isinstance(positions, str) or hasattr(positions, "__index__"):
-        chosen = [_resolve(tokens, cast("Position", positions))]
-    elif isinstance(positions, Sequence):
-        chosen = [_resolve(tokens, p) for p in positions]
-    else:
+    elif isinstance(positions, Mapping):
         raise _position_type_error(positions)
+    elif isinstance(positions, str) or not isinstance(positions, Iterable):
+        chosen = [_resolve(tokens, positions)]
+    else:
+        chosen = [_resolve(tokens, p) for p in positions]
     if not chosen:
         raise bad_value(
             "positions",

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
-    "capture", "amplify", "patching", "scoring", "results", "plan", "sweep", "plots", "demo", "cli",
+    "capture", "amplify", "memory", "patching", "scoring", "results",
+    "plan", "sweep", "plots", "demo", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from superscopes_tl import LanguageModel, SweepInterrupted, SweepResult, sweep
+from superscopes_tl import LanguageModel, SweepError, SweepInterrupted, SweepResult, sweep
 from superscopes_tl.cli import app, parse_layers, parse_numbers
 from superscopes_tl.demo import count_right, known_facts, rescues, right, run_demo
 from superscopes_tl.mini.facts import PAPER_PROMPTS
@@ -55,6 +55,23 @@ def test_all_cells_can_be_printed() -> None:
     assert done.stdout.count("mlp_out") == 4
 
 
+def test_markup_in_a_prompt_is_text() -> None:
+    """Brackets and colons that the terminal library would interpret are printed as they are."""
+    done = run("sweep", "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
+    assert done.exit_code == 0, done.stderr
+    assert "[/b] hi :x:" in done.stdout
+
+
+def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
+    """All tokens of a prompt are drawn, one below the other."""
+    page = tmp_path / "map.html"
+    done = run("sweep", "Pearl", *FAST, "--token", "all", "--html", str(page))
+    assert done.exit_code == 0, done.stderr
+    tokens = done.stdout.count("best reading")
+    assert tokens > 1
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == tokens
+
+
 def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> None:
     """Several target layers make a grid whose horizontal axis is the target layer."""
     page = tmp_path / "grid.html"
@@ -68,6 +85,10 @@ def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> No
     [
         (["", *FAST], "prompt: expected"),
         (["Pearl Jam", "--alphas", "1,x"], "--alphas: expected numbers"),
+        (["Pearl Jam", "--layers", "5-2"], "--layers: expected layers such as 0-5,8"),
+        (["Pearl Jam", "--out", "nowhere/run.zip"], "expected a file in a folder that exists"),
+        (["Pearl Jam", "--scorer", "no/such-scorer"], "scorer: expected the name or directory"),
+        (["[/b] Jam", "--layers", "99"], "layers: expected"),
         (["Pearl Jam", "--layers", "2-x"], "--layers: expected layers such as 0-5,8"),
         (["Pearl Jam", "--layers", "99"], "layers: expected layers of a model with"),
         (["Pearl Jam", "--kinds", "mlp"], "kinds: expected"),
@@ -87,18 +108,24 @@ def test_bad_input_ends_with_two_and_says_what_to_do(arguments: list[str], messa
     assert "Traceback" not in text
 
 
-def test_an_interrupted_sweep_saves_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: LanguageModel, word_overlap: Any
+@pytest.mark.parametrize(("error", "code"), [(SweepInterrupted, 130), (SweepError, 1)])
+def test_a_sweep_that_breaks_off_saves_what_it_has(
+    error: Any,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mini: LanguageModel,
+    word_overlap: Any,
 ) -> None:
-    """Exit code 130, as a shell expects, and the finished cells in the file."""
+    """Exit code 130 for an interrupt, as a shell expects, and the finished cells in the file."""
     partial = sweep(mini, "Pearl Jam", layers=2, scorer=word_overlap, progress=False)
 
     def stopped(*args: Any, **kwargs: Any) -> SweepResult:
-        raise SweepInterrupted("stopped after 18 of 99 cells", partial)
+        raise error("stopped after 18 of 99 cells", partial)
 
     monkeypatch.setattr("superscopes_tl.sweep", stopped)
     done = run("sweep", "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
-    assert done.exit_code == 130
+    assert done.exit_code == code
     assert "stopped after 18 of 99 cells" in done.stderr
     assert len(SweepResult.load(tmp_path / "run.zip")) == 18
 
@@ -158,7 +185,7 @@ def test_the_counts_stand_beside_their_controls(mini: LanguageModel) -> None:
     counts = count_right(mini, known_facts(), prompts).set_index("cells")
     assert counts.loc["resid_post, α = 1", "right"] >= 3
     assert counts["random vector"].max() == 0
-    assert counts["other prompt"].max() <= 1
+    assert counts["other prompt"].astype(float).max() <= 1
 
 
 def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -141,13 +142,15 @@ def test_amplifying_is_the_same_as_reading_a_longer_vector(
 
 
 def test_the_random_control_keeps_the_norm_and_drops_the_direction() -> None:
-    """Random vectors are as long as α·v, all of one direction, the same for equal seeds."""
+    """Random vectors are as long as α·v, each of its own direction, equal for equal seeds."""
     v = torch.randn(7, 32)
     control = random_direction(seed=4)(3.0)(v)
     torch.testing.assert_close(control.norm(dim=-1), 3 * v.norm(dim=-1))
     assert torch.equal(control, random_direction(seed=4)(3.0)(v))
     directions = control / control.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(directions, directions[:1].expand_as(directions))
+    assert torch.pdist(directions).min() > 0.5, "every row has a direction of its own"
+    torch.testing.assert_close(random_direction(seed=4)(6.0)(v), 2 * control)
+    torch.testing.assert_close(random_direction(seed=4)(3.0)(v[:2]), control[:2])
     assert not torch.allclose(control, random_direction(seed=5)(3.0)(v))
 
 
@@ -230,28 +233,38 @@ def test_an_iterator_that_is_closed_stops_and_leaves_no_hook(tiny: Tiny) -> None
     assert hooks_on(model) == before
 
 
+def _real_allocation_failure() -> Exception:
+    """Return what torch raises on this machine's CPU for more memory than any machine has."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("you have not enough memory")],
+    [torch.OutOfMemoryError("CUDA out of memory"), _real_allocation_failure()],
+    ids=["cuda", "cpu"],
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(
-    error: Exception, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    error: Exception, progress: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of more than three rows fail: the sweep ends with the same table nevertheless."""
+    """More than three rows fail: the sweep ends with the same table nevertheless."""
     model = tiny("llama", "bridge")
     whole = sweep(model, SOURCE, **quick()).table
-    generate = PatchedGenerator._generate_batch
+    start = PatchedGenerator._start
     sizes: list[int] = []
 
-    def small_only(self: PatchedGenerator, patches: Any) -> Any:
-        sizes.append(len(patches))
-        if len(patches) > 3:
+    def small_only(self: PatchedGenerator, rows: int) -> Any:
+        sizes.append(rows)
+        if rows > 3:
             raise error
-        return generate(self, patches)
+        return start(self, rows)
 
-    monkeypatch.setattr(PatchedGenerator, "_generate_batch", small_only)
-    table = sweep(model, SOURCE, batch_size=12, **quick()).table
-    assert sizes == [12, 6, 3, 3, 3, 3]
+    monkeypatch.setattr(PatchedGenerator, "_start", small_only)
+    table = sweep(model, SOURCE, batch_size=12, **quick(progress=progress)).table
+    halving = [12, 6, 3]  # with a progress bar the estimate finds out, else the first batch
+    assert sizes == [*halving, 3, 3, 3, 3] if progress else [*halving, 3, 3, 3]
     assert table["text"].equals(whole["text"])
 
 
@@ -261,10 +274,10 @@ def test_out_of_memory_for_one_row_is_an_error_that_says_so(
     """Where not even one row fits there is nothing left to halve."""
     generator = PatchedGenerator(tiny("llama", "bridge"), TARGET, batch_size=2)
 
-    def never(patches: Any) -> Any:
+    def never(rows: int) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(generator, "_generate_batch", never)
+    monkeypatch.setattr(generator, "_start", never)
     with pytest.raises(MemoryError, match="batch_size: not even one row .* Fix: a shorter"):
         generator.generate([Patch(torch.zeros(32), 2)] * 4)
 
@@ -280,7 +293,7 @@ def test_the_batch_size_is_capped_by_free_memory(
     class Memory:
         available = 4 * 5 * row + 3  # a quarter of it may be used: five rows
 
-    monkeypatch.setattr("superscopes_tl.patching.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("superscopes_tl.memory.psutil.virtual_memory", Memory)
     assert PatchedGenerator(model, TARGET).batch_size == 5
 
 
@@ -307,11 +320,60 @@ def test_a_vector_that_overflows_half_precision_is_refused(tiny: Tiny) -> None:
         half.generate([Patch(torch.full((32,), 7e4), 2)])
 
 
+def test_an_overflow_inside_the_model_ends_that_row_alone(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits that are no numbers give an empty text and a NaN margin, not a made-up text."""
+    generator = PatchedGenerator(tiny("llama", "bridge"), TARGET, max_new_tokens=4)
+    step, calls = generator.step, []
+
+    def overflows_later(tokens: Any, cache: Any) -> torch.Tensor:
+        logits = step(tokens, cache)
+        calls.append(1)
+        if len(calls) == 7:  # the third step of the second run
+            logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(generator, "step", overflows_later)
+    patches = [Patch(torch.ones(32), 5), Patch(torch.ones(32), 2)]
+    whole, broken = generator.generate(patches), generator.generate(patches)
+    assert broken[0] == whole[0]
+    assert (broken[1].token_ids, broken[1].text) == ((), "")
+    assert broken[1].margin != broken[1].margin
+
+
 def _in_half_precision(model: LanguageModel) -> LanguageModel:
     from superscopes_tl import load_model
     from tests.tiny_models import tiny_hf, tiny_tokenizer
 
     return load_model(tiny_hf("gpt2").half(), tiny_tokenizer(), backend="bridge")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (lambda alpha: 3.0, r"mapping\(1\): expected a mapping function, .* got float 3.0"),
+        (lambda alpha: lambda v: v.sum(0), r"mapping\(1\): expected vectors of shape \(6, 32\)"),
+        (lambda alpha: lambda v: v / 0, r"mapping\(1\): expected numbers that torch.float32 can"),
+    ],
+    ids=["no function", "another shape", "not finite"],
+)
+def test_a_mapping_is_checked_before_anything_is_generated(
+    mapping: Any, message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a mapping returns is named with its α, before the first batch."""
+    monkeypatch.setattr(PatchedGenerator, "batches", lambda self, patches: pytest.fail("ran"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        sweep(tiny("llama", "bridge"), SOURCE, **quick(mapping=mapping))
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 10), (33, 33), (2048, 10), (0, 10)])
+def test_a_model_may_state_a_short_length_of_its_own(
+    own: int | None, expected: int, tiny: Tiny
+) -> None:
+    """10 as in the paper, unless the model asks for something fit for a description."""
+    model = dataclasses.replace(tiny("llama", "bridge"), max_new_tokens=own)
+    assert PatchedGenerator(model, TARGET).max_new_tokens == expected
 
 
 def test_a_generator_patches_vectors_of_its_own_width_only(tiny: Tiny) -> None:

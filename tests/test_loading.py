@@ -499,3 +499,29 @@ def test_loading_leaves_the_libraries_as_they_were(backend: Any) -> None:
         assert logging.is_progress_bar_enabled()
     finally:
         logging.set_verbosity(before)
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    """A checkpoint without one matrix would run with random numbers in its place."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_hf("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.3.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"for every parameter .*layers\.3\.mlp\.down"):
+        load_model(tmp_path)
+
+
+def test_a_model_in_training_mode_is_read_without_dropout() -> None:
+    """Dropout would make two captures of one prompt differ."""
+    model = load_model(tiny_hf("gpt2").train(), tiny_tokenizer(), backend="bridge")
+    one, other = (capture(model, "Red Hot", layers=5)["mlp_out", 5] for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_a_device_beside_a_device_map_is_refused() -> None:
+    """Two answers to one question are an error, not a silent choice."""
+    with pytest.raises(ValueError, match="device: expected no device beside a device_map"):
+        load_model("mini", device="cpu", device_map="auto")

@@ -28,6 +28,7 @@ TARGETS = {
     "middle": TargetPrompt("Syria: Country, x is a band in the East"),
     "several": TargetPrompt("The x and the x of Peppers", "x"),
     "first": TargetPrompt("x: American rock band"),
+    "long": TargetPrompt("Syria: Country in the Middle East, Red Hot Chili Peppers: band, x"),
 }
 LAYERS = (5, 2, 0)
 ALPHAS = (0.5, 1.0, 3.0, 15.0)
@@ -109,7 +110,7 @@ def test_captured_vectors_equal_plain_hugging_face(
 
 @pytest.mark.parametrize("place", TARGETS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_of_every_step_equal_plain_hugging_face(
     architecture: str, backend: str, place: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,26 @@ def test_logits_of_every_step_equal_plain_hugging_face(
         for got, expected in zip(seen, logits, strict=False):
             scale = expected.abs().max()
             assert (got[row] - expected).abs().max() / scale < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_a_placeholder_may_be_the_very_first_token(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Without a BOS there may be nothing to cache before the placeholder."""
+    model = dataclasses.replace(tiny(architecture, backend), bos_token_id=None)
+    hf = tiny_hf(architecture)
+    generator = PatchedGenerator(model, TARGETS["first"], max_new_tokens=N_NEW)
+    assert generator.target.positions == (0,)
+    torch.manual_seed(7)
+    patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in (5, 2, 0)]
+    ids = list(generator.target.tokens.ids)
+    for patch, generation in zip(patches, generator.generate(patches), strict=True):
+        new, _ = plain_hf.generate(
+            hf, ids, (0,), patch.vector, patch.target_layer, n_new=N_NEW, eos=1
+        )
+        assert list(generation.token_ids) == new
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -77,7 +77,7 @@ def tiny_hf(architecture: str, seed: int = 0) -> Any:
         "gemma2": lambda: transformers.Gemma2Config(
             **llama, head_dim=8, pad_token_id=0, query_pre_attn_scalar=8, sliding_window=16
         ),
-        "mistral": lambda: transformers.MistralConfig(**llama, sliding_window=None),
+        "mistral": lambda: transformers.MistralConfig(**llama, sliding_window=12),
     }[architecture]()
     config._attn_implementation = "eager"
     torch.manual_seed(seed)

@@ -90,9 +90,9 @@ def print_patchscopes(reader: Reader, facts: Sequence[Fact], sample: int) -> Non
     rng = random.Random(0)
     recalled = reader.recall([fact.name for fact in facts])
     right = {f.name: text == f.description for f, text in zip(facts, recalled, strict=True)}
-    print(f"recall from plain text, all {len(facts)} names: {percent(list(right.values()))} %")
-    for title, group in groups.items():
-        print(f"recall from plain text, {title}: {percent([right[f.name] for f in group])} %")
+    for title, group in {"all": facts, **groups}.items():
+        count = sum(right[fact.name] for fact in group)
+        print(f"recall from plain text, {title}: {count} of {len(group)}", flush=True)
     for title, group in groups.items():
         if sample and len(group) > sample:
             group = sorted(rng.sample(group, sample), key=lambda fact: fact.name)

@@ -267,12 +267,13 @@ def parse_arguments() -> tuple[Path, TrainConfig, NetConfig, OptimConfig]:
     torch.set_num_threads(args.threads)
     settings = dict(item.split("=", 1) for item in args.set)
     settings |= {"steps": args.steps, "seed": args.seed}
-    configs = (TrainConfig(), NetConfig(), OptimConfig())
-    known = {field.name for config in configs for field in fields(config)}
+    known = {field.name for kind in (TrainConfig, NetConfig, OptimConfig) for field in fields(kind)}
     if unknown := settings.keys() - known:
         parser.error(f"unknown settings: {', '.join(sorted(unknown))}")
-    train, net, optim = configs
-    return args.out, override(train, settings), override(net, settings), override(optim, settings)
+    train, net = override(TrainConfig(), settings), override(NetConfig(), settings)
+    if train.first_layer >= net.n_layers:
+        parser.error(f"first_layer={train.first_layer}, but there are {net.n_layers} layers")
+    return args.out, train, net, override(OptimConfig(), settings)
 
 
 def main() -> None:
