@@ -23,11 +23,12 @@ from superscopes_tl.errors import (
     RunFileError,
     UnavailableKindError,
 )
+from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Generation, Patch, PatchedGenerator
 from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
-from superscopes_tl.plots import alpha_curve, heatmap, write_html
+from superscopes_tl.plots import alpha_curve, heatmap
 from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
     IDENTITY_PROMPT,

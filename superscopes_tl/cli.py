@@ -8,6 +8,7 @@ saves its finished cells if a file was asked for and ends with 130.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +49,8 @@ def sweep(
         str, typer.Option(help="Where to patch: a layer, 'same', or several, such as 0,3,6.")
     ] = "0",
     target_prompt: Annotated[
-        str, typer.Option(help="A text with the placeholder. The paper's unless given.")
-    ] = "",
+        str | None, typer.Option(help="A text with the placeholder. The paper's unless given.")
+    ] = None,
     placeholder: Annotated[str, typer.Option(help="The placeholder's word.")] = "x",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest text. The model's own default, else 10.")
@@ -91,7 +92,11 @@ def sweep(
     with _explained(), _stopped_sweep_saved_to(out):
         for path in (out, html):
             _check_folder(path)
-        target = TargetPrompt(target_prompt, placeholder) if target_prompt else DESCRIPTION_PROMPT
+        target = (
+            DESCRIPTION_PROMPT
+            if target_prompt is None
+            else TargetPrompt(target_prompt, placeholder)
+        )
         loaded = load_model(model, backend=_backend(backend), dtype=dtype, device=device or None)
         result = run_sweep(
             loaded,
@@ -250,7 +255,7 @@ def _check_folder(path: Path | None) -> None:
     """Find out before a long sweep that its result would have no place."""
     from superscopes_tl.errors import bad_value
 
-    if path is not None and not path.parent.is_dir():
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise bad_value(
             "--out or --html",
             expected="a file in a folder that exists",
@@ -269,11 +274,19 @@ def _print_result(result: Any, *, show_all: bool) -> None:
             chosen = result.table[result.table["position"] == position]
             _OUTPUT.print(reading_table(type(result)(chosen, result.provenance)))
         return
-    table = Table(title=escape(str(result.provenance["prompt"])))
-    columns = ["token", "kind", "source_layer", "target_layer", "alpha", "score", "text"]
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in result.table[columns].to_dict("records"):
+    columns = {
+        "token": "token",
+        "kind": "kind",
+        "source_layer": "layer",
+        "target_layer": "into",
+        "alpha": "α",
+        "score": "score",
+        "description": "reading",
+    }
+    table = Table(title=escape(textwrap.shorten(str(result.provenance["prompt"]), 60)))
+    for header in columns.values():
+        table.add_column(header, overflow="fold")
+    for row in result.table[list(columns)].to_dict("records"):
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         table.add_row(*map(escape, cells))
     _OUTPUT.print(table)

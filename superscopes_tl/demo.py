@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from rich.table import Table
 
 from superscopes_tl.amplify import MappingFamily, random_direction, scale
 from superscopes_tl.capture import capture
+from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
 from superscopes_tl.mini.facts import PAPER_PROMPTS, load_facts
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Patch, PatchedGenerator
-from superscopes_tl.plots import heatmap, write_html
+from superscopes_tl.plots import heatmap
 from superscopes_tl.prompts import crop_description
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import HookKind
@@ -134,9 +136,11 @@ def reading_table(result: SweepResult, facts: Mapping[str, str] | None = None) -
     wide = result.by_layer()
     kinds = list(wide.columns.get_level_values(0).unique())
     prompt, token = str(result.provenance["prompt"]), result.table["token"].iloc[-1]
+    shown = textwrap.shorten(prompt, 60, placeholder=" …")
+    legend = "α, similarity" + ("; ✓: the fact, word for word" if facts else "")
     fact = (facts or {}).get(prompt)
     token = result.table["token"].iloc[-1]
-    table = Table(title=escape(f"{prompt} · token {token!r} · best reading (α, similarity)"))
+    table = Table(title=escape(f"{shown} · token {token!r} · best reading ({legend})"))
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, overflow="fold")
@@ -246,7 +250,9 @@ def _print_counts(
         table.add_row(*row.values())
     console.print(table)
     unpatched = crop_description(PatchedGenerator(model).unpatched().text)
-    console.print(f"Unpatched, the target prompt goes on: [italic]{escape(unpatched)}[/italic]")
+    console.print(
+        f"Control, nothing patched: the model writes [italic]{escape(unpatched)}[/italic]"
+    )
 
 
 def _others_right(table: pd.DataFrame, facts: Mapping[str, str], prompts: Sequence[str]) -> float:

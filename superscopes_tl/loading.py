@@ -128,7 +128,7 @@ def _check_hugging_face(model: Any, tokenizer: Any) -> str:
                 expected="a name, a directory, a HookedTransformer, a TransformerBridge or a "
                 "Hugging Face model",
                 got=type(model).__name__,
-                fix="load_model('mini') loads the bundled model",
+                fix="load_model('mini') loads the bundled one, load_model(model, tokenizer) yours",
             )
         )
     if tokenizer is None:
@@ -172,14 +172,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
         try:
-            return torch.device(device)
-        except (RuntimeError, TypeError) as error:
+            torch.empty(0, device=device)  # fails where this torch or this machine lacks it
+        except (RuntimeError, TypeError, AssertionError) as error:
             raise bad_value(
                 "device",
-                expected="a device such as 'cuda', 'mps' or 'cpu'",
+                expected="a device of this machine such as 'cuda', 'mps' or 'cpu'",
                 got=device,
-                fix="leave it out for the best there is",
+                fix=f"leave it out for the best there is ({error})",
             ) from error
+        return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

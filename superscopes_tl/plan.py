@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -179,32 +179,11 @@ def plan_sweep(
     Raises:
         ValueError, TypeError: a bad setting; the message says what was expected.
     """
-    if config is not None and settings:
-        raise bad_value(
-            "config",
-            expected="either config or single settings",
-            got=settings,
-            fix="use dataclasses.replace(config, ...)",
-        )
-    config = config or SweepConfig(**settings)
+    config = _check_config(config, settings)
     # First what needs no model: a bad setting should not cost a download.
     alphas = _check_alphas(config.alphas)
     target_prompt = as_target_prompt(config.target_prompt)
     scorer = as_scorer(config.scorer)
-    if config.score_on not in ("description", "text"):
-        raise bad_value(
-            "score_on",
-            expected="'description' or 'text'",
-            got=config.score_on,
-            fix="'text' is the paper's protocol",
-        )
-    if not callable(config.mapping):
-        raise bad_type(
-            "mapping",
-            expected="a callable from α to a mapping function",
-            got=config.mapping,
-            fix="see superscopes_tl.amplify",
-        )
     check_text(prompt, "prompt")
     model = load_model(model)
     source = tokenize(model, prompt)
@@ -229,6 +208,38 @@ def plan_sweep(
     if isinstance(scorer, SentenceEmbeddingScorer):
         scorer.load()  # last, because it takes seconds; but before anything is generated
     return plan
+
+
+def _check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepConfig:
+    """Return the settings as one object, after the checks that concern it alone."""
+    if config is not None and settings:
+        raise bad_value(
+            "config",
+            expected="either config or single settings",
+            got=settings,
+            fix="use dataclasses.replace(config, ...)",
+        )
+    names = [field.name for field in fields(SweepConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise bad_type(
+            "settings", expected=f"settings out of {names}", got=unknown, fix="correct the name"
+        )
+    config = config or SweepConfig(**settings)
+    if config.score_on not in ("description", "text"):
+        raise bad_value(
+            "score_on",
+            expected="'description' or 'text'",
+            got=config.score_on,
+            fix="'text' is the paper's protocol",
+        )
+    if not callable(config.mapping):
+        raise bad_type(
+            "mapping",
+            expected="a callable from α to a mapping function",
+            got=config.mapping,
+            fix="see superscopes_tl.amplify",
+        )
+    return config
 
 
 def _check_alphas(alphas: Any) -> tuple[float, ...]:

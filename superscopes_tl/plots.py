@@ -4,17 +4,16 @@
 2. Lay them out as layer x α, one panel per kind, all on one colour scale.
 3. Mark what a colour cannot say: cells that were not computed, texts without a description.
 
-No function shows or writes a figure; `write_html` does the latter, in one file that opens
-offline. Colours are cividis, which reads the same with and without colour vision. Generated text
-is escaped wherever it enters a figure: it is untrusted.
+No function shows or writes a figure; `export.write_html` does the latter. Colours are cividis,
+which reads the same with and without colour vision. Generated text is escaped wherever it enters a
+figure: it is untrusted.
 """
 
 from __future__ import annotations
 
 import html
-import os
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -35,6 +34,15 @@ TITLES = {
 }
 _LABEL_LIMIT = 8
 """Above this number of columns a value printed in each cell is too small to read."""
+
+_LEGEND = {
+    "orientation": "h",
+    "x": 1,
+    "xanchor": "right",
+    "y": 0.99,
+    "yanchor": "top",
+    "yref": "container",
+}
 
 Axis = Literal["alpha", "target_layer"]
 
@@ -106,7 +114,14 @@ def heatmap(
         width=180 + 300 * len(kinds),
         plot_bgcolor="#e9e9e9",
         showlegend=True,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.08, "yanchor": "bottom"},
+        legend={
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": 0.99,
+            "yanchor": "top",
+            "yref": "container",
+        },
     )
     return figure
 
@@ -161,27 +176,6 @@ def alpha_curve(
         yaxis_title=value,
     )
     return figure
-
-
-def write_html(
-    figures: go.Figure | Sequence[go.Figure],
-    path: str | os.PathLike[str],
-    *,
-    title: str = "Superscopes",
-) -> Path:
-    """Write one or several figures to one HTML file that opens offline; return its path."""
-    several = [figures] if isinstance(figures, go.Figure) else list(figures)
-    parts = [
-        figure.to_html(full_html=False, include_plotlyjs=index == 0)
-        for index, figure in enumerate(several)
-    ]
-    target = Path(path)
-    target.write_text(
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title></head><body>{''.join(parts)}</body></html>",
-        encoding="utf-8",
-    )
-    return target
 
 
 class _Panel:
@@ -334,8 +328,8 @@ def _wrapped(text: str, width: int = 60) -> str:
 
 def _title(result: SweepResult) -> str:
     model = result.provenance.get("model", {}).get("name", "unknown model")
-    prompt = result.provenance.get("prompt", "")
-    return f"{html.escape(str(prompt))} · {html.escape(str(model))}"
+    prompt = textwrap.shorten(str(result.provenance.get("prompt", "")), 60, placeholder=" …")
+    return f"{html.escape(prompt)} · {html.escape(str(model))}"
 
 
 def _shade(rank: int, count: int) -> str:

@@ -74,6 +74,8 @@ class Reading:
     margin: float
 
 
+_SHOWN = ("reading", "alpha", "score", "target_layer")
+
 COLUMNS = tuple(f.name for f in fields(Reading))
 
 
@@ -113,7 +115,9 @@ class SweepResult:
         return first.sort_index().reset_index(drop=True)
 
     def by_layer(self, *, alpha: float | None = None, position: int | None = None) -> pd.DataFrame:
-        """Return the readings of one token as the paper shows them: a row per layer.
+        """Return the readings of one token as the paper shows them: a row per source layer.
+
+        Where a source layer was patched at several target layers, the best-scoring one counts.
 
         Args:
             alpha: this α for all (the paper's Figure 5 has α = 1); the best of each site unless
@@ -122,7 +126,8 @@ class SweepResult:
 
         Returns:
             A table with the source layer as index and, for every kind, the columns
-            `(kind, "reading")`, `(kind, "alpha")` and `(kind, "score")`.
+            `(kind, "reading")`, `(kind, "alpha")`, `(kind, "score")` and
+            `(kind, "target_layer")`.
 
         Raises:
             ValueError: an α or position that the sweep does not have.
@@ -142,10 +147,10 @@ class SweepResult:
         order = chosen.sort_values("score", ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
         wide = one.rename(columns={"description": "reading"}).pivot(
-            index="source_layer", columns="kind", values=["reading", "alpha", "score"]
+            index="source_layer", columns="kind", values=list(_SHOWN)
         )
         kinds = list(dict.fromkeys(chosen["kind"]))
-        columns = [(column, kind) for kind in kinds for column in ("reading", "alpha", "score")]
+        columns = [(column, kind) for kind in kinds for column in _SHOWN]
         return wide[columns].swaplevel(axis="columns")
 
     def contextualization_layer(

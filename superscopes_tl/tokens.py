@@ -83,7 +83,9 @@ def tokenize(
         ValueError: an empty text, or one that does not fit into the model's context.
     """
     check_text(text, argument)
-    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = model.tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     ids = [int(i) for i in encoded["input_ids"]]
     pieces = model.tokenizer.convert_ids_to_tokens(ids)
     spans = [
@@ -169,7 +171,7 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
             "positions",
             expected="at least one token",
             got=positions,
-            fix=f"choose from {tokens.numbered()}",
+            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     return tuple(dict.fromkeys(chosen))
 
@@ -194,7 +196,7 @@ def _resolve(tokens: TokenizedText, position: Position) -> int:
             "positions",
             expected=f"an index from {-count} to {count - 1}",
             got=int(position),
-            fix=f"choose from {tokens.numbered()}",
+            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     return int(position) % count
 
@@ -206,7 +208,7 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
             "positions",
             expected=f"a substring of {tokens.text!r}",
             got=substring,
-            fix=f"choose from {tokens.numbered()}",
+            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
     if len(starts) > 1:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
     "capture", "amplify", "memory", "patching", "scoring", "results",
-    "plan", "sweep", "plots", "demo", "cli",
+    "plan", "sweep", "export", "plots", "demo", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

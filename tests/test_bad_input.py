@@ -405,3 +405,18 @@ def test_zero_and_negative_alphas_run(llama: LanguageModel, word_overlap: Any) -
     assert norms[1] == norms[2] > 0
     assert norms[4] == norms[5] > 0
     assert norms[1] != norms[4]
+
+
+def test_an_unknown_setting_is_answered_with_the_known_ones(mini: LanguageModel) -> None:
+    """Who guesses a name learns the names there are."""
+    with pytest.raises(
+        TypeError, match=r"settings: expected settings out of \[.*'positions'.*'token'"
+    ):
+        sweep(mini, "Red", token=2)
+
+
+def test_a_device_that_this_machine_lacks_is_named_before_anything_is_loaded() -> None:
+    """Torch's own complaint is passed on, behind the argument's name."""
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"device: expected a device of this machine.*{missing}"):
+        load_model("no/such-model", device=missing)

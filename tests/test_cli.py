@@ -72,6 +72,13 @@ def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == tokens
 
 
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    """A long sweep must not find out at its end that it cannot be saved."""
+    done = run("sweep", "Pearl Jam", *FAST, "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert "expected a file in a folder that exists" in " ".join(done.stderr.split())
+
+
 def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> None:
     """Several target layers make a grid whose horizontal axis is the target layer."""
     page = tmp_path / "grid.html"

@@ -178,7 +178,7 @@ def test_by_layer_shows_the_best_reading_per_layer_and_kind() -> None:
     assert list(wide.columns) == [
         (kind, column)
         for kind in ("resid_post", "mlp_out")
-        for column in ("reading", "alpha", "score")
+        for column in ("reading", "alpha", "score", "target_layer")
     ]
     assert list(wide["resid_post", "alpha"]) == [9, 3]
     assert list(wide["resid_post", "reading"]) == ["resid_post 2 x 9", "resid_post 5 x 3"]
