@@ -35,14 +35,8 @@ TITLES = {
 _LABEL_LIMIT = 8
 """Above this number of columns a value printed in each cell is too small to read."""
 
-_LEGEND = {
-    "orientation": "h",
-    "x": 1,
-    "xanchor": "right",
-    "y": 0.99,
-    "yanchor": "top",
-    "yref": "container",
-}
+_LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.01, "yref": "container"}
+"""Below the panels, at the right: above them it would meet the title or the buttons."""
 
 Axis = Literal["alpha", "target_layer"]
 
@@ -114,14 +108,7 @@ def heatmap(
         width=180 + 300 * len(kinds),
         plot_bgcolor="#e9e9e9",
         showlegend=True,
-        legend={
-            "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
-            "y": 0.99,
-            "yanchor": "top",
-            "yref": "container",
-        },
+        legend=_LEGEND,
     )
     return figure
 
