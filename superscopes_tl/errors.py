@@ -25,15 +25,19 @@ class RunFileError(ValueError):
     """The file is not a run file that this version can open."""
 
 
-def describe(argument: str, *, expected: str, got: object, fix: str, limit: int = 200) -> str:
-    """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `limit` characters.
+LONGEST_GOT = 200
+"""How many characters of a bad value a message shows."""
+
+
+def describe(argument: str, *, expected: str, got: object, fix: str) -> str:
+    """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `LONGEST_GOT`.
 
     A string is shown as it is, unless that would show nothing or break the line.
     """
     plain = isinstance(got, str) and got.isprintable() and got.strip()
     shown = str(got) if plain else repr(got)
-    if len(shown) > limit:
-        shown = f"{shown[: limit - 1]}…"
+    if len(shown) > LONGEST_GOT:
+        shown = f"{shown[: LONGEST_GOT - 1]}…"
     return f"{argument}: expected {expected}, got {shown}. Fix: {fix}."
 
 

@@ -4,7 +4,7 @@
    blocks together.
 2. The residual stream is float32; matrix products run in bfloat16.
 3. Attention takes any additive mask (training hides a name's first tokens from its description)
-   and is written as two matrix products: the fused kernel's backward pass is five times slower
+   and is written as two matrix products: the fused kernel's backward pass is much slower
    on a CPU when it is given a mask.
 4. At chosen (row, position, block) places the block output can be replaced by a given vector.
 5. `hf_state_dict` unstacks the weights under the names of `LlamaForCausalLM`.
