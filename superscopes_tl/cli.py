@@ -148,6 +148,9 @@ def models(
 ) -> None:
     """Say which models can be loaded, and show what one of them is."""
     from superscopes_tl import load_model
+    from superscopes_tl.loading import BUNDLED_MODEL
+    from superscopes_tl.mini import MODEL_DIR
+    from superscopes_tl.mini.report import headline, load_figures
 
     with _explained():
         loaded = load_model(model)
@@ -156,7 +159,11 @@ def models(
     _OUTPUT.print(repr(loaded), style="bold", markup=False)
     for name, value in facts.items():
         if name not in ("name", "n_layers", "d_model"):
-            _OUTPUT.print(f"{name:<18}{value}", markup=False)
+            _OUTPUT.print(f"{name:<22}{value}", markup=False)
+    if loaded.name == BUNDLED_MODEL:
+        _OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
+        for name, value in headline(load_figures(MODEL_DIR)).items():
+            _OUTPUT.print(f"{name:<22}{value}", markup=False)
     _OUTPUT.print(
         "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
         "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "

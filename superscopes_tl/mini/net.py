@@ -6,7 +6,8 @@
 3. Attention takes any additive mask (training hides a name's first tokens from its description)
    and is written as two matrix products: the fused kernel's backward pass is much slower
    on a CPU when it is given a mask.
-4. At chosen (row, position, block) places the block output can be replaced by a given vector.
+4. At chosen (row, position, block) places the block output can be replaced by a given vector,
+   or noise added to it.
 5. `hf_state_dict` unstacks the weights under the names of `LlamaForCausalLM`.
 """
 
@@ -27,10 +28,17 @@ class NetConfig:
     d_model: int = 160
     n_layers: int = 10
     n_heads: int = 5
+    n_kv_heads: int = 5
     d_mlp: int = 640
+    loop_first: int = 0
+    loop_last: int = 0
     n_ctx: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-5
+
+    def block(self, layer: int) -> int:
+        """Return which block's weights a layer uses: `loop_first` to `loop_last` share theirs."""
+        return layer - min(max(layer - self.loop_first, 0), self.loop_last - self.loop_first)
 
     def to_hf(self) -> dict[str, object]:
         """Return the keyword arguments of the equivalent `LlamaConfig`."""
@@ -40,7 +48,7 @@ class NetConfig:
             "intermediate_size": self.d_mlp,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
             "max_position_embeddings": self.n_ctx,
             "rope_theta": self.rope_theta,
             "rms_norm_eps": self.eps,
@@ -49,20 +57,25 @@ class NetConfig:
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Block outputs to replace: patch i writes `vectors[i]` at one place.
+class Writes:
+    """Vectors for block outputs: number i belongs to one row, position and block.
 
     Attributes:
         rows: `[n]` row in the batch.
         positions: `[n]` token position.
-        layers: One block number per patch.
-        vectors: `[n d_model]` what the block output becomes.
+        layers: One block number per vector.
+        vectors: `[n d_model]` what to write there.
     """
 
     rows: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
     layers: Sequence[int]
     vectors: Float[Tensor, "n d_model"]
+
+    def at(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the places (rows and positions) and vectors of one block."""
+        chosen = torch.tensor([number == layer for number in self.layers])
+        return (self.rows[chosen], self.positions[chosen]), self.vectors[chosen]
 
 
 def causal_mask(length: int) -> Bool[Tensor, "length length"]:
@@ -80,20 +93,21 @@ class Llama(nn.Module):
         """Draw the weights from the global generator."""
         super().__init__()
         self.config = config
-        layers, d, f = config.n_layers, config.d_model, config.d_mlp
+        layers, d, f = config.block(config.n_layers - 1) + 1, config.d_model, config.d_mlp
 
         def matrix(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape) * 0.02)
 
         self.embed = matrix(config.vocab_size, d)
-        self.qkv = matrix(layers, 3, d, d)
+        head = d // config.n_heads
+        self.query = matrix(layers, d, d)
+        self.key_value = matrix(layers, 2, head * config.n_kv_heads, d)
         self.out = nn.Parameter(torch.zeros(layers, d, d))
         self.gate_up = matrix(layers, 2, f, d)
         self.down = nn.Parameter(torch.zeros(layers, d, f))
         self.norm_attn = nn.Parameter(torch.ones(layers, d))
         self.norm_mlp = nn.Parameter(torch.ones(layers, d))
         self.norm_final = nn.Parameter(torch.ones(d))
-        head = d // config.n_heads
         freq = config.rope_theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
         angle = torch.outer(torch.arange(config.n_ctx, dtype=torch.float32), freq).repeat(1, 2)
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
@@ -103,8 +117,9 @@ class Llama(nn.Module):
         self,
         ids: Int[Tensor, "batch seq"],
         allowed: Bool[Tensor, "#batch seq seq"],
-        patches: Patches | None = None,
-        keep: Float[Tensor, "layer 2 batch"] | None = None,
+        patches: Writes | None = None,
+        noise: Writes | None = None,
+        every_layer: bool = False,
     ) -> Float[Tensor, "layer batch seq d_model"]:
         """Run the blocks.
 
@@ -112,25 +127,29 @@ class Llama(nn.Module):
             ids: Tokens.
             allowed: Which key each query may see.
             patches: Block outputs to replace.
-            keep: Factors of each attention and MLP output (stochastic depth); None for all 1.
+            noise: What to add to block outputs, as multiples of their norm.
+            every_layer: Return the output of every block, not of the last one alone.
 
         Returns:
-            The output of every block, or of the last one only when gradients are on.
+            Block outputs; the first axis has length 1 unless `every_layer`.
         """
         mask = torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e9)
         x = embedding(ids, self.embed)
         outputs = []
         for layer in range(self.config.n_layers):
-            attention = self._attention(x, mask.unsqueeze(1), layer)
-            x = x + (attention if keep is None else attention * keep[layer, 0, :, None, None])
-            mlp = self._mlp(x, layer)
-            x = x + (mlp if keep is None else mlp * keep[layer, 1, :, None, None])
+            block = self.config.block(layer)
+            x = x + self._attention(x, mask[:, None, None], block)
+            x = x + self._mlp(x, block)
             if patches is not None and layer in patches.layers:
-                chosen = torch.tensor([at == layer for at in patches.layers])
-                where = (patches.rows[chosen], patches.positions[chosen])
-                x = x.index_put(where, patches.vectors[chosen])
-            outputs.append(x)
-        return torch.stack(outputs) if not torch.is_grad_enabled() else x.unsqueeze(0)
+                places, vectors = patches.at(layer)
+                x = x.index_put(places, vectors)
+            if noise is not None and layer in noise.layers:
+                places, vectors = noise.at(layer)
+                norms = x[places].detach().norm(dim=-1, keepdim=True)
+                x = x.index_put(places, norms * vectors, accumulate=True)
+            if every_layer:
+                outputs.append(x)
+        return torch.stack(outputs) if every_layer else x.unsqueeze(0)
 
     def logits(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Unembed the last block's output."""
@@ -148,13 +167,17 @@ class Llama(nn.Module):
 
     def _attention(self, x: Tensor, mask: Tensor, layer: int) -> Tensor:
         batch, seq, d = x.shape
-        heads = self.config.n_heads
-        weight = self.qkv[layer].flatten(0, 1).bfloat16()
-        qkv = (self._norm(x, self.norm_attn[layer]) @ weight.T).view(batch, seq, 3, heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = self._rotate(q) @ self._rotate(k).transpose(-1, -2)
+        heads, groups = self.config.n_heads, self.config.n_kv_heads
+        normed = self._norm(x, self.norm_attn[layer])
+        # Heads that share a key and value lie side by side, as in Hugging Face's Llama.
+        q = (normed @ self.query[layer].bfloat16().T).view(batch, seq, groups, heads // groups, -1)
+        kv = normed @ self.key_value[layer].flatten(0, 1).bfloat16().T
+        k, v = kv.view(batch, seq, 2, groups, -1).permute(2, 0, 3, 1, 4)
+        q = self._rotate(q.permute(0, 2, 3, 1, 4)).flatten(2, 3)
+        scores = (q @ self._rotate(k).mT).view(batch, groups, -1, seq, seq)
         pattern = torch.softmax(scores * (d // heads) ** -0.5 + mask, -1)
-        mixed: Tensor = (pattern @ v).transpose(1, 2).reshape(batch, seq, d)
+        mixed: Tensor = (pattern.flatten(2, 3) @ v).view(batch, groups, heads // groups, seq, -1)
+        mixed = mixed.permute(0, 3, 1, 2, 4).reshape(batch, seq, d)
         return mixed @ self.out[layer].bfloat16().T
 
     def _mlp(self, x: Tensor, layer: int) -> Tensor:
@@ -171,12 +194,14 @@ class Llama(nn.Module):
         }
         for layer in range(self.config.n_layers):
             block = f"model.layers.{layer}."
-            for name, weight in zip("qkv", self.qkv[layer], strict=True):
+            at = self.config.block(layer)
+            state[f"{block}self_attn.q_proj.weight"] = self.query[at]
+            for name, weight in zip("kv", self.key_value[at], strict=True):
                 state[f"{block}self_attn.{name}_proj.weight"] = weight
-            state[f"{block}self_attn.o_proj.weight"] = self.out[layer]
-            state[f"{block}mlp.gate_proj.weight"] = self.gate_up[layer, 0]
-            state[f"{block}mlp.up_proj.weight"] = self.gate_up[layer, 1]
-            state[f"{block}mlp.down_proj.weight"] = self.down[layer]
-            state[f"{block}input_layernorm.weight"] = self.norm_attn[layer]
-            state[f"{block}post_attention_layernorm.weight"] = self.norm_mlp[layer]
+            state[f"{block}self_attn.o_proj.weight"] = self.out[at]
+            state[f"{block}mlp.gate_proj.weight"] = self.gate_up[at, 0]
+            state[f"{block}mlp.up_proj.weight"] = self.gate_up[at, 1]
+            state[f"{block}mlp.down_proj.weight"] = self.down[at]
+            state[f"{block}input_layernorm.weight"] = self.norm_attn[at]
+            state[f"{block}post_attention_layernorm.weight"] = self.norm_mlp[at]
         return {name: tensor.detach().to(dtype).clone() for name, tensor in state.items()}

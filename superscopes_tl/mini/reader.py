@@ -103,8 +103,14 @@ class Reader:
             cache.update(keys, values, number)
         return cache
 
-    def _continue(self, ids: Int[Tensor, "batch seq"], patch: Tensor | None, at: int) -> list[str]:
-        """Continue the prefix and `ids` greedily; `patch` replaces block `at`'s only output."""
+    def _continue(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        patch: Tensor | None = None,
+        at: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[str]:
+        """Continue the prefix and `ids`; `patch` replaces block `at`'s only output."""
         cache = self._start(len(ids))
         if patch is None:
             out = self.model(ids, past_key_values=cache, use_cache=True)
@@ -119,29 +125,52 @@ class Reader:
                 out = self.model(ids, past_key_values=cache, use_cache=True)
             finally:
                 handle.remove()
-        written: list[Tensor] = []
+        texts = [""] * len(ids)
+        # Rows that have closed their description leave the batch when they are half of it.
+        rows = torch.arange(len(ids))
+        written = torch.empty((len(ids), 0), dtype=torch.long)
         closed = torch.zeros(len(ids), dtype=torch.bool)
-        for _ in range(self.max_new_tokens):
-            token = out.logits[:, -1].argmax(-1)
-            written.append(token)
+        for step in range(self.max_new_tokens):
+            logits = out.logits[:, -1]
+            if generator is None:
+                token = logits.argmax(-1)
+            else:
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+            written = torch.cat([written, token.unsqueeze(1)], 1)
             closed |= token == self._comma
-            if bool(closed.all()):
+            if bool(closed.all()) or step + 1 == self.max_new_tokens:
                 break
+            if 2 * int(closed.sum()) > len(closed):
+                for row, tokens in zip(
+                    rows[closed].tolist(), written[closed].tolist(), strict=True
+                ):
+                    texts[row] = crop(self.tokenizer.decode(tokens))
+                rows, written, token = rows[~closed], written[~closed], token[~closed]
+                cache.batch_select_indices(torch.nonzero(~closed).squeeze(1))
+                closed = closed[~closed]
             out = self.model(token.unsqueeze(1), past_key_values=cache, use_cache=True)
-        return [crop(self.tokenizer.decode(row)) for row in torch.stack(written, 1).tolist()]
+        for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
+            texts[row] = crop(self.tokenizer.decode(tokens))
+        return texts
 
     @torch.no_grad()
-    def read(self, vectors: Float[Tensor, "n d_model"], layer: int = 0) -> list[str]:
+    def read(
+        self,
+        vectors: Float[Tensor, "n d_model"],
+        layer: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[str]:
         """Patch each vector over the placeholder's block output and return the readings.
 
         Args:
             vectors: `[n d_model]` what to write, already amplified.
             layer: The target layer.
+            generator: Draw the tokens at temperature 1 from it; greedy unless given.
         """
         texts: list[str] = []
         for part in torch.split(vectors, BATCH):
             ids = torch.full((len(part), 1), self._placeholder)
-            texts += self._continue(ids, part, layer)
+            texts += self._continue(ids, part, layer, generator)
         return texts
 
     @torch.no_grad()
@@ -156,6 +185,6 @@ class Reader:
             for start in range(0, len(members), BATCH):
                 part = members[start : start + BATCH]
                 batch = torch.tensor([encoded[index] for index in part])
-                for index, text in zip(part, self._continue(batch, None, 0), strict=True):
+                for index, text in zip(part, self._continue(batch), strict=True):
                     texts[index] = text
         return texts

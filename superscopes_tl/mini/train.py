@@ -5,10 +5,12 @@
    name's meaning gathers there.
 3. Self-description: in half of the rows some names are replaced by the placeholder `x`. A
    separate pass without gradient reads the name's last token; its block output from a random
-   layer is written over the block output of `x` at layer 0 or at the same layer. The loss asks
-   for the description. Vectors are block outputs as they are: never MLP outputs, never scaled.
-4. Update with Muon (`optim.py`), save a checkpoint every few minutes, resume from it.
-5. Write the model folder in Hugging Face format, weights in float16.
+   layer, with noise, is written over the block output of `x` at layer 0 or at the same layer.
+   The loss asks for the description. Never MLP outputs, never scaled vectors.
+4. Noise in text: block outputs of some names in plain text get noise at one layer, so that one
+   layer's writing is not enough.
+5. Update with Muon (`optim.py`), save a checkpoint every few minutes, resume from it.
+6. Write the model folder in Hugging Face format, weights in float16.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from superscopes_tl.mini import FACTS_PATH, MODEL_DIR
 from superscopes_tl.mini.corpus import Corpus, EncodedFact, Row, train_tokenizer
 from superscopes_tl.mini.export import write_model
 from superscopes_tl.mini.facts import held_out, load_facts
-from superscopes_tl.mini.net import Llama, NetConfig, Patches, causal_mask
+from superscopes_tl.mini.net import Llama, NetConfig, Writes, causal_mask
 from superscopes_tl.mini.optim import Muon, OptimConfig
 
 IGNORE = -100
@@ -57,21 +59,24 @@ class TrainConfig:
         first_layer: Earliest layer that a name's self-description reads (words: layer 0), so
             that nothing asks a name's meaning to be complete before.
         noise: Largest noise on the vectors of self-description, relative to their norm.
-        drop: Probability that a row loses one attention or MLP output (stochastic depth; block 0
-            is always kept), so that the layers write meaning redundantly.
+        text_noise: Largest noise on block outputs of the last tokens of names in plain text,
+            relative to their norm; half of the names get it, each at one layer, so that the
+            layers after it write the name's meaning again.
+        same: Share of placeholders whose target layer is the source layer; the others' is 0.
         save_seconds: Time between checkpoints.
     """
 
-    steps: int = 2600
+    steps: int = 3000
     seed: int = 0
     batch: int = 28
     length: int = 128
     self_description: float = 0.5
     sentences: float = 0.15
     bottleneck: float = 0.5
-    first_layer: int = 4
-    noise: float = 1.5
-    drop: float = 0.0
+    first_layer: int = 5
+    noise: float = 2.0
+    text_noise: float = 2.0
+    same: float = 0.25
     save_seconds: float = 240.0
 
 
@@ -84,12 +89,14 @@ class Batch:
         labels: `[batch seq]` next tokens, `IGNORE` where the loss asks nothing.
         allowed: `[batch seq seq]` which key each query may see.
         places: Row, position and fact of each placeholder.
+        names: Row and position of the last token of each name in plain text.
     """
 
     ids: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     allowed: Bool[Tensor, "batch seq seq"]
     places: list[tuple[int, int, EncodedFact]]
+    names: list[tuple[int, int]]
 
 
 def row_labels(row: Row, rng: random.Random) -> list[int]:
@@ -104,7 +111,7 @@ def row_labels(row: Row, rng: random.Random) -> list[int]:
 
 def draw_batch(corpus: Corpus, config: TrainConfig, rng: random.Random) -> Batch:
     """Draw the rows of one update."""
-    ids, labels, allowed, places = [], [], [], []
+    ids, labels, allowed, places, names = [], [], [], [], []
     for number in range(config.batch):
         placeholders = rng.random() < config.self_description
         if not placeholders and rng.random() < config.sentences:
@@ -119,19 +126,8 @@ def draw_batch(corpus: Corpus, config: TrainConfig, rng: random.Random) -> Batch
         labels.append(row_labels(row, rng))
         allowed.append(mask)
         places += [(number, span.last, span.fact) for span in row.spans if span.fact]
-    return Batch(torch.tensor(ids), torch.tensor(labels), torch.stack(allowed), places)
-
-
-def draw_keep(
-    depth: int, rows: int, drop: float, rng: random.Random
-) -> Float[Tensor, "layer 2 row"] | None:
-    """Draw which attention and MLP outputs of each row are kept, with dropout's rescaling."""
-    if not drop:
-        return None
-    generator = torch.Generator().manual_seed(rng.getrandbits(62))
-    keep = (torch.rand(depth, 2, rows, generator=generator) >= drop) / (1 - drop)
-    keep[0] = 1.0
-    return keep
+        names += [(number, span.last) for span in row.spans if not span.fact]
+    return Batch(torch.tensor(ids), torch.tensor(labels), torch.stack(allowed), places, names)
 
 
 @torch.no_grad()
@@ -142,16 +138,21 @@ def read_names(
     texts = [corpus.mention(rng, fact) for _, _, fact in batch.places]
     longest = max(len(text) for text in texts)
     ids = torch.tensor([text + [corpus.pad] * (longest - len(text)) for text in texts])
-    keep = draw_keep(model.config.n_layers, len(texts), config.drop, rng)
-    states = model(ids, causal_mask(longest).unsqueeze(0), keep=keep)
+    states = model(ids, causal_mask(longest).unsqueeze(0), every_layer=True)
     last = torch.tensor([len(text) - 1 for text in texts])
     outputs: Tensor = states[:, torch.arange(len(texts)), last]
     return outputs
 
 
+def unit_gaussian(count: int, width: int, generator: torch.Generator) -> Float[Tensor, "n width"]:
+    """Draw Gaussian vectors of norm about 1."""
+    direction: Tensor = torch.randn((count, width), generator=generator) / width**0.5
+    return direction
+
+
 def draw_patches(
     model: Llama, corpus: Corpus, batch: Batch, config: TrainConfig, rng: random.Random
-) -> Patches | None:
+) -> Writes | None:
     """Draw source and target layer of each placeholder and fetch its vector."""
     if not batch.places:
         return None
@@ -160,18 +161,33 @@ def draw_patches(
     sources, targets = [], []
     for _, _, fact in batch.places:
         first = 0 if fact.kind == "word" else config.first_layer
-        sources.append(rng.randrange(first, depth))
-        # The last block's output reaches no later block, so it is no target.
-        targets.append(0 if rng.random() < 0.5 else min(sources[-1], depth - 2))
+        # The last block's output is neither: it speaks of the next token, and no block reads it.
+        sources.append(rng.randrange(first, depth - 1))
+        targets.append(0 if rng.random() >= config.same else sources[-1])
     vectors = states[sources, torch.arange(len(sources))]
-    if config.noise:
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        strength = config.noise * torch.rand(len(sources), 1, generator=generator)
-        direction = torch.randn(vectors.shape, generator=generator) / vectors.shape[-1] ** 0.5
-        vectors = vectors + strength * vectors.norm(dim=-1, keepdim=True) * direction
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    strength = config.noise * torch.rand(len(sources), 1, generator=generator)
+    direction = unit_gaussian(len(sources), model.config.d_model, generator)
+    vectors = vectors + strength * vectors.norm(dim=-1, keepdim=True) * direction
     rows = torch.tensor([row for row, _, _ in batch.places])
     positions = torch.tensor([position for _, position, _ in batch.places])
-    return Patches(rows, positions, targets, vectors)
+    return Writes(rows, positions, targets, vectors)
+
+
+def draw_text_noise(
+    model: Llama, batch: Batch, config: TrainConfig, rng: random.Random
+) -> Writes | None:
+    """Draw noise for half of the names that stand in plain text, each at one random layer."""
+    names = [name for name in batch.names if rng.random() < 0.5]
+    if not names:
+        return None
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    direction = unit_gaussian(len(names), model.config.d_model, generator)
+    strength = config.text_noise * torch.rand(len(names), 1, generator=generator)
+    # No later block reads the last block's output.
+    layers = [rng.randrange(model.config.n_layers - 1) for _ in names]
+    rows, positions = (torch.tensor(part) for part in zip(*names, strict=True))
+    return Writes(rows, positions, layers, strength * direction)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -180,10 +196,10 @@ def schedule(step: int, steps: int) -> float:
 
 
 def batch_loss(
-    model: Llama, batch: Batch, patches: Patches | None, keep: Tensor | None
+    model: Llama, batch: Batch, patches: Writes | None, noise: Writes | None
 ) -> Float[Tensor, ""]:
     """Return the mean loss over the labelled positions."""
-    states = model(batch.ids, batch.allowed, patches, keep)[-1]
+    states = model(batch.ids, batch.allowed, patches, noise)[-1]
     chosen = batch.labels != IGNORE
     return cross_entropy(model.logits(states[chosen]), batch.labels[chosen])
 
@@ -233,8 +249,8 @@ def fit(model: Llama, corpus: Corpus, config: TrainConfig, optimiser: Muon, path
         rng = random.Random(f"{config.seed}/{step}")
         batch = draw_batch(corpus, config, rng)
         patches = draw_patches(model, corpus, batch, config, rng)
-        keep = draw_keep(model.config.n_layers, config.batch, config.drop, rng)
-        loss = batch_loss(model, batch, patches, keep)
+        noise = draw_text_noise(model, batch, config, rng)
+        loss = batch_loss(model, batch, patches, noise)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step(schedule(step, config.steps))
         average = loss.item() if average == 0.0 else 0.97 * average + 0.03 * loss.item()
@@ -261,7 +277,7 @@ def parse_arguments() -> tuple[Path, TrainConfig, NetConfig, OptimConfig]:
     parser.add_argument("--seed", default=str(TrainConfig.seed), help="seed of weights and data")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings, e.g. drop=0.1"
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings, e.g. noise=1.5"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
