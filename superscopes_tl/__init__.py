@@ -3,7 +3,7 @@
 Data flows one way through the modules, each of which has one job:
 
     models -> tokens -> prompts -> capture -> amplify -> patching -> scoring -> results
-    -> plan -> sweep -> plots
+    -> plan -> sweep -> plots -> explorer
 
 A first look:
 
@@ -23,7 +23,9 @@ from superscopes_tl.errors import (
     RunFileError,
     UnavailableKindError,
 )
-from superscopes_tl.export import write_html
+from superscopes_tl.explorer import Explorer
+from superscopes_tl.export import save_as, write_html
+from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Generation, Patch, PatchedGenerator
@@ -52,6 +54,7 @@ __all__ = [
     "PAPER_KINDS",
     "PAPER_THRESHOLD",
     "Activations",
+    "Explorer",
     "Generation",
     "HookKind",
     "LanguageModel",
@@ -76,14 +79,17 @@ __all__ = [
     "UnavailableKindError",
     "__version__",
     "alpha_curve",
+    "best_table",
     "capture",
     "crop_description",
+    "decomposition",
     "heatmap",
     "iter_sweep",
     "load_model",
     "plan_sweep",
     "random_direction",
     "resolve_positions",
+    "save_as",
     "scale",
     "sweep",
     "tokenize",

@@ -78,6 +78,10 @@ class CellStore:
             wanted = {cell: there[cell] for cell in wanted}
         return wanted
 
+    def cells(self, plan: SweepPlan) -> frozenset[Cell]:
+        """Return which cells of `plan` are there, whatever they were scored by."""
+        return frozenset(self._readings.get(_text_key(plan), ())) & frozenset(plan.all_cells)
+
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
         key = _text_key(plan)
@@ -226,3 +230,36 @@ class BackgroundSweep:
             with self._lock:
                 self._readings.update({cell_of(r): r for r in readings})
                 self._on_batch(readings)
+
+
+class Latest:
+    """Runs the newest of the jobs it is given in one daemon thread; skips those in between."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._job: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` when the present one has ended, unless a newer one comes before that."""
+        with self._lock:
+            self._job = job
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to do; return whether that is so."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return thread is None or not thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                job, self._job = self._job, None
+                if job is None:
+                    self._thread = None
+                    return
+            job()

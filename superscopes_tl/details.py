@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -156,7 +157,7 @@ def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
         for end in range(len(token_ids) + 1)
     ]
-    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in zip(texts, texts[1:])]
+    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in pairwise(texts)]
 
 
 def code_for(result: SweepResult, selection: Selection) -> str:

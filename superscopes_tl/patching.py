@@ -222,12 +222,11 @@ class PatchedGenerator:
         found: list[Tensor] = []
         with self.model.lock, torch.no_grad():
             logits, cache = self._patched_step(patches)
-            for token in token_ids:
-                if found:
-                    tokens = torch.full((len(patches), 1), previous, device=self.model.device)
-                    logits = self.step(tokens, cache)
+            for step, token in enumerate(token_ids):
+                if step:
+                    written = torch.full((len(patches), 1), token_ids[step - 1])
+                    logits = self.step(written.to(self.model.device), cache)
                 found.append(logits.log_softmax(dim=-1)[:, token].cpu())
-                previous = token
         return torch.stack(found, dim=1) if found else torch.zeros(len(patches), 0)
 
     def _patched_step(self, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
