@@ -27,12 +27,12 @@ from superscopes_tl.explorer_desk import Desk
 from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import View
 from superscopes_tl.export import save_as
-from superscopes_tl.live import axes_of
+from superscopes_tl.live import axes_of, color_range
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepConfig
 from superscopes_tl.results import Reading, SweepResult
-from superscopes_tl.scoring import Scorer
+from superscopes_tl.scoring import PAPER_SCORER, Scorer
 from superscopes_tl.snapshot import heatmap_png
 
 LARGEST_LINK = 8 * 2**20
@@ -75,7 +75,7 @@ class Explorer:
     ) -> None:
         loaded = load_model(model)
         self.model: LanguageModel | None = loaded
-        labels = {"MiniLM (paper)": None, **(scorers or {})}
+        labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
         self._set_up(View(loaded.kinds, loaded.n_layers, labels))
         self._desk = Desk(loaded, self.view, self._panel, self._guard, self._show_picture)
         self.prompt = prompt
@@ -95,7 +95,7 @@ class Explorer:
             )
         self = cls.__new__(cls)
         self.model = None
-        self._set_up(View([], 1, {"–": None}))
+        self._set_up(View([], 1, {"MiniLM (paper)": PAPER_SCORER}))
         self.view.source.layout.display = "none"
         self.view.run.disabled = True
         self.view.status.value = markup.status(
@@ -206,7 +206,7 @@ class Explorer:
             reading = reading_at(self.result, self.selection)
             if reading is not None:
                 self.pins.append((self.selection, reading, reading.token))
-                self.view.pins.value = markup.pins(self.pins)
+                self.view.pins.value = markup.pins(self.pins, color_range(self.result))
 
     def unpin(self) -> None:
         """Remove all pinned cells."""

@@ -17,7 +17,7 @@ from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, Vie
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepConfig
 from superscopes_tl.prompts import TargetPrompt, as_target_prompt
-from superscopes_tl.scoring import scorer_name
+from superscopes_tl.scoring import PAPER_SCORER, scorer_name
 from superscopes_tl.sites import check_kinds, check_layers
 from superscopes_tl.tokens import TokenizedText, resolve_positions
 
@@ -46,7 +46,7 @@ def read_config(view: View, base: SweepConfig) -> SweepConfig:
         positions=view.tokens.value,
         target_layer=view.fixed.value if view.target.value == "fixed" else view.target.value,
         target_prompt=target_prompt,
-        scorer=view.scorer.value,
+        scorer=None if view.scorer.value == PAPER_SCORER else view.scorer.value,
         score_on=view.score_on.value,
     )
 
@@ -111,6 +111,7 @@ def write_config(
 
 def _choose_scorer(view: View, scorer: Any) -> None:
     """Select the scorer, as a new option if it is none yet."""
+    scorer = PAPER_SCORER if scorer is None else scorer
     if not any(scorer is known for _, known in view.scorer.options):
         name = scorer if isinstance(scorer, str) else scorer_name(scorer)
         view.scorer.options = (*view.scorer.options, (name, scorer))

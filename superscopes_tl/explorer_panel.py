@@ -19,8 +19,8 @@ from superscopes_tl import markup
 from superscopes_tl.background import Latest
 from superscopes_tl.details import Probe, Selection, code_for, ladder, probe, reading_at, select
 from superscopes_tl.errors import bad_value
-from superscopes_tl.explorer_view import View
-from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, keep
+from superscopes_tl.explorer_view import BEST, View
+from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, color_range, keep
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.results import SweepResult
 
@@ -83,7 +83,6 @@ class Panel:
         self._quiet = False
         self._probes: dict[Selection, Probe] = {}
         self._prober = Latest()
-        view.curve.children = (self._curve.widget,)
         for cursor in (view.kind, view.layer, view.alpha, view.position, view.into):
             cursor.observe(guard(self._moved), "value")
         for choice in (view.show, view.best_alpha):
@@ -107,7 +106,7 @@ class Panel:
             ]
             view.position.value = axes.positions[-1]
             view.best_alpha.options = [
-                ("best", None),
+                BEST,
                 *((axis_label(alpha), alpha) for alpha in axes.alphas),
             ]
             view.position.layout.display = "" if len(axes.positions) > 1 else "none"
@@ -117,6 +116,7 @@ class Panel:
         self._map = LiveMap(axes, self._clicked)
         self._show_cell()
         self.draw(result)
+        self._show()
 
     def draw(self, result: SweepResult) -> None:
         """Show what is finished."""
@@ -238,30 +238,38 @@ class Panel:
         elif self.selection is None:
             view.stage.children = (widgets.HTML(markup.note("Choose a cell first.")),)
         else:
-            view.stage.children = (widgets.HTML(markup.parts(result, self.selection)),)
+            view.stage.children = (
+                widgets.HTML(markup.parts(result, self.selection, color_range(result))),
+            )
 
     def _best(self, result: SweepResult) -> str:
         view, table = self._view, result.table
-        alpha, position = view.best_alpha.value, view.position.value
+        alpha = None if view.best_alpha.value == BEST else view.best_alpha.value
+        position = view.position.value
         here = table[table["position"] == position]
         if here.empty or (alpha is not None and alpha not in set(here["alpha"])):
             return markup.note("Nothing finished here yet.")
-        return markup.best(result, alpha=alpha, position=position)
+        return markup.best(result, color_range(result), alpha=alpha, position=position)
 
     def _show_cell(self) -> None:
         view, selection = self._view, self.selection
         reading = None
         if selection is not None and self.result is not None:
             reading = reading_at(self.result, selection)
-        view.detail.value = markup.detail(reading, selection)
+        colours = (0.0, 1.0) if self.result is None else color_range(self.result)
+        view.detail.value = markup.detail(reading, selection, colours)
         view.pin.disabled = reading is None
         view.ladder.value = view.copy.text = view.code.value = view.probe.value = ""
-        view.curve.layout.display = "none" if reading is None else ""
+        if reading is None:
+            view.curve.children = ()
         if reading is None or selection is None or self.result is None:
             return
         rows = ladder(self.result, selection)
         self._curve.draw(rows["alpha"].tolist(), rows["score"].tolist(), selection.alpha)
-        view.ladder.value = markup.ladder(rows, selection.alpha)
+        view.curve.children = (
+            self._curve.widget,
+        )  # now: plotly measures the room when it is shown
+        view.ladder.value = markup.ladder(rows, selection.alpha, colours)
         code = code_for(self.result, selection)
         view.copy.text = code
         view.code.value = (
@@ -270,7 +278,7 @@ class Panel:
         if self.plan is None:
             view.probe.value = markup.note("Opened without a model: no controls, no token effects.")
         elif selection in self._probes:
-            view.probe.value = markup.probe(self._probes[selection])
+            view.probe.value = markup.probe(self._probes[selection], colours)
         else:
             view.probe.value = markup.note("Comparing with controls …")
             self._ask(self.plan, selection)
@@ -278,14 +286,15 @@ class Panel:
     def _ask(self, plan: SweepPlan, selection: Selection) -> None:
         """Probe the cell in a thread and show the answer if it is still wanted."""
         reading = reading_at(self.result, selection) if self.result is not None else None
-        if reading is None:
+        if reading is None or self.result is None:
             return
+        colours = color_range(self.result)
 
         def work() -> None:
             found = None
             try:
                 found = probe(plan, reading)
-                shown = markup.probe(found)
+                shown = markup.probe(found, colours)
             except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
                 shown = markup.alert(error)
             with self._guard.lock:

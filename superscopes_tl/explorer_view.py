@@ -28,6 +28,7 @@ ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
 }
 TARGET_PRESETS = {"description (paper)": DESCRIPTION_PROMPT, "identity": IDENTITY_PROMPT}
 OWN = "own"
+BEST = "best"
 FORMATS = {
     "page, opens offline (.html)": ".html",
     "picture (.png)": ".png",
@@ -104,8 +105,7 @@ class View:
                     "ssx-bar",
                 ),
                 self.caption,
-                _classed(widgets.Box([self.stage_side, self.panel]), "ssx-main"),
-                self.pins,
+                _classed(widgets.Box([self.stage_side, self.panel, self.below]), "ssx-main"),
                 self.export,
             ]
         )
@@ -199,7 +199,8 @@ class View:
             ],
         )
         self.show.add_class("ssx-views")
-        self.best_alpha = widgets.Dropdown(options=[("best", None)], description="α")
+        self.best_alpha = widgets.Dropdown(options=[BEST], description="α")
+        self.best_alpha.add_class("ssx-narrow")
         self.caption = widgets.HTML()
         self.stage = _classed(widgets.Box(), "ssx-stage")
         self.kind = widgets.Dropdown(options=["–"], description="Kind")
@@ -236,13 +237,13 @@ class View:
                 self.into,
                 self.curve,
                 self.ladder,
-                self.probe,
                 _classed(widgets.HBox([self.pin, self.unpin, self.copy]), "ssx-row"),
                 self.code,
             ]
         )
         self.panel.add_class("ssx-panel")
         self.pins = _classed(widgets.HTML(), "ssx-pins")
+        self.below = _classed(widgets.VBox([self.probe, self.pins]), "ssx-below")
 
     def _make_export(self) -> None:
         self.file = widgets.Text(value="superscopes", description="Save as")

@@ -78,6 +78,21 @@ def axes_of_plan(plan: SweepPlan) -> Axes:
     )
 
 
+def color_range(result: SweepResult) -> tuple[float, float]:
+    """Return the scores of the darkest and the lightest colour for a result.
+
+    Steps of a tenth, so that the colours do not move with every batch.
+    """
+    return _range(result.table)
+
+
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    scores = table["score"].dropna() if len(table) else []
+    if not len(scores):
+        return 0.0, 1.0
+    return math.floor(min(scores) * 10) / 10, math.ceil(max(scores) * 10 + 1e-9) / 10
+
+
 def axis_label(value: float) -> str:
     """Return a number as the axes show it."""
     return f"{value:.10g}"
@@ -124,7 +139,6 @@ class LiveMap:
             if row["position"] == position
             and row["target_layer"] == (row["source_layer"] if target == _THIS_TARGET else target)
         }
-        scores = [r["score"] for r in grid.values() if not math.isnan(r["score"])] or [0.0, 1.0]
         with self.widget.batch_update():
             for index, kind in enumerate(self._axes.kinds):
                 cells, *marks = self.widget.data[3 * index : 3 * index + 3]
@@ -141,9 +155,8 @@ class LiveMap:
                 ]
                 for trace, found in zip(marks, (missing, empty), strict=True):
                     trace.x, trace.y = [x for x, _ in found], [y for _, y in found]
-            # Steps of a tenth: the colours do not move with every batch.
-            self.widget.layout.coloraxis.cmin = math.floor(min(scores) * 10) / 10
-            self.widget.layout.coloraxis.cmax = math.ceil(max(scores) * 10 + 1e-9) / 10
+            low, high = _range(table)
+            self.widget.layout.coloraxis.cmin, self.widget.layout.coloraxis.cmax = low, high
 
     def mark(self, selection: Selection | None) -> None:
         """Outline the selected cell."""
@@ -212,6 +225,7 @@ class LiveMap:
             range=[-0.5, len(self._y) - 0.5],
         )
         self.widget.update_yaxes(title_text="source layer", col=1)
+        self.widget.update_annotations(font_size=13)  # the panels' titles
         _plain(self.widget, height=min(720, 130 + 22 * max(6, len(self._y))))
         self.widget.update_layout(
             coloraxis={

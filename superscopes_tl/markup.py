@@ -45,11 +45,15 @@ def note(text: str) -> str:
     return f"<div class='ssx-note'>{html.escape(text)}</div>"
 
 
-def chip(score: float, low: float = 0.0, high: float = 1.0) -> str:
+Range = tuple[float, float]
+"""The scores of the darkest and the lightest colour."""
+
+
+def chip(score: float, colours: Range) -> str:
     """Return a score on its colour."""
     if math.isnan(score):
         return "<span class='ssx-chip ssx-none' title='no description to score'>–</span>"
-    return f"<span class='ssx-chip' style='{_coloured(score, low, high)}'>{score:.2f}</span>"
+    return f"<span class='ssx-chip' style='{_coloured(score, *colours)}'>{score:.2f}</span>"
 
 
 def caption(result: SweepResult, token: str, target: int | str) -> str:
@@ -65,7 +69,7 @@ def caption(result: SweepResult, token: str, target: int | str) -> str:
     )
 
 
-def detail(reading: Reading | None, selection: Selection | None) -> str:
+def detail(reading: Reading | None, selection: Selection | None, colours: Range) -> str:
     """Return the selected cell: where it is, what was read, the whole text."""
     if selection is None:
         return note("Click a cell, or move the cursors below, to read it here.")
@@ -88,7 +92,7 @@ def detail(reading: Reading | None, selection: Selection | None) -> str:
     return (
         f"{head}<b>{place}</b><blockquote><bdi>"
         f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
-        f"<dl><dt>score</dt><dd>{chip(reading.score)}</dd>"
+        f"<dl><dt>score</dt><dd>{chip(reading.score, colours)}</dd>"
         f"<dt>‖α·v‖ / residual norm</dt><dd>{reading.norm_ratio:.2f}</dd></dl>"
         f"{f'<ul>{flags}</ul>' if flags else ''}"
         f"<details><summary>whole text ({reading.n_tokens} tokens)</summary>"
@@ -96,11 +100,11 @@ def detail(reading: Reading | None, selection: Selection | None) -> str:
     )
 
 
-def ladder(rows: pd.DataFrame, alpha: float) -> str:
+def ladder(rows: pd.DataFrame, alpha: float, colours: Range) -> str:
     """Return the site's readings at all α as a small table."""
     body = "".join(
         f"<tr{' aria-current=true' if row['alpha'] == alpha else ''}><th scope='row'>"
-        f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td><td>{chip(row['score'])}</td>"
+        f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td><td>{chip(row['score'], colours)}</td>"
         f"<td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
         for row in rows.to_dict("records")
     )
@@ -112,10 +116,10 @@ def ladder(rows: pd.DataFrame, alpha: float) -> str:
     )
 
 
-def probe(found: Probe) -> str:
+def probe(found: Probe, colours: Range) -> str:
     """Return the controls of a cell and the tokens of its text, coloured by the patch's effect."""
     controls = "".join(
-        f"<tr><th scope='row'>{html.escape(c.name)}</th><td>{chip(c.score)}</td>"
+        f"<tr><th scope='row'>{html.escape(c.name)}</th><td>{chip(c.score, colours)}</td>"
         f"<td><bdi>{html.escape(c.description) or '<i>no description</i>'}</bdi></td></tr>"
         for c in found.controls
     )
@@ -152,11 +156,11 @@ def _probability(log: float) -> str:
     return f"{math.exp(log):.2g}"
 
 
-def pins(pinned: Sequence[tuple[Selection, Reading, str]]) -> str:
+def pins(pinned: Sequence[tuple[Selection, Reading, str]], colours: Range) -> str:
     """Return the pinned cells side by side; each comes with its source prompt's token."""
     cards = "".join(
         f"<article><b>{html.escape(s.kind)} · layer {s.source_layer} → {s.target_layer} · "
-        f"α {s.alpha:g}</b>{chip(reading.score)}<blockquote><bdi>"
+        f"α {s.alpha:g}</b>{chip(reading.score, colours)}<blockquote><bdi>"
         f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
         f"<span class='ssx-note'><bdi>{html.escape(reading.prompt)}</bdi> · token "
         f"<code>{html.escape(token)}</code></span></article>"
@@ -165,13 +169,13 @@ def pins(pinned: Sequence[tuple[Selection, Reading, str]]) -> str:
     return f"<div class='ssx-cards' aria-label='Pinned cells'>{cards}</div>" if pinned else ""
 
 
-def best(result: SweepResult, *, alpha: float | None, position: int | None) -> str:
+def best(result: SweepResult, colours: Range, *, alpha: float | None, position: int | None) -> str:
     """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
     wide = result.by_layer(alpha=alpha, position=position)
     kinds = list(wide.columns.get_level_values(0).unique())
     head = "".join(f"<th scope='col'>{html.escape(kind)}</th>" for kind in kinds)
     body = "".join(
-        f"<tr><th scope='row'>{layer}</th>{''.join(_best_cell(row[kind]) for kind in kinds)}</tr>"
+        f"<tr><th scope='row'>{layer}</th>{''.join(_best_cell(row[kind], colours) for kind in kinds)}</tr>"
         for layer, row in wide.iterrows()
     )
     title = "Best α of every site" if alpha is None else f"α = {alpha:g}"
@@ -181,16 +185,16 @@ def best(result: SweepResult, *, alpha: float | None, position: int | None) -> s
     )
 
 
-def _best_cell(cell: pd.Series) -> str:
+def _best_cell(cell: pd.Series, colours: Range) -> str:
     if pd.isna(cell["alpha"]):
         return "<td class='ssx-note'>not computed</td>"
     return (
-        f"<td>{chip(float(cell['score']))} <small>α {cell['alpha']:g}</small><br>"
+        f"<td>{chip(float(cell['score']), colours)} <small>α {cell['alpha']:g}</small><br>"
         f"<bdi>{html.escape(str(cell['reading'])) or '<i>no description</i>'}</bdi></td>"
     )
 
 
-def parts(result: SweepResult, selection: Selection) -> str:
+def parts(result: SweepResult, selection: Selection, colours: Range) -> str:
     """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
     table = result.table
     there = table[
@@ -203,23 +207,26 @@ def parts(result: SweepResult, selection: Selection) -> str:
         rows = there[there["kind"] == kind].sort_values("score", ascending=False)
         if sign:
             cards.append(f"<div class='ssx-sign' aria-hidden='true'>{sign}</div>")
-        cards.append(f"<article><b>{kind}</b>{_part(rows)}</article>")
+        cards.append(f"<article><b>{kind}</b>{_part(rows, colours)}</article>")
     return (
         f"<div class='ssx-sub'>Layer {selection.source_layer}: what goes into the MLP, what it "
         f"adds, and what comes out</div><div class='ssx-parts'>{''.join(cards)}</div>"
     )
 
 
-def _part(rows: pd.DataFrame) -> str:
+def _part(rows: pd.DataFrame, colours: Range) -> str:
     if rows.empty:
         return note("not computed")
-    chosen = {"unamplified": rows[rows["alpha"] == 1].head(1), "best": rows.head(1)}
+    best_alpha = rows["alpha"].iloc[0]
+    chosen = {1.0: "unamplified", best_alpha: "best"}
+    if best_alpha == 1:
+        chosen = {1.0: "unamplified, and best"}
     return "".join(
-        f"<div class='ssx-part'>{chip(float(row['score']))} <small>α {row['alpha']:g}, {name}"
+        f"<div class='ssx-part'>{chip(float(row['score']), colours)} <small>α {alpha:g}, {name}"
         f"</small><blockquote><bdi>{html.escape(row['description']) or '<i>no description</i>'}"
         "</bdi></blockquote></div>"
-        for name, found in chosen.items()
-        for row in found.to_dict("records")
+        for alpha, name in chosen.items()
+        for row in rows[rows["alpha"] == alpha].head(1).to_dict("records")
     )
 
 
