@@ -203,6 +203,7 @@ class View:
         self.best_alpha.add_class("ssx-narrow")
         self.caption = widgets.HTML()
         self.stage = _classed(widgets.Box(), "ssx-stage")
+        self.stage.add_class("ssx-map")
         self.kind = widgets.Dropdown(options=["–"], description="Kind")
         self.layer = widgets.SelectionSlider(options=["–"], description="Layer")
         self.alpha = widgets.SelectionSlider(options=["–"], description="α")
@@ -216,7 +217,7 @@ class View:
     def _make_cell(self) -> None:
         self.detail = _classed(widgets.HTML(), "ssx-detail")
         self.ladder = widgets.HTML()
-        self.curve = widgets.Box()
+        self.curve = _classed(widgets.Box(), "ssx-stage")
         self.probe = _classed(widgets.HTML(), "ssx-probe")
         self.pin = widgets.Button(
             description="Pin", icon="thumb-tack", tooltip="Keep this cell to compare"

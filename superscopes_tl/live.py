@@ -87,7 +87,7 @@ def color_range(result: SweepResult) -> tuple[float, float]:
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
-    scores = table["score"].dropna() if len(table) else []
+    scores: Any = table["score"].dropna() if len(table) else []
     if not len(scores):
         return 0.0, 1.0
     return math.floor(min(scores) * 10) / 10, math.ceil(max(scores) * 10 + 1e-9) / 10

@@ -104,8 +104,8 @@ def ladder(rows: pd.DataFrame, alpha: float, colours: Range) -> str:
     """Return the site's readings at all α as a small table."""
     body = "".join(
         f"<tr{' aria-current=true' if row['alpha'] == alpha else ''}><th scope='row'>"
-        f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td><td>{chip(row['score'], colours)}</td>"
-        f"<td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
+        f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td>"
+        f"<td>{chip(row['score'], colours)}</td><td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
         for row in rows.to_dict("records")
     )
     return (
@@ -175,7 +175,9 @@ def best(result: SweepResult, colours: Range, *, alpha: float | None, position: 
     kinds = list(wide.columns.get_level_values(0).unique())
     head = "".join(f"<th scope='col'>{html.escape(kind)}</th>" for kind in kinds)
     body = "".join(
-        f"<tr><th scope='row'>{layer}</th>{''.join(_best_cell(row[kind], colours) for kind in kinds)}</tr>"
+        f"<tr><th scope='row'>{layer}</th>"
+        + "".join(_best_cell(row[kind], colours) for kind in kinds)
+        + "</tr>"
         for layer, row in wide.iterrows()
     )
     title = "Best α of every site" if alpha is None else f"α = {alpha:g}"

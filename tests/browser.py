@@ -201,7 +201,7 @@ def wait_for_state(page: Any, state: str, run: int) -> None:
 
 
 _PLACE = """([panel, column, row]) => {
-  const plot = document.querySelector('.ssx-stage .js-plotly-plot'), full = plot._fullLayout;
+  const plot = document.querySelector('.ssx-map .js-plotly-plot'), full = plot._fullLayout;
   const s = panel ? panel + 1 : '', x = full['xaxis' + s], y = full['yaxis' + s];
   const box = plot.getBoundingClientRect();
   return [box.x + x._offset + x.l2p(column), box.y + y._offset + y.l2p(row)];
@@ -210,9 +210,9 @@ _PLACE = """([panel, column, row]) => {
 
 def click_cell(page: Any, panel: int, column: int, row: int) -> None:
     """Click a cell of the map, as a hand would: plotly clicks what was hovered last."""
-    page.locator(".ssx-stage .js-plotly-plot").scroll_into_view_if_needed()
+    page.locator(".ssx-map .js-plotly-plot").scroll_into_view_if_needed()
     x, y = page.evaluate(_PLACE, [panel, column, row])
     page.mouse.move(x - 4, y - 4)
     page.mouse.move(x, y)
-    page.wait_for_selector(".ssx-stage .js-plotly-plot .hoverlayer .hovertext")
+    page.wait_for_selector(".ssx-map .js-plotly-plot .hoverlayer .hovertext")
     page.mouse.click(x, y)
