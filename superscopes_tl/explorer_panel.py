@@ -106,7 +106,7 @@ class Panel:
             ]
             view.position.value = axes.positions[-1]
             view.best_alpha.options = [
-                BEST,
+                (BEST, BEST),
                 *((axis_label(alpha), alpha) for alpha in axes.alphas),
             ]
             view.position.layout.display = "" if len(axes.positions) > 1 else "none"

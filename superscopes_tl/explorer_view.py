@@ -199,7 +199,7 @@ class View:
             ],
         )
         self.show.add_class("ssx-views")
-        self.best_alpha = widgets.Dropdown(options=[BEST], description="α")
+        self.best_alpha = widgets.Dropdown(options=[(BEST, BEST)], description="α")
         self.best_alpha.add_class("ssx-narrow")
         self.caption = widgets.HTML()
         self.stage = _classed(widgets.Box(), "ssx-stage")

@@ -105,7 +105,8 @@ def ladder(rows: pd.DataFrame, alpha: float, colours: Range) -> str:
     body = "".join(
         f"<tr{' aria-current=true' if row['alpha'] == alpha else ''}><th scope='row'>"
         f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td>"
-        f"<td>{chip(row['score'], colours)}</td><td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
+        f"<td>{chip(row['score'], colours)}</td>"
+        f"<td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
         for row in rows.to_dict("records")
     )
     return (
