@@ -154,18 +154,15 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextlib.contextmanager
-def chromium(*, width: int = 1280, height: int = 1000, scheme: str = "light") -> Iterator[Any]:
+def chromium(playwright: Any, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
     """Open a page in a browser with a fresh profile; `page.failures` collects script errors."""
-    from playwright.sync_api import sync_playwright
-
-    with tempfile.TemporaryDirectory(prefix="profile-") as profile, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory(prefix="profile-") as profile:
         context = playwright.chromium.launch_persistent_context(
             profile,
             executable_path=browser_path(),
             headless=True,
             args=list(FLAGS),
             viewport={"width": width, "height": height},
-            color_scheme=scheme,
             permissions=["clipboard-read", "clipboard-write"],
             accept_downloads=True,
         )

@@ -20,7 +20,7 @@ ORDER = [
     "capture", "amplify", "memory", "patching", "scoring", "results",
     "plan", "sweep", "plots", "figures", "snapshot", "export", "background", "details",
     "live", "markup", "explorer_view", "explorer_config", "explorer_panel", "explorer_desk",
-    "explorer", "demo", "cli",
+    "explorer", "serve", "demo", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
