@@ -78,6 +78,35 @@ class CopyButton(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is unt
     text = traitlets.Unicode("").tag(sync=True)
 
 
+_FIT = """
+function render({ el }) {
+  el.style.display = "none";
+  const fit = () => requestAnimationFrame(() => window.dispatchEvent(new Event("resize")));
+  requestAnimationFrame(() => {
+    const root = el.closest(".ssx");
+    if (!root) return;
+    new ResizeObserver(fit).observe(root);
+    new MutationObserver((changes) => {
+      const drawn = (node) => node.nodeType === 1
+        && (node.matches(".svg-container") || node.querySelector(".svg-container"));
+      if (changes.some((change) => [...change.addedNodes].some(drawn))) fit();
+    }).observe(root, { childList: true, subtree: true });
+  });
+}
+export default { render };
+"""
+
+
+class Fit(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is untyped
+    """Makes plotly measure again when a figure or the Explorer's width is new.
+
+    Plotly itself looks when it first draws, which may be before there is a page around it, and
+    when the window changes, which is not the only way for a notebook's column to change.
+    """
+
+    _esm = _FIT
+
+
 class View:
     """The widgets, by name; `root` holds them all.
 
@@ -97,6 +126,7 @@ class View:
         self.root = widgets.VBox(
             [
                 _classed(widgets.HTML(f"<style>{_style()}</style>"), "ssx-style"),
+                Fit(),
                 self.source,
                 _classed(
                     widgets.HBox(
@@ -237,14 +267,13 @@ class View:
                 self.position,
                 self.into,
                 self.curve,
-                self.ladder,
                 _classed(widgets.HBox([self.pin, self.unpin, self.copy]), "ssx-row"),
                 self.code,
             ]
         )
         self.panel.add_class("ssx-panel")
         self.pins = _classed(widgets.HTML(), "ssx-pins")
-        self.below = _classed(widgets.VBox([self.probe, self.pins]), "ssx-below")
+        self.below = _classed(widgets.VBox([self.ladder, self.probe, self.pins]), "ssx-below")
 
     def _make_export(self) -> None:
         self.file = widgets.Text(value="superscopes", description="Save as")

@@ -120,7 +120,7 @@ def _environment(home: Path) -> dict[str, str]:
     return {
         **os.environ,
         **{name: str(home / folder) for name, folder in folders.items()},
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
         "PYTHONWARNINGS": "ignore",
     }
 
