@@ -145,6 +145,7 @@ class Desk:
             progress = self._sweep.progress
             self._view.progress.value = progress.done
             self._panel.draw(self._sweep.result())
+            self._panel.refresh(readings)
             self._say(_under_way(progress), "running")
 
     def _ended(self) -> None:
@@ -157,11 +158,8 @@ class Desk:
         progress = sweep.progress
         if sweep.plan is not None:
             self._panel.draw(sweep.result())
-            self._panel.keep()
             if self._panel.selection is None:
                 self._panel.select_best()
-            else:
-                self._panel.refresh()
         if sweep.error is not None:
             self._guard.show(sweep.error)
         else:

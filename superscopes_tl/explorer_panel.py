@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -22,7 +22,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_view import BEST, View
 from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, color_range, keep
 from superscopes_tl.plan import SweepPlan
-from superscopes_tl.results import SweepResult
+from superscopes_tl.results import Reading, SweepResult
 
 
 class Guard:
@@ -81,6 +81,7 @@ class Panel:
         self._map: LiveMap | None = None
         self._curve = LiveCurve()
         self._quiet = False
+        self._drawn: tuple[Any, Any] = (None, None)
         self._probes: dict[Selection, Probe] = {}
         self._prober = Latest()
         for cursor in (view.kind, view.layer, view.alpha, view.position, view.into):
@@ -113,28 +114,27 @@ class Panel:
             view.into.layout.display = "" if len(axes.targets) > 1 else "none"
         finally:
             self._quiet = False
-        self._map = LiveMap(axes, self._clicked)
+        old, self._map = self._map, LiveMap(axes, self._clicked)
         self._show_cell()
         self.draw(result)
         self._show()
+        if old is not None:
+            old.widget.close()
 
     def draw(self, result: SweepResult) -> None:
         """Show what is finished."""
         self.result = result
         if self._map is not None:
             view = self._view
-            self._map.draw(result.table, view.position.value, view.into.value)
+            self._drawn = (view.position.value, view.into.value)
+            self._map.draw(result.table, *self._drawn)
             self._map.mark(self.selection)
+            keep(self._map.widget)
             view.caption.value = markup.caption(
                 result, self._token(view.position.value), view.into.value
             )
         if self._view.show.value != "all":
             self._show()
-
-    def keep(self) -> None:
-        """Make a reloaded page show the present state."""
-        if self._map is not None:
-            keep(self._map.widget)
 
     def select(self, selection: Selection) -> None:
         """Choose a cell.
@@ -158,7 +158,6 @@ class Panel:
                 "selection", expected=f"a cell of {axes}", got=selection, fix="choose one of these"
             )
         view = self._view
-        moved = (view.position.value, view.into.value) != (selection.position, found)
         self._quiet = True
         try:
             view.kind.value = selection.kind
@@ -169,12 +168,12 @@ class Panel:
         finally:
             self._quiet = False
         self.selection = selection
-        if moved and self.result is not None:
+        if self._drawn != (selection.position, found) and self.result is not None:
             self.draw(self.result)
         elif self._map is not None:
             self._map.mark(selection)
+            keep(self._map.widget, data=False)
         self._show_cell()
-        self.keep()
         if view.show.value == "parts":
             self._show()
 
@@ -184,9 +183,10 @@ class Panel:
             best = self.result.best().sort_values("score", ascending=False, na_position="last")
             self.select(select(best.iloc[0]))
 
-    def refresh(self) -> None:
-        """Show the chosen cell anew: it may have been finished meanwhile."""
-        self._show_cell()
+    def refresh(self, readings: Sequence[Reading]) -> None:
+        """Show the chosen cell anew if it is among newly finished ones."""
+        if any(select(reading) == self.selection for reading in readings):
+            self._show_cell()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the selected cell has been probed."""
@@ -214,9 +214,6 @@ class Panel:
     def _moved(self) -> None:
         if not self._quiet and self.axes is not None:
             view = self._view
-            # Token and target change which map is shown, whatever cell is chosen.
-            if self.result is not None:
-                self.draw(self.result)
             self._choose(view.kind.value, view.layer.value, view.alpha.value)
 
     def _choose(self, kind: str, layer: int, alpha: float) -> None:
@@ -231,7 +228,6 @@ class Panel:
         if result is None or self._map is None:
             view.stage.children = (widgets.HTML(markup.note("No sweep yet. Press Run.")),)
         elif view.show.value == "all":
-            self.keep()  # the figure is drawn anew from its kept state
             view.stage.children = (self._map.widget,)
         elif view.show.value == "best":
             view.stage.children = (view.best_alpha, widgets.HTML(self._best(result)))

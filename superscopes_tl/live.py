@@ -274,11 +274,12 @@ class LiveCurve:
         keep(self.widget)
 
 
-def keep(figure: Any) -> None:
-    """Make a page that is opened anew show the figure as it is now."""
+def keep(figure: Any, *, data: bool = True) -> None:
+    """Make a page that is opened anew show the figure as it is now, or its layout alone."""
     with figure.hold_sync():
         figure._widget_layout = deepcopy(figure._layout_obj._props)
-        figure._widget_data = deepcopy(figure._data)
+        if data:
+            figure._widget_data = deepcopy(figure._data)
 
 
 def _plain(figure: Any, *, height: int) -> None:

@@ -223,3 +223,14 @@ def test_latest_skips_the_jobs_in_between() -> None:
     gate.set()
     assert latest.wait(WAIT)
     assert done == [0, 3]
+
+
+def test_a_sweep_in_another_cell_does_not_disturb_it(model: LanguageModel) -> None:
+    """Hooks are on the model during a batch; two threads take turns and both read right."""
+    settings: dict[str, Any] = {"scorer": flat, "batch_size": 2, **SMALL}
+    expected = sweep(model, PROMPT, progress=False, **settings)
+    background = BackgroundSweep(lambda: plan_sweep(model, PROMPT, **settings)).start()
+    beside = sweep(model, PROMPT, progress=False, **settings)
+    assert background.wait(WAIT)
+    assert background.result().table["text"].tolist() == expected.table["text"].tolist()
+    assert beside.table["text"].tolist() == expected.table["text"].tolist()
