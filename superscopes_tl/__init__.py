@@ -14,6 +14,7 @@ A first look:
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from superscopes_tl.amplify import MappingFamily, MappingFunction, random_direction, scale
 from superscopes_tl.capture import Activations, capture
@@ -23,7 +24,6 @@ from superscopes_tl.errors import (
     RunFileError,
     UnavailableKindError,
 )
-from superscopes_tl.explorer import Explorer
 from superscopes_tl.export import save_as, write_html
 from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.loading import load_model
@@ -43,6 +43,9 @@ from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingSco
 from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
 from superscopes_tl.sweep import SweepError, SweepInterrupted, iter_sweep, sweep
 from superscopes_tl.tokens import TokenizedText, resolve_positions, tokenize
+
+if TYPE_CHECKING:
+    from superscopes_tl.explorer import Explorer
 
 __version__ = version("superscopes-tl")
 
@@ -95,3 +98,12 @@ __all__ = [
     "tokenize",
     "write_html",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Explorer when it is asked for: its widgets take a second that others need not."""
+    if name == "Explorer":
+        from superscopes_tl.explorer import Explorer
+
+        return Explorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,17 +7,22 @@
    notebook kernels run callbacks on different threads.
 4. `cancel` sets an event that the thread looks at after every batch. What is finished is kept.
 
+5. When Python ends, what still runs is told to stop and waited for: a thread that is killed inside
+   the model's arithmetic would take the process down with an error.
+
 No widget is known here. A run ends in exactly one of the states done, cancelled and failed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakSet
 
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import Reading, SweepResult
@@ -29,6 +34,10 @@ State = Literal["new", "running", "done", "cancelled", "failed"]
 
 FLUSH_SECONDS = 0.15
 """A browser has time to draw between two hand-overs."""
+PATIENCE_AT_EXIT = 10.0
+"""Seconds that Python's end waits for a batch."""
+
+_ALIVE: WeakSet[Any] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ class BackgroundSweep:
     def start(self) -> BackgroundSweep:
         """Start the thread; return this run."""
         self.state = "running"
+        _ALIVE.add(self)
         self._thread.start()
         return self
 
@@ -242,11 +252,17 @@ class Latest:
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` when the present one has ended, unless a newer one comes before that."""
+        _ALIVE.add(self)
         with self._lock:
             self._job = job
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
+
+    def cancel(self) -> None:
+        """Drop the job that waits; the one that runs goes on to its end."""
+        with self._lock:
+            self._job = None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; return whether that is so."""
@@ -263,3 +279,13 @@ class Latest:
                     self._thread = None
                     return
             job()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop what runs, and wait a while for it."""
+    running = list(_ALIVE)
+    for work in running:
+        work.cancel()
+    for work in running:
+        work.wait(PATIENCE_AT_EXIT)

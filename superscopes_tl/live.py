@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.graph_objects import FigureWidget  # here, not at the first display: it is slow
 from plotly.subplots import make_subplots
 
 from superscopes_tl.details import Selection
@@ -113,7 +114,7 @@ class LiveMap:
         self._axes, self._on_click = axes, on_click
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
-        self.widget = go.FigureWidget(
+        self.widget = FigureWidget(
             make_subplots(
                 cols=len(axes.kinds),
                 shared_yaxes=True,
@@ -250,7 +251,7 @@ class LiveCurve:
     """
 
     def __init__(self) -> None:
-        self.widget = go.FigureWidget(
+        self.widget = FigureWidget(
             go.Scatter(
                 mode="lines+markers",
                 line={"color": "#8a8a8a", "width": 2},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -509,3 +511,21 @@ def test_clicks_from_two_threads_do_not_mix(explorer: Explorer) -> None:
 def test_alphas_are_read_with_any_separator(text: str, numbers: tuple[float, ...]) -> None:
     """Commas, semicolons and spaces."""
     assert parse_alphas(text) == numbers
+
+
+def test_the_first_display_is_quick_and_python_ends_in_peace() -> None:
+    """Under 2 s after the import; ending at once, in the middle of the warm-up, is no crash."""
+    code = (
+        "import time\n"
+        "from superscopes_tl import Explorer, load_model\n"
+        "model = load_model('mini', backend='bridge')\n"
+        "start = time.perf_counter()\n"
+        "Explorer(model)._ipython_display_()\n"
+        "print(time.perf_counter() - start)\n"
+        "Explorer(model).run()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[-1]) < 2
