@@ -16,7 +16,13 @@ A first look:
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from superscopes_tl.amplify import MappingFamily, MappingFunction, random_direction, scale
+from superscopes_tl.amplify import (
+    MappingFamily,
+    MappingFunction,
+    in_units_of,
+    random_direction,
+    scale,
+)
 from superscopes_tl.capture import Activations, capture
 from superscopes_tl.errors import (
     ModelLoadError,
@@ -87,6 +93,7 @@ __all__ = [
     "crop_description",
     "decomposition",
     "heatmap",
+    "in_units_of",
     "iter_sweep",
     "load_model",
     "plan_sweep",

@@ -186,8 +186,8 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
         settings["mapping"] = _Verbatim(mapping)
         notes.append(f"# mapping: the sweep's own, {mapping}")
-    if mapping.startswith("random_direction"):
-        names.append("random_direction")
+    if (family := mapping.split("(")[0]) in ("random_direction", "in_units_of"):
+        names.append(family)
     text, placeholder = target.get("text"), target.get("placeholder")
     if text != DESCRIPTION_PROMPT.text or placeholder != DESCRIPTION_PROMPT.placeholder:
         names.append("TargetPrompt")

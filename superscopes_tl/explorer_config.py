@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from superscopes_tl.amplify import MappingFamily, family_name, in_units_of, scale
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.models import LanguageModel
@@ -24,7 +25,11 @@ from superscopes_tl.tokens import TokenizedText, resolve_positions
 _SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows what comes out"
 
 
-def read_config(view: View, base: SweepConfig) -> SweepConfig:
+NormAt = Callable[[TargetPrompt, int], float]
+"""The norm of the residual stream at a target prompt's placeholder, after a layer."""
+
+
+def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
     """Return what the controls show, as changes of `base`.
 
     Raises:
@@ -38,13 +43,25 @@ def read_config(view: View, base: SweepConfig) -> SweepConfig:
     target_prompt = TARGET_PRESETS.get(preset) or TargetPrompt(
         view.target_text.value, view.placeholder.value.strip()
     )
+    into = view.fixed.value if view.target.value == "fixed" else view.target.value
+    mapping = scale if _has_units(base.mapping) else base.mapping
+    if view.units.value == "norm":
+        if into == "same":
+            raise bad_value(
+                "α times the residual norm",
+                expected="one target layer, whose norm is meant",
+                got="the same layer as the source",
+                fix="patch into layer 0 or a fixed layer",
+            )
+        mapping = in_units_of(round(norm_at(target_prompt, into), 4))
     return replace(
         base,
         layers=tuple(range(first, last + 1)),
         kinds=kinds,
         alphas=parse_alphas(view.alphas.value),
         positions=view.tokens.value,
-        target_layer=view.fixed.value if view.target.value == "fixed" else view.target.value,
+        target_layer=into,
+        mapping=mapping,
         target_prompt=target_prompt,
         scorer=None if view.scorer.value == PAPER_SCORER else view.scorer.value,
         score_on=view.score_on.value,
@@ -95,6 +112,7 @@ def write_config(
     given = config.alphas if isinstance(config.alphas, Iterable) else [config.alphas]
     alphas = parse_alphas(", ".join(f"{alpha:.10g}" for alpha in given))
 
+    view.units.value = "norm" if _has_units(config.mapping) else "vector"
     view.layers.value = (layers[0], layers[-1])
     view.tokens.value = positions[0]
     view.target.value = into if into in (0, "same") else "fixed"
@@ -107,6 +125,10 @@ def write_config(
     view.target_text.value, view.placeholder.value = target.text, target.placeholder
     view.score_on.value = config.score_on
     _choose_scorer(view, config.scorer)
+
+
+def _has_units(mapping: MappingFamily) -> bool:
+    return family_name(mapping).startswith("in_units_of(")
 
 
 def _choose_scorer(view: View, scorer: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from superscopes_tl import markup
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress
@@ -19,7 +20,9 @@ from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.live import axes_of_plan
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.prompts import TargetPrompt
 from superscopes_tl.results import Reading
 from superscopes_tl.tokens import TokenizedText, check_text, tokenize
 
@@ -59,8 +62,8 @@ class Desk:
         for control in (view.target, view.target_preset):
             control.observe(guard(self._enable), "value")
         for control in (
-            view.tokens, view.layers, view.target, view.fixed, view.alphas, view.target_preset,
-            view.target_text, view.placeholder, view.scorer, view.score_on, *view.kinds.values(),
+            view.tokens, view.layers, view.units, view.target, view.fixed, view.alphas,
+            view.target_preset, view.target_text, view.placeholder, view.scorer, view.score_on, *view.kinds.values(),
         ):  # fmt: skip
             control.observe(guard(self._estimate), "value")
 
@@ -72,7 +75,7 @@ class Desk:
     @property
     def config(self) -> SweepConfig:
         """What the controls show."""
-        return read_config(self._view, self._base)
+        return read_config(self._view, self._base, self._norm_at)
 
     @property
     def state(self) -> str:
@@ -134,6 +137,11 @@ class Desk:
         """Wait for the run and for the warm-up."""
         ended = self._sweep is None or self._sweep.wait(timeout)
         return ended and self._estimator.wait(timeout)
+
+    @cache  # noqa: B019  # as long-lived as the Explorer
+    def _norm_at(self, target_prompt: TargetPrompt, layer: int) -> float:
+        generator = PatchedGenerator(self._model, target_prompt, max_new_tokens=1, batch_size=1)
+        return float(generator.placeholder_norms[layer])
 
     def _opened(self, plan: SweepPlan) -> None:
         if self._sweep is not None:

@@ -24,6 +24,7 @@ from superscopes_tl.sites import PAPER_KINDS
 ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
     "paper": PAPER_ALPHAS,
     "fine": (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20),
+    "around 1 (for residual norms)": (0.25, 0.5, 1, 2, 4, 8),
     "Patchscopes (1 alone)": (1,),
 }
 TARGET_PRESETS = {"description (paper)": DESCRIPTION_PROMPT, "identity": IDENTITY_PROMPT}
@@ -118,6 +119,7 @@ class View:
 
     def __init__(self, kinds: Sequence[str], n_layers: int, scorers: Mapping[str, Any]) -> None:
         self._make_source(kinds, n_layers)
+        self._make_alphas()
         self._make_settings(n_layers, scorers)
         self._make_run()
         self._make_result()
@@ -159,6 +161,17 @@ class View:
             continuous_update=False,
         )
 
+    def _make_alphas(self) -> None:
+        self.alpha_preset = widgets.Dropdown(
+            options=[*ALPHA_PRESETS, OWN], description="Amplifiers"
+        )
+        self.alphas = widgets.Text(description="α", continuous_update=False)
+        self.units = widgets.Dropdown(
+            options=[("the vector (paper)", "vector"), ("the residual norm", "norm")],
+            description="α times",
+            tooltip="The residual norm: what α·v weighs against what it replaces",
+        )
+
     def _make_settings(self, n_layers: int, scorers: Mapping[str, Any]) -> None:
         self.target = widgets.Dropdown(
             options=[
@@ -171,10 +184,6 @@ class View:
         self.fixed = widgets.BoundedIntText(
             min=0, max=n_layers - 1, description="Fixed layer", disabled=True
         )
-        self.alpha_preset = widgets.Dropdown(
-            options=[*ALPHA_PRESETS, OWN], description="Amplifiers"
-        )
-        self.alphas = widgets.Text(description="α", continuous_update=False)
         self.target_preset = widgets.Dropdown(
             options=[*TARGET_PRESETS, OWN], description="Target text"
         )
@@ -197,6 +206,7 @@ class View:
                 self.fixed,
                 self.alpha_preset,
                 self.alphas,
+                self.units,
                 self.scorer,
                 self.target_preset,
                 self.placeholder,

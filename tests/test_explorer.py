@@ -529,3 +529,23 @@ def test_the_first_display_is_quick_and_python_ends_in_peace() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout.split()[-1]) < 2
+
+
+def test_alpha_in_units_of_the_residual_norm(explorer: Explorer) -> None:
+    """α = 2 makes every vector twice as long as what it replaces; the code says so too."""
+    explorer.view.units.value = "norm"
+    explorer.view.alphas.value = "1, 2"
+    explorer.run().wait(WAIT)
+    assert explorer.state == "done"
+    table = explorer.result.table  # type: ignore[union-attr]
+    assert table["norm_ratio"].tolist() == pytest.approx(table["alpha"].tolist(), rel=1e-3)
+    assert "mapping=in_units_of(" in explorer.code
+    assert "import in_units_of, load_model, sweep" in explorer.code
+    kept = explorer.config
+    explorer.view.units.value = "vector"
+    assert explorer.config.mapping.__name__ == "scale"
+    explorer.config = kept
+    assert explorer.view.units.value == "norm"
+    explorer.view.target.value = "same"
+    with pytest.raises(ValueError, match="expected one target layer, whose norm is meant"):
+        explorer.run()
