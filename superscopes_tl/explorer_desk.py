@@ -63,7 +63,8 @@ class Desk:
             control.observe(guard(self._enable), "value")
         for control in (
             view.tokens, view.layers, view.units, view.target, view.fixed, view.alphas,
-            view.target_preset, view.target_text, view.placeholder, view.scorer, view.score_on, *view.kinds.values(),
+            view.target_preset, view.target_text, view.placeholder, view.scorer, view.score_on,
+            *view.kinds.values(),
         ):  # fmt: skip
             control.observe(guard(self._estimate), "value")
 
