@@ -30,7 +30,7 @@ test: check $(VENV)/ready $(VENV_TL4)/ready browser
 
 # The browser tests drive Debian's Chromium; where it cannot be installed they are skipped.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
 		echo "No Chromium here, and apt-get could not install it: the browser tests are skipped."
 
