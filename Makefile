@@ -2,27 +2,37 @@
 # make test      set up and pass every check and test, on both supported TransformerLens lines
 # make check     linter, formatter and type checker alone
 # make notebook  open the notebooks in JupyterLab
+# make app       serve the Explorer as a page of its own
 # make bench     cells per second beside the one-cell-at-a-time way
-# make picture   draw the README's picture anew
+# make picture   draw the README's pictures anew
 # make clean     remove what the above made
 
 PYTHON ?= python3
 VENV := .venv
 VENV_TL4 := .venv-tl4
 TL4 := 4.3.0
+# The other line of the notebook kernel, which runs callbacks on another thread.
+IPYKERNEL6 := 6.31.0
 # pip resolves everything within constraints.txt, so that every machine gets the same versions.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # No hub: the bundled model and the packaged scorer are all that demo and tests use.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check notebook bench picture clean
+.PHONY: demo test check notebook app browser bench picture clean
 
 demo: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
 
-test: check $(VENV)/ready $(VENV_TL4)/ready
+test: check $(VENV)/ready $(VENV_TL4)/ready browser
 	$(OFFLINE) $(VENV)/bin/python -m pytest
-	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py tests/test_loading.py
+	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py \
+		tests/test_loading.py tests/test_explorer_browser.py
+
+# The browser tests drive Debian's Chromium; where it cannot be installed they are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
+		echo "No Chromium here, and apt-get could not install it: the browser tests are skipped."
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -31,6 +41,9 @@ check: $(VENV)/ready
 
 notebook: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/jupyter lab notebooks
+
+app: $(VENV)/ready
+	$(OFFLINE) $(VENV)/bin/superscopes app
 
 bench: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks.cells_per_second
@@ -42,13 +55,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "superscopes_tl needs Python 3.11 or newer; got $$($(PYTHON) --version). Fix: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,dev]"
 	@touch $@
 
 $(VENV_TL4)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_TL4)
-	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > $(VENV_TL4)/constraints.txt
-	$(VENV_TL4)/bin/python $(PIP_INSTALL) -c $(VENV_TL4)/constraints.txt -e ".[offline,dev]"
+	sed -e 's/^transformer-lens==.*/transformer-lens==$(TL4)/' -e 's/^ipykernel==.*/ipykernel==$(IPYKERNEL6)/' \
+		constraints.txt > $(VENV_TL4)/constraints.txt
+	$(VENV_TL4)/bin/python $(PIP_INSTALL) -c $(VENV_TL4)/constraints.txt -e ".[offline,notebook,app,dev]"
 	@touch $@
 
 clean:

@@ -3,7 +3,7 @@
 Data flows one way through the modules, each of which has one job:
 
     models -> tokens -> prompts -> capture -> amplify -> patching -> scoring -> results
-    -> plan -> sweep -> plots
+    -> plan -> sweep -> plots -> explorer
 
 A first look:
 
@@ -14,8 +14,15 @@ A first look:
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from superscopes_tl.amplify import MappingFamily, MappingFunction, random_direction, scale
+from superscopes_tl.amplify import (
+    MappingFamily,
+    MappingFunction,
+    in_units_of,
+    random_direction,
+    scale,
+)
 from superscopes_tl.capture import Activations, capture
 from superscopes_tl.errors import (
     ModelLoadError,
@@ -23,7 +30,8 @@ from superscopes_tl.errors import (
     RunFileError,
     UnavailableKindError,
 )
-from superscopes_tl.export import write_html
+from superscopes_tl.export import save_as, write_html
+from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Generation, Patch, PatchedGenerator
@@ -42,6 +50,9 @@ from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
 from superscopes_tl.sweep import SweepError, SweepInterrupted, iter_sweep, sweep
 from superscopes_tl.tokens import TokenizedText, resolve_positions, tokenize
 
+if TYPE_CHECKING:
+    from superscopes_tl.explorer import Explorer
+
 __version__ = version("superscopes-tl")
 
 __all__ = [
@@ -52,6 +63,7 @@ __all__ = [
     "PAPER_KINDS",
     "PAPER_THRESHOLD",
     "Activations",
+    "Explorer",
     "Generation",
     "HookKind",
     "LanguageModel",
@@ -76,16 +88,29 @@ __all__ = [
     "UnavailableKindError",
     "__version__",
     "alpha_curve",
+    "best_table",
     "capture",
     "crop_description",
+    "decomposition",
     "heatmap",
+    "in_units_of",
     "iter_sweep",
     "load_model",
     "plan_sweep",
     "random_direction",
     "resolve_positions",
+    "save_as",
     "scale",
     "sweep",
     "tokenize",
     "write_html",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Explorer when it is asked for: its widgets take a second that others need not."""
+    if name == "Explorer":
+        from superscopes_tl.explorer import Explorer
+
+        return Explorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ A family of your own needs no registration:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -63,6 +64,29 @@ def random_direction(seed: int = 0) -> MappingFamily:
 
     random_scale.__name__ = f"random_direction(seed={seed})"
     return random_scale
+
+
+@cache
+def in_units_of(norm: float) -> MappingFamily:
+    """Amplify to a given length: f(v) = α·norm·v/‖v‖, whatever the norm of v.
+
+    With the norm of the residual stream at the placeholder (`PatchedGenerator.placeholder_norms`
+    of the target layer), α = 1 weighs as much as what it replaces, for every kind and layer.
+
+    Args:
+        norm: the length that α = 1 stands for.
+    """
+
+    def in_units(alpha: float) -> MappingFunction:
+        def resized(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+            length = v.float().norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            result: Tensor = v.float() * (alpha * norm / length)
+            return result
+
+        return resized
+
+    in_units.__name__ = f"in_units_of({norm!r})"
+    return in_units
 
 
 def family_name(family: MappingFamily) -> str:

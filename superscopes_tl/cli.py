@@ -140,6 +140,50 @@ def demo(
         run_demo(load_model(backend=_backend(backend)), output)
 
 
+@app.command("app")
+def page(
+    model: Annotated[
+        str, typer.Option(help="'mini' (bundled), a local directory or a hub name.")
+    ] = "mini",
+    prompt: Annotated[str, typer.Option(help="The source prompt to begin with.")] = "",
+    result: Annotated[
+        Path | None, typer.Option(help="Show this run file (.zip); no model is loaded.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "bridge",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str, typer.Option(help="cuda, mps or cpu; the best there is unless given.")
+    ] = "",
+    ip: Annotated[
+        str, typer.Option(help="Where to listen. This machine alone unless given.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port.")] = 8866,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="SUPERSCOPES_TOKEN", help="What visitors show. A random one."),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+) -> None:
+    """Serve the Explorer as a page of its own (needs the extra `app`)."""
+    from superscopes_tl import SweepResult
+    from superscopes_tl.serve import explorer_cell, serve
+
+    with _explained():
+        if result is not None:
+            SweepResult.load(result)  # says what is wrong with the file before a page does
+            cell = explorer_cell(result=str(result.resolve()))
+        else:
+            cell = explorer_cell(
+                prompt=prompt, model=model, backend=backend, dtype=dtype, device=device or None
+            )
+        status = serve(
+            cell, ip=ip, port=port, token=token, open_browser=browser,
+            announce=lambda url: _OUTPUT.print(f"Open {url} (Ctrl+C stops)", markup=False,
+                                               soft_wrap=True),
+        )  # fmt: skip
+    raise typer.Exit(status)
+
+
 @app.command()
 def models(
     model: Annotated[
@@ -297,3 +341,7 @@ def _print_result(result: Any, *, show_all: bool) -> None:
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         table.add_row(*map(escape, cells))
     _OUTPUT.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -24,6 +26,8 @@ from superscopes_tl.backends import Decoder, decoder_for
 from superscopes_tl.sites import KINDS, HookKind, hook_name
 
 Hook = Callable[..., Tensor | None]
+
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,14 @@ class LanguageModel:
         """Where tokens have to be put."""
         return next(iter(self.lens.parameters())).device  # type: ignore[no-any-return]
 
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Held during a forward pass: hooks are on the model, so one thread runs it at a time."""
+        lock: contextlib.AbstractContextManager[Any] = _LOCKS.setdefault(
+            self.lens, threading.RLock()
+        )
+        return lock
+
     def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which the named hook points run the given functions."""
         context: contextlib.AbstractContextManager[Any] = self.lens.hooks(fwd_hooks=list(hooks))
@@ -80,7 +92,7 @@ class LanguageModel:
 
     def activations(self, tokens: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
         """Run `tokens` once and return what the named hook points saw, `batch pos d_model`."""
-        with torch.no_grad():
+        with self.lock, torch.no_grad():
             _, cache = self.lens.run_with_cache(
                 tokens, names_filter=list(names), return_cache_object=False
             )

@@ -166,7 +166,7 @@ class PatchedGenerator:
 
     def _time_batch(self, rows: int) -> float:
         token = torch.zeros((rows, 1), dtype=torch.long, device=self.model.device)
-        with torch.no_grad():
+        with self.model.lock, torch.no_grad():
             cache = self._start(rows)
             moments = [time.perf_counter()]
             for tokens in (self._tail(rows), token, token):
@@ -212,11 +212,28 @@ class PatchedGenerator:
             return self.model.decoder.prefill(self._tokens[:, : self._first])
 
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
-        with torch.no_grad():
-            cache = self._start(len(patches))
-            with self.model.hooks(self._patch_hooks(patches)):
-                logits = self.step(self._tail(len(patches)), cache)
-            return self._decode(logits, cache)
+        with self.model.lock, torch.no_grad():
+            return self._decode(*self._patched_step(patches))
+
+    def log_probabilities(
+        self, patches: Sequence[Patch], token_ids: Sequence[int]
+    ) -> Float[Tensor, "batch new"]:
+        """Return how likely each of `token_ids`, one behind the other, is under every patch."""
+        found: list[Tensor] = []
+        with self.model.lock, torch.no_grad():
+            logits, cache = self._patched_step(patches)
+            for step, token in enumerate(token_ids):
+                if step:
+                    written = torch.full((len(patches), 1), token_ids[step - 1])
+                    logits = self.step(written.to(self.model.device), cache)
+                found.append(logits.log_softmax(dim=-1)[:, token].cpu())
+        return torch.stack(found, dim=1) if found else torch.zeros(len(patches), 0)
+
+    def _patched_step(self, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
+        """Return the logits behind the patched prompt, and the cache to go on with."""
+        cache = self._start(len(patches))
+        with self.model.hooks(self._patch_hooks(patches)):
+            return self.step(self._tail(len(patches)), cache), cache
 
     def _start(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""

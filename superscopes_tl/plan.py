@@ -41,6 +41,9 @@ TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 
 ScoreOn = Literal["description", "text"]
 
+Cell: TypeAlias = tuple[Site, int, float]
+"""What one reading takes: a site, a target layer and an α."""
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -90,6 +93,7 @@ class SweepPlan:
         generator: patches and writes.
         scorer: scores.
         config: the settings that this plan was made from.
+        finished: cells that need not be computed again.
     """
 
     model: LanguageModel
@@ -100,13 +104,14 @@ class SweepPlan:
     generator: PatchedGenerator
     scorer: Scorer
     config: SweepConfig
+    finished: frozenset[Cell] = frozenset()
 
     def target_layers(self, site: Site) -> tuple[int, ...]:
         """Return where the vector of `site` is patched."""
         return (site.layer,) if self.target_layer == "same" else self.target_layer
 
     @cached_property
-    def cells(self) -> tuple[tuple[Site, int, float], ...]:
+    def all_cells(self) -> tuple[Cell, ...]:
         """Every cell: site, target layer, α."""
         return tuple(
             (site, target_layer, alpha)
@@ -114,6 +119,11 @@ class SweepPlan:
             for target_layer in self.target_layers(site)
             for alpha in self.alphas
         )
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells to compute: all but the finished ones."""
+        return tuple(cell for cell in self.all_cells if cell not in self.finished)
 
     @property
     def n_batches(self) -> int:
@@ -125,6 +135,8 @@ class SweepPlan:
 
         Scoring comes on top; texts that end early save time.
         """
+        if not self.cells:
+            return 0.0
         generator = self.generator
         seconds = generator.seconds_per_batch(min(generator.batch_size, len(self.cells)))
         return seconds * self.n_batches
@@ -161,7 +173,7 @@ class SweepPlan:
                 "score_on": self.config.score_on,
                 "decoding": "greedy",
             },
-            "planned_cells": len(self.cells),
+            "planned_cells": len(self.all_cells),
         }
 
 

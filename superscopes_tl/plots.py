@@ -151,7 +151,7 @@ def alpha_curve(
                 name=f"layer {layer}",
                 mode="lines+markers",
                 line_color=_shade(rank, len(numbers)),
-                customdata=[_hover(row) for _, row in line.iterrows()],
+                customdata=[hover_text(row) for _, row in line.iterrows()],
                 hovertemplate="%{customdata}<extra></extra>",
             )
         )
@@ -185,7 +185,7 @@ class _Panel:
         ]
         hover = [
             [
-                _hover(self._grid[layer, c]) if (layer, c) in self._grid else "not computed"
+                hover_text(self._grid[layer, c]) if (layer, c) in self._grid else "not computed"
                 for c in self._columns
             ]
             for layer in self._layers
@@ -213,7 +213,7 @@ class _Panel:
                 if (layer, c) not in self._grid:
                     missing.append(place)
                 elif not self._grid[layer, c]["description"]:
-                    empty.append((place, _hover(self._grid[layer, c])))
+                    empty.append((place, hover_text(self._grid[layer, c])))
         marks = [
             _marker("not computed", "x-thin-open", missing, ["not computed"] * len(missing)),
             _marker("no description", "circle-open", [p for p, _ in empty], [h for _, h in empty]),
@@ -293,7 +293,8 @@ def _or_none(value: float) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-def _hover(row: pd.Series) -> str:
+def hover_text(row: pd.Series | dict[str, Any]) -> str:
+    """Return what a cell shows under the mouse: reading, place, score, the whole text."""
     score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
     close = " · a close call (margin)" if row["margin"] < NEAR_TIE else ""
     copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""

@@ -71,7 +71,7 @@ def iter_sweep(
     Raises:
         ValueError, TypeError: a bad setting.
     """
-    return _run(plan_sweep(model, prompt, config, **settings), progress=progress)
+    return run_plan(plan_sweep(model, prompt, config, **settings), progress=progress)
 
 
 def sweep(
@@ -119,7 +119,7 @@ def sweep(
         )
 
     try:
-        readings.extend(_run(plan, progress=progress))
+        readings.extend(run_plan(plan, progress=progress))
     except KeyboardInterrupt as error:
         raise SweepInterrupted(broke_off("stopped"), result()) from error
     except Exception as error:
@@ -129,8 +129,34 @@ def sweep(
     return result()
 
 
-def _run(plan: SweepPlan, *, progress: bool) -> Iterator[Reading]:
-    """Yield the readings of a plan."""
+def run_plan(plan: SweepPlan, *, progress: bool = False) -> Iterator[Reading]:
+    """Yield the readings of a plan as they are finished."""
+    for batch in run_batches(plan, progress=progress):
+        yield from batch
+
+
+def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Reading]]:
+    """Yield the readings of a plan's cells, each batch when it is finished and scored."""
+    patches = make_patches(plan)
+    norms = plan.generator.placeholder_norms
+    with _progress_bar(plan, progress) as bar:
+        done = 0
+        for generations in plan.generator.batches(patches):
+            end = done + len(generations)
+            cells, made = plan.cells[done:end], patches[done:end]
+            yield list(_readings(plan, cells, made, generations, norms))
+            done = end
+            bar.update(len(generations))
+
+
+def make_patches(plan: SweepPlan) -> list[Patch]:
+    """Return what is patched for each of the plan's cells.
+
+    Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
+    function may treat the rows of a batch together.
+    """
+    if not plan.cells:
+        return []
     activations = capture(
         plan.model,
         plan.source,
@@ -140,17 +166,9 @@ def _run(plan: SweepPlan, *, progress: bool) -> Iterator[Reading]:
     vectors = torch.stack([activations.at(site).float().cpu() for site in plan.sites])
     mapped = {alpha: _map(plan, alpha, vectors) for alpha in plan.alphas}
     row_of = {site: row for row, site in enumerate(plan.sites)}
-    patches = [
+    return [
         Patch(mapped[alpha][row_of[site]], target_layer) for site, target_layer, alpha in plan.cells
     ]
-    norms = plan.generator.placeholder_norms
-    with _progress_bar(plan, progress) as bar:
-        done = 0
-        for generations in plan.generator.batches(patches):
-            end = done + len(generations)
-            yield from _readings(plan, plan.cells[done:end], patches[done:end], generations, norms)
-            done = end
-            bar.update(len(generations))
 
 
 def _map(
@@ -204,8 +222,7 @@ def _readings(
     """Score the texts of one batch and yield its rows."""
     descriptions = [crop_description(generation.text) for generation in generations]
     texts = [generation.text for generation in generations]
-    judged = descriptions if plan.config.score_on == "description" else texts
-    scores = score_texts(plan.scorer, plan.source.text, judged)
+    scores = score_readings(plan, texts, descriptions)
     names = plan.generator.target.prompt.few_shot_names
     mapping = family_name(plan.config.mapping)
     for (site, target_layer, alpha), patch, generation, description, score in zip(
@@ -230,3 +247,11 @@ def _readings(
             n_tokens=len(generation.token_ids),
             margin=generation.margin,
         )
+
+
+def score_readings(
+    plan: SweepPlan, texts: Sequence[str], descriptions: Sequence[str]
+) -> list[float]:
+    """Score what was written, whole or cropped as the plan has it, against the source prompt."""
+    judged = descriptions if plan.config.score_on == "description" else texts
+    return score_texts(plan.scorer, plan.source.text, judged)

@@ -1,51 +1,81 @@
-"""Draw the picture at the top of the README: a sweep of the bundled model.
+"""Draw the README's pictures: a sweep of the bundled model, and the Explorer in two themes.
 
 python -m tests.readme_picture        (needs a Chromium or Chrome on the PATH)
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from superscopes_tl import heatmap, load_model, sweep
+from tests.browser import (
+    BROWSERS,
+    browser_path,
+    chromium,
+    lab,
+    open_notebook,
+    run_all,
+    wait_for_state,
+)
 
-PICTURE = Path(__file__).parent.parent / "notebooks" / "images" / "heatmap.png"
+IMAGES = Path(__file__).parent.parent / "notebooks" / "images"
 PROMPT = "Red Hot Chili Peppers"
+SHOW = f"""\
+from superscopes_tl import Explorer, load_model
+explorer = Explorer(load_model("mini", backend="bridge"), {PROMPT!r})
+explorer"""
+RUN = """\
+explorer.run().wait()
+explorer.select(kind="resid_post", layer=explorer.model.n_layers // 2, alpha=1)"""
+EXPLORERS = (
+    ("JupyterLab Light", 1200, "explorer_light"),
+    ("JupyterLab Dark", 800, "explorer_dark"),
+)
 
 
 def main() -> None:
-    """Sweep, draw, take the screenshot."""
-    browsers = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next((found for name in browsers if (found := shutil.which(name))), None)
-    if browser is None:
-        sys.exit(f"browser: expected one of {browsers} on the PATH, got none. Fix: install one.")
+    """Take the screenshots."""
+    from playwright.sync_api import sync_playwright
+
+    if browser_path() is None:
+        sys.exit(f"browser: expected one of {BROWSERS} on the PATH, got none. Fix: install one.")
+    with sync_playwright() as playwright:
+        draw_heatmap(playwright)
+        for theme, width, name in EXPLORERS:
+            draw_explorer(playwright, theme, width, IMAGES / f"{name}.png")
+
+
+def draw_heatmap(playwright: Any) -> None:
+    """The figure that `heatmap` returns."""
     figure = heatmap(sweep(load_model("mini", backend="bridge", device="cpu"), PROMPT))
     width, height = int(figure.layout.width), int(figure.layout.height)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "heatmap.html"
-        figure.write_html(page, config={"displayModeBar": False})
-        subprocess.run(
-            [
-                browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--hide-scrollbars",
-                "--disable-background-networking",
-                f"--user-data-dir={folder}/profile",
-                f"--window-size={width + 20},{height + 20}",
-                "--virtual-time-budget=10000",
-                f"--screenshot={PICTURE}",
-                page.as_uri(),
-            ],
-            check=True,
-            capture_output=True,
-        )
-    print(PICTURE)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        chromium(playwright, width=width + 20, height=height + 20) as page,
+    ):
+        target = Path(folder) / "heatmap.html"
+        figure.write_html(target, config={"displayModeBar": False})
+        page.goto(target.as_uri())
+        page.wait_for_selector(".heatmaplayer image")
+        page.screenshot(path=IMAGES / "heatmap.png")
+    print(IMAGES / "heatmap.png")
+
+
+def draw_explorer(playwright: Any, theme: str, width: int, target: Path) -> None:
+    """The Explorer in JupyterLab, after a run, with a cell chosen."""
+    with lab(theme) as server, chromium(playwright, width=width, height=2400) as page:
+        server.write("explorer.ipynb", [SHOW, RUN])
+        open_notebook(page, server, "explorer.ipynb")
+        run_all(page)
+        wait_for_state(page, "done", 1)
+        page.wait_for_selector(".ssx-probe [data-probe='done']")
+        page.mouse.move(2, 2)
+        page.wait_for_timeout(1500)  # a picture, not a test: let transitions end
+        page.locator(".ssx").screenshot(path=target)
+    print(target)
 
 
 if __name__ == "__main__":

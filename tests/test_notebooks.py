@@ -38,6 +38,27 @@ def test_notebooks_run(path: Path) -> None:
     assert "application/vnd.plotly.v1+json" in _mime_types(notebook)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
+def test_the_explorer_leaves_a_picture_in_the_notebook() -> None:
+    """Beside the widget stands a PNG, brought up to date when the sweep ends; no warnings."""
+    cells = [
+        "from superscopes_tl import Explorer, load_model, SweepConfig\n"
+        "config = SweepConfig(layers=(0, 1), alphas=(1, 3), max_new_tokens=4)\n"
+        "explorer = Explorer(load_model('mini', backend='bridge'), 'Will Smith', config)\n"
+        "explorer",
+        "assert explorer.run().wait(240) and explorer.state == 'done', explorer.error",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    widget, picture = notebook.cells[0].outputs
+    assert "application/vnd.jupyter.widget-view+json" in widget["data"]
+    assert "Explorer of LanguageModel" in widget["data"]["text/plain"]
+    assert "image/png" in picture["data"]
+    assert not notebook.cells[1].outputs
+    states = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    assert any("Done: 12 of 12" in str(s["state"].get("value", "")) for s in states.values())
+
+
 def test_there_is_a_quickstart() -> None:
     """The first notebook is the one to start with."""
     assert NOTEBOOKS[0].name == "01_quickstart.ipynb"

@@ -1,0 +1,291 @@
+"""Run a sweep in the background, so that a notebook stays usable meanwhile.
+
+1. One daemon thread makes the plan (bad settings end there) and runs it, batch by batch.
+2. Cells that a `CellStore` has from earlier runs of the same model, prompts and mapping are taken
+   from there, scored anew if the scorer has changed; only the others are computed.
+3. Finished readings are handed on at most every 150 ms, under a lock that the receiver shares:
+   notebook kernels run callbacks on different threads.
+4. `cancel` sets an event that the thread looks at after every batch. What is finished is kept.
+
+5. When Python ends, what still runs is told to stop and waited for: a thread that is killed inside
+   the model's arithmetic would take the process down with an error.
+
+No widget is known here. A run ends in exactly one of the states done, cancelled and failed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakSet
+
+from superscopes_tl.plan import Cell, SweepPlan
+from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.scoring import Scorer
+from superscopes_tl.sites import Site
+from superscopes_tl.sweep import run_batches, score_readings
+
+State = Literal["new", "running", "done", "cancelled", "failed"]
+
+FLUSH_SECONDS = 0.15
+"""A browser has time to draw between two hand-overs."""
+PATIENCE_AT_EXIT = 10.0
+"""Seconds that Python's end waits for a batch."""
+
+_ALIVE: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done: finished cells, the reused ones included.
+        total: cells of the sweep.
+        reused: cells taken from an earlier run.
+        seconds: time spent on the computed cells.
+    """
+
+    done: int
+    total: int
+    reused: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Computed cells per second; 0 before the first ones."""
+        return (self.done - self.reused) / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """The expected time to the end; unknown before the first cells."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+class CellStore:
+    """Finished cells, by what decides their texts: model, prompts, mapping and length."""
+
+    def __init__(self) -> None:
+        self._readings: dict[tuple[Any, ...], dict[Cell, Reading]] = {}
+        self._scored: dict[tuple[Any, ...], tuple[Scorer, str]] = {}
+        self._plans: list[SweepPlan] = []  # keeps alive what the keys name by id
+
+    def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
+        """Return the cells of `plan` that are there, scored as the plan has it."""
+        key = _text_key(plan)
+        there = self._readings.get(key, {})
+        wanted = {cell: there[cell] for cell in plan.all_cells if cell in there}
+        if wanted and self._scored[key] != (plan.scorer, plan.config.score_on):
+            rescored = _rescored(plan, list(there.values()))
+            self._readings[key] = there = dict(zip(there, rescored, strict=True))
+            self._scored[key] = (plan.scorer, plan.config.score_on)
+            wanted = {cell: there[cell] for cell in wanted}
+        return wanted
+
+    def cells(self, plan: SweepPlan) -> frozenset[Cell]:
+        """Return which cells of `plan` are there, whatever they were scored by."""
+        return frozenset(self._readings.get(_text_key(plan), ())) & frozenset(plan.all_cells)
+
+    def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
+        """Keep finished readings of `plan`."""
+        key = _text_key(plan)
+        if key not in self._readings:
+            self._plans.append(plan)
+        self._readings.setdefault(key, {}).update({cell_of(r): r for r in readings})
+        self._scored[key] = (plan.scorer, plan.config.score_on)
+
+
+def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
+    """Return what decides the text of a cell, besides the cell."""
+    mapping = plan.config.mapping
+    return (
+        id(plan.model.lens),
+        plan.source.ids,
+        plan.source.text,
+        plan.generator.target.prompt,
+        plan.generator.max_new_tokens,
+        id(mapping),
+        # A mapping other than α·v may depend on which rows it is given together.
+        None if getattr(mapping, "__name__", "") == "scale" else plan.sites,
+    )
+
+
+def _rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
+    texts, descriptions = [r.text for r in readings], [r.description for r in readings]
+    scores = score_readings(plan, texts, descriptions)
+    return [replace(r, score=score) for r, score in zip(readings, scores, strict=True)]
+
+
+def cell_of(reading: Reading) -> Cell:
+    """Return the cell that a reading fills."""
+    kind: Any = reading.kind
+    site = Site(kind, reading.source_layer, reading.position)
+    return site, reading.target_layer, reading.alpha
+
+
+class BackgroundSweep:
+    """One run of one plan in a thread of its own.
+
+    Attributes:
+        plan: what is run; `None` until the thread has made it.
+        state: new, running, and then one of done, cancelled and failed.
+        error: why it failed.
+
+    Args:
+        make_plan: returns the plan; called in the thread.
+        store: finished cells of earlier runs; this run's cells are added.
+        on_plan: called once, with the plan.
+        on_batch: called with newly finished readings.
+        on_end: called last.
+        lock: held during these calls; reentrant.
+    """
+
+    def __init__(
+        self,
+        make_plan: Callable[[], SweepPlan],
+        *,
+        store: CellStore | None = None,
+        on_plan: Callable[[SweepPlan], None] = lambda plan: None,
+        on_batch: Callable[[list[Reading]], None] = lambda readings: None,
+        on_end: Callable[[], None] = lambda: None,
+        lock: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.plan: SweepPlan | None = None
+        self.state: State = "new"
+        self.error: Exception | None = None
+        self._make_plan, self._store = make_plan, store or CellStore()
+        self._on_plan, self._on_batch, self._on_end = on_plan, on_batch, on_end
+        self._lock = lock or threading.RLock()
+        self._stop = threading.Event()
+        self._readings: dict[Cell, Reading] = {}
+        self._reused = 0
+        self._started = self._seconds = 0.0
+        self._thread = threading.Thread(target=self._work, name="superscopes-sweep", daemon=True)
+
+    def start(self) -> BackgroundSweep:
+        """Start the thread; return this run."""
+        self.state = "running"
+        _ALIVE.add(self)
+        self._thread.start()
+        return self
+
+    def cancel(self) -> None:
+        """Stop after the batch that is being computed."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; return whether the run has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        total = len(self.plan.all_cells) if self.plan else 0
+        return Progress(len(self._readings), total, self._reused, self._seconds)
+
+    def result(self) -> SweepResult:
+        """Return the finished cells, in the order of the plan."""
+        if self.plan is None:
+            return SweepResult.from_readings([], {})
+        with self._lock:
+            found = [self._readings[c] for c in self.plan.all_cells if c in self._readings]
+        provenance = self.plan.provenance()
+        provenance["complete"] = len(found) == len(self.plan.all_cells)
+        provenance["seconds"] = round(self._seconds, 3)
+        return SweepResult.from_readings(found, provenance)
+
+    def _work(self) -> None:
+        state: State = "failed"
+        try:
+            self._run()
+            complete = self.plan and len(self._readings) == len(self.plan.all_cells)
+            state = "done" if complete else "cancelled"
+        except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+            self.error = error
+        with self._lock:
+            self.state = state
+            self._on_end()
+
+    def _run(self) -> None:
+        full = self._make_plan()
+        reused = self._store.finished(full)
+        with self._lock:
+            self.plan, self._reused = full, len(reused)
+            self._on_plan(full)
+        self._hand_on(list(reused.values()))
+        fresh: list[Reading] = []
+        started = flushed = time.monotonic()
+        try:
+            todo = replace(full, finished=frozenset(reused))
+            for batch in () if self._stop.is_set() else run_batches(todo):
+                self._store.add(full, batch)
+                fresh += batch
+                self._seconds = time.monotonic() - started
+                if time.monotonic() - flushed >= FLUSH_SECONDS:
+                    self._hand_on(fresh)
+                    fresh, flushed = [], time.monotonic()
+                if self._stop.is_set():
+                    break
+        finally:  # what was finished before an error is shown too
+            self._hand_on(fresh)
+
+    def _hand_on(self, readings: list[Reading]) -> None:
+        if readings:
+            with self._lock:
+                self._readings.update({cell_of(r): r for r in readings})
+                self._on_batch(readings)
+
+
+class Latest:
+    """Runs the newest of the jobs it is given in one daemon thread; skips those in between."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._job: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` when the present one has ended, unless a newer one comes before that."""
+        _ALIVE.add(self)
+        with self._lock:
+            self._job = job
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+
+    def cancel(self) -> None:
+        """Drop the job that waits; the one that runs goes on to its end."""
+        with self._lock:
+            self._job = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to do; return whether that is so."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return thread is None or not thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                job, self._job = self._job, None
+                if job is None:
+                    self._thread = None
+                    return
+            job()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop what runs, and wait a while for it."""
+    running = list(_ALIVE)
+    for work in running:
+        work.cancel()
+    for work in running:
+        work.wait(PATIENCE_AT_EXIT)

@@ -1,0 +1,227 @@
+"""Everything about one cell of a sweep.
+
+1. `Selection` names the cell; `reading_at` and `ladder` look up its row and its site's other α.
+2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
+   equal norm, and how likely each token of the cell's text is with the patch and without.
+3. `code_for` writes the Python that reads exactly this cell again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+import torch
+
+from superscopes_tl.amplify import random_direction
+from superscopes_tl.background import cell_of
+from superscopes_tl.errors import bad_value
+from superscopes_tl.patching import Patch
+from superscopes_tl.plan import SweepPlan
+from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
+from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.scoring import PAPER_SCORER
+from superscopes_tl.sweep import make_patches, score_readings
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One cell of a result."""
+
+    kind: str
+    source_layer: int
+    alpha: float
+    position: int
+    target_layer: int
+
+
+@dataclass(frozen=True)
+class TokenEffect:
+    """One token of a cell's text.
+
+    Attributes:
+        token: the token as text.
+        patched: its log-probability with the patch.
+        unpatched: the same without, behind the same text.
+    """
+
+    token: str
+    patched: float
+    unpatched: float
+
+    @property
+    def raised(self) -> float:
+        """By how many powers of ten the patch raised the probability."""
+        return (self.patched - self.unpatched) / math.log(10)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the model writes in a cell's place without the cell's vector."""
+
+    name: str
+    text: str
+    description: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What only the model can say about a cell."""
+
+    tokens: tuple[TokenEffect, ...]
+    controls: tuple[Control, ...]
+
+
+def select(reading: Reading | pd.Series) -> Selection:
+    """Return the selection of the cell of a reading or of a row of `SweepResult.table`."""
+    row = asdict(reading) if isinstance(reading, Reading) else reading
+    return Selection(
+        kind=str(row["kind"]),
+        source_layer=int(row["source_layer"]),
+        alpha=float(row["alpha"]),
+        position=int(row["position"]),
+        target_layer=int(row["target_layer"]),
+    )
+
+
+def reading_at(result: SweepResult, selection: Selection) -> Reading | None:
+    """Return the cell's reading; `None` if it was not computed."""
+    rows = _site(result, selection)
+    rows = rows[rows["alpha"] == selection.alpha]
+    if rows.empty:
+        return None
+    row = rows.to_dict("records")[0]
+    return Reading(**{field.name: row[field.name] for field in fields(Reading)})
+
+
+def ladder(result: SweepResult, selection: Selection) -> pd.DataFrame:
+    """Return the readings of the selected site at every α, smallest first."""
+    columns = ["alpha", "norm_ratio", "score", "description"]
+    return _site(result, selection).sort_values("alpha")[columns].reset_index(drop=True)
+
+
+def _site(result: SweepResult, selection: Selection) -> pd.DataFrame:
+    table = result.table
+    wanted = (
+        (table["kind"] == selection.kind)
+        & (table["source_layer"] == selection.source_layer)
+        & (table["position"] == selection.position)
+        & (table["target_layer"] == selection.target_layer)
+    )
+    return table[wanted]
+
+
+def probe(plan: SweepPlan, reading: Reading) -> Probe:
+    """Compare a cell with its controls and weigh the tokens of its text.
+
+    Args:
+        plan: the plan that the cell belongs to.
+        reading: the cell.
+
+    Raises:
+        ValueError: the cell is none of the plan's.
+    """
+    cell = cell_of(reading)
+    if cell not in plan.all_cells:
+        raise bad_value(
+            "reading", expected="a cell of the plan", got=cell, fix="pass the plan of its sweep"
+        )
+    patch = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))[0]
+    unpatched = Patch(torch.zeros_like(patch.vector), None)
+    random = random_direction(0)(1.0)(patch.vector[None])[0]
+    controls = {
+        "unpatched": unpatched,
+        "random vector of equal norm": Patch(random, patch.target_layer),
+    }
+    generator = plan.generator
+    written, *others = generator.generate([patch, *controls.values()])
+    likely = generator.log_probabilities([patch, unpatched], written.token_ids).tolist()
+    texts = [generation.text for generation in others]
+    descriptions = [crop_description(text) for text in texts]
+    scores = score_readings(plan, texts, descriptions)
+    pieces = _pieces(plan.model.tokenizer, written.token_ids)
+    return Probe(
+        tokens=tuple(map(TokenEffect, pieces, *likely)),
+        controls=tuple(map(Control, controls, texts, descriptions, scores)),
+    )
+
+
+def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds: some characters take more than one token."""
+    texts = [
+        tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
+        for end in range(len(token_ids) + 1)
+    ]
+    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in pairwise(texts)]
+
+
+def code_for(result: SweepResult, selection: Selection) -> str:
+    """Return Python that reads exactly this cell again, from the result's provenance.
+
+    A mapping family of your own has to be put in by hand; a comment says where.
+    """
+    provenance = result.provenance
+    config, model = provenance.get("config", {}), provenance.get("model", {})
+    target = provenance.get("target_prompt", {})
+    loading = {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
+    if model.get("dtype", "float32") != "float32":
+        loading["dtype"] = model["dtype"]
+    settings: dict[str, Any] = {
+        "layers": selection.source_layer,
+        "kinds": selection.kind,
+        "alphas": selection.alpha,
+        "positions": selection.position,
+        "target_layer": selection.target_layer,
+        "max_new_tokens": config.get("max_new_tokens"),
+    }
+    names, notes = ["load_model", "sweep"], []
+    mapping = str(config.get("mapping", "scale"))
+    if mapping != "scale":
+        # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
+        settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
+        settings["mapping"] = _Verbatim(mapping)
+        notes.append(f"# mapping: the sweep's own, {mapping}")
+    if (family := mapping.split("(")[0]) in ("random_direction", "in_units_of"):
+        names.append(family)
+    text, placeholder = target.get("text"), target.get("placeholder")
+    if text != DESCRIPTION_PROMPT.text or placeholder != DESCRIPTION_PROMPT.placeholder:
+        names.append("TargetPrompt")
+        settings["target_prompt"] = _Verbatim(f"TargetPrompt({text!r}, {placeholder!r})")
+    if config.get("score_on", "description") != "description":
+        settings["score_on"] = config["score_on"]
+    if config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
+        notes.append(f"# scorer={config['scorer']!r}: pass your own to get its scores")
+    lines = [
+        f"from superscopes_tl import {', '.join(sorted(names, key=str.lower))}",
+        "",
+        *notes,
+        f"model = load_model({model.get('name')!r}, {_keywords(loading)})",
+        "result = sweep(",
+        f"    model, {provenance.get('prompt')!r},",
+        *(f"    {key}={value!r}," for key, value in settings.items()),
+        "    progress=False,",
+        ")",
+        "table = result.table",
+    ]
+    if mapping != "scale":
+        lines.append(
+            f"table = table[(table.kind == {selection.kind!r}) & (table.source_layer == "
+            f"{selection.source_layer}) & (table.position == {selection.position})]"
+        )
+    return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
+
+
+class _Verbatim(str):
+    """A piece of code: its repr is itself."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _keywords(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -1,0 +1,290 @@
+"""The Explorer's controls and its runs.
+
+1. A change of a control checks the settings and says what a run would cost: cells, those that are
+   there already, and seconds, from a short warm-up in a thread.
+2. `run` freezes what the controls show at that moment; later changes are for the next run.
+3. The run's batches go to the panel as they come, its end to the status line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+from superscopes_tl import markup
+from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress
+from superscopes_tl.errors import bad_value
+from superscopes_tl.explorer_config import read_config, write_config
+from superscopes_tl.explorer_panel import Guard, Panel
+from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
+from superscopes_tl.live import axes_of_plan
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.patching import PatchedGenerator
+from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.prompts import TargetPrompt
+from superscopes_tl.results import Reading
+from superscopes_tl.tokens import TokenizedText, check_text, tokenize
+
+
+class Desk:
+    """Where a sweep is set up and run.
+
+    Args:
+        model: the model.
+        view: the widgets.
+        panel: shows the result.
+        guard: wraps the callbacks.
+        on_end: called after a run.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        view: View,
+        panel: Panel,
+        guard: Guard,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._model, self._view, self._panel, self._guard = model, view, panel, guard
+        self._on_end = on_end
+        self._base = SweepConfig()
+        self._store, self._estimator = CellStore(), Latest()
+        self._seconds: dict[tuple[object, ...], float] = {}
+        self._sweep: BackgroundSweep | None = None
+        self._quiet = False
+        self._say("Ready", "idle")
+        view.run.on_click(guard(self.run))
+        view.cancel.on_click(guard(self.cancel))
+        view.prompt.observe(guard(self._prompt_changed), "value")
+        view.alpha_preset.observe(guard(self._preset_changed), "value")
+        view.alphas.observe(guard(self._alphas_changed), "value")
+        for control in (view.target, view.target_preset):
+            control.observe(guard(self._enable), "value")
+        for control in (
+            view.tokens, view.layers, view.units, view.target, view.fixed, view.alphas,
+            view.target_preset, view.target_text, view.placeholder, view.scorer, view.score_on,
+            *view.kinds.values(),
+        ):  # fmt: skip
+            control.observe(guard(self._estimate), "value")
+
+    @property
+    def prompt(self) -> str:
+        """The source prompt."""
+        return str(self._view.prompt.value)
+
+    @property
+    def config(self) -> SweepConfig:
+        """What the controls show."""
+        return read_config(self._view, self._base, self._norm_at)
+
+    @property
+    def state(self) -> str:
+        """The state of the latest run, or idle."""
+        return self._sweep.state if self._sweep else "idle"
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the latest run failed."""
+        return self._sweep.error if self._sweep else None
+
+    def set_prompt(self, text: str) -> None:
+        """Show another prompt; its last token is chosen."""
+        with self._guard.lock:
+            tokens = tokenize(self._model, text)
+            self._quietly(lambda: setattr(self._view.prompt, "value", text))
+            self._show_tokens(tokens)
+            self._estimate()
+
+    def set_config(self, config: SweepConfig) -> None:
+        """Show other settings."""
+        with self._guard.lock:
+            tokens = tokenize(self._model, self.prompt)
+            self._quietly(lambda: write_config(self._view, config, self._model, tokens))
+            self._base = config
+            self._enable()
+            self._estimate()
+
+    def run(self) -> None:
+        """Start the sweep that the controls show."""
+        with self._guard.lock:
+            model, prompt, config = self._model, self.prompt, self.config
+            check_text(prompt, "prompt")
+            if self.state == "running":
+                raise bad_value(
+                    "run", expected="no run under way", got="running", fix="cancel or wait first"
+                )
+            self._guard.run += 1
+            view = self._view
+            view.run.disabled, view.cancel.disabled = True, False
+            view.progress.value, view.progress.bar_style = 0, "info"
+            self._say("Preparing", "running")
+            self._sweep = BackgroundSweep(
+                lambda: plan_sweep(model, prompt, config),
+                store=self._store,
+                on_plan=self._opened,
+                on_batch=self._filled,
+                on_end=self._guard(self._ended),
+                lock=self._guard.lock,
+            ).start()
+
+    def cancel(self) -> None:
+        """Stop after the batch that is being computed."""
+        if self._sweep is not None and self.state == "running":
+            self._sweep.cancel()
+            self._say("Stopping after this batch", "running")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the run and for the warm-up."""
+        ended = self._sweep is None or self._sweep.wait(timeout)
+        return ended and self._estimator.wait(timeout)
+
+    @cache  # noqa: B019  # as long-lived as the Explorer
+    def _norm_at(self, target_prompt: TargetPrompt, layer: int) -> float:
+        generator = PatchedGenerator(self._model, target_prompt, max_new_tokens=1, batch_size=1)
+        return float(generator.placeholder_norms[layer])
+
+    def _opened(self, plan: SweepPlan) -> None:
+        if self._sweep is not None:
+            self._view.progress.max = len(plan.all_cells)
+            self._panel.open(self._sweep.result(), axes_of_plan(plan), plan)
+
+    def _filled(self, readings: Sequence[Reading]) -> None:
+        if self._sweep is not None:
+            progress = self._sweep.progress
+            self._view.progress.value = progress.done
+            self._panel.draw(self._sweep.result())
+            self._panel.refresh(readings)
+            self._say(_under_way(progress), "running")
+
+    def _ended(self) -> None:
+        view, sweep = self._view, self._sweep
+        view.run.disabled, view.cancel.disabled = False, True
+        if sweep is None:
+            return
+        styles = {"done": "success", "cancelled": "warning", "failed": "danger"}
+        view.progress.bar_style = styles[sweep.state]
+        progress = sweep.progress
+        if sweep.plan is not None:
+            self._panel.draw(sweep.result())
+            if self._panel.selection is None:
+                self._panel.select_best()
+        if sweep.error is not None:
+            self._guard.show(sweep.error)
+        else:
+            self._say(_at_end(sweep.state, progress), sweep.state)
+        self._on_end()
+        self._estimate()
+
+    def _prompt_changed(self) -> None:
+        if not self._quiet:
+            self._view.tokens.options = [("∅", 0)]
+            self._show_tokens(tokenize(self._model, self.prompt))
+            if self.state != "running":
+                self._say("Ready", "idle")
+            self._estimate()
+
+    def _show_tokens(self, tokens: TokenizedText) -> None:
+        chips = self._view.tokens
+        self._quietly(lambda: self._set_chips(chips, tokens))
+        (chips.add_class if tokens.has_bos else chips.remove_class)("ssx-bos")
+
+    @staticmethod
+    def _set_chips(chips: object, tokens: TokenizedText) -> None:
+        # Pairs, because a label may occur twice.
+        chips.options = [(label, i) for i, label in enumerate(tokens.labels)]  # type: ignore[attr-defined]
+        chips.value = len(tokens) - 1  # type: ignore[attr-defined]
+
+    def _preset_changed(self) -> None:
+        preset = ALPHA_PRESETS.get(self._view.alpha_preset.value)
+        if preset and not self._quiet:
+            self._view.alphas.value = ", ".join(f"{alpha:g}" for alpha in preset)
+
+    def _alphas_changed(self) -> None:
+        shown = self._view.alphas.value
+        names = {", ".join(f"{a:g}" for a in p): name for name, p in ALPHA_PRESETS.items()}
+        if not self._quiet:
+            self._view.alpha_preset.value = names.get(shown, OWN)
+
+    def _enable(self) -> None:
+        view = self._view
+        view.fixed.disabled = view.target.value != "fixed"
+        own = view.target_preset.value == OWN
+        view.target_text.disabled = view.placeholder.disabled = not own
+        view.target_text.layout.display = view.placeholder.layout.display = "" if own else "none"
+        if not own and not self._quiet:
+            preset = TARGET_PRESETS[view.target_preset.value]
+            view.target_text.value, view.placeholder.value = preset.text, preset.placeholder
+
+    def _estimate(self) -> None:
+        """Say what a run would cost, or what is wrong with the settings."""
+        if self._quiet:
+            return
+        view, model = self._view, self._model
+        try:
+            config = replace(self.config, scorer=_no_scores)
+            plan = plan_sweep(model, self.prompt, config)
+        except (ValueError, TypeError) as error:
+            view.estimate.value = markup.note(str(error))
+            return
+        plan = replace(plan, finished=self._store.cells(plan))
+        view.estimate.value = markup.note(_cost(plan, None))
+        if self.state != "running":  # a warm-up would slow the run down
+            self._estimator.submit(lambda: self._warm_up(plan))
+
+    def _warm_up(self, plan: SweepPlan) -> None:
+        """Time a batch, once per target prompt and size, and complete the estimate."""
+        generator = plan.generator
+        rows = min(generator.batch_size, len(plan.cells))
+        key = (generator.target.prompt, generator.max_new_tokens, rows)
+        try:
+            if rows and key not in self._seconds:
+                self._seconds[key] = generator.seconds_per_batch(rows)
+            cost = _cost(plan, self._seconds.get(key, 0.0) * plan.n_batches)
+        except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+            cost = f"{len(plan.cells)} cells; the warm-up failed: {error}"
+        with self._guard.lock:
+            if self._view.estimate.value == markup.note(_cost(plan, None)):
+                self._view.estimate.value = markup.note(cost)
+
+    def _quietly(self, change: Callable[[], None]) -> None:
+        """Change controls without answering to each change."""
+        before, self._quiet = self._quiet, True
+        try:
+            change()
+        finally:
+            self._quiet = before
+
+    def _say(self, text: str, state: str) -> None:
+        self._view.status.value = markup.status(text, state=state, run=self._guard.run)
+
+
+def _no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    """Stand in for the scorer in an estimate: loading the real one takes seconds."""
+    return [0.0 for _ in candidates]
+
+
+def _cost(plan: SweepPlan, seconds: float | None) -> str:
+    there = len(plan.all_cells) - len(plan.cells)
+    kept = f", {there} of them from earlier runs" if there else ""
+    time = "" if seconds is None else f" · {_about(seconds)}"
+    return f"A run: {len(plan.all_cells)} cells{kept}{time}"
+
+
+def _under_way(progress: Progress) -> str:
+    left = progress.remaining_seconds
+    rate = f" · {progress.rate:.0f} cells/s" if progress.rate else ""
+    rest = f" · {_about(left)} left" if left is not None else ""
+    return f"{progress.done} of {progress.total} cells{rate}{rest}"
+
+
+def _at_end(state: str, progress: Progress) -> str:
+    word = {"done": "Done", "cancelled": "Cancelled"}[state]
+    reused = f", {progress.reused} from earlier runs" if progress.reused else ""
+    return f"{word}: {progress.done} of {progress.total} cells in {progress.seconds:.1f} s{reused}"
+
+
+def _about(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"

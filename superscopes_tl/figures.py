@@ -1,0 +1,101 @@
+"""The paper's other two pictures of a sweep, as plotly figures.
+
+1. `decomposition` (Figure 1): resid_mid + mlp_out = resid_post of one layer, each with what it
+   reads as.
+2. `best_table` (Figures 5 and 6): per layer and kind the reading at one α, or at the best.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+
+import plotly.graph_objects as go
+
+from superscopes_tl.errors import bad_value
+from superscopes_tl.results import SweepResult
+from superscopes_tl.sites import PAPER_KINDS
+
+
+def decomposition(
+    result: SweepResult, layer: int, *, alpha: float | None = None, position: int | None = None
+) -> go.Figure:
+    """Draw what one layer's MLP gets, adds and gives on, in words (the paper's Figure 1).
+
+    Args:
+        result: a sweep over resid_mid, mlp_out and resid_post.
+        layer: the source layer.
+        alpha: this α for all three; the best of each unless given.
+        position: the token; the rightmost one of the sweep unless given.
+
+    Raises:
+        ValueError: a layer, α or token that the sweep does not have.
+    """
+    readings = result.by_layer(alpha=alpha, position=position)
+    if layer not in readings.index:
+        raise bad_value(
+            "layer", expected=f"one of {list(readings.index)}", got=layer, fix="choose one of these"
+        )
+    figure = go.Figure()
+    for column, kind in enumerate(PAPER_KINDS):
+        text = "not computed"
+        if kind in readings.columns.get_level_values(0):
+            cell = readings[kind].loc[layer]
+            text = _lines(str(cell["reading"]) or "no description", 26)
+            text += f"<br><br><i>α = {cell['alpha']:g}, score {cell['score']:.2f}</i>"
+        figure.add_annotation(x=column, y=0.5, text=f"<b>{kind}</b><br><br>{text}", showarrow=False)
+        figure.add_shape(type="rect", x0=column - 0.4, x1=column + 0.4, y0=0, y1=1, opacity=0.5)
+        if column:
+            sign = {"text": "+" if column == 1 else "=", "font": {"size": 28}}
+            figure.add_annotation(x=column - 0.5, y=0.5, showarrow=False, **sign)
+    figure.update_layout(
+        title=f"{html.escape(str(result.provenance.get('prompt', '')))} · layer {layer}",
+        template="plotly_white",
+        height=280,
+        xaxis={"visible": False, "range": [-0.5, 2.5]},
+        yaxis={"visible": False, "range": [-0.05, 1.05]},
+    )
+    return figure
+
+
+def best_table(
+    result: SweepResult, *, alpha: float | None = None, position: int | None = None
+) -> go.Figure:
+    """Draw the paper's table of readings: a row per layer, a column per kind.
+
+    Args:
+        result: the sweep.
+        alpha: this α for all (Figure 5 has α = 1); the best of each site unless given (Figure 6).
+        position: the token; the rightmost one of the sweep unless given.
+
+    Raises:
+        ValueError: an α or token that the sweep does not have.
+    """
+    readings = result.by_layer(alpha=alpha, position=position)
+    kinds = list(readings.columns.get_level_values(0).unique())
+    columns = [[str(layer) for layer in readings.index]]
+    for kind in kinds:
+        rows = readings[kind].to_dict("records")
+        columns.append(
+            [
+                f"{_lines(str(r['reading']), 44)} (α = {r['alpha']:g}, {r['score']:.2f})"
+                for r in rows
+            ]
+        )
+    figure = go.Figure(
+        go.Table(
+            columnwidth=[1, *[6 for _ in kinds]],
+            header={"values": ["layer", *kinds], "align": "left"},
+            cells={"values": columns, "align": "left"},
+        )
+    )
+    which = "best α of every site" if alpha is None else f"α = {alpha:g}"
+    figure.update_layout(
+        title=f"{html.escape(str(result.provenance.get('prompt', '')))} · {which}",
+        height=160 + 40 * len(readings),
+    )
+    return figure
+
+
+def _lines(text: str, width: int) -> str:
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, width)) or "–"

@@ -1,0 +1,309 @@
+"""Plotly figures inside widgets: the map of a running sweep and the α curve of one site.
+
+1. A `LiveMap` lays out one panel per kind for a sweep that is about to fill it, all on one
+   colour scale; `draw` puts in what is finished, `mark` outlines the selected cell.
+2. A `LiveCurve` shows one site's score against α.
+3. `keep` writes a figure's present state to the widget state that a page reads when it is opened
+   anew: plotly itself does so at construction alone, and a reload would show an empty figure.
+
+Backgrounds are transparent and text takes the theme's colour from the style sheet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.graph_objects import FigureWidget  # here, not at the first display: it is slow
+from plotly.subplots import make_subplots
+
+from superscopes_tl.details import Selection
+from superscopes_tl.plan import SweepPlan
+from superscopes_tl.plots import COLOR_SCALE, TITLES, hover_text
+from superscopes_tl.results import SweepResult
+
+LABEL_LIMIT = 8
+"""Above this number of columns a value printed in each cell is too small to read."""
+MARKED = "#ff6d00"
+_MARKS = ("not computed", "no description")
+_TRANSPARENT = "rgba(0,0,0,0)"
+_THIS_TARGET = "same"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the cells of a sweep range over; a target is a layer or "same" as the source's."""
+
+    kinds: tuple[str, ...]
+    layers: tuple[int, ...]
+    alphas: tuple[float, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int | str, ...]
+
+    def selection(
+        self, kind: str, layer: int, alpha: float, position: int, target: int | str
+    ) -> Selection:
+        """Return the cell at the given values of the axes."""
+        into = layer if target == _THIS_TARGET else int(target)
+        return Selection(kind, layer, alpha, position, into)
+
+
+def axes_of(result: SweepResult) -> Axes:
+    """Return the axes of a finished sweep."""
+    table = result.table
+    same = result.provenance.get("config", {}).get("target_layer") == "same"
+    return Axes(
+        kinds=tuple(dict.fromkeys(table["kind"])),
+        layers=tuple(sorted(map(int, table["source_layer"].unique()))),
+        alphas=tuple(sorted(map(float, table["alpha"].unique()))),
+        positions=tuple(sorted(map(int, table["position"].unique()))),
+        targets=("same",) if same else tuple(sorted(map(int, table["target_layer"].unique()))),
+    )
+
+
+def axes_of_plan(plan: SweepPlan) -> Axes:
+    """Return the axes of a sweep that is about to run."""
+    same = plan.target_layer == "same"
+    return Axes(
+        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
+        layers=tuple(sorted({site.layer for site in plan.sites})),
+        alphas=tuple(sorted(plan.alphas)),
+        positions=tuple(sorted({site.position for site in plan.sites})),
+        targets=("same",) if same else tuple(sorted(map(int, plan.target_layer))),
+    )
+
+
+def color_range(result: SweepResult) -> tuple[float, float]:
+    """Return the scores of the darkest and the lightest colour for a result.
+
+    Steps of a tenth, so that the colours do not move with every batch.
+    """
+    return _range(result.table)
+
+
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    scores: Any = table["score"].dropna() if len(table) else []
+    if not len(scores):
+        return 0.0, 1.0
+    return math.floor(min(scores) * 10) / 10, math.ceil(max(scores) * 10 + 1e-9) / 10
+
+
+def axis_label(value: float) -> str:
+    """Return a number as the axes show it."""
+    return f"{value:.10g}"
+
+
+class LiveMap:
+    """The heatmaps of a sweep, side by side.
+
+    Attributes:
+        widget: the plotly widget.
+
+    Args:
+        axes: what the cells range over.
+        on_click: called with kind, layer and α of a clicked cell.
+    """
+
+    def __init__(self, axes: Axes, on_click: Callable[[str, int, float], None]) -> None:
+        self._axes, self._on_click = axes, on_click
+        self._x = [axis_label(alpha) for alpha in axes.alphas]
+        self._y = [str(layer) for layer in axes.layers]
+        self.widget = FigureWidget(
+            make_subplots(
+                cols=len(axes.kinds),
+                shared_yaxes=True,
+                horizontal_spacing=0.025,
+                subplot_titles=[TITLES.get(kind, kind) for kind in axes.kinds],
+            )
+        )
+        for column, kind in enumerate(axes.kinds, start=1):
+            for trace in self._traces(kind):
+                self.widget.add_trace(trace, row=1, col=column)
+        for trace in self.widget.data:
+            trace.on_click(partial(self._clicked, str(trace.meta)))
+        self._lay_out()
+        self.draw(pd.DataFrame(), None, _THIS_TARGET)
+        keep(self.widget)
+
+    def draw(self, table: pd.DataFrame, position: int | None, target: int | str) -> None:
+        """Show the finished cells of one token and target."""
+        rows: list[Any] = table.to_dict("records") if len(table) else []
+        grid = {
+            (row["kind"], str(row["source_layer"]), axis_label(row["alpha"])): row
+            for row in rows
+            if row["position"] == position
+            and row["target_layer"] == (row["source_layer"] if target == _THIS_TARGET else target)
+        }
+        with self.widget.batch_update():
+            for index, kind in enumerate(self._axes.kinds):
+                cells, *marks = self.widget.data[3 * index : 3 * index + 3]
+                cells.z = [[_score(grid.get((kind, y, x))) for x in self._x] for y in self._y]
+                cells.customdata = [
+                    [_hover(grid.get((kind, y, x))) for x in self._x] for y in self._y
+                ]
+                places = [(x, y) for y in self._y for x in self._x]
+                missing = [(x, y) for x, y in places if (kind, y, x) not in grid]
+                empty = [
+                    (x, y)
+                    for x, y in places
+                    if (kind, y, x) in grid and not grid[kind, y, x]["description"]
+                ]
+                for trace, found in zip(marks, (missing, empty), strict=True):
+                    trace.x, trace.y = [x for x, _ in found], [y for _, y in found]
+            low, high = _range(table)
+            self.widget.layout.coloraxis.cmin, self.widget.layout.coloraxis.cmax = low, high
+
+    def mark(self, selection: Selection | None) -> None:
+        """Outline the selected cell."""
+        self.widget.layout.shapes = () if selection is None else (self._outline(selection),)
+
+    def _outline(self, selection: Selection) -> dict[str, Any]:
+        panel = self._axes.kinds.index(selection.kind)
+        axis = "" if panel == 0 else str(panel + 1)
+        column = self._axes.alphas.index(selection.alpha)
+        row = self._axes.layers.index(selection.source_layer)
+        return {
+            "type": "rect",
+            "xref": f"x{axis}",
+            "yref": f"y{axis}",
+            "x0": column - 0.5,
+            "x1": column + 0.5,
+            "y0": row - 0.5,
+            "y1": row + 0.5,
+            "line": {"color": MARKED, "width": 3},
+        }
+
+    def _traces(self, kind: str) -> list[Any]:
+        """Return the coloured cells of a panel and the two kinds of marks on them."""
+        cells = go.Heatmap(
+            x=self._x,
+            y=self._y,
+            z=[[None] * len(self._x) for _ in self._y],
+            coloraxis="coloraxis",
+            hovertemplate="%{customdata}<extra></extra>",
+            hoverongaps=False,
+            texttemplate="%{z:.2f}" if len(self._x) <= LABEL_LIMIT else None,
+            textfont={"size": 10},
+            xgap=1,
+            ygap=1,
+            meta=kind,
+        )
+        marks = [
+            go.Scatter(
+                x=[],
+                y=[],
+                mode="markers",
+                name=name,
+                marker={"symbol": symbol, "color": "#8a8a8a", "size": size},
+                hoverinfo="skip",
+                showlegend=False,
+                meta=kind,
+            )
+            for name, symbol, size in zip(
+                _MARKS, ("x-thin-open", "circle-open"), (5, 8), strict=True
+            )
+        ]
+        return [cells, *marks]
+
+    def _lay_out(self) -> None:
+        self.widget.update_xaxes(
+            title_text="α",
+            type="category",
+            categoryorder="array",
+            categoryarray=self._x,
+            range=[-0.5, len(self._x) - 0.5],
+        )
+        self.widget.update_yaxes(
+            type="category",
+            categoryorder="array",
+            categoryarray=self._y,
+            range=[-0.5, len(self._y) - 0.5],
+        )
+        self.widget.update_yaxes(title_text="source layer", col=1)
+        self.widget.update_annotations(font_size=13)  # the panels' titles
+        _plain(self.widget, height=min(720, 130 + 22 * max(6, len(self._y))))
+        self.widget.update_layout(
+            coloraxis={
+                "colorscale": COLOR_SCALE,
+                "colorbar": {"title": {"text": "score"}, "thickness": 10, "x": 1.01},
+            },
+            margin={"l": 46, "r": 10, "t": 28, "b": 42},
+        )
+
+    def _clicked(self, kind: str, trace: Any, points: Any, state: Any) -> None:
+        """Hand a click on; plotly reports the trace's own x and y."""
+        if points.xs and points.ys:
+            column, row = self._x.index(str(points.xs[0])), self._y.index(str(points.ys[0]))
+            self._on_click(kind, self._axes.layers[row], self._axes.alphas[column])
+
+
+class LiveCurve:
+    """The score of one site against α.
+
+    Attributes:
+        widget: the plotly widget.
+    """
+
+    def __init__(self) -> None:
+        self.widget = FigureWidget(
+            go.Scatter(
+                mode="lines+markers",
+                line={"color": "#8a8a8a", "width": 2},
+                marker={"size": 8, "color": "#8a8a8a"},
+                hovertemplate="α = %{x}<br>score %{y:.3f}<extra></extra>",
+            )
+        )
+        _plain(self.widget, height=150)
+        self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36})
+        self.widget.update_xaxes(title_text="α", gridcolor="rgba(128,128,128,0.25)")
+        self.widget.update_yaxes(title_text="score", gridcolor="rgba(128,128,128,0.25)")
+        keep(self.widget)
+
+    def draw(self, alphas: Sequence[float], scores: Sequence[float], selected: float) -> None:
+        """Show a site's scores; the selected α has the colour of the map's outline."""
+        with self.widget.batch_update():
+            line = self.widget.data[0]
+            line.x = list(alphas)
+            line.y = [None if math.isnan(score) else float(score) for score in scores]
+            line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
+        keep(self.widget)
+
+
+def keep(figure: Any, *, data: bool = True) -> None:
+    """Make a page that is opened anew show the figure as it is now, or its layout alone."""
+    with figure.hold_sync():
+        figure._widget_layout = deepcopy(figure._layout_obj._props)
+        if data:
+            figure._widget_data = deepcopy(figure._data)
+
+
+def _plain(figure: Any, *, height: int) -> None:
+    figure.update_layout(
+        template="plotly_white",
+        paper_bgcolor=_TRANSPARENT,
+        plot_bgcolor=_TRANSPARENT,
+        font={"size": 12},
+        height=height,
+        autosize=True,
+        dragmode=False,
+        uirevision="keep",
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#1f2328"}, "align": "left"},
+    )
+    figure.update_xaxes(fixedrange=True, showgrid=False, zeroline=False)
+    figure.update_yaxes(fixedrange=True, showgrid=False, zeroline=False)
+    figure._config = {**figure._config, "displayModeBar": False, "responsive": True}
+
+
+def _score(row: dict[str, Any] | None) -> float | None:
+    """Return a cell's score; `None` where there is none: a notebook cannot send NaN."""
+    return None if row is None or math.isnan(row["score"]) else float(row["score"])
+
+
+def _hover(row: dict[str, Any] | None) -> str:
+    return "not computed" if row is None else hover_text(row)

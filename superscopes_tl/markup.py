@@ -1,0 +1,246 @@
+"""The Explorer's HTML: pure functions from data to a piece of markup.
+
+Every text that a model wrote or a user typed is escaped; `bdi` keeps right-to-left text from
+turning the rest around. Colours that carry a value are cividis, with black or white on them,
+whichever contrasts more; everything else takes its colour from the style sheet.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import traceback
+from collections.abc import Sequence
+
+import pandas as pd
+from plotly.colors import sample_colorscale
+
+from superscopes_tl.details import Probe, Selection, TokenEffect
+from superscopes_tl.plots import COLOR_SCALE
+from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.sites import PAPER_KINDS
+
+
+def status(text: str, *, state: str, run: int) -> str:
+    """Return the line that says how the run is; scripts wait on its `data-` attributes."""
+    return (
+        f"<div role='status' aria-live='polite' data-state='{state}' data-run='{run}'>"
+        f"{html.escape(text)}</div>"
+    )
+
+
+def alert(error: BaseException, *, state: str = "failed", run: int = 0) -> str:
+    """Return a message that a screen reader announces, with the traceback to unfold."""
+    trace = "".join(traceback.format_exception(error))
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return (
+        f"<div role='alert' class='ssx-alert' data-state='{state}' data-run='{run}'>"
+        f"<b>{html.escape(name)}</b>{html.escape(str(error))}"
+        f"<details><summary>traceback</summary><pre>{html.escape(trace)}</pre></details></div>"
+    )
+
+
+def note(text: str) -> str:
+    """Return a quiet remark."""
+    return f"<div class='ssx-note'>{html.escape(text)}</div>"
+
+
+Range = tuple[float, float]
+"""The scores of the darkest and the lightest colour."""
+
+
+def chip(score: float, colours: Range) -> str:
+    """Return a score on its colour."""
+    if math.isnan(score):
+        return "<span class='ssx-chip ssx-none' title='no description to score'>–</span>"
+    return f"<span class='ssx-chip' style='{_coloured(score, *colours)}'>{score:.2f}</span>"
+
+
+def caption(result: SweepResult, token: str, target: int | str) -> str:
+    """Return what the heatmaps show."""
+    model = result.provenance.get("model", {}).get("name", "unknown model")
+    prompt = str(result.provenance.get("prompt", ""))
+    shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
+    into = "the same layer" if target == "same" else f"layer {target}"
+    return (
+        f"<div class='ssx-caption'><b><bdi>{html.escape(shown)}</bdi></b> · token <code><bdi>"
+        f"{html.escape(token)}</bdi></code> · into {into} · {html.escape(str(model))}"
+        "<span class='ssx-note'> · × not computed, ○ no description</span></div>"
+    )
+
+
+def detail(reading: Reading | None, selection: Selection | None, colours: Range) -> str:
+    """Return the selected cell: where it is, what was read, the whole text."""
+    if selection is None:
+        return note("Click a cell, or move the cursors below, to read it here.")
+    place = (
+        f"{html.escape(selection.kind)} · layer {selection.source_layer} → "
+        f"{selection.target_layer} · α {selection.alpha:g}"
+    )
+    cell = f"{selection.kind}/{selection.source_layer}/{selection.alpha:g}"
+    head = f"<div class='ssx-cell' data-cell='{html.escape(cell)}' aria-live='polite'>"
+    if reading is None:
+        return f"{head}<b>{place}</b>{note('not computed')}</div>"
+    flags = "".join(
+        f"<li>{text}</li>"
+        for text, there in (
+            ("repeats a name of the target prompt", reading.few_shot_copy),
+            ("a close call: another batch size may write another text", reading.margin < 5e-5),
+        )
+        if there
+    )
+    return (
+        f"{head}<b>{place}</b><blockquote><bdi>"
+        f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
+        f"<dl><dt>score</dt><dd>{chip(reading.score, colours)}</dd>"
+        f"<dt>‖α·v‖ / residual norm</dt><dd>{reading.norm_ratio:.2f}</dd></dl>"
+        f"{f'<ul>{flags}</ul>' if flags else ''}"
+        f"<details><summary>whole text ({reading.n_tokens} tokens)</summary>"
+        f"<pre><bdi>{html.escape(reading.text)}</bdi></pre></details></div>"
+    )
+
+
+def ladder(rows: pd.DataFrame, alpha: float, colours: Range) -> str:
+    """Return the site's readings at all α as a small table."""
+    body = "".join(
+        f"<tr{' aria-current=true' if row['alpha'] == alpha else ''}><th scope='row'>"
+        f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td>"
+        f"<td>{chip(row['score'], colours)}</td>"
+        f"<td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
+        for row in rows.to_dict("records")
+    )
+    return (
+        "<table class='ssx-table'><caption>This site at every α</caption><thead><tr>"
+        "<th scope='col'>α</th><th scope='col' title='norm of α·v over the residual norm'>norm"
+        "</th><th scope='col'>score</th><th scope='col'>reading</th></tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def probe(found: Probe, colours: Range) -> str:
+    """Return the controls of a cell and the tokens of its text, coloured by the patch's effect."""
+    controls = "".join(
+        f"<tr><th scope='row'>{html.escape(c.name)}</th><td>{chip(c.score, colours)}</td>"
+        f"<td><bdi>{html.escape(c.description) or '<i>no description</i>'}</bdi></td></tr>"
+        for c in found.controls
+    )
+    tokens = "".join(map(_token, found.tokens))
+    return (
+        "<div data-probe='done'><table class='ssx-table'><caption>Without this vector</caption>"
+        f"<tbody>{controls}</tbody></table>"
+        "<div class='ssx-sub'>How much the patch raised each token</div>"
+        f"<p class='ssx-text'>{tokens}</p>{_legend()}</div>"
+    )
+
+
+def _token(effect: TokenEffect) -> str:
+    change = f"{effect.raised:+.1f} powers of ten"
+    title = (
+        f"probability {_probability(effect.patched)} with the patch, "
+        f"{_probability(effect.unpatched)} without ({change})"
+    )
+    return (
+        f"<span tabindex='0' title='{title}' aria-label='{html.escape(effect.token, quote=True)}: "
+        f"{change}' style='{_coloured(effect.raised, 0, 4)}'>{html.escape(effect.token)}</span>"
+    )
+
+
+def _legend() -> str:
+    steps = "".join(
+        f"<span style='{_coloured(power, 0, 4)}'>{label}</span>"
+        for power, label in ((0, "×1"), (1, "×10"), (2, "×100"), (4, "×10⁴ or more"))
+    )
+    return f"<div class='ssx-legend'>{steps}</div>"
+
+
+def _probability(log: float) -> str:
+    return f"{math.exp(log):.2g}"
+
+
+def pins(pinned: Sequence[tuple[Selection, Reading, str]], colours: Range) -> str:
+    """Return the pinned cells side by side; each comes with its source prompt's token."""
+    cards = "".join(
+        f"<article><b>{html.escape(s.kind)} · layer {s.source_layer} → {s.target_layer} · "
+        f"α {s.alpha:g}</b>{chip(reading.score, colours)}<blockquote><bdi>"
+        f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
+        f"<span class='ssx-note'><bdi>{html.escape(reading.prompt)}</bdi> · token "
+        f"<code>{html.escape(token)}</code></span></article>"
+        for s, reading, token in pinned
+    )
+    return f"<div class='ssx-cards' aria-label='Pinned cells'>{cards}</div>" if pinned else ""
+
+
+def best(result: SweepResult, colours: Range, *, alpha: float | None, position: int | None) -> str:
+    """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
+    wide = result.by_layer(alpha=alpha, position=position)
+    kinds = list(wide.columns.get_level_values(0).unique())
+    head = "".join(f"<th scope='col'>{html.escape(kind)}</th>" for kind in kinds)
+    body = "".join(
+        f"<tr><th scope='row'>{layer}</th>"
+        + "".join(_best_cell(row[kind], colours) for kind in kinds)
+        + "</tr>"
+        for layer, row in wide.iterrows()
+    )
+    title = "Best α of every site" if alpha is None else f"α = {alpha:g}"
+    return (
+        f"<table class='ssx-table ssx-best'><caption>{title}</caption><thead><tr>"
+        f"<th scope='col'>layer</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _best_cell(cell: pd.Series, colours: Range) -> str:
+    if pd.isna(cell["alpha"]):
+        return "<td class='ssx-note'>not computed</td>"
+    return (
+        f"<td>{chip(float(cell['score']), colours)} <small>α {cell['alpha']:g}</small><br>"
+        f"<bdi>{html.escape(str(cell['reading'])) or '<i>no description</i>'}</bdi></td>"
+    )
+
+
+def parts(result: SweepResult, selection: Selection, colours: Range) -> str:
+    """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
+    table = result.table
+    there = table[
+        (table["source_layer"] == selection.source_layer)
+        & (table["position"] == selection.position)
+        & (table["target_layer"] == selection.target_layer)
+    ]
+    cards = []
+    for kind, sign in zip(PAPER_KINDS, ("", "+", "="), strict=True):
+        rows = there[there["kind"] == kind].sort_values("score", ascending=False)
+        if sign:
+            cards.append(f"<div class='ssx-sign' aria-hidden='true'>{sign}</div>")
+        cards.append(f"<article><b>{kind}</b>{_part(rows, colours)}</article>")
+    return (
+        f"<div class='ssx-sub'>Layer {selection.source_layer}: what goes into the MLP, what it "
+        f"adds, and what comes out</div><div class='ssx-parts'>{''.join(cards)}</div>"
+    )
+
+
+def _part(rows: pd.DataFrame, colours: Range) -> str:
+    if rows.empty:
+        return note("not computed")
+    best_alpha = rows["alpha"].iloc[0]
+    chosen = {1.0: "unamplified", best_alpha: "best"}
+    if best_alpha == 1:
+        chosen = {1.0: "unamplified, and best"}
+    return "".join(
+        f"<div class='ssx-part'>{chip(float(row['score']), colours)} <small>α {alpha:g}, {name}"
+        f"</small><blockquote><bdi>{html.escape(row['description']) or '<i>no description</i>'}"
+        "</bdi></blockquote></div>"
+        for alpha, name in chosen.items()
+        for row in rows[rows["alpha"] == alpha].head(1).to_dict("records")
+    )
+
+
+def _coloured(value: float, low: float, high: float) -> str:
+    """Return the style of a value's colour, with the text colour that contrasts more."""
+    share = min(1.0, max(0.0, (value - low) / (high - low)))
+    colour: str = sample_colorscale(COLOR_SCALE, [share])[0]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (float(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(","))
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    # 0.179 is where black and white contrast equally, both above 4.5 : 1.
+    return f"background:{colour};color:{'#000' if luminance > 0.179 else '#fff'}"
