@@ -25,20 +25,14 @@ class NetConfig:
     """Shape of the model, in the terms of `LlamaConfig`."""
 
     vocab_size: int = 1280
-    d_model: int = 160
+    d_model: int = 192
     n_layers: int = 10
-    n_heads: int = 5
-    n_kv_heads: int = 5
-    d_mlp: int = 640
-    loop_first: int = 0
-    loop_last: int = 0
+    n_heads: int = 6
+    n_kv_heads: int = 6
+    d_mlp: int = 704
     n_ctx: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-5
-
-    def block(self, layer: int) -> int:
-        """Return which block's weights a layer uses: `loop_first` to `loop_last` share theirs."""
-        return layer - min(max(layer - self.loop_first, 0), self.loop_last - self.loop_first)
 
     def to_hf(self) -> dict[str, object]:
         """Return the keyword arguments of the equivalent `LlamaConfig`."""
@@ -93,7 +87,7 @@ class Llama(nn.Module):
         """Draw the weights from the global generator."""
         super().__init__()
         self.config = config
-        layers, d, f = config.block(config.n_layers - 1) + 1, config.d_model, config.d_mlp
+        layers, d, f = config.n_layers, config.d_model, config.d_mlp
 
         def matrix(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape) * 0.02)
@@ -137,9 +131,8 @@ class Llama(nn.Module):
         x = embedding(ids, self.embed)
         outputs = []
         for layer in range(self.config.n_layers):
-            block = self.config.block(layer)
-            x = x + self._attention(x, mask[:, None, None], block)
-            x = x + self._mlp(x, block)
+            x = x + self._attention(x, mask[:, None, None], layer)
+            x = x + self._mlp(x, layer)
             if patches is not None and layer in patches.layers:
                 places, vectors = patches.at(layer)
                 x = x.index_put(places, vectors)
@@ -194,14 +187,13 @@ class Llama(nn.Module):
         }
         for layer in range(self.config.n_layers):
             block = f"model.layers.{layer}."
-            at = self.config.block(layer)
-            state[f"{block}self_attn.q_proj.weight"] = self.query[at]
-            for name, weight in zip("kv", self.key_value[at], strict=True):
+            state[f"{block}self_attn.q_proj.weight"] = self.query[layer]
+            for name, weight in zip("kv", self.key_value[layer], strict=True):
                 state[f"{block}self_attn.{name}_proj.weight"] = weight
-            state[f"{block}self_attn.o_proj.weight"] = self.out[at]
-            state[f"{block}mlp.gate_proj.weight"] = self.gate_up[at, 0]
-            state[f"{block}mlp.up_proj.weight"] = self.gate_up[at, 1]
-            state[f"{block}mlp.down_proj.weight"] = self.down[at]
-            state[f"{block}input_layernorm.weight"] = self.norm_attn[at]
-            state[f"{block}post_attention_layernorm.weight"] = self.norm_mlp[at]
+            state[f"{block}self_attn.o_proj.weight"] = self.out[layer]
+            state[f"{block}mlp.gate_proj.weight"] = self.gate_up[layer, 0]
+            state[f"{block}mlp.up_proj.weight"] = self.gate_up[layer, 1]
+            state[f"{block}mlp.down_proj.weight"] = self.down[layer]
+            state[f"{block}input_layernorm.weight"] = self.norm_attn[layer]
+            state[f"{block}post_attention_layernorm.weight"] = self.norm_mlp[layer]
         return {name: tensor.detach().to(dtype).clone() for name, tensor in state.items()}

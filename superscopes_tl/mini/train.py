@@ -3,7 +3,7 @@
 1. Draw rows of text (`corpus.py`); the loss asks for descriptions, hardly ever for names.
 2. Bottleneck: in half of the rows, what follows a name may see only its last token, so that the
    name's meaning gathers there.
-3. Self-description: in half of the rows some names are replaced by the placeholder `x`. A
+3. Self-description: in most rows most names are replaced by the placeholder `x`. A
    separate pass without gradient reads the name's last token; its block output from a random
    layer, with noise, is written over the block output of `x` at layer 0 or at the same layer.
    The loss asks for the description. Never MLP outputs, never scaled vectors.
@@ -70,12 +70,12 @@ class TrainConfig:
     seed: int = 0
     batch: int = 28
     length: int = 128
-    self_description: float = 0.5
+    self_description: float = 0.8
     sentences: float = 0.15
     bottleneck: float = 0.5
     first_layer: int = 5
-    noise: float = 2.0
-    text_noise: float = 2.0
+    noise: float = 2.5
+    text_noise: float = 1.5
     same: float = 0.25
     save_seconds: float = 240.0
 
