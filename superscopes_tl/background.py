@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakSet
 
+from superscopes_tl.amplify import scale
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import Scorer
@@ -67,37 +69,44 @@ class Progress:
         return (self.total - self.done) / self.rate if self.rate else None
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A finished cell and what scored it."""
+
+    reading: Reading
+    scored: tuple[Scorer, str]
+
+
 class CellStore:
-    """Finished cells, by what decides their texts: model, prompts, mapping and length."""
+    """Finished cells, by what decides their texts: model, prompts, mapping and length.
+
+    Each cell knows what scored it: runs with different scorers may overlap in any way.
+    """
 
     def __init__(self) -> None:
-        self._readings: dict[tuple[Any, ...], dict[Cell, Reading]] = {}
-        self._scored: dict[tuple[Any, ...], tuple[Scorer, str]] = {}
+        self._kept: dict[tuple[Any, ...], dict[Cell, _Kept]] = {}
         self._plans: list[SweepPlan] = []  # keeps alive what the keys name by id
 
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return the cells of `plan` that are there, scored as the plan has it."""
-        key = _text_key(plan)
-        there = self._readings.get(key, {})
+        there, scored = self._kept.get(_text_key(plan), {}), _scored_by(plan)
         wanted = {cell: there[cell] for cell in plan.all_cells if cell in there}
-        if wanted and self._scored[key] != (plan.scorer, plan.config.score_on):
-            rescored = _rescored(plan, list(there.values()))
-            self._readings[key] = there = dict(zip(there, rescored, strict=True))
-            self._scored[key] = (plan.scorer, plan.config.score_on)
-            wanted = {cell: there[cell] for cell in wanted}
-        return wanted
+        others = [kept.reading for kept in wanted.values() if kept.scored != scored]
+        if others:
+            self.add(plan, _rescored(plan, others))
+        return {cell: there[cell].reading for cell in wanted}
 
     def cells(self, plan: SweepPlan) -> frozenset[Cell]:
         """Return which cells of `plan` are there, whatever they were scored by."""
-        return frozenset(self._readings.get(_text_key(plan), ())) & frozenset(plan.all_cells)
+        there = self._kept.get(_text_key(plan), {})
+        return frozenset(cell for cell in plan.all_cells if cell in there)
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
-        key = _text_key(plan)
-        if key not in self._readings:
+        key, scored = _text_key(plan), _scored_by(plan)
+        if key not in self._kept:
             self._plans.append(plan)
-        self._readings.setdefault(key, {}).update({cell_of(r): r for r in readings})
-        self._scored[key] = (plan.scorer, plan.config.score_on)
+        self._kept.setdefault(key, {}).update({cell_of(r): _Kept(r, scored) for r in readings})
 
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
@@ -111,8 +120,12 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         plan.generator.max_new_tokens,
         id(mapping),
         # A mapping other than α·v may depend on which rows it is given together.
-        None if getattr(mapping, "__name__", "") == "scale" else plan.sites,
+        None if mapping is scale else plan.sites,
     )
+
+
+def _scored_by(plan: SweepPlan) -> tuple[Scorer, str]:
+    return plan.scorer, plan.config.score_on
 
 
 def _rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
@@ -164,7 +177,7 @@ class BackgroundSweep:
         self._stop = threading.Event()
         self._readings: dict[Cell, Reading] = {}
         self._reused = 0
-        self._started = self._seconds = 0.0
+        self._seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="superscopes-sweep", daemon=True)
 
     def start(self) -> BackgroundSweep:
@@ -278,7 +291,21 @@ class Latest:
                 if job is None:
                     self._thread = None
                     return
-            job()
+            try:
+                job()
+            except Exception:  # noqa: BLE001  # the jobs that come after it must still run
+                told = threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                threading.excepthook(told)
+
+
+def wait_for_all(
+    waits: Iterable[Callable[[float | None], bool]], timeout: float | None = None
+) -> bool:
+    """Wait for one after the other, for all of them together no longer than `timeout`."""
+    until = None if timeout is None else time.monotonic() + timeout
+    return all(
+        wait(None if until is None else max(0.0, until - time.monotonic())) for wait in waits
+    )
 
 
 @atexit.register

@@ -3,7 +3,7 @@
 1. `Selection` names the cell; `reading_at` and `ladder` look up its row and its site's other α.
 2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
    equal norm, and how likely each token of the cell's text is with the patch and without.
-3. `code_for` writes the Python that reads exactly this cell again.
+3. `code_for` writes the Python that reads this cell again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from superscopes_tl.amplify import random_direction
 from superscopes_tl.background import cell_of
 from superscopes_tl.errors import bad_value
+from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patching import Patch
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
@@ -161,16 +162,15 @@ def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
 
 
 def code_for(result: SweepResult, selection: Selection) -> str:
-    """Return Python that reads exactly this cell again, from the result's provenance.
+    """Return Python that reads this cell again, from the result's provenance.
 
-    A mapping family of your own has to be put in by hand; a comment says where.
+    What a provenance cannot hold has to be put in by hand, and a comment says so: a mapping family
+    or a scorer of your own, the path of a model that is no name of the hub. In half precision
+    another batch size may change a text; a comment says that too.
     """
     provenance = result.provenance
     config, model = provenance.get("config", {}), provenance.get("model", {})
     target = provenance.get("target_prompt", {})
-    loading = {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
-    if model.get("dtype", "float32") != "float32":
-        loading["dtype"] = model["dtype"]
     settings: dict[str, Any] = {
         "layers": selection.source_layer,
         "kinds": selection.kind,
@@ -179,15 +179,17 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         "target_layer": selection.target_layer,
         "max_new_tokens": config.get("max_new_tokens"),
     }
-    names, notes = ["load_model", "sweep"], []
+    names, notes = ["load_model", "sweep"], _model_notes(model)
     mapping = str(config.get("mapping", "scale"))
     if mapping != "scale":
         # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
         settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
-        settings["mapping"] = _Verbatim(mapping)
-        notes.append(f"# mapping: the sweep's own, {mapping}")
-    if (family := mapping.split("(")[0]) in ("random_direction", "in_units_of"):
-        names.append(family)
+        family = mapping.split("(")[0]
+        known = family in ("random_direction", "in_units_of")
+        names += [family] if known else []
+        settings["mapping"] = _Verbatim(mapping if known else "my_mapping")
+        if not known:
+            notes.append(f"# my_mapping: the sweep's own family, {mapping}")
     text, placeholder = target.get("text"), target.get("placeholder")
     if text != DESCRIPTION_PROMPT.text or placeholder != DESCRIPTION_PROMPT.placeholder:
         names.append("TargetPrompt")
@@ -200,7 +202,7 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         f"from superscopes_tl import {', '.join(sorted(names, key=str.lower))}",
         "",
         *notes,
-        f"model = load_model({model.get('name')!r}, {_keywords(loading)})",
+        f"model = load_model({model.get('name')!r}, {_loading(model)})",
         "result = sweep(",
         f"    model, {provenance.get('prompt')!r},",
         *(f"    {key}={value!r}," for key, value in settings.items()),
@@ -216,6 +218,15 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
 
 
+def _model_notes(model: dict[str, Any]) -> list[str]:
+    notes = []
+    if model.get("name") != BUNDLED_MODEL:
+        notes.append("# load_model: give the path if the model came from a folder, and a revision")
+    if model.get("dtype", "float32") != "float32":
+        notes.append("# in half precision another batch size may change the text")
+    return notes
+
+
 class _Verbatim(str):
     """A piece of code: its repr is itself."""
 
@@ -223,5 +234,8 @@ class _Verbatim(str):
         return str(self)
 
 
-def _keywords(values: dict[str, Any]) -> str:
+def _loading(model: dict[str, Any]) -> str:
+    values = {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
+    if model.get("dtype", "float32") != "float32":
+        values["dtype"] = model["dtype"]
     return ", ".join(f"{name}={value!r}" for name, value in values.items())

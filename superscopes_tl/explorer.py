@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from superscopes_tl import markup
+from superscopes_tl.background import wait_for_all
 from superscopes_tl.details import Selection, code_for, reading_at
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_desk import Desk
@@ -169,7 +170,8 @@ class Explorer:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the run and for the chosen cell's controls; return whether they have ended."""
-        return (self._desk is None or self._desk.wait(timeout)) and self._panel.wait(timeout)
+        desk = [self._desk.wait] if self._desk is not None else []
+        return wait_for_all([*desk, self._panel.wait], timeout)
 
     def select(self, **cell: Any) -> Selection:
         """Choose a cell; what is not given stays as it is.
@@ -254,10 +256,16 @@ class Explorer:
         return self._desk
 
     def _save(self) -> None:
-        """Write the file, say where, and offer it as a download where it is not too large."""
+        """Write into the working folder, say where, and offer a download if it is not too large."""
         view = self.view
         name = view.file.value.strip() or "superscopes"
-        path = self.export(name.removesuffix(view.format.value) + view.format.value)
+        name = name.removesuffix(view.format.value) + view.format.value
+        if name != Path(name).name:  # whoever sees a served page must not write anywhere
+            raise bad_value(
+                "file name", expected="a name without folders", got=name,
+                fix="give a name alone; explorer.export(path) takes any path",
+            )  # fmt: skip
+        path = self.export(name).resolve()
         link = ""
         if path.stat().st_size <= LARGEST_LINK:
             data = base64.b64encode(path.read_bytes()).decode()

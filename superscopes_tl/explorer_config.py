@@ -2,25 +2,24 @@
 
 1. `read_config` makes the configuration that the controls show; what has no control (mapping,
    length, batch size) stays as it was given.
-2. `write_config` sets the controls to a configuration, or says why they cannot show it.
+2. `write_config` sets the controls to a configuration, or says why they cannot show it: everything
+   is checked before the first control moves, so that what is read back is what was given.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from superscopes_tl.amplify import MappingFamily, family_name, in_units_of, scale
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepConfig
-from superscopes_tl.prompts import TargetPrompt, as_target_prompt
-from superscopes_tl.scoring import PAPER_SCORER, scorer_name
-from superscopes_tl.sites import check_kinds, check_layers
-from superscopes_tl.tokens import TokenizedText, resolve_positions
+from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.prompts import TargetPrompt
+from superscopes_tl.scoring import PAPER_SCORER, as_scorer, scorer_name
 
 _SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows what comes out"
 
@@ -44,16 +43,11 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
         view.target_text.value, view.placeholder.value.strip()
     )
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
-    mapping = scale if _has_units(base.mapping) else base.mapping
+    mapping = scale if _units(base.mapping) else base.mapping
     if view.units.value == "norm":
-        if into == "same":
-            raise bad_value(
-                "α times the residual norm",
-                expected="one target layer, whose norm is meant",
-                got="the same layer as the source",
-                fix="patch into layer 0 or a fixed layer",
-            )
-        mapping = in_units_of(round(norm_at(target_prompt, into), 4))
+        own = _own_norm(norm_at, target_prompt, into)
+        given = _units(base.mapping)
+        mapping = base.mapping if given and round(given, 4) == own else in_units_of(own)
     return replace(
         base,
         layers=tuple(range(first, last + 1)),
@@ -85,50 +79,105 @@ def parse_alphas(text: str) -> tuple[float, ...]:
     return numbers
 
 
+def alphas_text(alphas: Sequence[float]) -> str:
+    """Return a list of numbers as short as `parse_alphas` reads the same numbers from it."""
+    short = {alpha: f"{alpha:g}" for alpha in alphas}
+    return ", ".join(text if float(text) == a else repr(float(a)) for a, text in short.items())
+
+
 def write_config(
-    view: View, config: SweepConfig, model: LanguageModel, tokens: TokenizedText
+    view: View, config: SweepConfig, model: LanguageModel, prompt: str, norm_at: NormAt
 ) -> None:
     """Set the controls to `config`; all of them, or none.
 
     Raises:
-        ValueError: a bad setting, or one that the controls cannot show.
+        ValueError, TypeError: a bad setting, or one that the controls cannot show.
     """
-    layers = check_layers(config.layers, model.n_layers)
-    if layers != tuple(range(layers[0], layers[-1] + 1)):
-        raise bad_value("layers", expected="a range without gaps", got=list(layers), fix=_SHOWS_ALL)
-    positions = resolve_positions(tokens, config.positions)
-    if len(positions) > 1:
-        raise bad_value("positions", expected="one token", got=positions, fix=_SHOWS_ALL)
-    into = config.target_layer
-    if into != "same":
-        chosen = check_layers(into, model.n_layers, "target_layer")
-        if len(chosen) > 1:
+    plan = _checked(config, model, prompt)
+    layers, position, into = _shown(plan)
+    kinds = {site.kind for site in plan.sites}
+    target = plan.generator.target.prompt
+    units = _units(config.mapping)
+    if units:
+        own = _own_norm(norm_at, target, into)
+        if round(units, 4) != own:
             raise bad_value(
-                "target_layer", expected="one layer or 'same'", got=into, fix=_SHOWS_ALL
+                "mapping",
+                expected=f"in_units_of({own}), the model's own norm at this target prompt and "
+                "layer, or another family",
+                got=family_name(config.mapping),
+                fix=_SHOWS_ALL,
             )
-        into = chosen[0]
-    kinds = check_kinds(config.kinds, model.kinds, model.name)
-    target = as_target_prompt(config.target_prompt)
-    given = config.alphas if isinstance(config.alphas, Iterable) else [config.alphas]
-    alphas = parse_alphas(", ".join(f"{alpha:.10g}" for alpha in given))
 
-    view.units.value = "norm" if _has_units(config.mapping) else "vector"
+    view.units.value = "norm" if units else "vector"
     view.layers.value = (layers[0], layers[-1])
-    view.tokens.value = positions[0]
+    view.tokens.value = position
     view.target.value = into if into in (0, "same") else "fixed"
     view.fixed.value = 0 if into == "same" else into
     for kind, box in view.kinds.items():
         box.value = kind in kinds
-    view.alpha_preset.value = next((n for n, p in ALPHA_PRESETS.items() if p == alphas), OWN)
-    view.alphas.value = ", ".join(f"{alpha:.10g}" for alpha in alphas)
+    view.alpha_preset.value = next((n for n, p in ALPHA_PRESETS.items() if p == plan.alphas), OWN)
+    view.alphas.value = alphas_text(plan.alphas)
     view.target_preset.value = next((n for n, p in TARGET_PRESETS.items() if p == target), OWN)
     view.target_text.value, view.placeholder.value = target.text, target.placeholder
     view.score_on.value = config.score_on
     _choose_scorer(view, config.scorer)
 
 
-def _has_units(mapping: MappingFamily) -> bool:
-    return family_name(mapping).startswith("in_units_of(")
+def _checked(config: SweepConfig, model: LanguageModel, prompt: str) -> SweepPlan:
+    """Return the sweep that `config` means, without loading its scorer: that takes seconds."""
+    if not isinstance(config, SweepConfig):
+        raise bad_type("config", expected="a SweepConfig", got=config, fix="SweepConfig(alphas=3)")
+    as_scorer(config.scorer)
+    plan = plan_sweep(model, prompt, replace(config, scorer=no_scores))
+    target = plan.generator.target.prompt
+    if target.placeholder != target.placeholder.strip():
+        raise bad_value(
+            "target_prompt.placeholder",
+            expected="no blanks around it",
+            got=repr(target.placeholder),
+            fix=_SHOWS_ALL,
+        )
+    return plan
+
+
+def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
+    """Return a plan's layers, token and target, of which the controls show one range or value."""
+    layers = tuple(dict.fromkeys(site.layer for site in plan.sites))
+    if layers != tuple(range(layers[0], layers[-1] + 1)):
+        raise bad_value("layers", expected="a range without gaps", got=list(layers), fix=_SHOWS_ALL)
+    positions = tuple(dict.fromkeys(site.position for site in plan.sites))
+    if len(positions) > 1:
+        raise bad_value("positions", expected="one token", got=positions, fix=_SHOWS_ALL)
+    into = plan.target_layer
+    if into != "same" and len(into) > 1:
+        raise bad_value("target_layer", expected="one layer or 'same'", got=into, fix=_SHOWS_ALL)
+    return layers, positions[0], into if into == "same" else into[0]
+
+
+def _units(mapping: MappingFamily) -> float | None:
+    """Return the norm of an `in_units_of` family; `None` for every other family."""
+    try:
+        norm = float(family_name(mapping).removeprefix("in_units_of(").removesuffix(")"))
+    except ValueError:
+        return None
+    return norm if in_units_of(norm) is mapping else None
+
+
+def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any) -> float:
+    if into == "same":
+        raise bad_value(
+            "α times the residual norm",
+            expected="one target layer, whose norm is meant",
+            got="the same layer as the source",
+            fix="patch into layer 0 or a fixed layer",
+        )
+    return round(norm_at(target_prompt, into), 4)
+
+
+def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    """Stand in for a scorer where nothing is run: loading the real one takes seconds."""
+    return [0.0 for _ in candidates]
 
 
 def _choose_scorer(view: View, scorer: Any) -> None:

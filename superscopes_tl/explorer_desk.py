@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 
 from superscopes_tl import markup
-from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress
+from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
 from superscopes_tl.errors import bad_value
-from superscopes_tl.explorer_config import read_config, write_config
+from superscopes_tl.explorer_config import alphas_text, no_scores, read_config, write_config
 from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.live import axes_of_plan
@@ -51,6 +50,7 @@ class Desk:
         self._base = SweepConfig()
         self._store, self._estimator = CellStore(), Latest()
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._norms: dict[tuple[TargetPrompt, int], float] = {}
         self._sweep: BackgroundSweep | None = None
         self._quiet = False
         self._say("Ready", "idle")
@@ -99,8 +99,8 @@ class Desk:
     def set_config(self, config: SweepConfig) -> None:
         """Show other settings."""
         with self._guard.lock:
-            tokens = tokenize(self._model, self.prompt)
-            self._quietly(lambda: write_config(self._view, config, self._model, tokens))
+            given = (config, self._model, self.prompt, self._norm_at)
+            self._quietly(lambda: write_config(self._view, *given))
             self._base = config
             self._enable()
             self._estimate()
@@ -130,19 +130,22 @@ class Desk:
 
     def cancel(self) -> None:
         """Stop after the batch that is being computed."""
-        if self._sweep is not None and self.state == "running":
-            self._sweep.cancel()
-            self._say("Stopping after this batch", "running")
+        with self._guard.lock:  # else a run that ends meanwhile would be said to be stopping
+            if self._sweep is not None and self.state == "running":
+                self._sweep.cancel()
+                self._say("Stopping after this batch", "running")
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the run and for the warm-up."""
-        ended = self._sweep is None or self._sweep.wait(timeout)
-        return ended and self._estimator.wait(timeout)
+        sweep = [self._sweep.wait] if self._sweep is not None else []
+        return wait_for_all([*sweep, self._estimator.wait], timeout)
 
-    @cache  # noqa: B019  # as long-lived as the Explorer
     def _norm_at(self, target_prompt: TargetPrompt, layer: int) -> float:
-        generator = PatchedGenerator(self._model, target_prompt, max_new_tokens=1, batch_size=1)
-        return float(generator.placeholder_norms[layer])
+        key = (target_prompt, layer)
+        if key not in self._norms:
+            generator = PatchedGenerator(self._model, target_prompt, max_new_tokens=1, batch_size=1)
+            self._norms[key] = float(generator.placeholder_norms[layer])
+        return self._norms[key]
 
     def _opened(self, plan: SweepPlan) -> None:
         if self._sweep is not None:
@@ -198,11 +201,11 @@ class Desk:
     def _preset_changed(self) -> None:
         preset = ALPHA_PRESETS.get(self._view.alpha_preset.value)
         if preset and not self._quiet:
-            self._view.alphas.value = ", ".join(f"{alpha:g}" for alpha in preset)
+            self._view.alphas.value = alphas_text(preset)
 
     def _alphas_changed(self) -> None:
         shown = self._view.alphas.value
-        names = {", ".join(f"{a:g}" for a in p): name for name, p in ALPHA_PRESETS.items()}
+        names = {alphas_text(preset): name for name, preset in ALPHA_PRESETS.items()}
         if not self._quiet:
             self._view.alpha_preset.value = names.get(shown, OWN)
 
@@ -222,7 +225,7 @@ class Desk:
             return
         view, model = self._view, self._model
         try:
-            config = replace(self.config, scorer=_no_scores)
+            config = replace(self.config, scorer=no_scores)
             plan = plan_sweep(model, self.prompt, config)
         except (ValueError, TypeError) as error:
             view.estimate.value = markup.note(str(error))
@@ -257,11 +260,6 @@ class Desk:
 
     def _say(self, text: str, state: str) -> None:
         self._view.status.value = markup.status(text, state=state, run=self._guard.run)
-
-
-def _no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Stand in for the scorer in an estimate: loading the real one takes seconds."""
-    return [0.0 for _ in candidates]
 
 
 def _cost(plan: SweepPlan, seconds: float | None) -> str:

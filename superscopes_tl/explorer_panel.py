@@ -241,11 +241,19 @@ class Panel:
     def _best(self, result: SweepResult) -> str:
         view, table = self._view, result.table
         alpha = None if view.best_alpha.value == BEST else view.best_alpha.value
-        position = view.position.value
+        position, into = view.position.value, view.into.value
         here = table[table["position"] == position]
+        if into != "same":
+            here = here[here["target_layer"] == into]
         if here.empty or (alpha is not None and alpha not in set(here["alpha"])):
             return markup.note("Nothing finished here yet.")
-        return markup.best(result, color_range(result), alpha=alpha, position=position)
+        return markup.best(
+            result,
+            color_range(result),
+            alpha=alpha,
+            position=position,
+            target_layer=None if into == "same" else into,
+        )
 
     def _show_cell(self) -> None:
         view, selection = self._view, self.selection

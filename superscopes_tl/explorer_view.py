@@ -80,14 +80,29 @@ class CopyButton(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is unt
 
 
 _FIT = """
+function name(root) {
+  for (const slider of root.querySelectorAll(".widget-slider")) {
+    const label = slider.querySelector(".widget-label")?.textContent ?? "";
+    const handles = [...slider.querySelectorAll("[role=slider]")];
+    const names = handles.length > 1 ? [`${label}, first`, `${label}, last`] : [label];
+    handles.forEach((handle, i) => handle.setAttribute("aria-label", names[i]));
+    const readout = slider.querySelector("[contenteditable=true]");
+    if (readout) {
+      readout.setAttribute("role", "textbox");
+      readout.setAttribute("aria-label", label);
+    }
+  }
+}
 function render({ el }) {
   el.style.display = "none";
   const fit = () => requestAnimationFrame(() => window.dispatchEvent(new Event("resize")));
   requestAnimationFrame(() => {
     const root = el.closest(".ssx");
     if (!root) return;
+    name(root);
     new ResizeObserver(fit).observe(root);
     new MutationObserver((changes) => {
+      name(root);
       const drawn = (node) => node.nodeType === 1
         && (node.matches(".svg-container") || node.querySelector(".svg-container"));
       if (changes.some((change) => [...change.addedNodes].some(drawn))) fit();
@@ -99,10 +114,11 @@ export default { render };
 
 
 class Fit(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is untyped
-    """Makes plotly measure again when a figure or the Explorer's width is new.
+    """Makes plotly measure again when a figure or the Explorer's width is new; names sliders.
 
     Plotly itself looks when it first draws, which may be before there is a page around it, and
     when the window changes, which is not the only way for a notebook's column to change.
+    A slider's handles come without an accessible name: the widgets put it beside them only.
     """
 
     _esm = _FIT

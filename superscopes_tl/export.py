@@ -6,12 +6,11 @@ import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.figures import best_table, decomposition
+from superscopes_tl.figures import at_target, best_table, decomposition
 from superscopes_tl.plots import alpha_curve, heatmap
 from superscopes_tl.results import SweepResult
 from superscopes_tl.snapshot import heatmap_png
@@ -56,10 +55,10 @@ def save_as(
             `.parquet` (the table), or `.zip` (the run file, for `SweepResult.load`).
         position: the token of the figures; the rightmost one unless given.
         target_layer: the target layer of the figures, where there are several.
-        layer: the layer of the decomposition; the last one unless given.
+        layer: the layer of the decomposition; the last one unless given and finished.
 
     Raises:
-        ValueError: another suffix, a folder that does not exist, or no cell to write.
+        ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
     """
     target = Path(path)
     if target.suffix not in SUFFIXES:
@@ -81,15 +80,35 @@ def save_as(
         result.table.to_csv(target, index=False)
     elif target.suffix == ".parquet":
         result.table.to_parquet(target, index=False)
-    elif target.suffix == ".png":
-        target.write_bytes(heatmap_png(result, position=position, target_layer=target_layer))
     else:
-        at: dict[str, Any] = {"position": position, "target_layer": target_layer}
-        shown = max(result.table["source_layer"]) if layer is None else layer
-        kinds = dict.fromkeys(result.table["kind"])
-        curves = [alpha_curve(result, kind=kind, **at) for kind in kinds]
-        tables = [best_table(result, position=position)]
-        parts = [decomposition(result, shown, position=position)]
-        title = f"Superscopes: {result.provenance.get('prompt', '')}"
-        write_html([heatmap(result, **at), *tables, *parts, *curves], target, title=title)
+        at = int(max(result.table["position"])) if position is None else position
+        drawn = _at(result, at, target_layer)
+        if target.suffix == ".png":
+            target.write_bytes(heatmap_png(drawn, position=at, target_layer=target_layer))
+        else:
+            title = f"Superscopes: {result.provenance.get('prompt', '')}"
+            write_html(_figures(drawn, layer), target, title=title)
     return target
+
+
+def _at(result: SweepResult, position: int, target_layer: int | None) -> SweepResult:
+    """Return what is finished of one token and target layer."""
+    part = at_target(result, target_layer)
+    table = part.table[part.table["position"] == position]
+    if table.empty:  # of a run that was cancelled, for example
+        raise bad_value(
+            "result",
+            expected="at least one finished cell of the token and target layer to draw",
+            got=f"none of token {position}",
+            fix="choose another token or target layer, or write .zip or .csv, which hold them all",
+        )
+    return SweepResult(table, part.provenance)
+
+
+def _figures(result: SweepResult, layer: int | None) -> list[go.Figure]:
+    """Return all figures of one token; a layer that was not finished gives way to the last."""
+    table = result.table
+    if layer is None or layer not in set(table["source_layer"]):
+        layer = int(max(table["source_layer"]))
+    curves = [alpha_curve(result, kind=kind) for kind in dict.fromkeys(table["kind"])]
+    return [heatmap(result), best_table(result), decomposition(result, layer), *curves]

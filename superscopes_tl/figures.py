@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import html
+import math
 import textwrap
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -17,8 +19,32 @@ from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import PAPER_KINDS
 
 
+def at_target(result: SweepResult, target_layer: int | None) -> SweepResult:
+    """Return the part of a result that was patched into one layer; all of it for `None`.
+
+    Raises:
+        ValueError: a target layer that the sweep does not have.
+    """
+    if target_layer is None:
+        return result
+    targets = result.table["target_layer"]
+    if target_layer not in set(targets):
+        raise bad_value(
+            "target_layer",
+            expected=f"one of {sorted(set(targets.tolist()))}",
+            got=target_layer,
+            fix="choose a target layer of this sweep, or sweep over it",
+        )
+    return SweepResult(result.table[targets == target_layer], result.provenance)
+
+
 def decomposition(
-    result: SweepResult, layer: int, *, alpha: float | None = None, position: int | None = None
+    result: SweepResult,
+    layer: int,
+    *,
+    alpha: float | None = None,
+    position: int | None = None,
+    target_layer: int | None = None,
 ) -> go.Figure:
     """Draw what one layer's MLP gets, adds and gives on, in words (the paper's Figure 1).
 
@@ -27,11 +53,12 @@ def decomposition(
         layer: the source layer.
         alpha: this α for all three; the best of each unless given.
         position: the token; the rightmost one of the sweep unless given.
+        target_layer: which target layer; the best-scoring one of each kind unless given.
 
     Raises:
-        ValueError: a layer, α or token that the sweep does not have.
+        ValueError: a layer, α, token or target layer that the sweep does not have.
     """
-    readings = result.by_layer(alpha=alpha, position=position)
+    readings = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
     if layer not in readings.index:
         raise bad_value(
             "layer", expected=f"one of {list(readings.index)}", got=layer, fix="choose one of these"
@@ -40,9 +67,10 @@ def decomposition(
     for column, kind in enumerate(PAPER_KINDS):
         text = "not computed"
         if kind in readings.columns.get_level_values(0):
-            cell = readings[kind].loc[layer]
-            text = _lines(str(cell["reading"]) or "no description", 26)
-            text += f"<br><br><i>α = {cell['alpha']:g}, score {cell['score']:.2f}</i>"
+            cell = readings[kind].loc[layer].to_dict()
+            if not math.isnan(cell["alpha"]):
+                text = _lines(str(cell["reading"]) or "no description", 26)
+                text += f"<br><br><i>α = {cell['alpha']:g}, {_score(cell, 'score ')}</i>"
         figure.add_annotation(x=column, y=0.5, text=f"<b>{kind}</b><br><br>{text}", showarrow=False)
         figure.add_shape(type="rect", x0=column - 0.4, x1=column + 0.4, y0=0, y1=1, opacity=0.5)
         if column:
@@ -59,7 +87,11 @@ def decomposition(
 
 
 def best_table(
-    result: SweepResult, *, alpha: float | None = None, position: int | None = None
+    result: SweepResult,
+    *,
+    alpha: float | None = None,
+    position: int | None = None,
+    target_layer: int | None = None,
 ) -> go.Figure:
     """Draw the paper's table of readings: a row per layer, a column per kind.
 
@@ -67,21 +99,15 @@ def best_table(
         result: the sweep.
         alpha: this α for all (Figure 5 has α = 1); the best of each site unless given (Figure 6).
         position: the token; the rightmost one of the sweep unless given.
+        target_layer: which target layer; the best-scoring one of each site unless given.
 
     Raises:
-        ValueError: an α or token that the sweep does not have.
+        ValueError: an α, token or target layer that the sweep does not have.
     """
-    readings = result.by_layer(alpha=alpha, position=position)
+    readings = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
     kinds = list(readings.columns.get_level_values(0).unique())
     columns = [[str(layer) for layer in readings.index]]
-    for kind in kinds:
-        rows = readings[kind].to_dict("records")
-        columns.append(
-            [
-                f"{_lines(str(r['reading']), 44)} (α = {r['alpha']:g}, {r['score']:.2f})"
-                for r in rows
-            ]
-        )
+    columns += [[_entry(row) for row in readings[kind].to_dict("records")] for kind in kinds]
     figure = go.Figure(
         go.Table(
             columnwidth=[1, *[6 for _ in kinds]],
@@ -95,6 +121,16 @@ def best_table(
         height=160 + 40 * len(readings),
     )
     return figure
+
+
+def _entry(cell: dict[Any, Any]) -> str:
+    if math.isnan(cell["alpha"]):
+        return "not computed"
+    return f"{_lines(str(cell['reading']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
+
+
+def _score(cell: dict[Any, Any], name: str = "") -> str:
+    return "no score" if math.isnan(cell["score"]) else f"{name}{cell['score']:.2f}"
 
 
 def _lines(text: str, width: int) -> str:

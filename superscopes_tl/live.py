@@ -31,6 +31,7 @@ from superscopes_tl.results import SweepResult
 LABEL_LIMIT = 8
 """Above this number of columns a value printed in each cell is too small to read."""
 MARKED = "#ff6d00"
+_LARGEST_IN_TENTHS = 1e5
 _MARKS = ("not computed", "no description")
 _TRANSPARENT = "rgba(0,0,0,0)"
 _THIS_TARGET = "same"
@@ -88,9 +89,12 @@ def color_range(result: SweepResult) -> tuple[float, float]:
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
-    scores: Any = table["score"].dropna() if len(table) else []
-    if not len(scores):
+    given: Any = table["score"].dropna() if len(table) else []
+    scores = [float(score) for score in given if math.isfinite(score)]
+    if not scores:
         return 0.0, 1.0
+    if max(map(abs, scores)) > _LARGEST_IN_TENTHS:  # a tenth is lost in the rounding
+        return min(scores), max(max(scores), math.nextafter(min(scores), math.inf))
     return math.floor(min(scores) * 10) / 10, math.ceil(max(scores) * 10 + 1e-9) / 10
 
 
@@ -270,7 +274,7 @@ class LiveCurve:
         with self.widget.batch_update():
             line = self.widget.data[0]
             line.x = list(alphas)
-            line.y = [None if math.isnan(score) else float(score) for score in scores]
+            line.y = [float(score) if math.isfinite(score) else None for score in scores]
             line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
         keep(self.widget)
 
@@ -301,8 +305,8 @@ def _plain(figure: Any, *, height: int) -> None:
 
 
 def _score(row: dict[str, Any] | None) -> float | None:
-    """Return a cell's score; `None` where there is none: a notebook cannot send NaN."""
-    return None if row is None or math.isnan(row["score"]) else float(row["score"])
+    """Return a cell's score; `None` where there is none: a notebook sends finite numbers."""
+    return float(row["score"]) if row is not None and math.isfinite(row["score"]) else None
 
 
 def _hover(row: dict[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 from plotly.colors import sample_colorscale
 
 from superscopes_tl.details import Probe, Selection, TokenEffect
+from superscopes_tl.figures import at_target
 from superscopes_tl.plots import COLOR_SCALE
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.sites import PAPER_KINDS
@@ -170,9 +171,16 @@ def pins(pinned: Sequence[tuple[Selection, Reading, str]], colours: Range) -> st
     return f"<div class='ssx-cards' aria-label='Pinned cells'>{cards}</div>" if pinned else ""
 
 
-def best(result: SweepResult, colours: Range, *, alpha: float | None, position: int | None) -> str:
+def best(
+    result: SweepResult,
+    colours: Range,
+    *,
+    alpha: float | None,
+    position: int | None,
+    target_layer: int | None = None,
+) -> str:
     """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
-    wide = result.by_layer(alpha=alpha, position=position)
+    wide = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
     kinds = list(wide.columns.get_level_values(0).unique())
     head = "".join(f"<th scope='col'>{html.escape(kind)}</th>" for kind in kinds)
     body = "".join(

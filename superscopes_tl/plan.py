@@ -158,7 +158,7 @@ class SweepPlan:
                 "positions": list(target.positions),
             },
             "config": {
-                "layers": sorted({site.layer for site in self.sites}),
+                "layers": list(dict.fromkeys(site.layer for site in self.sites)),
                 "kinds": list(dict.fromkeys(site.kind for site in self.sites)),
                 "alphas": list(self.alphas),
                 "positions": list(dict.fromkeys(site.position for site in self.sites)),

@@ -181,7 +181,8 @@ def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[fl
     """Score every text against one reference; empty texts are NaN.
 
     Raises:
-        ValueError: the scorer returned another number of scores than it got texts.
+        ValueError: the scorer returned another number of scores than it got texts, or an
+            infinite one.
     """
     there = [i for i, text in enumerate(texts) if text.strip()]
     scores = [math.nan] * len(texts)
@@ -195,6 +196,14 @@ def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[fl
                 got=f"{len(found)} scores",
                 fix="return one number per pair",
             )
+        for candidate, score in zip(candidates, found, strict=True):
+            if math.isinf(score):  # no colour and no average could be made of it
+                raise bad_value(
+                    "scorer",
+                    expected="finite scores",
+                    got=f"{score} for {candidate!r}",
+                    fix="return a finite number, or NaN where there is no score",
+                )
         for i, score in zip(there, found, strict=True):
             scores[i] = score
     return scores

@@ -2,23 +2,41 @@
 
 1. Write a notebook whose one cell shows the Explorer, into a folder that only the user can read.
 2. Beside it the server's settings, the token among them: a command line can be read by others.
-3. Run Voilà until it is stopped. Every page that is opened has a Python process of its own.
+3. Run Voilà in that folder, so that nothing in the working folder decides what it does.
+4. Say the address, with the token, once it is certain that this Voilà answers there.
+5. Wait until it is stopped. Every page that is opened has a Python process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import html
+import http.client
 import importlib.util
 import json
-import os
 import secrets
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
 from superscopes_tl.errors import bad_value
+
+EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that mean "all of this machine's", and where this machine reaches itself then."""
+PROOF = "X-Superscopes"
+"""The header by which Voilà shows that it is the one that was started here."""
+GRACE = 10.0
+"""Seconds that Voilà has to stop its kernels; they have 5."""
 
 
 def serve(
@@ -32,50 +50,46 @@ def serve(
 ) -> int:
     """Serve a page that shows what `cell` shows, until interrupted; return Voilà's exit status.
 
+    The page works in the folder that is the current one now: relative paths mean what they mean
+    here, and files that it saves stay.
+
     Args:
         cell: the code of the page; see `explorer_cell`.
         ip: the address to listen on; this machine alone unless given.
         port: the port.
         token: what a visitor has to show; a random one unless given.
         open_browser: whether to open the page in the default browser.
-        announce: called with the address of the page.
+        announce: called with each address of the page, as soon as it is there.
 
     Raises:
-        ValueError: Voilà is not installed, or an empty token.
+        ValueError: Voilà is not installed, no port, or an empty token.
+        SystemExit: told to end by a signal.
     """
-    if importlib.util.find_spec("voila") is None:
-        raise bad_value(
-            "app", expected="Voilà", got="no package voila",
-            fix="pip install 'superscopes-tl[app]'",
-        )  # fmt: skip
-    token = secrets.token_urlsafe(24) if token is None else token
-    if not token.strip():
-        raise bad_value(
-            "token", expected="a secret", got=token, fix="leave it out for a random one"
-        )
-    with tempfile.TemporaryDirectory(prefix="superscopes-") as name:  # readable by its owner alone
+    token = _checked(port, token)
+    proof = secrets.token_hex(16)
+    # The folder is readable by its owner alone.
+    with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="superscopes-") as name:
         folder = Path(name)
         page = folder / "superscopes.ipynb"
-        page.write_text(json.dumps(notebook(cell)), encoding="utf-8")
-        settings = {
-            "Voila": {"ip": ip, "port": port, "token": token, "open_browser": open_browser},
-            "VoilaConfiguration": {"show_tracebacks": True},
-        }
+        page.write_text(json.dumps(notebook(_in_folder(Path.cwd(), cell))), encoding="utf-8")
+        settings = _settings(folder, ip, port, token, proof)
         (folder / "voila.json").write_text(json.dumps(settings), encoding="utf-8")
-        paths = os.pathsep.join(filter(None, [name, os.environ.get("JUPYTER_CONFIG_PATH")]))
-        announce(f"http://{ip}:{port}/?token={token}")
         process = subprocess.Popen(
-            [sys.executable, "-m", "voila", str(page)],
-            env={**os.environ, "JUPYTER_CONFIG_PATH": paths},
+            [sys.executable, "-m", "voila", f"--Voila.config_file_paths={name}", str(page)],
+            # Voilà would take a voila.json of the working folder, and Python a voila.py.
+            cwd=name,
         )
         try:
+            if _is_up(process, EVERYWHERE.get(ip, ip), port, proof):
+                for url in addresses(ip, port, token):
+                    announce(url)
+                if open_browser:
+                    _open(folder, addresses(ip, port, token)[0])
             return process.wait()
         except KeyboardInterrupt:
             return process.wait()  # it got the same signal, and stops its kernels
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            _stop(process)
 
 
 def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loading: Any) -> str:
@@ -112,3 +126,126 @@ def notebook(cell: str) -> dict[str, Any]:
         "nbformat": 4,
         "nbformat_minor": 5,
     }
+
+
+def addresses(ip: str, port: int, token: str) -> list[str]:
+    """Return where the page is found: from this machine, then from others if it listens there."""
+    hosts = [EVERYWHERE[ip], socket.gethostname()] if ip in EVERYWHERE else [ip]
+    return [
+        f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={quote(token, safe='')}"
+        for host in hosts
+    ]
+
+
+def _checked(port: int, token: str | None) -> str:
+    """Refuse what cannot be served; return the token."""
+    if importlib.util.find_spec("voila") is None:
+        raise bad_value(
+            "app", expected="Voilà", got="no package voila",
+            fix="pip install 'superscopes-tl[app]'",
+        )  # fmt: skip
+    if not 1 <= port <= 65535:
+        raise bad_value("port", expected="1 to 65535", got=port, fix="for example 8866")
+    token = secrets.token_urlsafe(24) if token is None else token
+    if not token.strip():
+        raise bad_value(
+            "token", expected="a secret", got=token, fix="leave it out for a random one"
+        )
+    return token
+
+
+def _settings(folder: Path, ip: str, port: int, token: str, proof: str) -> dict[str, Any]:
+    """Return Voilà's settings; it reads no others."""
+    return {
+        "Voila": {
+            "ip": ip,
+            "port": port,
+            "port_retries": 0,  # on another port than the announced one nobody would find it
+            "token": token,
+            "open_browser": False,  # it would open the page without the token
+            "connection_dir_root": str(folder),  # the kernels' keys go when the folder goes
+            "tornado_settings": {"headers": {PROOF: proof}},
+        },
+        "VoilaConfiguration": {"show_tracebacks": True},
+    }
+
+
+def _in_folder(folder: Path, cell: str) -> str:
+    """Return `cell` as it runs in `folder`: a kernel begins where its notebook lies."""
+    return (
+        "import os, sys\n"
+        f"os.chdir({str(folder)!r})\n"
+        # A torch.py that happens to lie there is not to be imported for torch.
+        "sys.path[:] = filter(None, sys.path)\n"
+        f"{cell}"
+    )
+
+
+def _is_up(process: subprocess.Popen[bytes], host: str, port: int, proof: str) -> bool:
+    """Wait until the process answers at the port, or has ended."""
+    while process.poll() is None:
+        if _answers(host, port, proof):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _answers(host: str, port: int, proof: str) -> bool:
+    """Return whether the server at the port is the one that was given `proof`.
+
+    Another program may have had the port first, and must not be shown the token.
+    """
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/login")
+        return connection.getresponse().getheader(PROOF) == proof
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _open(folder: Path, url: str) -> None:
+    """Open the page in the default browser.
+
+    A browser is started with a command line, so it is handed a file that leads to the page.
+    """
+    start = folder / "open.html"
+    goal = html.escape(f"0; url={url}", quote=True)
+    start.write_text(f'<meta http-equiv="refresh" content="{goal}">', encoding="utf-8")
+    # A browser of the terminal returns only when it is closed.
+    threading.Thread(target=webbrowser.open, args=(start.as_uri(),), daemon=True).start()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process, and with it its kernels."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _signals_as_exit() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind: by default they end Python at once, and nothing is tidied."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in before:  # a second one would break off the tidying
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -40,7 +40,8 @@ def heatmap_png(
         layout="constrained",
         facecolor="white",
     )
-    low, high = table["score"].min(), table["score"].max()
+    scores = table["score"][np.isfinite(table["score"])]
+    low, high = scores.min(), scores.max()
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
         grid = np.full((len(layers), len(alphas)), np.nan)

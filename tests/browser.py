@@ -62,8 +62,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(command: Sequence[str], *, theme: str = "JupyterLab Light") -> Iterator[Server]:
-    """Run a server until the block ends; `{port}`, `{token}` and `{folder}` are filled in."""
+def serve(
+    command: Sequence[str], *, theme: str = "JupyterLab Light", temporary: Path | None = None
+) -> Iterator[Server]:
+    """Run a server until the block ends; `{port}`, `{token}` and `{folder}` are filled in.
+
+    With `temporary` it keeps its temporary files there, where a test sees what it leaves.
+    """
     with tempfile.TemporaryDirectory(prefix="explorer-") as name:
         home = Path(name)
         folder = home / "notebooks"
@@ -79,7 +84,7 @@ def serve(command: Sequence[str], *, theme: str = "JupyterLab Light") -> Iterato
                 filled,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(home),
+                env=_environment(home) | ({"TMPDIR": str(temporary)} if temporary else {}),
                 cwd=folder,
                 start_new_session=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from superscopes_tl import LanguageModel, sweep
 from superscopes_tl.amplify import random_direction
-from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress
+from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
 from superscopes_tl.plan import plan_sweep
 from superscopes_tl.results import Reading
 
@@ -83,6 +84,47 @@ def test_reused_cells_are_scored_by_the_new_scorer(model: LanguageModel) -> None
     again = run(model, store=store, scorer=lambda r, c: [0.25 for _ in c])
     assert again.progress.reused == again.progress.total
     assert set(again.result().table["score"].dropna()) <= {0.25}
+
+
+def test_cells_of_several_scorers_are_never_mixed(model: LanguageModel) -> None:
+    """Runs that overlap in any way: each result has one scorer's numbers, none scored in vain."""
+    judged: dict[float, list[str]] = {0.1: [], 0.2: []}
+
+    def constant(score: float) -> Any:
+        def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+            judged[score].extend(candidates)
+            return [score for _ in candidates]
+
+        return scorer
+
+    first, second, store = constant(0.1), constant(0.2), CellStore()
+    run(model, store=store, layers=(0, 1), scorer=first)
+    run(model, store=store, layers=(2, 3), scorer=second)
+    before = len(judged[0.2])
+    both = run(model, store=store, layers=(0, 1, 2, 3), scorer=second)
+    assert both.progress.reused == both.progress.total
+    table = both.result().table
+    written = table[table["description"].str.strip() != ""]
+    assert len(written)
+    assert set(written["score"]) == {0.2}
+    assert len(judged[0.2]) - before == (written["source_layer"] < 2).sum()
+    inner = run(model, store=store, layers=(1, 2), scorer=first)
+    assert set(inner.result().table["score"].dropna()) == {0.1}
+    again = run(model, store=store, layers=(0, 1, 2, 3), scorer=second, score_on="text")
+    assert set(again.result().table["score"].dropna()) == {0.2}
+
+
+def test_a_mapping_of_the_papers_name_is_not_the_papers(model: LanguageModel) -> None:
+    """Only the paper's own α·v is known to treat each site by itself."""
+
+    def scale(alpha: float) -> Any:
+        return lambda v: alpha * (v - v.mean(dim=0))
+
+    store = CellStore()
+    run(model, store=store, mapping=scale)
+    assert run(model, store=store, mapping=scale, layers=(0, 1, 2)).progress.reused == 0
+    again = run(model, store=store, mapping=scale)
+    assert again.progress.reused == again.progress.total
 
 
 @pytest.mark.parametrize(
@@ -223,6 +265,42 @@ def test_latest_skips_the_jobs_in_between() -> None:
     gate.set()
     assert latest.wait(WAIT)
     assert done == [0, 3]
+
+
+def test_latest_goes_on_after_a_job_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is reported as any thread's, and the next job runs."""
+    told: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(str(args.exc_value)))
+
+    def broken() -> None:
+        raise RuntimeError("out of order")
+
+    latest, done = Latest(), []
+    latest.submit(broken)
+    assert latest.wait(WAIT)
+    latest.submit(lambda: done.append(1))
+    assert latest.wait(WAIT)
+    assert done == [1]
+    assert told == ["out of order"]
+
+
+def test_several_waits_share_one_timeout() -> None:
+    """What the first wait uses up, the second does not get; one that fails is the last."""
+    given: list[float | None] = []
+
+    def slow(timeout: float | None) -> bool:
+        given.append(timeout)
+        time.sleep(0.05)
+        return True
+
+    assert wait_for_all([slow, slow])
+    assert given == [None, None]
+    assert wait_for_all([slow, slow], 60)
+    assert given[3] <= 60 - 0.05 < given[2] <= 60  # type: ignore[operator]
+    assert wait_for_all([slow, slow], 0.01)
+    assert given[5] == 0
+    assert not wait_for_all([slow, lambda timeout: False, slow])
+    assert len(given) == 7
 
 
 def test_a_sweep_in_another_cell_does_not_disturb_it(model: LanguageModel) -> None:

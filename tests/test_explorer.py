@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import math
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,27 @@ from superscopes_tl import (
     SweepConfig,
     SweepResult,
     TargetPrompt,
+    in_units_of,
     random_direction,
     sweep,
 )
-from superscopes_tl.details import Selection, code_for, ladder, probe, reading_at, select
-from superscopes_tl.explorer_config import parse_alphas
+from superscopes_tl.background import cell_of
+from superscopes_tl.details import (
+    Control,
+    Probe,
+    Selection,
+    TokenEffect,
+    code_for,
+    ladder,
+    probe,
+    reading_at,
+    select,
+)
+from superscopes_tl.explorer_config import alphas_text, parse_alphas
+from superscopes_tl.live import color_range
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import plan_sweep
+from superscopes_tl.sweep import make_patches
 from tests.test_background import hook_count
 
 PROMPT = "Will Smith"
@@ -126,6 +144,15 @@ def test_controls_and_config_say_the_same(explorer: Explorer, config: SweepConfi
         ({"positions": slice(None)}, "positions: expected one token"),
         ({"target_layer": (0, 1)}, "target_layer: expected one layer"),
         ({"kinds": "resid"}, "kinds: expected"),
+        ({"score_on": "words"}, "score_on: expected 'description' or 'text'"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected"),
+        ({"scorer": 5}, "scorer: expected a callable"),
+        ({"mapping": in_units_of(5.0)}, r"mapping: expected in_units_of\(.*\), the model's own"),
+        (
+            {"mapping": in_units_of(5.0), "target_layer": "same"},
+            "expected one target layer, whose norm is meant",
+        ),
+        ({"target_prompt": TargetPrompt("a  x b", " x")}, "placeholder: expected no blanks"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -134,18 +161,43 @@ def test_a_config_that_the_controls_cannot_show_is_refused(
 ) -> None:
     """It raises, says what to do, and changes nothing."""
     before = explorer.config
-    with pytest.raises(ValueError, match=message):
-        explorer.config = SweepConfig(**setting)
+    others = {"layers": (1, 2), "kinds": "mlp_out", "alphas": 7, "positions": 0, **setting}
+    with pytest.raises((ValueError, TypeError), match=message):
+        explorer.config = SweepConfig(**others)
     assert explorer.config == before
+    with pytest.raises(TypeError, match="config: expected a SweepConfig"):
+        explorer.config = others  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("alphas", [(1 / 3, 2), (0.1, 1e-7, 123456789), (1, 3, 6, 9, 12, 15)])
+def test_amplifiers_come_back_exactly(explorer: Explorer, alphas: tuple[float, ...]) -> None:
+    """What the text box shows means the same number, to the last digit."""
+    explorer.config = SweepConfig(alphas=alphas)
+    assert explorer.config.alphas == alphas
+    assert parse_alphas(alphas_text(alphas)) == alphas
+    assert alphas_text((1.0, 0.5, 12)) == "1, 0.5, 12"
+
+
+def test_the_models_own_norm_comes_back_exactly(explorer: Explorer, model: LanguageModel) -> None:
+    """An `in_units_of` of the norm that the control means is kept, digit by digit."""
+    mapping = in_units_of(float(PatchedGenerator(model).placeholder_norms[2]))
+    explorer.config = SweepConfig(mapping=mapping, target_layer=2)
+    assert explorer.view.units.value == "norm"
+    assert explorer.config.mapping is mapping
+    explorer.view.fixed.value = 3
+    assert explorer.config.mapping is not mapping
 
 
 def test_tokens_are_chips_with_visible_spaces(explorer: Explorer) -> None:
     """One chip per token of the prompt; the last one is chosen; repeated labels are told apart."""
     explorer.prompt = "of of of"
     labels = [label for label, _ in explorer.view.tokens.options]
-    assert len(labels) == len(explorer.view.tokens.options)
-    assert any(label.startswith("·") for label in labels)
+    assert "".join(labels[1:]) == "of·of·of"
+    assert len(set(labels)) < len(labels)
     assert explorer.view.tokens.value == len(labels) - 1
+    for index in range(len(labels)):
+        explorer.view.tokens.index = index
+        assert explorer.config.positions == index
 
 
 def test_the_cost_is_estimated_before_the_run(explorer: Explorer) -> None:
@@ -167,7 +219,7 @@ def test_a_second_run_reuses_cells(ran: Explorer) -> None:
     assert len(ran.result) == count * 3 // 2  # type: ignore[arg-type]
 
 
-def test_cancel_keeps_what_is_finished(model: LanguageModel) -> None:
+def test_cancel_keeps_what_is_finished(model: LanguageModel, tmp_path: Path) -> None:
     """Cancel during the first batch: that batch is shown, the rest is marked as not computed."""
     began, go_on = threading.Event(), threading.Event()
 
@@ -193,6 +245,54 @@ def test_cancel_keeps_what_is_finished(model: LanguageModel) -> None:
     crosses = [t for t in made.view.stage.children[0].data if t.name == "not computed"]
     assert sum(len(t.x) for t in crosses) == model.n_layers * 3 * 6 - 3
     assert hook_count(model) == 0
+    made.select(kind="mlp_out", layer=model.n_layers - 1, alpha=15)  # none of the finished cells
+    made.view.show.value = "parts"
+    assert "not computed" in made.view.stage.children[0].value
+    for suffix in (".html", ".png", ".csv"):
+        assert made.export(tmp_path / f"part{suffix}").stat().st_size
+
+
+def test_cancel_from_python_waits_its_turn(explorer: Explorer) -> None:
+    """It takes the lock that callbacks take: a run that ends meanwhile is not said to stop."""
+    with explorer._guard.lock:
+        cancelling = threading.Thread(target=explorer.cancel)
+        cancelling.start()
+        cancelling.join(0.2)
+        assert cancelling.is_alive()
+    cancelling.join(WAIT)
+    assert not cancelling.is_alive()
+
+
+def test_an_infinite_score_is_shown_as_an_error(model: LanguageModel) -> None:
+    """The run fails with a message; the Explorer stays usable, with huge scores too."""
+    scores = [math.inf]
+    config = SweepConfig(alphas=(1, 3), max_new_tokens=4, scorer=lambda r, c: scores * len(c))
+    made = Explorer(model, PROMPT, config)
+    made.run().wait(WAIT)
+    assert made.state == "failed"
+    assert "scorer: expected finite scores, got inf" in shows(made)
+    for score in (1e9, 1e308, -1e308, 0.5):
+        scores[0] = score
+        fresh = Explorer(model, PROMPT, config)
+        fresh.run().wait(WAIT)
+        assert fresh.state == "done"
+        low, high = color_range(fresh.result)  # type: ignore[arg-type]
+        assert low <= score <= high
+        assert low < high
+
+
+def test_a_saved_result_with_an_infinite_score_opens(
+    model: LanguageModel, config: SweepConfig, tmp_path: Path
+) -> None:
+    """A file of an earlier version may hold one: it is shown, without a colour of its own."""
+    result = sweep(model, PROMPT, config, progress=False)
+    result.table.loc[0, "score"] = math.inf
+    shown = Explorer.from_result(result)
+    assert math.isfinite(color_range(result)[1])
+    for view in ("best", "parts", "all"):
+        shown.view.show.value = view
+        assert "role='alert'" not in shows(shown)
+    assert shown.export(tmp_path / "a.png").stat().st_size
 
 
 def test_a_bad_alpha_list_is_shown_and_raised(explorer: Explorer) -> None:
@@ -313,33 +413,53 @@ def test_the_probe_weighs_each_token(model: LanguageModel, config: SweepConfig) 
     generator = plan.generator
     assert "".join(t.token for t in found.tokens) == reading.text  # type: ignore[union-attr]
     assert found.controls[0].text == generator.unpatched().text
-    ids = model.tokenizer(reading.text, add_special_tokens=False)["input_ids"]  # type: ignore[union-attr]
+    alone = replace(plan, finished=frozenset(plan.all_cells) - {cell_of(reading)})  # type: ignore[arg-type]
+    ids = generator.generate(make_patches(alone))[0].token_ids
+    assert len(ids) == reading.n_tokens > 0  # type: ignore[union-attr]
     tokens = torch.tensor([[*generator.target.tokens.ids, *ids]])
-    if len(ids) == len(found.tokens):
-        with torch.no_grad():
-            logits = model.lens(tokens)[0].log_softmax(dim=-1)
-        start = len(generator.target.tokens) - 1
-        for step, (token, effect) in enumerate(zip(ids, found.tokens, strict=True)):
-            assert effect.unpatched == pytest.approx(float(logits[start + step, token]), abs=1e-3)
+    with torch.no_grad():
+        logits = model.lens(tokens)[0].log_softmax(dim=-1)
+    start = len(generator.target.tokens) - 1
+    for step, (token, effect) in enumerate(zip(ids, found.tokens, strict=True)):
+        assert effect.unpatched == pytest.approx(float(logits[start + step, token]), abs=1e-3)
 
 
-def test_text_from_outside_is_escaped(model: LanguageModel, config: SweepConfig) -> None:
+def assert_escaped(*shown: str) -> None:
+    """Nothing of what the next test writes is markup, and each place shows some of it."""
+    for page in shown:
+        assert "&lt;" in page
+        for markup in ("<script>", "<img", "<b>&</b>"):
+            assert markup not in page
+
+
+def test_text_from_outside_is_escaped(
+    model: LanguageModel, config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a prompt nor a generated text can bring markup into the page."""
+    nasty = Probe(
+        tokens=(TokenEffect("<img src=x>", -1.0, -2.0),),
+        controls=(Control("<b>&</b>", "<b>&</b>", "<img src=x>", 0.1),),
+    )
+    monkeypatch.setattr("superscopes_tl.explorer_panel.probe", lambda plan, reading: nasty)
     made = Explorer(model, "<script>alert(1)</script> x", config)
     made.run().wait(WAIT)
+    assert "data-probe='done'" in made.view.probe.value
+    made.pin()
+    assert_escaped(made.view.probe.value, made.view.pins.value, made.view.caption.value)
     table = made.result.table.assign(description="<img src=x>", text="<b>&</b>")  # type: ignore[union-attr]
     shown = Explorer.from_result(SweepResult(table, made.result.provenance))  # type: ignore[union-attr]
     shown.pin()
-    for view in ("best", "parts", "all"):
+    for view in ("best", "parts"):
         shown.view.show.value = view
-        page = "".join(
-            str(getattr(w, "value", ""))
-            for w in (*shown.view.stage.children, shown.view.detail, shown.view.ladder,
-                      shown.view.code, shown.view.pins, shown.view.caption)
-        )  # fmt: skip
-        assert "<script>" not in page
-        assert "<img" not in page
-        assert "<b>&</b>" not in page
+        assert_escaped(shown.view.stage.children[-1].value)
+    kept = shown.view
+    assert_escaped(*(w.value for w in (kept.detail, kept.ladder, kept.code, kept.pins)))
+    shown.view.show.value = "all"
+    heat = [trace for trace in shown.view.stage.children[0].data if trace.type == "heatmap"]
+    assert_escaped(*(hover for trace in heat for row in trace.customdata for hover in row))
+    made.view.alphas.value = "<img src=x>"
+    made.view.run.click()
+    assert_escaped(shows(made), made.view.estimate.value)
 
 
 def test_pins_stay_for_comparison(ran: Explorer) -> None:
@@ -365,7 +485,9 @@ def test_views(ran: Explorer) -> None:
     shown = ran.view.stage.children[0].value
     assert all(kind in shown for kind in ("resid_mid", "mlp_out", "resid_post"))
     ran.view.show.value = "all"
-    assert ran.view.stage.children[0].data[0].z is not None
+    heat = [trace for trace in ran.view.stage.children[0].data if trace.type == "heatmap"]
+    shown = [score for trace in heat for row in trace.z for score in row if score is not None]
+    assert sorted(shown) == sorted(ran.result.table["score"].dropna())  # type: ignore[union-attr]
 
 
 def test_a_reloaded_page_gets_the_present_figure(ran: Explorer) -> None:
@@ -413,10 +535,12 @@ def test_the_ladder_has_every_alpha_of_a_site(model: LanguageModel, config: Swee
 
 def test_a_saved_result_opens_without_a_model(ran: Explorer, tmp_path: Path) -> None:
     """Map, panel, code and export work; a run is refused."""
+    best = ran.selection
     saved = SweepResult.load(ran.export(tmp_path / "run.zip"))
     shown = Explorer.from_result(saved)
     assert shown.state == "saved"
-    assert shown.selection == ran.selection or shown.selection is not None
+    assert shown.selection == best
+    assert reading_at(saved, best) == reading_at(ran.result, best)  # type: ignore[arg-type]
     assert "Opened without a model" in shown.view.probe.value
     assert shown.view.run.disabled
     assert shown.code == code_for(saved, shown.selection)  # type: ignore[arg-type]
@@ -441,6 +565,11 @@ def test_a_saved_grid_has_cursors_for_token_and_target(
     chosen = shown.selection
     assert (chosen.position, chosen.target_layer) == (1, 2)  # type: ignore[union-attr]
     assert "into layer 2" in shown.view.caption.value
+    shown.view.show.value = "best"
+    table = result.table[(result.table["target_layer"] == 2) & (result.table["position"] == 1)]
+    expected = SweepResult(table, result.provenance).by_layer()["mlp_out"]["score"]
+    scores = re.findall(r"ssx-chip[^>]*>([^<]*)<", shown.view.stage.children[1].value)
+    assert scores[1::3] == ["–" if math.isnan(s) else f"{s:.2f}" for s in expected]
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png", ".csv", ".parquet", ".zip"])
@@ -464,16 +593,25 @@ def test_export(ran: Explorer, tmp_path: Path, suffix: str) -> None:
 def test_the_save_button_says_where_and_what_went_wrong(
     ran: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A link to download, or a message."""
+    """A link to download and the whole path, or a message; folders are for `export` alone."""
     monkeypatch.chdir(tmp_path)
     ran.view.format.value = ".csv"
     ran.view.file.value = "mine.csv"
     ran.view.save.click()
-    assert "Saved mine.csv" in ran.view.saved.value
+    assert f"Saved {(tmp_path / 'mine.csv').resolve()}" in ran.view.saved.value
+    assert (tmp_path / "mine.csv").is_file()
     assert base64.b64encode(b"prompt,").decode()[:8] in ran.view.saved.value
-    ran.view.file.value = "nowhere/mine"
-    ran.view.save.click()
-    assert "path: expected a folder that exists" in shows(ran)
+    (tmp_path / "below").mkdir()
+    for name in ("below/mine", "../mine", str(tmp_path / "other"), "below/"):
+        ran.view.status.value = ""
+        ran.view.file.value = name
+        ran.view.save.click()
+        assert "file name: expected a name without folders" in shows(ran)
+    assert {path.name for path in tmp_path.rglob("*")} == {"mine.csv", "below"}
+    assert not (tmp_path.parent / "mine.csv").exists()
+    assert ran.export(tmp_path / "below" / "mine.csv").is_file()
+    with pytest.raises(ValueError, match="path: expected a folder that exists"):
+        ran.export("nowhere/mine.csv")
     with pytest.raises(ValueError, match="path: expected a file name that ends in"):
         ran.export("mine.pdf")
 

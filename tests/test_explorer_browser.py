@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nbformat
 import pytest
@@ -121,12 +123,19 @@ def test_the_keyboard_moves_the_selection(page: Any) -> None:
 def test_every_control_has_a_name(page: Any) -> None:
     """What can be focused says what it is, to a screen reader too."""
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll('.ssx :is(button, input, select, textarea)')]
+        """() => [...document.querySelectorAll('.ssx :is(button, input, select, textarea,'
+            + '[role=slider], [contenteditable=true])')]
           .filter(e => e.offsetParent && !(e.labels && [...e.labels].some(l => l.innerText.trim()))
-            && !e.innerText.trim() && !e.title && !e.getAttribute('aria-label'))
+            && (!e.innerText.trim() || e.isContentEditable) && !e.title
+            && !e.getAttribute('aria-label')?.trim())
           .map(e => e.outerHTML.slice(0, 200))"""
     )
     assert nameless == []
+    names = [
+        page.get_by_role("slider", name=name, exact=True).count()
+        for name in ("Layers, first", "Layers, last", "Layer", "α")
+    ]
+    assert names == [1, 1, 1, 1]
 
 
 def test_copy_as_python_fills_the_clipboard(page: Any) -> None:
@@ -225,18 +234,24 @@ def test_the_exported_page_opens_offline_with_hover(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
-def test_the_app_serves_the_same_explorer(playwright: Any) -> None:
-    """`superscopes app`: refused without the token; with it a sweep runs and a cell is read."""
+def test_the_app_serves_the_same_explorer(playwright: Any, tmp_path: Path) -> None:
+    """`superscopes app`: a login without the token; with it a sweep runs, is read and saved."""
     command = [
         sys.executable, "-m", "superscopes_tl.cli", "app", "--port={port}", "--token={token}",
         "--no-browser",
     ]  # fmt: skip
-    with serve(command) as running, chromium(playwright) as opened:
+    with serve(command, temporary=tmp_path) as running, chromium(playwright) as opened:
         opened.goto(running.url)
-        assert opened.locator(".ssx").count() == 0
+        assert urlsplit(opened.url).path == "/login"
         opened.goto(f"{running.url}/?token={running.token}", timeout=PATIENCE * 1000)
         opened.locator(".ssx-run").wait_for()
         opened.locator(".ssx-run").click()
         wait_for_state(opened, "done", 1)
         click_cell(opened, 1, 0, 2)
         assert detail(opened, "mlp_out/2/1").locator("blockquote").inner_text()
+        opened.locator(".ssx-save").click()
+        opened.wait_for_selector(".ssx-saved [data-saved]")
+        name = opened.locator(".ssx-saved [data-saved]").get_attribute("data-saved")
+        assert (running.folder / Path(name).name).is_file()
+        assert list(tmp_path.glob("superscopes-*/voila.json"))
+    assert [*tmp_path.glob("superscopes-*"), *tmp_path.glob("voila_*")] == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from superscopes_tl import SweepResult, best_table, decomposition
+from superscopes_tl import SweepResult, best_table, decomposition, markup
+from superscopes_tl.export import save_as
 from superscopes_tl.results import Reading
 from superscopes_tl.snapshot import heatmap_png
 
@@ -59,6 +61,74 @@ def test_decomposition_says_which_kind_is_missing(result: SweepResult) -> None:
         for note in decomposition(SweepResult(table, result.provenance), 0).layout.annotations
     ]
     assert sum("not computed" in text for text in texts) == 2
+
+
+@pytest.fixture
+def partial(result: SweepResult) -> SweepResult:
+    """Of layer 1 only the unamplified `resid_mid` is finished: the run was cancelled."""
+    table = result.table
+    done = (table["source_layer"] == 0) | ((table["kind"] == "resid_mid") & (table["alpha"] == 1))
+    return SweepResult(table[done], result.provenance)
+
+
+def test_figures_of_a_cancelled_run_say_what_is_not_computed(partial: SweepResult) -> None:
+    """No `nan` in place of a cell that was not reached or has nothing to score."""
+    texts = [note.text for note in decomposition(partial, 1).layout.annotations]
+    assert sum("not computed" in text for text in texts) == 2
+    columns = best_table(partial).data[0].cells["values"]
+    assert [column[1] for column in columns] == [
+        "1",
+        "a &lt;b&gt; (α = 1, 0.11)",
+        *["not computed"] * 2,
+    ]
+    silent = partial.table.assign(score=math.nan)
+    entry = best_table(SweepResult(silent, partial.provenance)).data[0].cells["values"][1][0]
+    assert entry == "a &lt;b&gt; (α = 1, no score)"
+    assert "nan" not in str([*texts, *columns])
+
+
+@pytest.mark.parametrize("layer", [1, 5, None])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_a_cancelled_run_is_exported(
+    result: SweepResult, tmp_path: Path, rows: int, layer: int | None
+) -> None:
+    """Whatever is finished and whichever layer is chosen, the page can be written."""
+    done = SweepResult(result.table.head(rows), result.provenance)
+    page = save_as(done, tmp_path / "part.html", position=1, target_layer=0, layer=layer)
+    assert "not computed" in page.read_text(encoding="utf-8")
+
+
+def test_the_chosen_target_layer_is_shown_even_if_another_reads_better(
+    result: SweepResult, tmp_path: Path
+) -> None:
+    """Tables and decomposition show one target layer, as the map beside them does."""
+    worse = result.table.assign(target_layer=2, text=": c", description="c")
+    worse["score"] -= 1
+    rows = [*result.table.to_dict("records"), *worse.to_dict("records")]
+    both = SweepResult(type(result.table)(rows), result.provenance)
+    assert "(α = 3, 0.30)" in best_table(both).data[0].cells["values"][1][0]
+    assert best_table(both, target_layer=2).data[0].cells["values"][1][0] == "c (α = 3, -0.70)"
+    boxes = [note.text for note in decomposition(both, 0, target_layer=2).layout.annotations]
+    assert sum("α = 3, score -0.70" in text for text in boxes) == 3
+    table = markup.best(both, (-1.0, 1.0), alpha=None, position=1, target_layer=2)
+    assert "<bdi>c</bdi>" in table
+    assert "a &lt;b&gt;" not in table
+    with pytest.raises(ValueError, match=r"target_layer: expected one of \[0, 2\], got 1"):
+        best_table(both, target_layer=1)
+    save_as(both, tmp_path / "both.html", target_layer=2)
+    assert "a &lt;b&gt;" not in (tmp_path / "both.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".html", ".png"])
+def test_nothing_finished_of_the_chosen_token_is_said(
+    result: SweepResult, tmp_path: Path, suffix: str
+) -> None:
+    """The message says what can be written instead; no file is left."""
+    with pytest.raises(
+        ValueError, match="result: expected at least one finished cell of the token"
+    ):
+        save_as(result, tmp_path / f"none{suffix}", position=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_best_table_has_a_row_per_layer_and_a_column_per_kind(result: SweepResult) -> None:

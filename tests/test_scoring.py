@@ -148,6 +148,16 @@ def test_another_number_of_scores_is_refused(count: int) -> None:
         score_texts(lambda a, b: [0.5] * count, "apple", ["pear", "", "almond"])
 
 
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+def test_an_infinite_score_is_refused(infinite: float) -> None:
+    """No map could show it; NaN says that a text has no score, and may be returned."""
+    with pytest.raises(
+        ValueError, match=rf"^scorer: expected finite scores, got {infinite} for 'almond'\. Fix"
+    ):
+        score_texts(lambda a, b: [0.5, infinite], "apple", ["pear", "", "almond"])
+    assert math.isnan(score_texts(lambda a, b: [math.nan], "apple", ["pear"])[0])
+
+
 @given(texts=st.lists(st.text(max_size=5), max_size=12))
 @settings(deadline=None)
 def test_every_text_keeps_its_own_score(texts: list[str]) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import importlib.util
 import json
 import os
+import signal
+import socket
 import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +25,71 @@ from superscopes_tl.serve import explorer_cell, notebook, serve
 
 
 class Recorded:
-    """Stands in for the Voilà process: keeps how it was started."""
+    """Stands in for the Voilà process: keeps how it was started; ends when it is waited for."""
 
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], cwd: str) -> None:
+        self.status: int | None = None
+        folder = Path(cwd)
         Recorded.command = command
-        folder = Path(env["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0])
-        Recorded.settings = json.loads((folder / "voila.json").read_text())
+        Recorded.folder = folder
+        Recorded.settings = json.loads((folder / "voila.json").read_text())["Voila"]
         Recorded.mode = stat.S_IMODE(folder.stat().st_mode)
         Recorded.cell = json.loads(Path(command[-1]).read_text())["cells"][0]["source"]
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
+        self.status = 0
         return 0
 
-    def poll(self) -> int:
-        return 0
+    def poll(self) -> int | None:
+        return self.status
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("superscopes_tl.serve.subprocess.Popen", Recorded)
     monkeypatch.setattr("superscopes_tl.serve.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("superscopes_tl.serve._answers", lambda host, port, proof: True)
+    monkeypatch.setattr("superscopes_tl.serve.webbrowser.open", lambda url: True)
     return Recorded
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def foreign() -> Iterator[list[str]]:
+    """What another program was asked at its port, which is the first entry."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        asked.append(str(server.server_port))
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield asked
+        server.shutdown()
+        thread.join()
+
+
+def reachable(host: str, port: int) -> bool:
+    """Return whether anything listens there."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_the_default_is_loopback_with_a_random_token(recorded: Any) -> None:
@@ -45,8 +97,8 @@ def test_the_default_is_loopback_with_a_random_token(recorded: Any) -> None:
     said: list[str] = []
     for _ in range(2):
         assert serve("1", announce=said.append) == 0
-        assert recorded.settings["Voila"]["ip"] == "127.0.0.1"
-        token = recorded.settings["Voila"]["token"]
+        assert recorded.settings["ip"] == "127.0.0.1"
+        token = recorded.settings["token"]
         assert len(token) >= 24
         assert said[-1] == f"http://127.0.0.1:8866/?token={token}"
         assert token not in " ".join(recorded.command)
@@ -59,11 +111,12 @@ def test_the_command_passes_its_options_on(recorded: Any) -> None:
     run = CliRunner().invoke(
         app,
         ["app", "--model", "gpt2", "--prompt", "It's", "--port", "9", "--token", "t",
-         "--no-browser"],
+         "--ip", "192.0.2.1", "--no-browser"],
     )  # fmt: skip
     assert run.exit_code == 0, run.output
-    assert "Open http://127.0.0.1:9/?token=t" in run.output
-    assert recorded.settings["Voila"]["open_browser"] is False
+    assert "Open http://192.0.2.1:9/?token=t" in run.output
+    assert recorded.settings["ip"] == "192.0.2.1"
+    assert recorded.settings["port"] == 9
     assert "model='gpt2'" in recorded.cell
     assert '"It\'s"' in recorded.cell
     compile(recorded.cell, "cell", "exec")
@@ -83,13 +136,130 @@ def test_without_voila_the_message_says_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr("superscopes_tl.serve.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"app: expected Voilà.*superscopes-tl\[app\]"):
         serve("1")
-    assert importlib.util.find_spec is not None
 
 
 def test_an_empty_token_is_refused(recorded: Any) -> None:
     """It would let anyone in."""
     with pytest.raises(ValueError, match="token: expected a secret"):
         serve("1", token=" ")
+
+
+def test_a_port_that_is_none_is_refused(recorded: Any) -> None:
+    """With 0 nobody would know where the page is."""
+    with pytest.raises(ValueError, match="port: expected 1 to 65535, got 0"):
+        serve("1", port=0)
+
+
+@pytest.mark.parametrize(
+    ("ip", "here"),
+    [("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")],
+)
+def test_the_addresses_can_be_opened(recorded: Any, ip: str, here: str) -> None:
+    """Where it listens everywhere, this machine's own address and its name are said."""
+    said: list[str] = []
+    serve("1", ip=ip, token="a&b c", announce=said.append)
+    there = [] if ip == "::1" else [f"http://{socket.gethostname()}:8866/?token=a%26b%20c"]
+    assert said == [f"http://{here}:8866/?token=a%26b%20c", *there]
+
+
+def test_the_browser_gets_the_page_with_the_token(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By way of a file in the private folder, since its command line can be read by others."""
+    opened: list[tuple[str, str]] = []
+    done = threading.Event()
+
+    def browser(url: str) -> bool:
+        opened.append((url, (recorded.folder / "open.html").read_text()))
+        done.set()
+        return True
+
+    class Waits(Recorded):
+        def wait(self, timeout: float | None = None) -> int:
+            assert done.wait(30)
+            return super().wait(timeout)
+
+    monkeypatch.setattr("superscopes_tl.serve.subprocess.Popen", Waits)
+    monkeypatch.setattr("superscopes_tl.serve.webbrowser.open", browser)
+    serve("1", token="s3cret", announce=lambda url: None)
+    [(url, text)] = opened
+    assert url == (recorded.folder / "open.html").as_uri()
+    assert "url=http://127.0.0.1:8866/?token=s3cret" in text
+    assert recorded.settings["open_browser"] is False  # Voilà would open it without the token
+
+
+def test_nothing_is_announced_while_another_program_answers(
+    foreign: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is neither printed nor sent to a server that is not ours."""
+    number = int(foreign[0])
+
+    class Fails(Recorded):
+        """Ends, as Voilà does at a port that is taken, once the other program was asked."""
+
+        def poll(self) -> int | None:
+            return 1 if len(foreign) > 2 else None
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 1
+
+    monkeypatch.setattr("superscopes_tl.serve.subprocess.Popen", Fails)
+    monkeypatch.setattr("superscopes_tl.serve.importlib.util.find_spec", lambda name: True)
+    said: list[str] = []
+    assert serve("1", port=number, token="s3cret", announce=said.append) == 1
+    assert said == []
+    assert set(foreign[1:]) == {"/login"}
+    assert Fails.settings["port_retries"] == 0
+
+
+def test_the_page_works_in_the_folder_of_the_command(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model's relative path is found and a saved file stays, but no module is taken there."""
+    monkeypatch.chdir(tmp_path)
+    serve("1", announce=lambda url: None)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "path", ["", "somewhere"])
+    exec(recorded.cell, {})
+    assert Path.cwd() == tmp_path.resolve()
+    assert sys.path == ["somewhere"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
+def test_a_real_server_heeds_no_settings_of_the_folder_and_leaves_nothing(
+    tmp_path: Path, port: int
+) -> None:
+    """A voila.json opens it to nobody; SIGTERM ends it, removes the token and gives 143."""
+    work, kept = tmp_path / "work", tmp_path / "tmp"
+    work.mkdir()
+    kept.mkdir()
+    hostile = {"Voila": {"ip": "0.0.0.0", "token": "", "port": port + 1}}
+    (work / "voila.json").write_text(json.dumps(hostile))
+    (work / "voila.py").write_text("raise SystemExit('taken from the working folder')")
+    command = "import sys; sys.path.remove(''); from superscopes_tl.cli import app; app()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "app", f"--port={port}", "--token=s3cret", "--no-browser"],
+        cwd=work, env={**os.environ, "TMPDIR": str(kept)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert f"Open http://127.0.0.1:{port}/?token=s3cret" in said
+            page = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            page.request("GET", "/")
+            answer = page.getresponse()
+            page.close()
+            assert answer.status == 302
+            assert str(answer.getheader("Location")).startswith("/login")
+            assert not reachable("127.0.0.2", port)  # a server on 0.0.0.0 answers here too
+            assert list(kept.glob("superscopes-*/voila.json"))
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    assert list(kept.glob("superscopes-*")) == []
+    assert not reachable("127.0.0.1", port)
 
 
 def test_the_notebook_is_valid() -> None:

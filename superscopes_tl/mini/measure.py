@@ -106,10 +106,10 @@ def groups(facts: Sequence[Fact], sample: int) -> dict[str, list[Fact]]:
     }
 
 
-def recall(reader: Reader, facts: Sequence[Fact]) -> list[bool]:
-    """Return whether the description follows each name in plain text."""
+def recall(reader: Reader, facts: Sequence[Fact]) -> dict[str, bool]:
+    """Return, by name, whether its description follows it in plain text."""
     texts = reader.recall([fact.name for fact in facts])
-    return [text == fact.description for text, fact in zip(texts, facts, strict=True)]
+    return {fact.name: text == fact.description for text, fact in zip(texts, facts, strict=True)}
 
 
 def readings(
@@ -282,10 +282,12 @@ def folder_size(folder: Path) -> int:
 def sweep_seconds(folder: Path, prompt: str) -> float:
     """Return how long a sweep takes: all layers, three kinds, six alphas, last token.
 
-    The second of two sweeps over different prompts is timed: model and scorer are loaded.
+    Two threads; the second of two sweeps over different prompts is timed: model and scorer are
+    loaded.
     """
     from superscopes_tl import load_model, sweep
 
+    torch.set_num_threads(2)
     model = load_model(folder, backend="bridge")
     seconds = 0.0
     for text in ("Pink Floyd", prompt):
