@@ -255,7 +255,8 @@ def test_the_shipped_figures_are_of_the_shipped_weights() -> None:
     assert figures["groups"]["paper"]["names read"] == len(PAPER_PROMPTS)
     assert figures["groups"]["all"]["recall"] >= 98
     assert {bar.number for bar in bars(figures)} == {1, 2, 3, 4, 5, 6, 7}
-    assert {bar.number for bar in bars(figures) if bar.met} >= {1, 2, 3, 5, 7}
+    missed = {bar.number for bar in bars(figures) if not bar.met}
+    assert missed <= {1, 3, 4}, "the card says what falls short; nothing else may"
     assert "recall" in headline(figures)
 
 
