@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -45,13 +46,18 @@ def run(model: LanguageModel, *, store: CellStore | None = None, **settings: Any
     return background
 
 
+def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    """Compare tables; another batch size may round the numbers otherwise, never the texts."""
+    pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_gives_what_sweep_gives(model: LanguageModel) -> None:
     """The same table, row by row, and a provenance that says it is complete."""
     background = run(model)
     assert background.state == "done"
     assert background.error is None
     expected = sweep(model, PROMPT, scorer=flat, progress=False, **SMALL)
-    assert background.result().table.equals(expected.table)
+    assert_same(background.result().table, expected.table)
     assert background.result().provenance["complete"]
 
 
@@ -74,7 +80,7 @@ def test_finished_cells_are_reused(model: LanguageModel, monkeypatch: pytest.Mon
     assert second.progress == Progress(cells, cells, len(first.result()), second.progress.seconds)
     assert sum(computed) == cells - len(first.result())
     expected = sweep(model, PROMPT, scorer=flat, progress=False, **{**SMALL, "layers": (0, 1, 2)})
-    assert second.result().table.equals(expected.table)
+    assert_same(second.result().table, expected.table)
 
 
 def test_reused_cells_are_scored_by_the_new_scorer(model: LanguageModel) -> None:
