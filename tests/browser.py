@@ -210,11 +210,31 @@ _PLACE = """([panel, column, row]) => {
 }"""
 
 
+_OUTLINED = """([panel, column, row]) => {
+  const shape = document.querySelector('.ssx-map .js-plotly-plot').layout.shapes?.[0];
+  return shape && shape.xref === (panel ? `x${panel + 1}` : 'x')
+    && shape.x0 === column - 0.5 && shape.y0 === row - 0.5;
+}"""
+
+
 def click_cell(page: Any, panel: int, column: int, row: int) -> None:
-    """Click a cell of the map, as a hand would: plotly clicks what was hovered last."""
-    page.locator(".ssx-map .js-plotly-plot").scroll_into_view_if_needed()
-    x, y = page.evaluate(_PLACE, [panel, column, row])
-    page.mouse.move(x - 4, y - 4)
-    page.mouse.move(x, y)
-    page.wait_for_selector(".ssx-map .js-plotly-plot .hoverlayer .hovertext")
-    page.mouse.click(x, y)
+    """Click a cell of the map until it is outlined, as a hand would.
+
+    Plotly clicks what was hovered last, and the page moves when the panel's controls arrive: a
+    click may miss, once or twice.
+    """
+    from playwright.sync_api import TimeoutError as TooLate
+
+    for attempt in range(3):
+        page.locator(".ssx-map .js-plotly-plot").scroll_into_view_if_needed()
+        x, y = page.evaluate(_PLACE, [panel, column, row])
+        page.mouse.move(x - 4, y - 4)
+        page.mouse.move(x, y)
+        page.wait_for_selector(".ssx-map .js-plotly-plot .hoverlayer .hovertext")
+        page.mouse.click(x, y)
+        try:
+            page.wait_for_function(_OUTLINED, arg=[panel, column, row], timeout=10_000)
+            return
+        except TooLate:
+            if attempt == 2:
+                raise
