@@ -2,7 +2,8 @@
 
 1. Weights of all blocks are stacked, one tensor per role, so that the optimiser can treat the
    blocks together.
-2. The residual stream is float32; matrix products run in bfloat16.
+2. The residual stream is float32; matrix products run in bfloat16 where the processor has
+   instructions for it (elsewhere it would be emulated, twenty times slower), else in float32.
 3. Attention takes any additive mask (training hides a name's first tokens from its description)
    and is written as two matrix products: the fused kernel's backward pass is much slower
    on a CPU when it is given a mask.
@@ -18,6 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
+
+_HAS = torch.cpu.get_capabilities()
+COMPUTE = torch.bfloat16 if _HAS.get("avx512_bf16") or _HAS.get("amx_bf16") else torch.float32
+"""The number type of matrix products."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ class Llama(nn.Module):
         self.norm_final = nn.Parameter(torch.ones(d))
         freq = config.rope_theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
         angle = torch.outer(torch.arange(config.n_ctx, dtype=torch.float32), freq).repeat(1, 2)
-        self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
-        self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
+        self.register_buffer("cos", angle.cos().to(COMPUTE), persistent=False)
+        self.register_buffer("sin", angle.sin().to(COMPUTE), persistent=False)
 
     def forward(
         self,
@@ -127,7 +132,7 @@ class Llama(nn.Module):
         Returns:
             Block outputs; the first axis has length 1 unless `every_layer`.
         """
-        mask = torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e9)
+        mask = torch.zeros(allowed.shape, dtype=COMPUTE).masked_fill(~allowed, -1e9)
         x = embedding(ids, self.embed)
         outputs = []
         for layer in range(self.config.n_layers):
@@ -146,12 +151,12 @@ class Llama(nn.Module):
 
     def logits(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Unembed the last block's output."""
-        scores: Tensor = self._norm(x, self.norm_final) @ self.embed.bfloat16().T
+        scores: Tensor = self._norm(x, self.norm_final) @ self.embed.to(COMPUTE).T
         return scores.float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         scale: Tensor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.eps)
-        return (x * scale * weight).bfloat16()
+        return (x * scale * weight).to(COMPUTE)
 
     def _rotate(self, x: Tensor) -> Tensor:
         seq = x.shape[-2]
@@ -163,20 +168,20 @@ class Llama(nn.Module):
         heads, groups = self.config.n_heads, self.config.n_kv_heads
         normed = self._norm(x, self.norm_attn[layer])
         # Heads that share a key and value lie side by side, as in Hugging Face's Llama.
-        q = (normed @ self.query[layer].bfloat16().T).view(batch, seq, groups, heads // groups, -1)
-        kv = normed @ self.key_value[layer].flatten(0, 1).bfloat16().T
+        q = (normed @ self.query[layer].to(COMPUTE).T).view(batch, seq, groups, heads // groups, -1)
+        kv = normed @ self.key_value[layer].flatten(0, 1).to(COMPUTE).T
         k, v = kv.view(batch, seq, 2, groups, -1).permute(2, 0, 3, 1, 4)
         q = self._rotate(q.permute(0, 2, 3, 1, 4)).flatten(2, 3)
         scores = (q @ self._rotate(k).mT).view(batch, groups, -1, seq, seq)
         pattern = torch.softmax(scores * (d // heads) ** -0.5 + mask, -1)
         mixed: Tensor = (pattern.flatten(2, 3) @ v).view(batch, groups, heads // groups, seq, -1)
         mixed = mixed.permute(0, 3, 1, 2, 4).reshape(batch, seq, d)
-        return mixed @ self.out[layer].bfloat16().T
+        return mixed @ self.out[layer].to(COMPUTE).T
 
     def _mlp(self, x: Tensor, layer: int) -> Tensor:
-        weight = self.gate_up[layer].flatten(0, 1).bfloat16()
+        weight = self.gate_up[layer].flatten(0, 1).to(COMPUTE)
         gate, up = (self._norm(x, self.norm_mlp[layer]) @ weight.T).chunk(2, -1)
-        written: Tensor = (silu(gate) * up) @ self.down[layer].bfloat16().T
+        written: Tensor = (silu(gate) * up) @ self.down[layer].to(COMPUTE).T
         return written
 
     def hf_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

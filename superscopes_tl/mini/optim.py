@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from superscopes_tl.mini.net import COMPUTE
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -34,10 +36,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: Newton-Schulz iterations.
 
     Returns:
-        `[n rows cols]`, bfloat16.
+        `[n rows cols]`, in the number type of matrix products.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(COMPUTE)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
