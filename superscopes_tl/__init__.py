@@ -24,6 +24,8 @@ from superscopes_tl.amplify import (
     scale,
 )
 from superscopes_tl.capture import Activations, capture
+from superscopes_tl.config import SweepConfig
+from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import (
     ModelLoadError,
     PlaceholderError,
@@ -32,10 +34,11 @@ from superscopes_tl.errors import (
 )
 from superscopes_tl.export import save_as, write_html
 from superscopes_tl.figures import best_table, decomposition
+from superscopes_tl.guided import mean_activation, placeholder_state, resid_mid
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patching import Generation, Patch, PatchedGenerator
-from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.patching import Patch, PatchedGenerator
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.plots import alpha_curve, heatmap
 from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
@@ -96,8 +99,11 @@ __all__ = [
     "in_units_of",
     "iter_sweep",
     "load_model",
+    "mean_activation",
+    "placeholder_state",
     "plan_sweep",
     "random_direction",
+    "resid_mid",
     "resolve_positions",
     "save_as",
     "scale",

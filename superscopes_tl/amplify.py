@@ -89,6 +89,6 @@ def in_units_of(norm: float) -> MappingFamily:
     return in_units
 
 
-def family_name(family: MappingFamily) -> str:
-    """Return the name under which a result records a mapping family."""
+def family_name(family: Callable[..., object]) -> str:
+    """Return the name under which a result records a mapping family or a base."""
     return getattr(family, "__name__", None) or repr(family)

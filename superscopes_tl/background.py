@@ -26,11 +26,12 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 from superscopes_tl.amplify import scale
+from superscopes_tl.cells import score_readings
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import Scorer
 from superscopes_tl.sites import Site
-from superscopes_tl.sweep import run_batches, score_readings
+from superscopes_tl.sweep import run_batches
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 

@@ -19,6 +19,7 @@ import torch
 
 from superscopes_tl.amplify import random_direction
 from superscopes_tl.background import cell_of
+from superscopes_tl.cells import make_patches, score_readings
 from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patching import Patch
@@ -26,7 +27,6 @@ from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
-from superscopes_tl.sweep import make_patches, score_readings
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     }
     generator = plan.generator
     written, *others = generator.generate([patch, *controls.values()])
-    likely = generator.log_probabilities([patch, unpatched], written.token_ids).tolist()
+    likely = generator.log_probabilities([patch, unpatched], [written.token_ids] * 2)
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, texts, descriptions)
@@ -181,15 +181,10 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     }
     names, notes = ["load_model", "sweep"], _model_notes(model)
     mapping = str(config.get("mapping", "scale"))
-    if mapping != "scale":
-        # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
-        settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
-        family = mapping.split("(")[0]
-        known = family in ("random_direction", "in_units_of")
-        names += [family] if known else []
-        settings["mapping"] = _Verbatim(mapping if known else "my_mapping")
-        if not known:
-            notes.append(f"# my_mapping: the sweep's own family, {mapping}")
+    own, imported = _amplifier(config)
+    settings.update(own)
+    names += imported
+    notes += [f"# {v}: the sweep's own, {config[k]}" for k, v in own.items() if v in _UNKNOWN]
     text, placeholder = target.get("text"), target.get("placeholder")
     if text != DESCRIPTION_PROMPT.text or placeholder != DESCRIPTION_PROMPT.placeholder:
         names.append("TargetPrompt")
@@ -216,6 +211,33 @@ def code_for(result: SweepResult, selection: Selection) -> str:
             f"{selection.source_layer}) & (table.position == {selection.position})]"
         )
     return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
+
+
+_UNKNOWN = ("my_mapping", "my_base")
+
+
+def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that say how α acts, where that is not the paper's way, and imports."""
+    settings: dict[str, Any] = {
+        name: config[name]
+        for name, usual in (("unit", "vector"), ("guide", "vector"), ("draw", 0))
+        if config.get(name, usual) != usual
+    }
+    imported = []
+    mapping = str(config.get("mapping", "scale"))
+    if mapping != "scale":
+        # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
+        settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
+        family = mapping.split("(")[0]
+        known = family in ("random_direction", "in_units_of")
+        imported += [family] if known else []
+        settings["mapping"] = _Verbatim(mapping if known else "my_mapping")
+    base = config.get("base")
+    if base is not None:
+        known = base in ("resid_mid", "placeholder_state")
+        imported += [base] if known else []
+        settings["base"] = _Verbatim(base if known else "my_base")
+    return settings, imported
 
 
 def _model_notes(model: dict[str, Any]) -> list[str]:

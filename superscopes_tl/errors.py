@@ -50,3 +50,17 @@ def bad_type(argument: str, *, expected: str, got: object, fix: str) -> TypeErro
     """Return (not raise) the `TypeError` for an `argument` of the wrong type."""
     shown = f"{type(got).__name__} {got!r}"
     return TypeError(describe(argument, expected=expected, got=shown, fix=fix))
+
+
+def check_count(argument: str, value: object, *, least: int, fix: str) -> int:
+    """Return `value` after checking that it is a whole number of at least `least`.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(argument, expected="a whole number", got=value, fix=f"pass {least} or more")
+    if value < least:
+        raise bad_value(argument, expected=f"{least} or more", got=value, fix=fix)
+    return value

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from superscopes_tl import markup
 from superscopes_tl.background import wait_for_all
+from superscopes_tl.config import SweepConfig
 from superscopes_tl.details import Selection, code_for, reading_at
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_desk import Desk
@@ -31,7 +32,6 @@ from superscopes_tl.export import save_as
 from superscopes_tl.live import axes_of, color_range
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepConfig
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER, Scorer
 from superscopes_tl.snapshot import heatmap_png

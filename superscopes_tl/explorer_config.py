@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from superscopes_tl.amplify import MappingFamily, family_name, in_units_of, scale
+from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import TargetPrompt
 from superscopes_tl.scoring import PAPER_SCORER, as_scorer, scorer_name
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from superscopes_tl import markup
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
+from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_config import alphas_text, no_scores, read_config, write_config
 from superscopes_tl.explorer_panel import Guard, Panel
@@ -20,7 +21,7 @@ from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, Vie
 from superscopes_tl.live import axes_of_plan
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import PatchedGenerator
-from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import TargetPrompt
 from superscopes_tl.results import Reading
 from superscopes_tl.tokens import TokenizedText, check_text, tokenize

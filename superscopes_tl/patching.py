@@ -6,18 +6,18 @@
 3. Run the rest of the prompt. One hook per *distinct* target layer writes each row's vector over
    the block output (`hook_resid_post`) at the placeholder, so the rows of a batch may be patched
    at different layers. The hooks are on the model during this step alone.
-4. Go on greedily, one token per step, until every row has ended or has `max_new_tokens` tokens.
+4. Go on, one token per step, until every row has ended (`decoding`).
 
-The result is what one forward pass per cell would give, token for token (the tests compare it
-with plain Hugging Face generation). Patching once and by absolute position follows the paper's
-section 3.1: later tokens see the patched state through attention, they are never patched.
+The result of greedy rows is what one forward pass per cell would give, token for token (the tests
+compare it with plain Hugging Face generation). Patching once and by absolute position follows the
+paper's section 3.1: later tokens see the patched state through attention, they are never patched.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.decoding import Generation, decode, guide
+from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import free_memory, out_of_memory, rows_that_fit
 from superscopes_tl.models import Hook, LanguageModel
 from superscopes_tl.prompts import (
@@ -52,31 +53,18 @@ class Patch:
     Attributes:
         vector: f(v), `Float[Tensor, " d_model"]`; the vectors of one call on one device.
         target_layer: block number from 0; `None` leaves the target prompt unpatched.
+        guidance: w of u + w·(c − u), the logits between unpatched (0) and patched (1), or beyond.
+        seed: draw the text at temperature 1 from it; the likeliest tokens unless given.
     """
 
     vector: Float[Tensor, " d_model"]
     target_layer: int | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What the model wrote.
-
-    Attributes:
-        token_ids: the new tokens, without the one that ended the text.
-        text: the same as text.
-        margin: the smallest distance, in logits, between the chosen token and the second best
-            over the steps. Below `NEAR_TIE` another batch size may choose differently. NaN, and
-            the text empty, where the model's own arithmetic overflowed.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    margin: float
+    guidance: float = 1.0
+    seed: int | None = None
 
 
 class PatchedGenerator:
-    """Patched greedy generation from one target prompt.
+    """Patched generation from one target prompt.
 
     Args:
         model: from `load_model`.
@@ -181,16 +169,22 @@ class PatchedGenerator:
         return self.generate([Patch(zero, None)])[0]
 
     @cached_property
+    def placeholder_states(self) -> Float[Tensor, "n_layers placeholders d_model"]:
+        """The residual stream at the placeholder's tokens after each block, unpatched."""
+        names = [hook_name("resid_post", layer) for layer in range(self.model.n_layers)]
+        seen = self.model.activations(self._tokens, names)
+        at = list(self.target.positions)
+        return torch.stack([seen[name][0, at].float().cpu() for name in names])
+
+    @cached_property
     def placeholder_norms(self) -> Float[Tensor, " n_layers"]:
         """The norm of the residual stream at the placeholder, after each block, unpatched.
 
         The yardstick for ||α·v||: where it is about 1, the vector weighs as much as what it
         replaces. With several placeholder tokens, their mean.
         """
-        names = [hook_name("resid_post", layer) for layer in range(self.model.n_layers)]
-        seen = self.model.activations(self._tokens, names)
-        at = list(self.target.positions)
-        return torch.stack([seen[name][0, at].float().norm(dim=-1).mean().cpu() for name in names])
+        norms: Tensor = self.placeholder_states.norm(dim=-1).mean(dim=-1)
+        return norms
 
     @property
     def _length(self) -> int:
@@ -212,22 +206,65 @@ class PatchedGenerator:
             return self.model.decoder.prefill(self._tokens[:, : self._first])
 
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
+        guided = [row for row, patch in enumerate(patches) if patch.guidance != 1]
+        twins = [replace(patches[row], target_layer=None) for row in guided]
+        weights = torch.tensor([patch.guidance for patch in patches])
         with self.model.lock, torch.no_grad():
-            return self._decode(*self._patched_step(patches))
+            logits, cache = self._patched_step([*patches, *twins])
+
+            def advance(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+                written = torch.cat([tokens, tokens[guided]])[:, None].to(self.model.device)
+                return guide(self.step(written, cache), weights, guided)
+
+            return decode(
+                guide(logits, weights, guided),
+                advance,
+                max_new_tokens=self.max_new_tokens,
+                eos=self.model.eos_token_ids,
+                seeds=[patch.seed for patch in patches],
+            ).generations(self._text)
+
+    def _text(self, token_ids: list[int]) -> str:
+        text: str = self.model.tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def log_probabilities(
-        self, patches: Sequence[Patch], token_ids: Sequence[int]
-    ) -> Float[Tensor, "batch new"]:
-        """Return how likely each of `token_ids`, one behind the other, is under every patch."""
+        self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return, in nats, how likely each token of each text is behind its patch.
+
+        Args:
+            patches: one per text.
+            texts: token ids, one behind the other; lengths may differ.
+
+        Raises:
+            MemoryError: not even one row fits.
+        """
+        found: list[list[float]] = []
+        while len(found) < len(texts):
+            rows = slice(len(found), len(found) + self.batch_size)
+            work = partial(self._follow, patches[rows], texts[rows])
+            found += self._unless_memory_runs_out(work, texts[rows]) or []
+        return found
+
+    def _follow(
+        self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return what `log_probabilities` does, for the rows of one batch."""
+        longest = max(len(text) for text in texts)
+        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         found: list[Tensor] = []
         with self.model.lock, torch.no_grad():
             logits, cache = self._patched_step(patches)
-            for step, token in enumerate(token_ids):
+            for step in range(longest):
                 if step:
-                    written = torch.full((len(patches), 1), token_ids[step - 1])
-                    logits = self.step(written.to(self.model.device), cache)
-                found.append(logits.log_softmax(dim=-1)[:, token].cpu())
-        return torch.stack(found, dim=1) if found else torch.zeros(len(patches), 0)
+                    logits = self.step(ids[:, step - 1 : step].to(self.model.device), cache)
+                likely = logits.log_softmax(dim=-1).cpu()
+                found.append(likely.gather(1, ids[:, step : step + 1])[:, 0])
+        table = torch.stack(found, dim=1).tolist() if found else [[] for _ in texts]
+        return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
     def _patched_step(self, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
         """Return the logits behind the patched prompt, and the cache to go on with."""
@@ -280,39 +317,6 @@ class PatchedGenerator:
             )
         return cast.to(self.model.device)
 
-    def _decode(self, logits: Float[Tensor, "batch vocab"], cache: Any) -> list[Generation]:
-        rows = len(logits)
-        chosen: list[Tensor] = []
-        ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
-        broken = torch.zeros_like(ended)
-        margins = torch.full((rows,), float("inf"), device=logits.device)
-        eos = torch.tensor(self.model.eos_token_ids, device=logits.device, dtype=torch.long)
-        for step in range(self.max_new_tokens):
-            broken |= ~ended & ~torch.isfinite(logits.amax(dim=-1))  # amax hands NaN on
-            ended = ended | broken
-            best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
-            margin = best[:, 0] - best[:, -1]
-            margins = torch.where(ended, margins, torch.minimum(margins, margin))
-            # argmax, not topk's index: both take the first of equals, topk does not promise to.
-            tokens = logits.argmax(dim=-1)
-            ended = ended | torch.isin(tokens, eos)
-            chosen.append(torch.where(ended, -1, tokens))
-            if step + 1 == self.max_new_tokens or bool(ended.all()):
-                break
-            logits = self.step(tokens[:, None].to(self.model.device), cache)
-        ids = torch.stack(chosen, dim=1).masked_fill(broken[:, None], -1).tolist()
-        margins = margins.masked_fill(broken, float("nan"))
-        return [
-            self._generation(row, margin) for row, margin in zip(ids, margins.tolist(), strict=True)
-        ]
-
-    def _generation(self, row: list[int], margin: float) -> Generation:
-        ids = [i for i in row if i >= 0]
-        text = self.model.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return Generation(tuple(ids), text, margin)
-
 
 def _writer(
     rows: Int[Tensor, " rows"],
@@ -336,14 +340,5 @@ def default_new_tokens(model: LanguageModel) -> int:
 
 
 def _at_least_one(argument: str, value: int | None, default: int) -> int:
-    number: object = default if value is None else value
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise bad_type(argument, expected="a whole number", got=number, fix="pass 1 or more")
-    if number < 1:
-        raise bad_value(
-            argument,
-            expected="1 or more",
-            got=number,
-            fix=f"pass {argument}={default}, the default here, or another count",
-        )
-    return number
+    fix = f"pass {argument}={default}, the default here, or another count"
+    return check_count(argument, default if value is None else value, least=1, fix=fix)

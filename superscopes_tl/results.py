@@ -12,10 +12,11 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,7 +54,11 @@ class Reading:
         score: the scorer's number; NaN where there was nothing to score.
         few_shot_copy: whether the description repeats a name that the target prompt gave.
         n_tokens: how many tokens were written.
-        margin: the closest call among them, in logits (see `patching.Generation`).
+        margin: the closest call among them, in logits (see `decoding.Generation`).
+        draw: 0 for the likeliest tokens, k for the k-th text drawn at temperature 1.
+        entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
+            description.
+        log_probability: how likely these tokens were, in nats per token.
     """
 
     prompt: str
@@ -72,11 +77,15 @@ class Reading:
     few_shot_copy: bool
     n_tokens: int
     margin: float
+    draw: int = 0
+    entropy: float = math.nan
+    log_probability: float = math.nan
 
 
 _SHOWN = ("reading", "alpha", "score", "target_layer")
 
 COLUMNS = tuple(f.name for f in fields(Reading))
+_LATER = {f.name: f.default for f in fields(Reading) if f.default is not MISSING}
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +252,8 @@ class SweepResult:
             raise _unreadable(path, "a zip that is not a sweep")
         if header.get("version") != FORMAT_VERSION:
             raise _unreadable(path, f"format version {header.get('version')!r}")
+        # A column with a default came later than the first files.
+        table = table.assign(**{c: v for c, v in _LATER.items() if c not in table.columns})
         missing = [c for c in COLUMNS if c not in table.columns]
         if missing or not isinstance(header.get("provenance"), dict):
             raise _unreadable(path, f"no column {missing}" if missing else "no provenance")

@@ -1,7 +1,7 @@
 """The main job: one prompt in, a scored layer x α map out.
 
 1. Check every setting (`plan`): bad input ends here, before any work.
-2. Read the source prompt once (`capture`) and map the vectors, one f(v) per cell (`amplify`).
+2. Read the source prompt once and map the vectors, one f(v) per cell (`cells`).
 3. Generate the cells in batches (`patching`), score each batch's texts (`scoring`), and hand the
    readings over as they are finished.
 
@@ -12,24 +12,16 @@ The order of the cells, and so of the table's rows, is position, kind, source la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from superscopes_tl.amplify import family_name
-from superscopes_tl.capture import capture
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.cells import make_patches, read
+from superscopes_tl.config import SweepConfig
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patching import Generation, Patch
-from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
-from superscopes_tl.prompts import crop_description
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.results import Reading, SweepResult
-from superscopes_tl.scoring import score_texts
-from superscopes_tl.sites import Site
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -138,69 +130,13 @@ def run_plan(plan: SweepPlan, *, progress: bool = False) -> Iterator[Reading]:
 def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Reading]]:
     """Yield the readings of a plan's cells, each batch when it is finished and scored."""
     patches = make_patches(plan)
-    norms = plan.generator.placeholder_norms
     with _progress_bar(plan, progress) as bar:
         done = 0
         for generations in plan.generator.batches(patches):
             end = done + len(generations)
-            cells, made = plan.cells[done:end], patches[done:end]
-            yield list(_readings(plan, cells, made, generations, norms))
+            yield read(plan, plan.cells[done:end], patches[done:end], generations)
             done = end
             bar.update(len(generations))
-
-
-def make_patches(plan: SweepPlan) -> list[Patch]:
-    """Return what is patched for each of the plan's cells.
-
-    Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
-    function may treat the rows of a batch together.
-    """
-    if not plan.cells:
-        return []
-    activations = capture(
-        plan.model,
-        plan.source,
-        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
-        layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
-    )
-    vectors = torch.stack([activations.at(site).float().cpu() for site in plan.sites])
-    mapped = {alpha: _map(plan, alpha, vectors) for alpha in plan.alphas}
-    row_of = {site: row for row, site in enumerate(plan.sites)}
-    return [
-        Patch(mapped[alpha][row_of[site]], target_layer) for site, target_layer, alpha in plan.cells
-    ]
-
-
-def _map(
-    plan: SweepPlan, alpha: float, vectors: Float[Tensor, "sites d_model"]
-) -> Float[Tensor, "sites d_model"]:
-    """Return f(v) of every site for one α, checked before anything is generated."""
-    function = plan.config.mapping(alpha)
-    name = f"mapping({alpha:g})"
-    if not callable(function):
-        raise bad_type(
-            name,
-            expected="a mapping function, from vectors to vectors",
-            got=function,
-            fix="mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
-        )
-    mapped = function(vectors)
-    if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
-        raise bad_value(
-            name,
-            expected=f"vectors of shape {tuple(vectors.shape)}, as it was given",
-            got=tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
-            fix="return one vector per vector",
-        )
-    fits = torch.isfinite(mapped.to(plan.model.dtype)).all(dim=-1)
-    if not fits.all():
-        raise bad_value(
-            name,
-            expected=f"numbers that {plan.model.dtype} can hold",
-            got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
-            fix="use a smaller α, or load the model with dtype='float32'",
-        )
-    return mapped.float()
 
 
 def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:
@@ -210,48 +146,3 @@ def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:
     expected = f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
     title = f"{len(plan.cells)} cells in {plan.n_batches} batches, {expected}"
     return tqdm(total=len(plan.cells), unit="cell", desc=title)
-
-
-def _readings(
-    plan: SweepPlan,
-    cells: Sequence[tuple[Site, int, float]],
-    patches: Sequence[Patch],
-    generations: Sequence[Generation],
-    norms: torch.Tensor,
-) -> Iterator[Reading]:
-    """Score the texts of one batch and yield its rows."""
-    descriptions = [crop_description(generation.text) for generation in generations]
-    texts = [generation.text for generation in generations]
-    scores = score_readings(plan, texts, descriptions)
-    names = plan.generator.target.prompt.few_shot_names
-    mapping = family_name(plan.config.mapping)
-    for (site, target_layer, alpha), patch, generation, description, score in zip(
-        cells, patches, generations, descriptions, scores, strict=True
-    ):
-        norm = float(patch.vector.norm())
-        yield Reading(
-            prompt=plan.source.text,
-            position=site.position,
-            token=plan.source.labels[site.position],
-            kind=site.kind,
-            source_layer=site.layer,
-            target_layer=target_layer,
-            mapping=mapping,
-            alpha=alpha,
-            vector_norm=norm,
-            norm_ratio=norm / float(norms[target_layer]),
-            text=generation.text,
-            description=description,
-            score=score,
-            few_shot_copy=any(name.lower() in description.lower() for name in names),
-            n_tokens=len(generation.token_ids),
-            margin=generation.margin,
-        )
-
-
-def score_readings(
-    plan: SweepPlan, texts: Sequence[str], descriptions: Sequence[str]
-) -> list[float]:
-    """Score what was written, whole or cropped as the plan has it, against the source prompt."""
-    judged = descriptions if plan.config.score_on == "description" else texts
-    return score_texts(plan.scorer, plan.source.text, judged)

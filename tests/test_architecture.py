@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
-    "capture", "amplify", "memory", "patching", "scoring", "results",
-    "plan", "sweep", "plots", "figures", "snapshot", "export", "background", "details",
-    "live", "markup", "explorer_view", "explorer_config", "explorer_panel", "explorer_desk",
-    "explorer", "serve", "demo", "cli",
+    "capture", "amplify", "memory", "decoding", "patching", "scoring", "results",
+    "config", "plan", "cells", "sweep", "guided", "plots", "figures", "snapshot", "export",
+    "background", "details", "live", "markup", "explorer_view", "explorer_config",
+    "explorer_panel", "explorer_desk", "explorer", "serve", "demo", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

@@ -54,7 +54,7 @@ def test_an_own_mapping_is_named_and_left_to_fill_in(
     code = code_for(result, select(result.table.iloc[0]))
     compile(code, "code", "exec")
     assert "mapping=my_mapping" in code
-    assert "# my_mapping: the sweep's own family" in code
+    assert "# my_mapping: the sweep's own, <lambda>" in code
 
 
 def test_the_code_says_what_a_provenance_cannot_hold(

@@ -44,7 +44,6 @@ from superscopes_tl.explorer_config import alphas_text, parse_alphas
 from superscopes_tl.live import color_range
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import plan_sweep
-from superscopes_tl.sweep import make_patches
 from tests.test_background import hook_count
 
 PROMPT = "Will Smith"

@@ -1,0 +1,208 @@
+"""The work of a plan's cells: what is patched, and what came of it.
+
+1. Read the source prompt once (`capture`): v of every site, in float32.
+2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
+   of the residual norm if the plan says so. Where α acts on the logits, f(v) is that of α = 1.
+3. Score a batch's texts (`scoring`) and make the rows of the table.
+"""
+
+from __future__ import annotations
+
+import bisect
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superscopes_tl.capture import capture
+from superscopes_tl.decoding import Generation
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.patching import Patch
+from superscopes_tl.plan import Cell, SweepPlan
+from superscopes_tl.prompts import crop_description
+from superscopes_tl.results import Reading
+from superscopes_tl.scoring import score_texts
+from superscopes_tl.sites import Site
+
+
+def make_patches(plan: SweepPlan) -> list[Patch]:
+    """Return what is patched for each of the plan's cells.
+
+    Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
+    function may treat the rows of a batch together.
+    """
+    if not plan.cells:
+        return []
+    activations = capture(
+        plan.model,
+        plan.source,
+        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
+        layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
+    )
+    vectors = torch.stack([activations.at(site).float().cpu() for site in plan.sites])
+    on_logits = plan.config.guide == "logits"
+    mapped: dict[tuple[Site, int, float], Tensor] = {}
+    for targets in zip(*map(plan.target_layers, plan.sites), strict=True):
+        places = list(zip(plan.sites, targets, strict=True))
+        base = _base(plan, places, vectors)
+        moved = _in_units(plan, vectors - base, targets)
+        for alpha in (1.0,) if on_logits else plan.alphas:
+            rows = _map(plan, alpha, base, moved)
+            mapped.update({(*place, alpha): row for place, row in zip(places, rows, strict=True)})
+    return [
+        Patch(
+            mapped[site, target_layer, 1.0 if on_logits else alpha],
+            target_layer,
+            guidance=alpha if on_logits else 1.0,
+            seed=_seed(plan, (site, target_layer, alpha)),
+        )
+        for site, target_layer, alpha in plan.cells
+    ]
+
+
+def _seed(plan: SweepPlan, cell: Cell) -> int | None:
+    """Return what a drawn text starts from: the same in every run and every batch."""
+    if plan.config.draw == 0:
+        return None
+    return zlib.crc32(repr((plan.config.draw, plan.source.text, cell)).encode())
+
+
+def _base(
+    plan: SweepPlan, places: Sequence[tuple[Site, int]], vectors: Float[Tensor, "sites d_model"]
+) -> Float[Tensor, "sites d_model"]:
+    """Return the vector that α is counted from at every site, checked."""
+    if plan.config.base is None:
+        return torch.zeros_like(vectors)
+    base = plan.config.base(plan, places)
+    if not isinstance(base, Tensor) or base.shape != vectors.shape:
+        raise bad_value(
+            "base",
+            expected=f"vectors of shape {tuple(vectors.shape)}, one per site",
+            got=tuple(base.shape) if isinstance(base, Tensor) else base,
+            fix="see superscopes_tl.guided",
+        )
+    return base.float().cpu()
+
+
+def _in_units(
+    plan: SweepPlan, vectors: Float[Tensor, "sites d_model"], targets: Sequence[int]
+) -> Float[Tensor, "sites d_model"]:
+    """Return the vectors as long as the residual stream that they replace, if the plan says so."""
+    if plan.config.unit == "vector":
+        return vectors
+    lengths = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    resized: Tensor = vectors / lengths * plan.generator.placeholder_norms[list(targets), None]
+    return resized
+
+
+def _map(
+    plan: SweepPlan,
+    alpha: float,
+    base: Float[Tensor, "sites d_model"],
+    vectors: Float[Tensor, "sites d_model"],
+) -> Float[Tensor, "sites d_model"]:
+    """Return f(v) of every site for one α, checked before anything is generated."""
+    function = plan.config.mapping(alpha)
+    name = f"mapping({alpha:g})"
+    if not callable(function):
+        raise bad_type(
+            name,
+            expected="a mapping function, from vectors to vectors",
+            got=function,
+            fix="mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
+        )
+    mapped = function(vectors)
+    if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
+        raise bad_value(
+            name,
+            expected=f"vectors of shape {tuple(vectors.shape)}, as it was given",
+            got=tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
+            fix="return one vector per vector",
+        )
+    mapped = base + mapped.float()
+    fits = torch.isfinite(mapped.to(plan.model.dtype)).all(dim=-1)
+    if not fits.all():
+        raise bad_value(
+            name,
+            expected=f"numbers that {plan.model.dtype} can hold",
+            got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
+            fix="use a smaller α, or load the model with dtype='float32'",
+        )
+    return mapped
+
+
+def read(
+    plan: SweepPlan,
+    cells: Sequence[Cell],
+    patches: Sequence[Patch],
+    generations: Sequence[Generation],
+) -> list[Reading]:
+    """Score the texts of some cells and return their rows."""
+    descriptions = [crop_description(generation.text) for generation in generations]
+    texts = [generation.text for generation in generations]
+    scores = score_readings(plan, texts, descriptions)
+    names = plan.generator.target.prompt.few_shot_names
+    norms = plan.generator.placeholder_norms
+    rows = []
+    for (site, target_layer, alpha), patch, generation, description, score in zip(
+        cells, patches, generations, descriptions, scores, strict=True
+    ):
+        norm = float(patch.vector.norm())
+        told = tokens_told(plan.model.tokenizer, generation, description)
+        rows.append(
+            Reading(
+                prompt=plan.source.text,
+                position=site.position,
+                token=plan.source.labels[site.position],
+                kind=site.kind,
+                source_layer=site.layer,
+                target_layer=target_layer,
+                mapping=plan.mapping_name,
+                alpha=alpha,
+                vector_norm=norm,
+                norm_ratio=norm / float(norms[target_layer]),
+                text=generation.text,
+                description=description,
+                score=score,
+                few_shot_copy=any(name.lower() in description.lower() for name in names),
+                n_tokens=len(generation.token_ids),
+                margin=generation.margin,
+                draw=plan.config.draw,
+                entropy=mean(generation.entropies[:told]),
+                log_probability=mean(generation.log_probabilities[:told]),
+            )
+        )
+    return rows
+
+
+def tokens_told(tokenizer: Any, generation: Generation, description: str) -> int:
+    """Return how many tokens a text takes up to the end of its description; 0 without one."""
+    if not description:
+        return 0
+    ids, end = generation.token_ids, generation.text.index(description) + len(description)
+
+    def length(count: int) -> int:
+        return len(
+            tokenizer.decode(
+                list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    # A text grows with its tokens, so the first count that is long enough is found by halves.
+    return bisect.bisect_left(range(len(ids)), end, key=length)
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def score_readings(
+    plan: SweepPlan, texts: Sequence[str], descriptions: Sequence[str]
+) -> list[float]:
+    """Score what was written, whole or cropped as the plan has it, against the source prompt."""
+    judged = descriptions if plan.config.score_on == "description" else texts
+    return score_texts(plan.scorer, plan.source.text, judged)

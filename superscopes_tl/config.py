@@ -1,0 +1,165 @@
+"""The settings of a sweep, and what of them can be checked without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from superscopes_tl.amplify import MappingFamily, scale
+from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.prompts import DESCRIPTION_PROMPT, PAPER_ALPHAS, TargetPrompt
+from superscopes_tl.scoring import Scorer
+from superscopes_tl.sites import PAPER_KINDS, Site, check_layers
+from superscopes_tl.tokens import Positions
+
+TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
+"""A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
+
+ScoreOn = Literal["description", "text"]
+
+Base: TypeAlias = Callable[[Any, Sequence[tuple[Site, int]]], Float[Tensor, "sites d_model"]]
+"""Gives, for a `SweepPlan`, the vector that α is counted from at every (site, target layer)."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The settings of a sweep; the defaults are the paper's (sections 4.1 and 5.1).
+
+    With two exceptions: the description is scored without what follows it (`score_on="text"` is
+    the paper's protocol), and a model may state its own length of a text.
+
+    Attributes:
+        layers: source layers, counted from 0; every layer unless given.
+        kinds: kinds of activation.
+        alphas: amplifiers; 0 and negative numbers are legal.
+        positions: tokens of the source prompt: an index, a substring, a slice (`slice(None)` is
+            every token but the BOS) or a sequence of these. The last token unless given.
+        target_layer: where to patch: a layer, "same" as the source layer, or several layers.
+        target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
+        mapping: gives the mapping function of each α.
+        base: the b of f(v) = b + mapping(α)(v − b), from `guided`; 0 unless given.
+        unit: what α = 1 means: the "vector" as it is, or as long as the "residual" stream that it
+            replaces, whatever its own length.
+        guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
+            the vector at α = 1 and u those of the unpatched prompt.
+        draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
+        max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
+        batch_size: rows per batch; chosen by memory unless given.
+        scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
+        score_on: score the cropped "description", or as the paper did the whole "text".
+    """
+
+    layers: int | Iterable[int] | None = None
+    kinds: str | Sequence[str] = PAPER_KINDS
+    alphas: float | Sequence[float] = PAPER_ALPHAS
+    positions: Positions = -1
+    target_layer: TargetLayer = 0
+    target_prompt: TargetPrompt | str = DESCRIPTION_PROMPT
+    mapping: MappingFamily = scale
+    base: Base | None = None
+    unit: Literal["vector", "residual"] = "vector"
+    guide: Literal["vector", "logits"] = "vector"
+    draw: int = 0
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    scorer: Scorer | str | None = None
+    score_on: ScoreOn = "description"
+
+
+def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepConfig:
+    """Return the settings as one object, after the checks that concern it alone."""
+    if config is not None and settings:
+        raise bad_value(
+            "config",
+            expected="either config or single settings",
+            got=settings,
+            fix="use dataclasses.replace(config, ...)",
+        )
+    names = [field.name for field in fields(SweepConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise bad_type(
+            "settings", expected=f"settings out of {names}", got=unknown, fix="correct the name"
+        )
+    config = config or SweepConfig(**settings)
+    if config.score_on not in ("description", "text"):
+        raise bad_value(
+            "score_on",
+            expected="'description' or 'text'",
+            got=config.score_on,
+            fix="'text' is the paper's protocol",
+        )
+    for name, choices in (("unit", ("vector", "residual")), ("guide", ("vector", "logits"))):
+        if getattr(config, name) not in choices:
+            raise bad_value(
+                name,
+                expected=" or ".join(map(repr, choices)),
+                got=getattr(config, name),
+                fix="leave it out for the paper's way",
+            )
+    check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
+    if not (config.base is None or callable(config.base)):
+        raise bad_type(
+            "base",
+            expected="a callable from a plan and its places to vectors",
+            got=config.base,
+            fix="see superscopes_tl.guided",
+        )
+    if not callable(config.mapping):
+        raise bad_type(
+            "mapping",
+            expected="a callable from α to a mapping function",
+            got=config.mapping,
+            fix="see superscopes_tl.amplify",
+        )
+    return config
+
+
+def check_alphas(alphas: Any) -> tuple[float, ...]:
+    """Return the amplifiers as distinct finite numbers, in the given order.
+
+    Raises:
+        ValueError, TypeError: none, or something that is no finite number.
+    """
+    if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
+        raise bad_type(
+            "alphas", expected="finite numbers", got=alphas, fix="pass numbers, as in alphas=(1, 3)"
+        )
+    given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
+    fix = "pass for example alphas=(1, 3, 6, 9, 12, 15)"
+    if not given:
+        raise bad_value("alphas", expected="at least one finite number", got=given, fix=fix)
+    checked: dict[float, None] = {}
+    for alpha in given:
+        try:
+            number = float(alpha)
+        except (TypeError, ValueError) as error:
+            raise bad_type("alphas", expected="finite numbers", got=alpha, fix=fix) from error
+        if not math.isfinite(number):
+            raise bad_value("alphas", expected="finite numbers", got=alpha, fix=fix)
+        checked[number] = None
+    return tuple(checked)
+
+
+def check_target_layer(
+    target_layer: TargetLayer, n_layers: int
+) -> Literal["same"] | tuple[int, ...]:
+    """Return where to patch, as layer numbers counted from 0 or as "same".
+
+    Raises:
+        ValueError, TypeError: neither of these.
+    """
+    if isinstance(target_layer, str):
+        if target_layer != "same":
+            raise bad_value(
+                "target_layer",
+                expected="a layer, 'same' or a list of layers",
+                got=target_layer,
+                fix="0 and 'same' are the paper's choices",
+            )
+        return "same"
+    return check_layers(target_layer, n_layers, "target_layer")
