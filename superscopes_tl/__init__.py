@@ -24,7 +24,7 @@ from superscopes_tl.amplify import (
     scale,
 )
 from superscopes_tl.capture import Activations, capture
-from superscopes_tl.config import SweepConfig
+from superscopes_tl.config import CONTROLS, SweepConfig
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import (
     ModelLoadError,
@@ -44,6 +44,7 @@ from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
     IDENTITY_PROMPT,
     PAPER_ALPHAS,
+    PAPER_PROMPTS,
     TargetPrompt,
     crop_description,
 )
@@ -59,11 +60,13 @@ if TYPE_CHECKING:
 __version__ = version("superscopes-tl")
 
 __all__ = [
+    "CONTROLS",
     "DESCRIPTION_PROMPT",
     "IDENTITY_PROMPT",
     "KINDS",
     "PAPER_ALPHAS",
     "PAPER_KINDS",
+    "PAPER_PROMPTS",
     "PAPER_THRESHOLD",
     "Activations",
     "Explorer",

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 from superscopes_tl.amplify import scale
-from superscopes_tl.cells import score_readings
+from superscopes_tl.controls import rescored
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import Scorer
@@ -94,7 +94,7 @@ class CellStore:
         wanted = {cell: there[cell] for cell in plan.all_cells if cell in there}
         others = [kept.reading for kept in wanted.values() if kept.scored != scored]
         if others:
-            self.add(plan, _rescored(plan, others))
+            self.add(plan, rescored(plan, others))
         return {cell: there[cell].reading for cell in wanted}
 
     def cells(self, plan: SweepPlan) -> frozenset[Cell]:
@@ -112,27 +112,22 @@ class CellStore:
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     """Return what decides the text of a cell, besides the cell."""
-    mapping = plan.config.mapping
+    config = plan.config
     return (
         id(plan.model.lens),
         plan.source.ids,
         plan.source.text,
         plan.generator.target.prompt,
         plan.generator.max_new_tokens,
-        id(mapping),
+        (id(config.mapping), id(config.base), config.unit, config.guide, config.draw),
+        config.controls,
         # A mapping other than α·v may depend on which rows it is given together.
-        None if mapping is scale else plan.sites,
+        None if config.mapping is scale and config.base is None else plan.sites,
     )
 
 
 def _scored_by(plan: SweepPlan) -> tuple[Scorer, str]:
     return plan.scorer, plan.config.score_on
-
-
-def _rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
-    texts, descriptions = [r.text for r in readings], [r.description for r in readings]
-    scores = score_readings(plan, texts, descriptions)
-    return [replace(r, score=score) for r, score in zip(readings, scores, strict=True)]
 
 
 def cell_of(reading: Reading) -> Cell:

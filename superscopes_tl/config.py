@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Float
@@ -24,6 +24,17 @@ ScoreOn = Literal["description", "text"]
 
 Base: TypeAlias = Callable[[Any, Sequence[tuple[Site, int]]], Float[Tensor, "sites d_model"]]
 """Gives, for a `SweepPlan`, the vector that α is counted from at every (site, target layer)."""
+
+
+CONTROLS = (
+    "unpatched",
+    "alpha_zero",
+    "random_direction",
+    "shuffled_dimensions",
+    "other_prompt",
+    "unpatched_log_probability",
+)
+"""The controls that a sweep can compute beside each cell; see `controls`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class SweepConfig:
         guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
             the vector at α = 1 and u those of the unpatched prompt.
         draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
+        controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
         max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
         batch_size: rows per batch; chosen by memory unless given.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
@@ -65,6 +77,7 @@ class SweepConfig:
     unit: Literal["vector", "residual"] = "vector"
     guide: Literal["vector", "logits"] = "vector"
     draw: int = 0
+    controls: str | Sequence[str] = ()
     max_new_tokens: int | None = None
     batch_size: int | None = None
     scorer: Scorer | str | None = None
@@ -101,6 +114,12 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
                 got=getattr(config, name),
                 fix="leave it out for the paper's way",
             )
+    given = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
+    if unknown := [name for name in given if name not in CONTROLS]:
+        raise bad_value(
+            "controls", expected=f"controls out of {CONTROLS}", got=unknown, fix="correct the name"
+        )
+    config = replace(config, controls=tuple(dict.fromkeys(given)))
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
     if not (config.base is None or callable(config.base)):
         raise bad_type(

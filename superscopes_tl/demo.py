@@ -27,11 +27,11 @@ from superscopes_tl.amplify import MappingFamily, random_direction, scale
 from superscopes_tl.capture import capture
 from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
-from superscopes_tl.mini.facts import PAPER_PROMPTS, load_facts
+from superscopes_tl.mini.facts import load_facts
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Patch, PatchedGenerator
 from superscopes_tl.plots import heatmap
-from superscopes_tl.prompts import crop_description
+from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import HookKind
 from superscopes_tl.sweep import sweep

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patching import Patch
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
-from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.results import COLUMNS, Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
 
 
@@ -97,7 +97,8 @@ def reading_at(result: SweepResult, selection: Selection) -> Reading | None:
     if rows.empty:
         return None
     row = rows.to_dict("records")[0]
-    return Reading(**{field.name: row[field.name] for field in fields(Reading)})
+    controls = {str(name): row[name] for name in row if name not in COLUMNS}
+    return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
 
 
 def ladder(result: SweepResult, selection: Selection) -> pd.DataFrame:

@@ -142,6 +142,7 @@ class SweepPlan:
                 "unit": self.config.unit,
                 "guide": self.config.guide,
                 "draw": self.config.draw,
+                "controls": list(self.config.controls),
                 "max_new_tokens": self.generator.max_new_tokens,
                 "batch_size": self.generator.batch_size,
                 "scorer": scorer_name(self.scorer),

@@ -19,6 +19,58 @@ from superscopes_tl.tokens import TokenizedText, covering, tokenize
 PAPER_ALPHAS: tuple[float, ...] = (1, 3, 6, 9, 12, 15)
 """The amplifiers of the paper's section 4.1; 1 is Patchscopes."""
 
+PAPER_PROMPTS: tuple[str, ...] = (
+    "Pink Floyd",
+    "Led Zeppelin",
+    "Arctic Monkeys",
+    "Daft Punk",
+    "Iron Maiden",
+    "Green Day",
+    "Pearl Jam",
+    "Maroon 5",
+    "Joy Division",
+    "Deep Purple",
+    "Depeche Mode",
+    "Black Sabbath",
+    "Judas Priest",
+    "Arcade Fire",
+    "Tame Impala",
+    "Pulp Fiction",
+    "Fight Club",
+    "Top Gun",
+    "King Kong",
+    "Mad Max",
+    "Die Hard",
+    "Mean Girls",
+    "Home Alone",
+    "Dirty Dancing",
+    "Black Panther",
+    "Kill Bill",
+    "Forrest Gump",
+    "Finding Nemo",
+    "Independence Day",
+    "Pitch Perfect",
+    "Shutter Island",
+    "The Shining",
+    "Reservoir Dogs",
+    "Star Wars",
+    "Baby Driver",
+    "American Psycho",
+    "Pretty Woman",
+    "Fatal Attraction",
+    "Black Swan",
+    "Taxi Driver",
+    "Diana, Princess of Wales",
+    "Back to the Future",
+    "Alexander the Great",
+    "Saturday Night Live",
+    "Red Hot Chili Peppers",
+    "Will Smith",
+    "Titanic",
+    "George Washington",
+)
+"""The 48 source prompts of the paper's Figure 3 (section 4.1; the authors' recordings)."""
+
 PAPER_MAX_NEW_TOKENS = 10
 """How many tokens the authors' code generates."""
 

@@ -15,8 +15,8 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,6 +59,8 @@ class Reading:
         entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
             description.
         log_probability: how likely these tokens were, in nats per token.
+        controls: what was written and scored in the cell's place without its meaning, where that
+            was asked for; each is a column of the table (see `controls`).
     """
 
     prompt: str
@@ -80,11 +82,12 @@ class Reading:
     draw: int = 0
     entropy: float = math.nan
     log_probability: float = math.nan
+    controls: Mapping[str, float | str] = field(default_factory=dict)
 
 
 _SHOWN = ("reading", "alpha", "score", "target_layer")
 
-COLUMNS = tuple(f.name for f in fields(Reading))
+COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
 _LATER = {f.name: f.default for f in fields(Reading) if f.default is not MISSING}
 
 
@@ -104,7 +107,9 @@ class SweepResult:
     def from_readings(cls, readings: Iterable[Reading], provenance: dict[str, Any]) -> Self:
         """Return the result that holds `readings`."""
         rows = [asdict(reading) for reading in readings]
-        return cls(pd.DataFrame(rows, columns=list(COLUMNS)), provenance)
+        rows = [row | row.pop("controls") for row in rows]
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        return cls(pd.DataFrame(rows, columns=list(columns)), provenance)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -12,15 +12,18 @@ The order of the cells, and so of the table's rows, is position, kind, source la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from superscopes_tl.cells import make_patches, read
 from superscopes_tl.config import SweepConfig
+from superscopes_tl.controls import add_controls
+from superscopes_tl.decoding import Generation
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepPlan, plan_sweep
+from superscopes_tl.patching import Patch
+from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.results import Reading, SweepResult
 
 
@@ -134,9 +137,22 @@ def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Rea
         done = 0
         for generations in plan.generator.batches(patches):
             end = done + len(generations)
-            yield read(plan, plan.cells[done:end], patches[done:end], generations)
+            yield read_batch(plan, plan.cells[done:end], patches[done:end], generations)
             done = end
             bar.update(len(generations))
+
+
+def read_batch(
+    plan: SweepPlan,
+    cells: Sequence[Cell],
+    patches: Sequence[Patch],
+    generations: Sequence[Generation],
+) -> list[Reading]:
+    """Return the rows of some cells, with the controls that the plan asks for."""
+    readings = read(plan, cells, patches, generations)
+    if not plan.config.controls:
+        return readings
+    return add_controls(plan, cells, patches, generations, readings)
 
 
 def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:

@@ -11,10 +11,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from superscopes_tl import LanguageModel, SweepError, SweepInterrupted, SweepResult, sweep
+from superscopes_tl import (
+    PAPER_PROMPTS,
+    LanguageModel,
+    SweepError,
+    SweepInterrupted,
+    SweepResult,
+    sweep,
+)
 from superscopes_tl.cli import app, parse_layers, parse_numbers
 from superscopes_tl.demo import count_right, known_facts, rescues, right, run_demo
-from superscopes_tl.mini.facts import PAPER_PROMPTS
 
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
 

@@ -16,60 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from superscopes_tl.mini import FACTS_PATH
+from superscopes_tl.prompts import PAPER_PROMPTS
 
 COLUMNS = ("kind", "name", "description", "source")
-
-PAPER_PROMPTS: tuple[str, ...] = (
-    "Pink Floyd",
-    "Led Zeppelin",
-    "Arctic Monkeys",
-    "Daft Punk",
-    "Iron Maiden",
-    "Green Day",
-    "Pearl Jam",
-    "Maroon 5",
-    "Joy Division",
-    "Deep Purple",
-    "Depeche Mode",
-    "Black Sabbath",
-    "Judas Priest",
-    "Arcade Fire",
-    "Tame Impala",
-    "Pulp Fiction",
-    "Fight Club",
-    "Top Gun",
-    "King Kong",
-    "Mad Max",
-    "Die Hard",
-    "Mean Girls",
-    "Home Alone",
-    "Dirty Dancing",
-    "Black Panther",
-    "Kill Bill",
-    "Forrest Gump",
-    "Finding Nemo",
-    "Independence Day",
-    "Pitch Perfect",
-    "Shutter Island",
-    "The Shining",
-    "Reservoir Dogs",
-    "Star Wars",
-    "Baby Driver",
-    "American Psycho",
-    "Pretty Woman",
-    "Fatal Attraction",
-    "Black Swan",
-    "Taxi Driver",
-    "Diana, Princess of Wales",
-    "Back to the Future",
-    "Alexander the Great",
-    "Saturday Night Live",
-    "Red Hot Chili Peppers",
-    "Will Smith",
-    "Titanic",
-    "George Washington",
-)
-"""The 48 source prompts of the paper's Figure 3."""
 
 FEW_SHOT: tuple[tuple[str, str], ...] = (
     ("Syria", "Country in the Middle East"),

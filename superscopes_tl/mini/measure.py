@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from superscopes_tl.mini.facts import PAPER_PROMPTS, Fact, held_out
+from superscopes_tl.mini.facts import Fact, held_out
 from superscopes_tl.mini.reader import Reader, States
+from superscopes_tl.prompts import PAPER_PROMPTS
 
 ALPHAS = (3, 6, 9, 12, 15)
 TOO_LARGE = 100

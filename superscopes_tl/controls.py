@@ -1,0 +1,217 @@
+"""Controls: what a cell's place would say without the cell's meaning.
+
+1. A control makes, for each cell, another patch: same place, same model, but a vector that cannot
+   know what the source token means (`make_control`).
+2. All controls of a batch are generated together, identical ones once.
+3. Their scores and texts become columns of the table: `random_direction` is the score, and
+   `random_direction_text` what was written. `unpatched_log_probability` has no text of its own:
+   it is how likely the *cell's* description is when nothing is patched, in nats per token.
+
+A score says something only beside its controls: a text in the target prompt's style has some
+similarity to most prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superscopes_tl.cells import make_patches, mean, score_readings, tokens_told
+from superscopes_tl.decoding import Generation
+from superscopes_tl.patching import Patch, PatchedGenerator
+from superscopes_tl.plan import Cell, SweepPlan
+from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
+from superscopes_tl.results import Reading
+
+SEED = 0
+"""Chooses random directions, orders of dimensions and other prompts."""
+
+
+def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+    """Patch nothing: what the target prompt says by itself."""
+    return [
+        replace(patch, vector=torch.zeros_like(patch.vector), target_layer=None, guidance=1.0)
+        for patch in patches
+    ]
+
+
+def _alpha_zero(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+    """Patch f(v) at α = 0: a zero vector, or the base alone."""
+    at_zero = replace(plan, alphas=(0.0,), finished=frozenset())
+    return _found(at_zero, [(site, target_layer, 0.0) for site, target_layer, _ in cells], patches)
+
+
+def _random_direction(
+    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
+) -> list[Patch]:
+    """Patch a random direction of equal norm; one direction per site, for all α."""
+
+    def redirect(vector: Tensor, generator: torch.Generator) -> Tensor:
+        direction = torch.randn(vector.shape, generator=generator)
+        redirected: Tensor = direction * (vector.norm() / direction.norm())
+        return redirected
+
+    return _at_random(plan, cells, patches, redirect)
+
+
+def _shuffled_dimensions(
+    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
+) -> list[Patch]:
+    """Patch the vector's own numbers in another order: equal norm, equal outliers."""
+
+    def shuffle(vector: Tensor, generator: torch.Generator) -> Tensor:
+        return vector[torch.randperm(len(vector), generator=generator)]
+
+    return _at_random(plan, cells, patches, shuffle)
+
+
+def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+    """Patch the last token's vector of another prompt of the paper's 48, same kind and layer."""
+    others = [prompt for prompt in PAPER_PROMPTS if prompt != plan.source.text]
+    other = others[_seed(plan) % len(others)]
+    there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
+    last = len(there.source) - 1
+    wanted = [(replace(site, position=last), layer, alpha) for site, layer, alpha in cells]
+    return _found(there, wanted, patches)
+
+
+Control = Callable[[SweepPlan, Sequence[Cell], Sequence[Patch]], list[Patch]]
+
+_PATCHES: Mapping[str, Control] = {
+    "unpatched": _unpatched,
+    "alpha_zero": _alpha_zero,
+    "random_direction": _random_direction,
+    "shuffled_dimensions": _shuffled_dimensions,
+    "other_prompt": _other_prompt,
+}
+
+
+def make_control(
+    name: str, plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
+) -> list[Patch]:
+    """Return a control's patch for each cell.
+
+    Args:
+        name: out of `config.CONTROLS`, but not `unpatched_log_probability`.
+        plan: the sweep.
+        cells: some of its cells.
+        patches: what these cells patch.
+    """
+    return _PATCHES[name](plan, cells, patches)
+
+
+def add_controls(
+    plan: SweepPlan,
+    cells: Sequence[Cell],
+    patches: Sequence[Patch],
+    generations: Sequence[Generation],
+    readings: Sequence[Reading],
+) -> list[Reading]:
+    """Return the readings with the plan's controls, generated in one go."""
+    names = [name for name in plan.config.controls if name in _PATCHES]
+    made = {name: make_control(name, plan, cells, patches) for name in names}
+    written = iter(_written_once(plan.generator, [p for name in names for p in made[name]]))
+    columns: dict[str, Sequence[Any]] = {}
+    for name in names:
+        texts = [next(written).text for _ in cells]
+        columns[name] = score_readings(plan, texts, [crop_description(text) for text in texts])
+        columns[f"{name}_text"] = texts
+    if "unpatched_log_probability" in plan.config.controls:
+        unpatched = _unpatched(plan, cells, patches)
+        columns["unpatched_log_probability"] = list(_likely(plan, unpatched, generations, readings))
+    rows = zip(*columns.values(), strict=True) if columns else (() for _ in readings)
+    return [
+        replace(reading, controls=dict(zip(columns, row, strict=True)))
+        for reading, row in zip(readings, rows, strict=True)
+    ]
+
+
+def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
+    """Return the readings, their controls included, as the plan's scorer judges them."""
+
+    def scores(texts: Sequence[str]) -> list[float]:
+        return score_readings(plan, texts, [crop_description(text) for text in texts])
+
+    own = scores([reading.text for reading in readings])
+    columns = {
+        name: scores([str(reading.controls[f"{name}_text"]) for reading in readings])
+        for name in plan.config.controls
+        if name in _PATCHES
+    }
+    return [
+        replace(
+            reading,
+            score=own[row],
+            controls={
+                **reading.controls,
+                **{name: column[row] for name, column in columns.items()},
+            },
+        )
+        for row, reading in enumerate(readings)
+    ]
+
+
+def _likely(
+    plan: SweepPlan,
+    unpatched: Sequence[Patch],
+    generations: Sequence[Generation],
+    readings: Sequence[Reading],
+) -> Iterator[float]:
+    """Yield how likely each reading's description is without the patch, in nats per token."""
+    tokenizer = plan.model.tokenizer
+    told = [
+        generation.token_ids[: tokens_told(tokenizer, generation, reading.description)]
+        for generation, reading in zip(generations, readings, strict=True)
+    ]
+    # The same text behind the same unpatched prompt needs no second run.
+    distinct = [ids for ids in dict.fromkeys(told) if ids]
+    likely = plan.generator.log_probabilities(unpatched[: len(distinct)], distinct)
+    found = dict(zip(distinct, map(mean, likely), strict=True))
+    return (found.get(ids, math.nan) for ids in told)
+
+
+def _written_once(generator: PatchedGenerator, patches: Sequence[Patch]) -> list[Generation]:
+    """Generate every distinct patch once."""
+
+    def key(patch: Patch) -> tuple[Any, ...]:
+        vector = b"" if patch.target_layer is None else patch.vector.numpy().tobytes()
+        return patch.target_layer, patch.guidance, patch.seed, vector
+
+    keys = [key(patch) for patch in patches]
+    distinct = dict(zip(keys, patches, strict=True))
+    written = dict(zip(distinct, generator.generate(list(distinct.values())), strict=True))
+    return [written[k] for k in keys]
+
+
+def _found(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+    """Return the patches of some cells of another plan, drawn as the given ones are."""
+    wanted = set(cells)
+    part = replace(plan, finished=frozenset(cell for cell in plan.all_cells if cell not in wanted))
+    made = dict(zip(part.cells, make_patches(part), strict=True))
+    return [replace(made[cell], seed=p.seed) for cell, p in zip(cells, patches, strict=True)]
+
+
+def _at_random(
+    plan: SweepPlan,
+    cells: Sequence[Cell],
+    patches: Sequence[Patch],
+    change: Callable[[Tensor, torch.Generator], Tensor],
+) -> list[Patch]:
+    return [
+        replace(
+            patch,
+            vector=change(patch.vector, torch.Generator().manual_seed(_seed(plan, site, layer))),
+        )
+        for (site, layer, _), patch in zip(cells, patches, strict=True)
+    ]
+
+
+def _seed(plan: SweepPlan, *place: object) -> int:
+    """Return a seed that differs between prompts and places and is the same in every run."""
+    return zlib.crc32(repr((SEED, plan.source.text, *place)).encode())
