@@ -32,6 +32,8 @@ from superscopes_tl.errors import (
     RunFileError,
     UnavailableKindError,
 )
+from superscopes_tl.evaluate import FINE_ALPHAS, HIDDEN_STATES, MLP_OUTPUTS, evaluate, methods
+from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.export import save_as, write_html
 from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.guided import mean_activation, placeholder_state, resid_mid
@@ -62,13 +64,17 @@ __version__ = version("superscopes-tl")
 __all__ = [
     "CONTROLS",
     "DESCRIPTION_PROMPT",
+    "FINE_ALPHAS",
+    "HIDDEN_STATES",
     "IDENTITY_PROMPT",
     "KINDS",
+    "MLP_OUTPUTS",
     "PAPER_ALPHAS",
     "PAPER_KINDS",
     "PAPER_PROMPTS",
     "PAPER_THRESHOLD",
     "Activations",
+    "Evaluation",
     "Explorer",
     "Generation",
     "HookKind",
@@ -98,11 +104,13 @@ __all__ = [
     "capture",
     "crop_description",
     "decomposition",
+    "evaluate",
     "heatmap",
     "in_units_of",
     "iter_sweep",
     "load_model",
     "mean_activation",
+    "methods",
     "placeholder_state",
     "plan_sweep",
     "random_direction",

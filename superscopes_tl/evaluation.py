@@ -1,0 +1,228 @@
+"""An experiment over many prompts: its table, and the one file that it grows in.
+
+1. The file is an SQLite database with one row per reading, the columns of `SweepResult.table`.
+2. A batch is written in one transaction: a run that is killed loses at most the batch in flight,
+   and the next run asks the file which cells are finished.
+3. What must not differ within one experiment (model, target prompt, length, scorer, controls) is
+   written once; another run that differs there is refused. Prompts, layers, α, mappings and draws
+   may be added.
+4. `Evaluation.load` reads the file without a model. A file is data alone: it is opened read-only,
+   its size is bounded, and only its two tables are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.plan import Cell, SweepPlan
+from superscopes_tl.results import COLUMNS, MAX_FILE_BYTES, Reading
+from superscopes_tl.sites import Site
+
+FORMAT = "superscopes_tl.evaluation"
+FORMAT_VERSION = 1
+
+BUSY_SECONDS = 60
+"""How long to wait for another process that is writing to the same file."""
+
+_FIELDS = tuple(f for f in fields(Reading) if f.name in COLUMNS)
+_SQL = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL", "str": "TEXT"}
+_PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
+_COLUMNS = ", ".join([*(f"{f.name} {_SQL[str(f.type)]}" for f in _FIELDS), "controls TEXT"])
+_KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
+_CONSTANT = (
+    *(("model", name) for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")),
+    *(("target_prompt", name) for name in ("text", "placeholder")),
+    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls")),
+)
+"""What must be the same for every reading of a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The readings of many source prompts and where they come from.
+
+    Attributes:
+        table: one row per reading; the columns of `SweepResult.table`.
+        provenance: model, versions, target prompt and settings, as plain data.
+    """
+
+    table: pd.DataFrame
+    provenance: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `evaluate` wrote, finished or not. No model is needed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RunFileError: it is corrupt, foreign, or of a newer format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(path)
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes")
+        with _explained(path), contextlib.closing(_open(path, "ro")) as database:
+            return cls(_table(database), _provenance(database, path))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The source prompts, in the order in which they were finished."""
+        return tuple(dict.fromkeys(self.table["prompt"]))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        model = self.provenance.get("model", {}).get("name")
+        return f"Evaluation({len(self)} readings of {len(self.prompts)} prompts, {model})"
+
+
+class EvaluationFile:
+    """The growing file of one experiment.
+
+    Args:
+        path: the file; made if it is not there. `None` keeps the experiment in memory.
+        plan: any plan of the experiment: what must not differ is taken from it.
+
+    Raises:
+        RunFileError: the file is something else.
+        ValueError: it holds an experiment with another model or other settings.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, plan: SweepPlan) -> None:
+        self._path = path or "memory"
+        with _explained(self._path):
+            self._database = _open(path, "rwc")
+            try:
+                self._begin(plan)
+            except BaseException:
+                self._database.close()
+                raise
+
+    def _begin(self, plan: SweepPlan) -> None:
+        """Make the tables, or check that this is their experiment."""
+        with self._database:
+            tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables[0]:
+                self._database.execute(f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))")
+                self._database.execute("CREATE TABLE provenance (text TEXT)")
+                header = {"format": FORMAT, "version": FORMAT_VERSION}
+                header |= {"provenance": common_provenance(plan)}
+                self._database.execute("INSERT INTO provenance VALUES (?)", [json.dumps(header)])
+        theirs = _provenance(self._database, self._path)
+        ours = json.loads(json.dumps(common_provenance(plan)))
+        for part, name in _CONSTANT:
+            if ours[part][name] != theirs[part][name]:
+                raise bad_value(
+                    "path",
+                    expected=f"an experiment with {name} {ours[part][name]!r}",
+                    got=f"{self._path} with {theirs[part][name]!r}",
+                    fix="choose another file, or the settings of this one",
+                )
+
+    def finished(self, plan: SweepPlan) -> frozenset[Cell]:
+        """Return which cells of a plan the file holds."""
+        rows = self._database.execute(
+            "SELECT kind, source_layer, position, target_layer, alpha FROM readings "
+            "WHERE prompt = ? AND mapping = ? AND draw = ?",
+            [plan.source.text, plan.mapping_name, plan.config.draw],
+        )
+        found = {(Site(kind, layer, at), into, alpha) for kind, layer, at, into, alpha in rows}
+        return frozenset(found.intersection(plan.all_cells))
+
+    def add(self, readings: Sequence[Reading]) -> None:
+        """Write a batch, whole or not at all.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        rows = [
+            [*(getattr(reading, name) for name in COLUMNS), json.dumps(dict(reading.controls))]
+            for reading in readings
+        ]
+        places = ", ".join("?" for _ in (*COLUMNS, "controls"))
+        with _explained(self._path), self._database:
+            self._database.executemany(f"INSERT OR IGNORE INTO readings VALUES ({places})", rows)
+
+    def evaluation(self) -> Evaluation:
+        """Return what the file holds."""
+        return Evaluation(_table(self._database), _provenance(self._database, self._path))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+
+def common_provenance(plan: SweepPlan) -> dict[str, Any]:
+    """Return what the provenance of a plan says of every plan of its experiment."""
+    provenance = plan.provenance()
+    names = ("superscopes_tl", "python", "created", "model", "target_prompt")
+    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls")
+    return {name: provenance[name] for name in names} | {
+        "config": {name: provenance["config"][name] for name in settings}
+    }
+
+
+def _open(path: str | os.PathLike[str] | None, mode: str) -> sqlite3.Connection:
+    where = ":memory:" if path is None else f"{Path(path).absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(where, uri=path is not None, timeout=BUSY_SECONDS)
+    database.execute("PRAGMA trusted_schema = OFF")  # a file may come from anyone
+    return database
+
+
+def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
+    """Return the provenance, after checking that the file is an evaluation."""
+    kinds = dict(database.execute("SELECT name, type FROM sqlite_master WHERE type != 'index'"))
+    if kinds != {"readings": "table", "provenance": "table"}:
+        raise _unreadable(path, f"the tables {sorted(kinds)}")
+    header = json.loads(database.execute("SELECT text FROM provenance").fetchone()[0])
+    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+        raise _unreadable(path, f"format {header.get('format')!r} {header.get('version')!r}")
+    provenance: dict[str, Any] = header["provenance"]
+    return provenance
+
+
+def _table(database: sqlite3.Connection) -> pd.DataFrame:
+    frame = pd.read_sql_query("SELECT * FROM readings ORDER BY rowid", database)
+    controls = pd.DataFrame([json.loads(text) for text in frame["controls"]], index=frame.index)
+    # Types are those of `Reading`: SQLite knows no bool and keeps NaN as NULL.
+    readings = frame[list(COLUMNS)].astype({f.name: _PANDAS[str(f.type)] for f in _FIELDS})
+    return pd.concat([readings, controls], axis="columns")
+
+
+@contextlib.contextmanager
+def _explained(path: object) -> Iterator[None]:
+    """Say which file it was and what to do when the database refuses."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # no folder, read-only, disk full, locked
+        raise OSError(
+            describe("path", expected="a file that can be opened and written",
+                     got=f"{path} ({error})",
+                     fix="check folder, rights, free space and other runs on this file")
+        ) from error  # fmt: skip
+    except (sqlite3.DatabaseError, pd.errors.DatabaseError, json.JSONDecodeError, KeyError,
+            TypeError) as error:  # fmt: skip
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _unreadable(path: object, got: str) -> RunFileError:
+    return RunFileError(
+        describe(
+            "path",
+            expected=f"a file of format {FORMAT} version {FORMAT_VERSION}",
+            got=f"{path} with {got}",
+            fix="pass a file that evaluate wrote",
+        )
+    )
