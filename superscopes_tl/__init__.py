@@ -50,6 +50,7 @@ from superscopes_tl.prompts import (
     TargetPrompt,
     crop_description,
 )
+from superscopes_tl.refine import refine
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingScorer
 from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
@@ -114,6 +115,7 @@ __all__ = [
     "placeholder_state",
     "plan_sweep",
     "random_direction",
+    "refine",
     "resid_mid",
     "resolve_positions",
     "save_as",

@@ -72,7 +72,8 @@ class Evaluation:
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes")
         with _explained(path), contextlib.closing(_open(path, "ro")) as database:
-            return cls(_table(database), _provenance(database, path))
+            provenance = _provenance(database, path)  # first: is this such a file at all?
+            return cls(_table(database), provenance)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ def heatmap(
     *,
     x: Axis = "alpha",
     value: str = "score",
+    minus: str | None = None,
     position: int | None = None,
     target_layer: int | None = None,
     color_range: tuple[float, float] | None = None,
@@ -60,6 +61,7 @@ def heatmap(
         x: what runs along the horizontal axis; `"target_layer"` shows the best α of each source
             layer and target layer.
         value: the column to colour by, `score` or any other numeric column.
+        minus: a column to take off, such as a control: what is left owes nothing to it.
         position: the token; the rightmost one of the sweep unless given.
         target_layer: which target layer, where there are several per source layer.
         color_range: the values of the darkest and the lightest colour; those of this result
@@ -70,6 +72,9 @@ def heatmap(
             target layers to choose from.
     """
     rows = _rows(result, position=position, value=value)
+    if minus is not None:
+        rows = _less(rows, value, minus)
+        value = f"{value} − {minus}"
     if x not in ("alpha", "target_layer"):
         raise bad_value("x", expected="'alpha' or 'target_layer'", got=x, fix="leave it out")
     if x == "alpha":
@@ -255,6 +260,19 @@ def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFr
         )
     chosen = max(table["position"]) if position is None else position
     return _having(table, "position", [chosen])
+
+
+def _less(rows: pd.DataFrame, value: str, minus: str) -> pd.DataFrame:
+    """Return the rows with the difference of two columns as a column of its own."""
+    numeric = list(rows.select_dtypes("number").columns)
+    if minus not in numeric:
+        raise bad_value(
+            "minus",
+            expected=f"one of the numeric columns {numeric}",
+            got=minus,
+            fix="sweep with controls=('random_direction',), for example",
+        )
+    return rows.assign(**{f"{value} − {minus}": rows[value] - rows[minus]})
 
 
 def _having(rows: pd.DataFrame, column: str, wanted: list[Any]) -> pd.DataFrame:

@@ -18,9 +18,9 @@ PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
     "capture", "amplify", "memory", "decoding", "patching", "scoring", "results",
-    "config", "plan", "cells", "controls", "sweep", "guided", "evaluation", "evaluate", "plots",
-    "figures", "snapshot", "export", "background", "details", "live", "markup", "explorer_view", "explorer_config",
-    "explorer_panel", "explorer_desk", "explorer", "serve", "demo", "cli",
+    "config", "plan", "cells", "controls", "sweep", "refine", "guided", "evaluation", "evaluate",
+    "plots", "figures", "snapshot", "export", "background", "details", "live", "markup",
+    "explorer_view", "explorer_config", "explorer_panel", "explorer_desk", "explorer", "serve", "demo", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

@@ -1,0 +1,164 @@
+"""How tokens are chosen: guidance, drawing, and what is kept of every choice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
+from superscopes_tl.cells import tokens_told
+from superscopes_tl.decoding import decode, guide
+from tests import plain_hf
+from tests.tiny_models import tiny_hf
+
+TARGET = TargetPrompt("Syria: Country in the Middle East, x")
+N_NEW = 6
+
+Tiny = Callable[[str, str], LanguageModel]
+
+
+def _ids(model: LanguageModel, text: str) -> list[int]:
+    return [0, *model.tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _plain_logits(hf: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return hf(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+def _guided_by_hand(
+    model: LanguageModel, hf: Any, vector: torch.Tensor, layer: int, w: float
+) -> list[int]:
+    ids, new = _ids(model, TARGET.text), []
+    for _ in range(N_NEW):
+        c = plain_hf.patched_logits(hf, ids + new, (len(ids) - 1,), vector, layer)[-1]
+        u = _plain_logits(hf, ids + new)
+        token = int((u + w * (c - u)).argmax())
+        if token == 1:
+            break
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_guided_texts_equal_a_loop_over_plain_hugging_face(architecture: str, tiny: Tiny) -> None:
+    """U + w(c - u) at every step, with u of the same text behind the unpatched prompt."""
+    model, hf = tiny(architecture, "bridge"), tiny_hf(architecture)
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
+    vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(4))
+    patches = [
+        Patch(10 * vector, layer, guidance=w)
+        for vector in vectors
+        for layer in (5, 2)
+        for w in (0.0, 0.5, 1.0, 3.0, 9.0)
+    ]
+    written = generator.generate(patches)
+    for patch, generation in zip(patches, written, strict=True):
+        by_hand = _guided_by_hand(model, hf, patch.vector, patch.target_layer, patch.guidance)
+        assert list(generation.token_ids) == by_hand
+    assert len({generation.text for generation in written}) > 5
+
+
+def test_guidance_of_0_is_the_unpatched_prompt_and_of_1_the_patched_one(tiny: Tiny) -> None:
+    """The two ends of the line between the logits are the two texts themselves."""
+    model = tiny("llama", "bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
+    vector = 30 * torch.ones(model.d_model)
+    none, plain = generator.generate([Patch(vector, 2, guidance=0.0), Patch(vector, 2)])
+    assert none.text == generator.unpatched().text != plain.text
+
+
+@given(w=st.floats(-3, 9), seed=st.integers(0, 99))
+def test_guide_mixes_the_rows_that_have_a_twin_alone(w: float, seed: int) -> None:
+    """Row 1 of two is guided: its twin stands behind the batch; row 0 stays as it is."""
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
+    mixed = guide(logits, torch.tensor([1.0, w]), [1])
+    torch.testing.assert_close(mixed[0], logits[0])
+    torch.testing.assert_close(mixed[1], logits[2] + w * (logits[1] - logits[2]))
+
+
+def test_entropies_and_log_probabilities_equal_plain_hugging_face(tiny: Tiny) -> None:
+    """They are those of the patched model's own distribution at every step, in nats."""
+    model, hf = tiny("llama", "bridge"), tiny_hf("llama")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
+    vector = 20 * torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    generation = generator.generate([Patch(vector, 2), Patch(-vector, 5)])[0]
+    ids = _ids(model, TARGET.text)
+    new, steps = plain_hf.generate(hf, ids, (len(ids) - 1,), vector, 2, n_new=N_NEW, eos=1)
+    for step, token in enumerate(new):
+        distribution = torch.distributions.Categorical(logits=steps[step])
+        entropy, likely = distribution.entropy(), distribution.log_prob(torch.tensor(token))
+        assert generation.entropies[step] == pytest.approx(float(entropy), abs=1e-4)
+        assert generation.log_probabilities[step] == pytest.approx(float(likely), abs=1e-4)
+
+
+def test_log_probabilities_of_texts_of_different_lengths(tiny: Tiny) -> None:
+    """Each text is followed behind its own patch; batches of any size agree with generation."""
+    model = tiny("gpt2", "bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
+    patches = [Patch(k * torch.ones(model.d_model), layer) for k in (1.0, 9.0) for layer in (5, 2)]
+    written = generator.generate(patches)
+    texts = [g.token_ids[: 1 + row] for row, g in enumerate(written)]
+    for size in (64, 3):
+        likely = PatchedGenerator(
+            model, TARGET, max_new_tokens=N_NEW, batch_size=size
+        ).log_probabilities(patches, texts)
+        for row, generation in zip(likely, written, strict=True):
+            assert row == pytest.approx(generation.log_probabilities[: len(row)], abs=1e-4)
+
+
+def test_a_drawn_text_depends_on_its_seed_alone(tiny: Tiny) -> None:
+    """The same in every batch; another seed draws another text; greedy rows do not notice."""
+    model = tiny("llama", "bridge")
+    vector = 5 * torch.ones(model.d_model)
+    patches = [Patch(vector, 2, seed=seed) for seed in range(6)] + [Patch(vector, 2)]
+    together = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW).generate(patches)
+    single = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, batch_size=1).generate(patches)
+    assert [g.token_ids for g in together] == [g.token_ids for g in single]
+    assert len({g.token_ids for g in together}) > 2
+    alone = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW).generate([Patch(vector, 2)])
+    assert together[-1].token_ids == alone[0].token_ids
+
+
+def test_draws_follow_the_model_s_distribution() -> None:
+    """4,000 first tokens of p = (0.5, 0.3, 0.2) come about as often as they should."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(4000, 3)
+    written = decode(
+        logits, lambda tokens: logits, max_new_tokens=1, eos=(), seeds=list(range(4000))
+    )
+    counts = Counter(written.ids[:, 0].tolist())
+    for token, p in enumerate((0.5, 0.3, 0.2)):
+        assert abs(counts[token] / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
+
+
+def test_draws_of_a_sweep_are_reproducible_and_named(tiny: Tiny, word_overlap: Any) -> None:
+    """`draw=2` gives the same texts in another run, others than `draw=1`, and says so."""
+    settings: dict[str, Any] = {
+        "layers": (5, 2), "kinds": "mlp_out", "alphas": 1, "target_prompt": TARGET,
+        "max_new_tokens": N_NEW, "scorer": word_overlap, "progress": False,
+    }  # fmt: skip
+    model = tiny("llama", "bridge")
+    first, again, other = (sweep(model, "Red Hot", draw=k, **settings) for k in (2, 2, 1))
+    assert list(first.table["text"]) == list(again.table["text"]) != list(other.table["text"])
+    assert set(first.table["draw"]) == {2}
+    assert first.provenance["config"]["decoding"] == "drawn at temperature 1, 2"
+
+
+def test_tokens_told_ends_with_the_description(mini: LanguageModel) -> None:
+    """The tokens counted hold the description, and one token fewer does not."""
+    table = sweep(mini, "Pearl Jam", layers=(7,), alphas=(1,), kinds="resid_post", progress=False)
+    vector = torch.zeros(mini.d_model)
+    generation = PatchedGenerator(mini).generate([Patch(vector, None)])[0]
+    description = generation.text.split(",")[0].lstrip(": ")
+    told = tokens_told(mini.tokenizer, generation, description)
+    assert description in mini.tokenizer.decode(list(generation.token_ids[:told]))
+    assert description not in mini.tokenizer.decode(list(generation.token_ids[: told - 1]))
+    assert tokens_told(mini.tokenizer, generation, "") == 0
+    assert table.table["entropy"].between(0, 8).all()

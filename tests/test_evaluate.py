@@ -1,0 +1,217 @@
+"""Experiments over many prompts: the same readings as sweeps, resumable, in one file."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from superscopes_tl import (
+    CONTROLS,
+    PAPER_PROMPTS,
+    Evaluation,
+    LanguageModel,
+    evaluate,
+    methods,
+    resid_mid,
+    sweep,
+)
+from superscopes_tl import evaluate as evaluate_function
+from superscopes_tl.patching import PatchedGenerator
+
+PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
+
+
+@pytest.fixture
+def settings(word_overlap: Any) -> dict[str, Any]:
+    """A small experiment."""
+    return {
+        "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 8, "scorer": word_overlap,
+        "progress": False,
+    }  # fmt: skip
+
+
+def test_readings_equal_those_of_single_sweeps(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """Batches across prompts change nothing but the speed."""
+    table = evaluate(mini, PROMPTS, batch_size=7, controls="unpatched", **settings).table
+    for prompt in PROMPTS:
+        own = table[table["prompt"] == prompt].reset_index(drop=True)
+        alone = sweep(
+            mini, prompt, kinds="mlp_out", target_layer="same", score_on="text",
+            controls="unpatched", **settings,
+        ).table  # fmt: skip
+        exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
+        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False)
+        assert (own["unpatched_text"] == alone["unpatched_text"]).all()
+
+
+def test_a_finished_cell_is_never_computed_twice(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call computes what is new: nothing, or one more layer, α, prompt or mapping."""
+    path = tmp_path / "run.sqlite"
+    generated: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        generated.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    for expected, prompts, extra in (
+        (12, PROMPTS[:2], {}),
+        (0, PROMPTS[:2], {}),
+        (8, PROMPTS[:2], {"alphas": (1, 6, 12)}),
+        (6, PROMPTS, {}),
+        (9, PROMPTS, {"layers": (5, 7)}),
+        (18, PROMPTS, {"base": resid_mid}),
+        (12, PROMPTS, {"draws": 2}),
+    ):
+        generated.clear()
+        evaluate(mini, prompts, path, **{**settings, **extra})
+        assert sum(generated) == expected
+    table = Evaluation.load(path).table
+    assert len(table) == 65
+    assert not table.duplicated(["prompt", "source_layer", "alpha", "mapping", "draw"]).any()
+
+
+def test_a_broken_run_keeps_its_finished_batches(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the third batch, two are in the file; the next call does the rest."""
+    path, plain, calls = tmp_path / "run.sqlite", PatchedGenerator.generate, iter(range(99))
+
+    def breaking(self: PatchedGenerator, patches: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, PROMPTS, path, batch_size=5, **settings)
+    assert len(Evaluation.load(path)) == 10
+    whole = evaluate(mini, PROMPTS, path, batch_size=5, **settings).table
+    fresh = evaluate(mini, PROMPTS, **settings).table
+    key = ["prompt", "source_layer", "alpha"]
+    kept = whole.sort_values(key)["text"].tolist()
+    assert kept == fresh.sort_values(key)["text"].tolist()
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in the middle: the file opens, nothing finished is lost, the rest is added."""
+    path = tmp_path / "run.sqlite"
+    code = (
+        "from superscopes_tl import evaluate\n"
+        "evaluate('mini', layers=(5, 2), alphas=(1, 3), batch_size=4, max_new_tokens=6,\n"
+        f"         scorer=lambda r, c: [0.5 for _ in c], path={str(path)!r}, progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    deadline = time.monotonic() + 120
+    finished = 0
+    while finished < 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if path.exists():
+            try:
+                finished = len(Evaluation.load(path))
+            except ValueError:  # between making the file and its tables
+                finished = 0
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    after = len(Evaluation.load(path))
+    assert finished <= after < 192
+    assert after % 4 == 0
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert len(Evaluation.load(path)) == 192
+
+
+def test_methods_name_the_parts_that_are_compared(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """α = 1 is Patchscopes, other α Superscopes; draws, mappings and controls have their own."""
+    found = evaluate(mini, PROMPTS[:2], draws=1, controls=CONTROLS, **settings)
+    parts = methods(found)
+    sizes = {name: len(part) for name, part in parts.items()}
+    assert sizes == {
+        "Patchscopes": 4,
+        "Superscopes": 8,
+        "Patchscopes, equal budget": 8,
+        **{name.replace("_", " "): 8 for name in CONTROLS[:-1]},
+    }
+    assert list(parts["unpatched"]["text"]) == list(parts["Superscopes"]["unpatched_text"])
+    with pytest.raises(ValueError, match="kind: expected one of \\['mlp_out'\\], got resid_mid"):
+        methods(found, kind="resid_mid")
+
+
+def test_another_experiment_is_refused(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What must not differ within a file is named, with both values; the file is left alone."""
+    path = tmp_path / "run.sqlite"
+    evaluate(mini, PROMPTS[:1], path, **settings)
+    before = path.read_bytes()
+    for extra, name in (
+        ({"max_new_tokens": 9}, "max_new_tokens 9"),
+        ({"target_prompt": "x means"}, "text 'x means'"),
+        ({"controls": "unpatched"}, r"controls \['unpatched'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"path: expected an experiment with {name}, got"):
+            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+    assert path.read_bytes() == before
+
+
+def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
+    """Foreign bytes, a foreign database, a view in a table's place, a missing file."""
+    foreign = tmp_path / "foreign.sqlite"
+    foreign.write_text("hello " * 100)
+    with pytest.raises(ValueError, match=r"path: expected a file of format .*not a database"):
+        Evaluation.load(foreign)
+    trap = tmp_path / "trap.sqlite"
+    with sqlite3.connect(trap) as database:
+        database.execute("CREATE VIEW readings AS SELECT 1")
+        database.execute("CREATE TABLE provenance (text TEXT)")
+    database.close()
+    with pytest.raises(ValueError, match="path: expected a file of format .*the tables"):
+        Evaluation.load(trap)
+    with pytest.raises(FileNotFoundError):
+        Evaluation.load(tmp_path / "nothing.sqlite")
+
+
+def test_a_folder_that_is_not_there_is_said_before_any_work(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """An `OSError` with the path."""
+    with pytest.raises(OSError, match=r"path: expected a file that can be opened.*nowhere"):
+        evaluate(mini, PROMPTS, tmp_path / "nowhere" / "run.sqlite", **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("Pearl Jam", "prompts: expected several texts"),
+        ((), "prompts: expected at least one text"),
+        (("Pearl Jam", ""), "prompt: expected"),
+    ],
+)
+def test_bad_prompts_are_said_before_any_work(
+    prompts: Any, message: str, mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """No file is left behind by them that holds readings."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(mini, prompts, **settings)
+
+
+def test_the_paper_s_prompts_are_the_default() -> None:
+    """48 of them, as in Figure 3."""
+    defaults = evaluate_function.__defaults__
+    assert defaults is not None
+    assert defaults[0] is PAPER_PROMPTS
+    assert len(set(PAPER_PROMPTS)) == 48
