@@ -25,7 +25,7 @@ import pandas as pd
 
 from superscopes_tl.errors import RunFileError, bad_value, describe
 from superscopes_tl.plan import Cell, SweepPlan
-from superscopes_tl.results import COLUMNS, MAX_FILE_BYTES, Reading
+from superscopes_tl.results import COLUMNS, MAX_FILE_BYTES, Reading, SweepResult
 from superscopes_tl.sites import Site
 
 FORMAT = "superscopes_tl.evaluation"
@@ -79,6 +79,28 @@ class Evaluation:
     def prompts(self) -> tuple[str, ...]:
         """The source prompts, in the order in which they were finished."""
         return tuple(dict.fromkeys(self.table["prompt"]))
+
+    def of(self, prompt: str, *, mapping: str = "scale", draw: int = 0) -> SweepResult:
+        """Return the readings of one source prompt as the result of its sweep.
+
+        Args:
+            prompt: one of `prompts`.
+            mapping: how α acted, out of the column `mapping`.
+            draw: 0 for the greedy texts, k for the k-th drawn ones.
+
+        Raises:
+            ValueError: there are none.
+        """
+        rows = self.table
+        for column, wanted in (("prompt", prompt), ("mapping", mapping), ("draw", draw)):
+            there = list(dict.fromkeys(rows[column]))
+            if wanted not in there:
+                raise bad_value(
+                    column, expected=f"one of {there}", got=wanted, fix="choose one of these"
+                )
+            rows = rows[rows[column] == wanted]
+        provenance = {**self.provenance, "prompt": prompt}
+        return SweepResult(rows.reset_index(drop=True), provenance)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -69,7 +69,7 @@ def decomposition(
         if kind in readings.columns.get_level_values(0):
             cell = readings[kind].loc[layer].to_dict()
             if not math.isnan(cell["alpha"]):
-                text = _lines(str(cell["reading"]) or "no description", 26)
+                text = text_lines(str(cell["reading"]) or "no description", 26)
                 text += f"<br><br><i>α = {cell['alpha']:g}, {_score(cell, 'score ')}</i>"
         figure.add_annotation(x=column, y=0.5, text=f"<b>{kind}</b><br><br>{text}", showarrow=False)
         figure.add_shape(type="rect", x0=column - 0.4, x1=column + 0.4, y0=0, y1=1, opacity=0.5)
@@ -79,7 +79,8 @@ def decomposition(
     figure.update_layout(
         title=f"{html.escape(str(result.provenance.get('prompt', '')))} · layer {layer}",
         template="plotly_white",
-        height=280,
+        height=300,
+        margin={"t": 60, "b": 20},
         xaxis={"visible": False, "range": [-0.5, 2.5]},
         yaxis={"visible": False, "range": [-0.05, 1.05]},
     )
@@ -118,20 +119,27 @@ def best_table(
     which = "best α of every site" if alpha is None else f"α = {alpha:g}"
     figure.update_layout(
         title=f"{html.escape(str(result.provenance.get('prompt', '')))} · {which}",
-        height=160 + 40 * len(readings),
+        margin={"t": 60, "b": 20},
+        height=80 + 32 + sum(12 + 18 * lines for lines in _heights(columns)),
     )
     return figure
+
+
+def _heights(columns: list[list[str]]) -> list[int]:
+    """Return how many lines each row of a table has; a line too long for its column wraps once."""
+    return [2 + max(cell.count("<br>") for cell in row) for row in zip(*columns, strict=True)]
 
 
 def _entry(cell: dict[Any, Any]) -> str:
     if math.isnan(cell["alpha"]):
         return "not computed"
-    return f"{_lines(str(cell['reading']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
+    return f"{text_lines(str(cell['reading']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
 
 
 def _score(cell: dict[Any, Any], name: str = "") -> str:
     return "no score" if math.isnan(cell["score"]) else f"{name}{cell['score']:.2f}"
 
 
-def _lines(text: str, width: int) -> str:
+def text_lines(text: str, width: int) -> str:
+    """Return generated text escaped, in lines of at most `width` characters; a dash for none."""
     return "<br>".join(html.escape(line) for line in textwrap.wrap(text, width)) or "–"

@@ -1,0 +1,151 @@
+"""The paper's figures, one function each, from a sweep or from an evaluation.
+
+1. `figure_1`: one layer's decomposition, resid_mid + mlp_out = resid_post, in words.
+2. `figure_5` and `figure_6`: the readings of every layer at α = 1, and at the best α.
+3. `alpha_ladder`: what one site reads as α grows (section 3.5).
+
+An evaluation holds several prompts: say which one with `prompt`. Figure 3, which counts prompts, is
+`figures.figure_3`. Figures 2 and 4 (a diffusion model, a screenshot) show nothing to compute.
+"""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from superscopes_tl.errors import bad_value
+from superscopes_tl.evaluation import Evaluation
+from superscopes_tl.figures import at_target, best_table, decomposition, text_lines
+from superscopes_tl.plots import alpha_curve
+from superscopes_tl.results import SweepResult
+
+Readings = SweepResult | Evaluation
+
+
+def figure_1(
+    readings: Readings,
+    layer: int,
+    *,
+    alpha: float | None = None,
+    prompt: str | None = None,
+    position: int | None = None,
+) -> go.Figure:
+    """Draw what one layer's MLP gets, adds and gives on, in words (Figure 1).
+
+    Args:
+        readings: a sweep or an evaluation over resid_mid, mlp_out and resid_post.
+        layer: the source layer.
+        alpha: this α for all three; the best of each unless given.
+        prompt: which source prompt, if there are several.
+        position: the token; the rightmost one unless given.
+
+    Raises:
+        ValueError: a prompt, layer, α or token that is not there.
+    """
+    return decomposition(_one(readings, prompt), layer, alpha=alpha, position=position)
+
+
+def figure_5(
+    readings: Readings, *, prompt: str | None = None, position: int | None = None
+) -> go.Figure:
+    """Draw what every layer reads as at α = 1, which is Patchscopes (Figure 5).
+
+    Args:
+        readings: a sweep or an evaluation with α = 1.
+        prompt: which source prompt, if there are several.
+        position: the token; the rightmost one unless given.
+
+    Raises:
+        ValueError: a prompt or token that is not there, or no α = 1.
+    """
+    return best_table(_one(readings, prompt), alpha=1, position=position)
+
+
+def figure_6(
+    readings: Readings, *, prompt: str | None = None, position: int | None = None
+) -> go.Figure:
+    """Draw what every layer reads as at its best α, "Show Best Results" (Figure 6).
+
+    Args:
+        readings: a sweep or an evaluation.
+        prompt: which source prompt, if there are several.
+        position: the token; the rightmost one unless given.
+
+    Raises:
+        ValueError: a prompt or token that is not there.
+    """
+    return best_table(_one(readings, prompt), position=position)
+
+
+def alpha_ladder(
+    readings: Readings,
+    layer: int,
+    *,
+    kind: str = "mlp_out",
+    prompt: str | None = None,
+    position: int | None = None,
+    target_layer: int | None = None,
+) -> go.Figure:
+    """Draw the score of one site over α, with what it reads as beside each point (section 3.5).
+
+    Args:
+        readings: a sweep or an evaluation.
+        layer: the source layer.
+        kind: the kind of activation.
+        prompt: which source prompt, if there are several.
+        position: the token; the rightmost one unless given.
+        target_layer: which target layer, where there are several.
+
+    Raises:
+        ValueError: a prompt, layer, kind, token or target layer that is not there.
+    """
+    result = at_target(_one(readings, prompt), target_layer)
+    curve = alpha_curve(result, kind=kind, layers=[layer], position=position)
+    line = curve.data[0]
+    table = result.table
+    at = table["position"].max() if position is None else position
+    site = (table["kind"] == kind) & (table["source_layer"] == layer) & (table["position"] == at)
+    said = table[site].sort_values("alpha")["description"]
+    figure = go.Figure(
+        go.Bar(
+            x=[0.0 if score is None else score for score in line.y],
+            y=[f"{alpha:g}" for alpha in line.x],
+            orientation="h",
+            text=[text_lines(text, 70) for text in said],
+            textposition="outside",
+            textangle=0,
+            cliponaxis=False,
+            customdata=line.customdata,
+            hovertemplate=line.hovertemplate,
+            marker_color="#6b7a99",
+        )
+    )
+    highest = max((score for score in line.y if score is not None), default=0.0)
+    figure.update_layout(
+        title=f"{curve.layout.title.text} · layer {layer}",
+        template="plotly_white",
+        # Room for the texts: α climbs upwards, and each rung says what was read there.
+        xaxis={"title": "score", "range": [0, max(3 * highest, 0.1)]},
+        yaxis={"title": "α", "type": "category"},
+        height=150 + 44 * len(line.x),
+        width=900,
+    )
+    return figure
+
+
+def _one(readings: Readings, prompt: str | None) -> SweepResult:
+    """Return the readings of one source prompt."""
+    if isinstance(readings, SweepResult):
+        own = readings.provenance.get("prompt")
+        if prompt not in (None, own):
+            raise bad_value(
+                "prompt", expected=f"{own!r}, the prompt of this sweep", got=prompt,
+                fix="leave it out",
+            )  # fmt: skip
+        return readings
+    if prompt is None and len(readings.prompts) == 1:
+        prompt = readings.prompts[0]
+    if prompt is None:
+        raise bad_value(
+            "prompt", expected=f"one of {list(readings.prompts)}", got=None, fix="choose one"
+        )
+    return readings.of(prompt)
