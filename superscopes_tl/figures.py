@@ -1,8 +1,10 @@
-"""The paper's other two pictures of a sweep, as plotly figures.
+"""The paper's other pictures, as plotly figures.
 
 1. `decomposition` (Figure 1): resid_mid + mlp_out = resid_post of one layer, each with what it
    reads as.
 2. `best_table` (Figures 5 and 6): per layer and kind the reading at one α, or at the best.
+3. `figure_3` (Figure 3): at how many prompts each method reads something alike, over layers, as in
+   the paper and corrected for chance.
 """
 
 from __future__ import annotations
@@ -12,11 +14,19 @@ import math
 import textwrap
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
+from superscopes_tl.comparison import Comparison
 from superscopes_tl.errors import bad_value
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import PAPER_KINDS
+
+METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's colours, told apart with and without colour vision."""
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def at_target(result: SweepResult, target_layer: int | None) -> SweepResult:
@@ -121,6 +131,81 @@ def best_table(
         height=160 + 40 * len(readings),
     )
     return figure
+
+
+def figure_3(comparison: Comparison, *, title: str = "") -> go.Figure:
+    """Draw at how many prompts each method reads something alike, over source layers (Figure 3).
+
+    Left the paper's count, similarity above the threshold; right the corrected one. Bars are 95 %
+    bootstrap intervals over prompts, dashed lines what chance gives the method of their colour.
+
+    Args:
+        comparison: from `compare` or `replay`.
+        title: what was compared, the model or the files; the number of prompts and the scorer
+            are added.
+    """
+    settings = comparison.settings
+    forms = (
+        ("hits", "expected_by_chance", f"similarity > {settings['threshold']:g}"),
+        (
+            "corrected",
+            "expected_corrected",
+            f"above the {settings['percentile']:g}th percentile of the other prompts",
+        ),
+    )
+    figure = make_subplots(
+        cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f[2] for f in forms]
+    )
+    for column, (count, chance, _) in enumerate(forms, start=1):
+        for rank, method in enumerate(comparison.methods):
+            rows = comparison.counts[comparison.counts["method"] == method]
+            lines = _count_lines(rows.sort_values("source_layer"), count, chance, rank)
+            for line in lines:
+                line.update(legendgroup=method, showlegend=column == 1 and line.mode != "lines")
+                figure.add_trace(line, row=1, col=column)
+    prompts = comparison.counts["prompts"].max()
+    what = f"{prompts} prompts, {settings['scorer']} on the {settings['score_on']}"
+    figure.update_xaxes(title_text="source layer", dtick=1)
+    figure.update_yaxes(title_text="prompts", rangemode="tozero", col=1)
+    figure.update_layout(
+        title=html.escape(f"{title} · {what}" if title else what),
+        template="plotly_white",
+        legend={"orientation": "h", "y": -0.2},
+        height=460,
+        width=1000,
+    )
+    return figure
+
+
+def _count_lines(rows: pd.DataFrame, count: str, chance: str, rank: int) -> list[go.Scatter]:
+    """Return one method's counts with their intervals, and its dashed chance level."""
+    name = html.escape(str(rows["method"].iloc[0]))
+    color = METHOD_COLORS[rank % len(METHOD_COLORS)]
+    layers, counts = rows["source_layer"].tolist(), rows[count]
+    return [
+        go.Scatter(
+            x=layers,
+            y=counts.tolist(),
+            name=name,
+            mode="lines+markers",
+            line_color=color,
+            marker={"symbol": _SYMBOLS[rank % len(_SYMBOLS)], "size": 8},
+            error_y={
+                "array": (rows[f"{count}_high"] - counts).tolist(),
+                "arrayminus": (counts - rows[f"{count}_low"]).tolist(),
+                "thickness": 1,
+            },
+            hovertemplate=f"{name}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
+        ),
+        go.Scatter(
+            x=layers,
+            y=rows[chance].tolist(),
+            name=f"{name}, by chance",
+            mode="lines",
+            line={"color": color, "dash": "dash", "width": 1},
+            hovertemplate=f"{name} by chance, layer %{{x}}: %{{y:.2f}}<extra></extra>",
+        ),
+    ]
 
 
 def _entry(cell: dict[Any, Any]) -> str:
