@@ -79,7 +79,9 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
             columns=list(COLUMNS.values()),
         )
     except csv.Error as error:
-        raise _bad(path, expected="a CSV file", got=f"{error} at line {reader.line_num}") from error
+        raise _bad(
+            path, expected="a CSV file", got=f"{error} at line {reader.reader.line_num}"
+        ) from error
     if table.empty:
         raise _bad(path, expected="at least one generated text", got="a header alone")
     extra = [name for name in names if name not in COLUMNS]

@@ -76,7 +76,8 @@ def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " pro
     Raises:
         ValueError: `best` is not square, or has fewer than three prompts.
     """
-    return np.diagonal(best) > other_prompt_null(best, percentile)
+    null = other_prompt_null(best, percentile)
+    return np.diagonal(best) > null
 
 
 def p_values(best: Best) -> Float[np.ndarray, " prompt"]:
