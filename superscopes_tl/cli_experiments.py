@@ -49,7 +49,7 @@ def replay(
             comparison.cells.to_csv(csv, index=False)
             _say(f"Cells: {csv}")
         if html:
-            title = f"Recorded generations: {baseline.name}, {amplified.name}"
+            title = f"Recorded generations: {baseline.stem}, {amplified.stem}"
             page = write_html(figure_3(comparison, title=title), html, title=title)
             _say(f"Figure 3: {page}")
 

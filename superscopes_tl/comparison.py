@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def compare(
         cells.append(cells_of(name, table))
         if one_alpha and table["alpha"].nunique() > 1:
             cells += [cells_of(ONE_ALPHA.format(name), rows) for _, rows in table.groupby("alpha")]
-    everything = pd.concat(cells, ignore_index=True)
+    everything = pd.concat([part for part in cells if len(part)], ignore_index=True)
     counts, differences = _tally(everything, resamples=resamples, seed=seed)
     return Comparison(
         everything.drop(columns="discovery"),
@@ -192,13 +193,8 @@ def _cells(
                 }
             )
         )
-    if not cells:
-        raise bad_value(
-            f"methods[{name!r}]",
-            expected=f"at least {significance.FEWEST_PROMPTS} prompts at some layer",
-            got=f"{table['prompt'].nunique()} prompts",
-            fix="a null is made of other prompts: add prompts",
-        )
+    if not cells:  # an α of few prompts, alone
+        return pd.DataFrame()
     together = pd.concat(cells, ignore_index=True)
     q = significance.q_values(together["p_value"].to_numpy())
     return together.assign(q_value=q, discovery=q <= DISCOVERY)
@@ -252,21 +248,19 @@ def _checked(name: str, table: pd.DataFrame, score_on: str) -> pd.DataFrame:
     """Return the rows of one method with what is scored of them in the column `judged`."""
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing or table.empty:
-        raise bad_value(
-            f"methods[{name!r}]",
-            expected=f"at least one row with the columns {', '.join(COLUMNS)}",
-            got=f"no column {missing}" if missing else "an empty table",
-            fix="give one row per generated text",
-        )
-    for column in ("prompt", "text"):
-        strange = [value for value in table[column] if not isinstance(value, str)]
+        got = f"no column {missing}" if missing else "an empty table"
+        wanted = f"at least one row with the columns {', '.join(COLUMNS)}"
+        raise _refused(name, wanted, got, "give one row per generated text")
+    for column, kind in (("prompt", str), ("text", str), ("source_layer", Real), ("alpha", Real)):
+        strange = [value for value in table[column] if not isinstance(value, kind)]
         if strange:
-            raise bad_value(
-                f"methods[{name!r}]",
-                expected=f"strings in the column {column}",
-                got=strange[0],
-                fix="give an empty text as '' (pd.read_csv: keep_default_na=False)",
-            )
+            what = "strings" if kind is str else "numbers"
+            fix = "give an empty text as '' (pd.read_csv: keep_default_na=False)"
+            raise _refused(name, f"{what} in the column {column}", strange[0], fix)
+    if table.groupby("source_layer")["prompt"].nunique().max() < significance.FEWEST_PROMPTS:
+        wanted = f"at least {significance.FEWEST_PROMPTS} prompts at some layer"
+        got = f"{table['prompt'].nunique()} prompts"
+        raise _refused(name, wanted, got, "a null is made of other prompts: add prompts")
     rows = table.reset_index(drop=True)
     judged = rows["text"].map(crop_description) if score_on == "description" else rows["text"]
     return rows.assign(judged=judged)
@@ -292,13 +286,16 @@ def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
     (first, *_), (first_places, *_) = list(tables), [_places(t) for t in tables.values()]
     for name, table in tables.items():
         if not first_places & _places(table):
-            raise bad_value(
-                f"methods[{name!r}]",
-                expected=f"some prompt and source layer of {first}",
-                got=f"layers {_some(sorted(set(table['source_layer'])))} of the prompts "
-                f"{_some(list(dict.fromkeys(table['prompt'])))}",
-                fix="compare methods on the same prompts and layers",
+            got = (
+                f"layers {_some(sorted(set(table['source_layer'])))} of the prompts "
+                f"{_some(list(dict.fromkeys(table['prompt'])))}"
             )
+            fix = "compare methods on the same prompts and layers"
+            raise _refused(name, f"some prompt and source layer of {first}", got, fix)
+
+
+def _refused(name: str, expected: str, got: object, fix: str) -> ValueError:
+    return bad_value(f"methods[{name!r}]", expected=expected, got=got, fix=fix)
 
 
 def _places(table: pd.DataFrame) -> set[tuple[str, int]]:

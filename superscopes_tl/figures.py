@@ -168,10 +168,11 @@ def figure_3(comparison: Comparison, *, title: str = "") -> go.Figure:
     figure.update_xaxes(title_text="source layer", dtick=1)
     figure.update_yaxes(title_text="prompts", rangemode="tozero", col=1)
     figure.update_layout(
-        title=html.escape(f"{title} · {what}" if title else what),
+        title="<br>".join(html.escape(line) for line in (title, what) if line),
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.2},
-        height=460,
+        legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.01, "yref": "container"},
+        margin_b=110,
+        height=480,
         width=1000,
     )
     return figure

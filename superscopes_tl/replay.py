@@ -74,6 +74,8 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
             raise _bad(
                 path, expected=f"the columns {', '.join(COLUMNS)}", got=f"no {', '.join(missing)}"
             )
+        if len(names) < len(reader.fieldnames or ()):
+            raise _bad(path, expected="each column once", got="two columns of one name")
         table = pd.DataFrame(
             [_row(path, reader.line_num, {c: row[names[c]] for c in COLUMNS}) for row in reader],
             columns=list(COLUMNS.values()),

@@ -109,6 +109,14 @@ def test_one_alpha_is_the_mean_over_alphas_each_judged_alone(
         assert mean[column] == pytest.approx(np.mean([row[column] for row in alone]))
 
 
+def test_an_alpha_of_too_few_prompts_is_not_judged_alone(word_overlap: Any) -> None:
+    """Two prompts with an α of their own make no null: the mean is over the other α."""
+    more = pd.concat([SCALED, SCALED.head(4).assign(alpha=20)])
+    found = compare({"B": more}, scorer=word_overlap, one_alpha=True)
+    alone = found.cells[found.cells["method"] == "B, one alpha"]
+    assert sorted(alone["alpha"].unique()) == [3, 6, 9]
+
+
 def test_the_counts_stand_between_their_ends_and_beside_chance(both: Comparison) -> None:
     """Every column is there; by chance is the sum over prompts of the others' share."""
     assert list(both.counts.columns) == [
@@ -197,6 +205,7 @@ def test_similarities_are_those_of_the_scorer_pair_by_pair() -> None:
         ({"A": PLAIN.drop(columns="text")}, {}, r"methods\['A'\]: expected .* got no column"),
         ({"A": PLAIN.head(0)}, {}, "got an empty table"),
         ({"A": PLAIN.assign(text=None)}, {}, "expected strings in the column text, got None"),
+        ({"A": PLAIN.assign(alpha="1")}, {}, "expected numbers in the column alpha, got 1"),
         ({"A": PLAIN[PLAIN["prompt"] == "blue sky"]}, {}, "at least 3 prompts.*got 1 prompts"),
         (
             {"A": PLAIN, "B": SCALED.assign(source_layer=7)},
@@ -221,7 +230,8 @@ def test_bad_input_is_explained(
 def test_figure_3_shows_both_counts_with_intervals_and_chance(both: Comparison) -> None:
     """Per form and method a line with error bars and a dashed one of the same colour."""
     figure = figure_3(both, title="<b>m")
-    assert "&lt;b&gt;m · 4 prompts, word_overlap on the text" in figure.layout.title.text
+    assert figure.layout.title.text == "&lt;b&gt;m<br>4 prompts, word_overlap on the text"
+    assert figure_3(both).layout.title.text == "4 prompts, word_overlap on the text"
     assert [note.text for note in figure.layout.annotations] == [
         "similarity > 0.3",
         "above the 95th percentile of the other prompts",

@@ -116,6 +116,7 @@ def test_repeated_conditions_and_other_columns_are_named(tmp_path: Path) -> None
         ("hello\nworld\n", "expected the columns source prompt, .* got no source prompt, token"),
         (HEADER.replace(",", ";"), "got no source prompt, token, layer, amplification value"),
         (HEADER.replace(",result", ""), "got no result"),
+        ("layer," + HEADER, "expected each column once, got two columns of one name"),
         (HEADER, "expected at least one generated text, got a header alone"),
         (HEADER + "a,b,one,1,x\n", "layers that are whole numbers .* got 'one' in line 2"),
         (HEADER + "a,b,1,1,x\na,b,1.5,1,x\n", "whole numbers from 0 to 9999, got '1.5' in line 3"),
@@ -322,6 +323,17 @@ def test_the_authors_recordings_hold_up_after_correction(paper: Any) -> None:
             counts.append(str(sum(above)))
         lines.append(" ".join(counts))
     assert paper.lines(corrected=True)[:2] == [f"Patchscopes {lines[0]}", f"Superscopes {lines[1]}"]
+
+
+def test_the_readme_shows_what_the_authors_recordings_give(paper: Any) -> None:
+    """Its lines are the command's."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Replay the authors' recordings")[1].split("\n## ")[0]
+    for corrected in (False, True):
+        assert "\n".join(["", *paper.lines(corrected), ""]) in section
+    chance = paper.counts["expected_by_chance"]
+    assert f"({chance.min():.1f} to {chance.max():.0f} prompts with a" in " ".join(section.split())
+    assert paper.counts["discoveries"].sum() == 0
 
 
 def test_what_is_unusual_in_the_authors_recordings_is_said(paper: Any) -> None:
