@@ -24,6 +24,7 @@ from superscopes_tl.amplify import (
     scale,
 )
 from superscopes_tl.capture import Activations, capture
+from superscopes_tl.comparison import Comparison, compare
 from superscopes_tl.config import CONTROLS, SweepConfig
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import (
@@ -51,6 +52,7 @@ from superscopes_tl.prompts import (
     crop_description,
 )
 from superscopes_tl.refine import refine
+from superscopes_tl.replay import Recording, read_recording, replay
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingScorer
 from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
@@ -75,6 +77,7 @@ __all__ = [
     "PAPER_PROMPTS",
     "PAPER_THRESHOLD",
     "Activations",
+    "Comparison",
     "Evaluation",
     "Explorer",
     "Generation",
@@ -87,6 +90,7 @@ __all__ = [
     "PatchedGenerator",
     "PlaceholderError",
     "Reading",
+    "Recording",
     "RunFileError",
     "Scorer",
     "SentenceEmbeddingScorer",
@@ -103,9 +107,11 @@ __all__ = [
     "alpha_curve",
     "best_table",
     "capture",
+    "compare",
     "crop_description",
     "decomposition",
     "evaluate",
+    "figure_3",
     "heatmap",
     "in_units_of",
     "iter_sweep",
@@ -115,7 +121,9 @@ __all__ = [
     "placeholder_state",
     "plan_sweep",
     "random_direction",
+    "read_recording",
     "refine",
+    "replay",
     "resid_mid",
     "resolve_positions",
     "save_as",

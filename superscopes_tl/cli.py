@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from superscopes_tl import cli_experiments
+from superscopes_tl.shell import (
+    ERRORS,
+    OUTPUT,
+    check_folder,
+    explained,
+    parse_layers,
+    parse_numbers,
+)
 
 app = typer.Typer(
     help="Amplify a model's internal activations and let the model say what they mean.",
@@ -24,9 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
-_OUTPUT = Console(emoji=False)
-_ERRORS = Console(stderr=True, emoji=False)
+app.command()(cli_experiments.replay)
 
 
 @app.command()
@@ -89,9 +96,9 @@ def sweep(
     )
     from superscopes_tl import sweep as run_sweep
 
-    with _explained(), _stopped_sweep_saved_to(out):
+    with explained(), _stopped_sweep_saved_to(out):
         for path in (out, html):
-            _check_folder(path)
+            check_folder(path)
         target = (
             DESCRIPTION_PROMPT
             if target_prompt is None
@@ -116,13 +123,13 @@ def sweep(
         )
         _print_result(result, show_all=show_all)
         if out:
-            _OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
+            OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
         if html:
             grid = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
             x: Literal["alpha", "target_layer"] = "target_layer" if grid else "alpha"
             positions = dict.fromkeys(result.table["position"])
             figures = [heatmap(result, x=x, position=position) for position in positions]
-            _OUTPUT.print(f"Heatmap: {write_html(figures, html)}", markup=False)
+            OUTPUT.print(f"Heatmap: {write_html(figures, html)}", markup=False)
 
 
 @app.command()
@@ -136,7 +143,7 @@ def demo(
     from superscopes_tl import load_model
     from superscopes_tl.demo import run_demo
 
-    with _explained():
+    with explained():
         run_demo(load_model(backend=_backend(backend)), output)
 
 
@@ -168,7 +175,7 @@ def page(
     from superscopes_tl import SweepResult
     from superscopes_tl.serve import explorer_cell, serve
 
-    with _explained():
+    with explained():
         if result is not None:
             SweepResult.load(result)  # says what is wrong with the file before a page does
             cell = explorer_cell(result=str(result.resolve()))
@@ -178,7 +185,7 @@ def page(
             )
         status = serve(
             cell, ip=ip, port=port, token=token, open_browser=browser,
-            announce=lambda url: _OUTPUT.print(f"Open {url} (Ctrl+C stops)", markup=False,
+            announce=lambda url: OUTPUT.print(f"Open {url} (Ctrl+C stops)", markup=False,
                                                soft_wrap=True),
         )  # fmt: skip
     raise typer.Exit(status)
@@ -196,70 +203,23 @@ def models(
     from superscopes_tl.mini import MODEL_DIR
     from superscopes_tl.mini.report import headline, load_figures
 
-    with _explained():
+    with explained():
         loaded = load_model(model)
     facts = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
     facts.update(loaded.provenance())
-    _OUTPUT.print(repr(loaded), style="bold", markup=False)
+    OUTPUT.print(repr(loaded), style="bold", markup=False)
     for name, value in facts.items():
         if name not in ("name", "n_layers", "d_model"):
-            _OUTPUT.print(f"{name:<22}{value}", markup=False)
+            OUTPUT.print(f"{name:<22}{value}", markup=False)
     if loaded.name == BUNDLED_MODEL:
-        _OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
+        OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
         for name, value in headline(load_figures(MODEL_DIR)).items():
-            _OUTPUT.print(f"{name:<22}{value}", markup=False)
-    _OUTPUT.print(
+            OUTPUT.print(f"{name:<22}{value}", markup=False)
+    OUTPUT.print(
         "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
         "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
         "meta-llama/Llama-2-13b-chat-hf) or a local directory."
     )
-
-
-def parse_numbers(text: str, option: str) -> list[float]:
-    """Return the numbers of a comma-separated list.
-
-    Raises:
-        ValueError: something in it is no number.
-    """
-    from superscopes_tl.errors import bad_value
-
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise bad_value(
-            option,
-            expected="numbers with commas between them",
-            got=text,
-            fix=f"write for example {option} 1,3,6",
-        ) from error
-
-
-def parse_layers(text: str, option: str) -> list[int]:
-    """Return the layers of a list such as `0-5,8`.
-
-    Raises:
-        ValueError: something in it is neither a number nor a range.
-    """
-    from superscopes_tl.errors import bad_value
-
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            chosen: Sequence[int] = (
-                range(int(first), int(last) + 1) if dash and first else [int(part)]
-            )
-            if not chosen:
-                raise ValueError("a range from high to low")
-            layers += chosen
-        except ValueError as error:
-            raise bad_value(
-                option,
-                expected="layers such as 0-5,8",
-                got=text,
-                fix=f"write for example {option} 0-5,8",
-            ) from error
-    return layers
 
 
 def _parse_token(text: str) -> Any:
@@ -276,19 +236,6 @@ def _backend(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """End with exit code 2 and the message on bad input, with 1 on what the machine refuses."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        _ERRORS.print(f"Error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
-    except (OSError, MemoryError) as error:
-        _ERRORS.print(f"Error: {type(error).__name__}: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
 def _stopped_sweep_saved_to(out: Path | None) -> Iterator[None]:
     """Save the finished cells of a sweep that broke off; end with 130 or 1."""
     from superscopes_tl import SweepError, SweepInterrupted
@@ -296,23 +243,10 @@ def _stopped_sweep_saved_to(out: Path | None) -> Iterator[None]:
     try:
         yield
     except (SweepInterrupted, SweepError) as stopped:
-        _ERRORS.print(str(stopped), markup=False)
+        ERRORS.print(str(stopped), markup=False)
         if out:
-            _ERRORS.print(f"Saved to {stopped.partial.save(out)}.", markup=False)
+            ERRORS.print(f"Saved to {stopped.partial.save(out)}.", markup=False)
         raise typer.Exit(130 if isinstance(stopped, SweepInterrupted) else 1) from stopped
-
-
-def _check_folder(path: Path | None) -> None:
-    """Find out before a long sweep that its result would have no place."""
-    from superscopes_tl.errors import bad_value
-
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise bad_value(
-            "--out or --html",
-            expected="a file in a folder that exists",
-            got=str(path),
-            fix=f"mkdir -p {path.parent}",
-        )
 
 
 def _print_result(result: Any, *, show_all: bool) -> None:
@@ -323,7 +257,7 @@ def _print_result(result: Any, *, show_all: bool) -> None:
     if not show_all:
         for position in dict.fromkeys(result.table["position"]):
             chosen = result.table[result.table["position"] == position]
-            _OUTPUT.print(reading_table(type(result)(chosen, result.provenance)))
+            OUTPUT.print(reading_table(type(result)(chosen, result.provenance)))
         return
     columns = {
         "token": "token",
@@ -340,7 +274,7 @@ def _print_result(result: Any, *, show_all: bool) -> None:
     for row in result.table[list(columns)].to_dict("records"):
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         table.add_row(*map(escape, cells))
-    _OUTPUT.print(table)
+    OUTPUT.print(table)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,37 @@
 """The paper's figures, one function each, from a sweep or from an evaluation.
 
 1. `figure_1`: one layer's decomposition, resid_mid + mlp_out = resid_post, in words.
-2. `figure_5` and `figure_6`: the readings of every layer at α = 1, and at the best α.
-3. `alpha_ladder`: what one site reads as α grows (section 3.5).
+2. `figure_3`: at how many prompts each method reads something alike, over layers, as in the paper
+   and corrected for chance.
+3. `figure_5` and `figure_6`: the readings of every layer at α = 1, and at the best α.
+4. `alpha_ladder`: what one site reads as α grows (section 3.5).
 
-An evaluation holds several prompts: say which one with `prompt`. Figure 3, which counts prompts, is
-`figures.figure_3`. Figures 2 and 4 (a diffusion model, a screenshot) show nothing to compute.
+An evaluation holds several prompts: say which one with `prompt`. Figures 2 and 4 (a diffusion model,
+a screenshot) show nothing to compute.
 """
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
+import html
 
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from superscopes_tl.comparison import Comparison, compare
 from superscopes_tl.errors import bad_value
+from superscopes_tl.evaluate import methods
 from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.figures import at_target, best_table, decomposition, text_lines
 from superscopes_tl.plots import alpha_curve
 from superscopes_tl.results import SweepResult
 
 Readings = SweepResult | Evaluation
+
+METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's colours, told apart with and without colour vision."""
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def figure_1(
@@ -42,6 +55,55 @@ def figure_1(
         ValueError: a prompt, layer, α or token that is not there.
     """
     return decomposition(_one(readings, prompt), layer, alpha=alpha, position=position)
+
+
+def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
+    """Draw at how many prompts each method reads something alike, over source layers (Figure 3).
+
+    Left the paper's count, similarity above the threshold; right the corrected one. Bars are 95 %
+    bootstrap intervals over prompts, dashed lines what chance gives the method of their colour.
+
+    Args:
+        counted: from `compare` or `replay`, or an evaluation of one kind, which is compared first.
+        title: what was compared, the model or the files; the number of prompts and the scorer
+            are added.
+    """
+    comparison = counted
+    if isinstance(counted, Evaluation):
+        comparison = compare(methods(counted))
+        title = title or str(counted.provenance["model"]["name"])
+    settings = comparison.settings
+    forms = (
+        ("hits", "expected_by_chance", f"similarity > {settings['threshold']:g}"),
+        (
+            "corrected",
+            "expected_corrected",
+            f"above the {settings['percentile']:g}th percentile of the other prompts",
+        ),
+    )
+    figure = make_subplots(
+        cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f[2] for f in forms]
+    )
+    for column, (count, chance, _) in enumerate(forms, start=1):
+        for rank, method in enumerate(comparison.methods):
+            rows = comparison.counts[comparison.counts["method"] == method]
+            lines = _count_lines(rows.sort_values("source_layer"), count, chance, rank)
+            for line in lines:
+                line.update(legendgroup=method, showlegend=column == 1 and line.mode != "lines")
+                figure.add_trace(line, row=1, col=column)
+    prompts = comparison.counts["prompts"].max()
+    what = f"{prompts} prompts, {settings['scorer']} on the {settings['score_on']}"
+    figure.update_xaxes(title_text="source layer", dtick=1)
+    figure.update_yaxes(title_text="prompts", rangemode="tozero", col=1)
+    figure.update_layout(
+        title="<br>".join(html.escape(line) for line in (title, what) if line),
+        template="plotly_white",
+        legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.01, "yref": "container"},
+        margin_b=110,
+        height=480,
+        width=1000,
+    )
+    return figure
 
 
 def figure_5(
@@ -149,3 +211,34 @@ def _one(readings: Readings, prompt: str | None) -> SweepResult:
             "prompt", expected=f"one of {list(readings.prompts)}", got=None, fix="choose one"
         )
     return readings.of(prompt)
+
+
+def _count_lines(rows: pd.DataFrame, count: str, chance: str, rank: int) -> list[go.Scatter]:
+    """Return one method's counts with their intervals, and its dashed chance level."""
+    name = html.escape(str(rows["method"].iloc[0]))
+    color = METHOD_COLORS[rank % len(METHOD_COLORS)]
+    layers, counts = rows["source_layer"].tolist(), rows[count]
+    return [
+        go.Scatter(
+            x=layers,
+            y=counts.tolist(),
+            name=name,
+            mode="lines+markers",
+            line_color=color,
+            marker={"symbol": _SYMBOLS[rank % len(_SYMBOLS)], "size": 8},
+            error_y={
+                "array": (rows[f"{count}_high"] - counts).tolist(),
+                "arrayminus": (counts - rows[f"{count}_low"]).tolist(),
+                "thickness": 1,
+            },
+            hovertemplate=f"{name}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
+        ),
+        go.Scatter(
+            x=layers,
+            y=rows[chance].tolist(),
+            name=f"{name}, by chance",
+            mode="lines",
+            line={"color": color, "dash": "dash", "width": 1},
+            hovertemplate=f"{name} by chance, layer %{{x}}: %{{y:.2f}}<extra></extra>",
+        ),
+    ]

@@ -4,7 +4,7 @@
 2. The paper's scorer embeds both texts with all-MiniLM-L6-v2 and takes the cosine of the two
    embeddings (section 4.1); each distinct text is embedded once, in batches.
 3. `score_texts` calls a scorer for the texts that there are: an empty generation has no meaning
-   to compare, so its score is NaN, not 0.
+   to compare, so its score is NaN, not 0. `similarities` does so for every text and reference.
 
 A score says how alike two texts are to the scorer, not that the description is true.
 """
@@ -206,4 +206,23 @@ def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[fl
                 )
         for i, score in zip(there, found, strict=True):
             scores[i] = score
+    return scores
+
+
+def similarities(
+    scorer: Scorer, texts: Sequence[str], references: Sequence[str]
+) -> Float[np.ndarray, "text reference"]:
+    """Score every text against every reference; NaN for an empty text.
+
+    A `SentenceEmbeddingScorer` embeds each once; any other scorer is called once per reference.
+
+    Raises:
+        ValueError: the scorer returned a wrong number of scores, or an infinite one.
+    """
+    if not isinstance(scorer, SentenceEmbeddingScorer):
+        return np.array([score_texts(scorer, r, texts) for r in references], dtype=float).T
+    scores = np.full((len(texts), len(references)), np.nan)
+    there = [i for i, text in enumerate(texts) if text.strip()]
+    if there:
+        scores[there] = scorer.embed([texts[i] for i in there]) @ scorer.embed(references).T
     return scores

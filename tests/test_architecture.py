@@ -18,9 +18,11 @@ PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
     "capture", "amplify", "memory", "decoding", "patching", "scoring", "results",
+    "significance", "comparison", "replay",
     "config", "plan", "cells", "controls", "sweep", "refine", "guided", "evaluation", "evaluate",
     "plots", "figures", "snapshot", "export", "background", "details", "live", "markup",
-    "explorer_view", "explorer_config", "explorer_panel", "explorer_desk", "explorer", "serve", "demo", "cli",
+    "explorer_view", "explorer_config", "explorer_panel", "explorer_desk", "explorer", "serve",
+    "demo", "shell", "cli_experiments", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

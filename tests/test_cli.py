@@ -19,8 +19,9 @@ from superscopes_tl import (
     SweepResult,
     sweep,
 )
-from superscopes_tl.cli import app, parse_layers, parse_numbers
+from superscopes_tl.cli import app
 from superscopes_tl.demo import count_right, known_facts, rescues, right, run_demo
+from superscopes_tl.shell import parse_layers, parse_numbers
 
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
 
@@ -34,7 +35,7 @@ def test_the_command_and_each_subcommand_explain_themselves() -> None:
     """--help names every command and what it does, and ends well."""
     top = run("--help")
     assert top.exit_code == 0
-    for name in ("sweep", "demo", "models"):
+    for name in ("sweep", "demo", "models", "replay"):
         assert name in top.stdout
         help_text = run(name, "--help")
         assert help_text.exit_code == 0

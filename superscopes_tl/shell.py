@@ -1,0 +1,87 @@
+"""What the commands share: how they parse, print and end.
+
+Bad input ends with exit code 2 and a message that says what was expected; what the machine
+refuses ends with 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from superscopes_tl.errors import bad_value
+
+# Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
+OUTPUT = Console(emoji=False)
+ERRORS = Console(stderr=True, emoji=False)
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Return the numbers of a comma-separated list.
+
+    Raises:
+        ValueError: something in it is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise bad_value(
+            option,
+            expected="numbers with commas between them",
+            got=text,
+            fix=f"write for example {option} 1,3,6",
+        ) from error
+
+
+def parse_layers(text: str, option: str) -> list[int]:
+    """Return the layers of a list such as `0-5,8`.
+
+    Raises:
+        ValueError: something in it is neither a number nor a range.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            chosen: Sequence[int] = (
+                range(int(first), int(last) + 1) if dash and first else [int(part)]
+            )
+            if not chosen:
+                raise ValueError("a range from high to low")
+            layers += chosen
+        except ValueError as error:
+            raise bad_value(
+                option,
+                expected="layers such as 0-5,8",
+                got=text,
+                fix=f"write for example {option} 0-5,8",
+            ) from error
+    return layers
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """End with exit code 2 and the message on bad input, with 1 on what the machine refuses."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        ERRORS.print(f"Error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    except (OSError, MemoryError) as error:
+        ERRORS.print(f"Error: {type(error).__name__}: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+def check_folder(path: Path | None, option: str = "--out or --html") -> None:
+    """Find out before a long sweep that its result would have no place."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise bad_value(
+            option,
+            expected="a file in a folder that exists",
+            got=str(path),
+            fix=f"mkdir -p {path.parent}",
+        )
