@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 ORDER = [
     "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
-    "capture", "amplify", "memory", "patching", "scoring", "results",
-    "plan", "sweep", "plots", "figures", "snapshot", "export", "background", "details",
+    "capture", "amplify", "memory", "patching", "scoring", "contextualization", "results",
+    "selectors", "metric", "plan", "sweep", "plots", "figures", "metric_figures", "snapshot",
+    "export", "background", "details",
     "live", "markup", "explorer_view", "explorer_config", "explorer_panel", "explorer_desk",
     "explorer", "serve", "demo", "cli",
 ]  # fmt: skip
