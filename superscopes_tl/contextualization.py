@@ -93,7 +93,9 @@ def reveals_earlier(
     amplified = _cells(table, kind, **place, amplified=True)
     before = amplified["source_layer"] < amplified["prompt"].map(layers)
     hits = amplified[before.fillna(False).astype(bool) & _reads(amplified, **judge)]
-    hits = hits.assign(_size=hits["alpha"].abs(), _rank=hits["prompt"].map(_order(layers)))
+    hits = hits.assign(
+        _size=hits["alpha"].abs(), _rank=layers.index.get_indexer(pd.Index(hits["prompt"]))
+    )
     found = hits.sort_values(
         ["_rank", "source_layer", "_size", "alpha"], ascending=[*[True] * 3, False]
     )
@@ -167,15 +169,15 @@ def _at(table: pd.DataFrame, position: int | None) -> pd.DataFrame:
         )
     last = table.groupby("prompt")["position"].transform("max")
     rows = table[table["position"] == (last if position is None else position)]
-    for prompt in table["prompt"].unique():
-        if prompt not in set(rows["prompt"]):
-            there = sorted(table.loc[table["prompt"] == prompt, "position"].unique().tolist())
-            raise bad_value(
-                "position",
-                expected=f"one of {there}",
-                got=position,
-                fix="choose a token of this sweep, or sweep over it",
-            )
+    lacking = set(table["prompt"]) - set(rows["prompt"])
+    if lacking:
+        there = table.loc[table["prompt"] == min(lacking), "position"]
+        raise bad_value(
+            "position",
+            expected=f"one of {sorted(there.unique().tolist())}",
+            got=position,
+            fix="choose a token of this sweep, or sweep over it",
+        )
     return rows
 
 
@@ -191,7 +193,3 @@ def _reads(
 def _said(cells: pd.DataFrame) -> pd.Series[str]:
     """Return what was read, by prompt and source layer."""
     return cells.set_index(_PLACE)["description"]
-
-
-def _order(layers: pd.Series[int]) -> dict[Any, int]:
-    return {prompt: rank for rank, prompt in enumerate(layers.index)}
