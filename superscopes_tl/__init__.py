@@ -24,6 +24,7 @@ from superscopes_tl.amplify import (
     scale,
 )
 from superscopes_tl.capture import Activations, capture
+from superscopes_tl.contextualization import contextualization_layers, reveals_earlier
 from superscopes_tl.errors import (
     ModelLoadError,
     PlaceholderError,
@@ -33,6 +34,18 @@ from superscopes_tl.errors import (
 from superscopes_tl.export import save_as, write_html
 from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.loading import load_model
+from superscopes_tl.metric import (
+    Quality,
+    ceiling,
+    compared_scores,
+    exact,
+    metric_table,
+    quality,
+    quality_intervals,
+    token_overlap,
+    word_vectors_scorer,
+)
+from superscopes_tl.metric_figures import earlier_table, roc_figure, selector_figure
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Generation, Patch, PatchedGenerator
 from superscopes_tl.plan import SweepConfig, SweepPlan, plan_sweep
@@ -46,6 +59,16 @@ from superscopes_tl.prompts import (
 )
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingScorer
+from superscopes_tl.selectors import (
+    Selector,
+    by_similarity,
+    choose,
+    fixed_alpha,
+    largest_lift,
+    lowest_entropy,
+    neighbour_agreement,
+    rate,
+)
 from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
 from superscopes_tl.sweep import SweepError, SweepInterrupted, iter_sweep, sweep
 from superscopes_tl.tokens import TokenizedText, resolve_positions, tokenize
@@ -73,9 +96,11 @@ __all__ = [
     "Patch",
     "PatchedGenerator",
     "PlaceholderError",
+    "Quality",
     "Reading",
     "RunFileError",
     "Scorer",
+    "Selector",
     "SentenceEmbeddingScorer",
     "Site",
     "SweepConfig",
@@ -89,20 +114,40 @@ __all__ = [
     "__version__",
     "alpha_curve",
     "best_table",
+    "by_similarity",
     "capture",
+    "ceiling",
+    "choose",
+    "compared_scores",
+    "contextualization_layers",
     "crop_description",
     "decomposition",
+    "earlier_table",
+    "exact",
+    "fixed_alpha",
     "heatmap",
     "in_units_of",
     "iter_sweep",
+    "largest_lift",
     "load_model",
+    "lowest_entropy",
+    "metric_table",
+    "neighbour_agreement",
     "plan_sweep",
+    "quality",
+    "quality_intervals",
     "random_direction",
+    "rate",
     "resolve_positions",
+    "reveals_earlier",
+    "roc_figure",
     "save_as",
     "scale",
+    "selector_figure",
     "sweep",
+    "token_overlap",
     "tokenize",
+    "word_vectors_scorer",
     "write_html",
 ]
 
