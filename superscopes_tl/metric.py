@@ -184,8 +184,12 @@ def word_vectors_scorer() -> SentenceEmbeddingScorer:
     """
     from safetensors.numpy import load_file
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    except ImportError:  # before sentence-transformers 6
+        from sentence_transformers.models import StaticEmbedding
 
     folder = packaged_scorer()
     if folder is None:
