@@ -26,6 +26,7 @@ from superscopes_tl.amplify import (
 from superscopes_tl.capture import Activations, capture
 from superscopes_tl.comparison import Comparison, compare
 from superscopes_tl.config import CONTROLS, SweepConfig
+from superscopes_tl.contextualization import contextualization_layers, reveals_earlier
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import (
     ModelLoadError,
@@ -40,6 +41,7 @@ from superscopes_tl.figures import best_table, decomposition
 from superscopes_tl.guided import mean_activation, placeholder_state, resid_mid
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.paper_figures import alpha_ladder, figure_1, figure_3, figure_5, figure_6
 from superscopes_tl.patching import Patch, PatchedGenerator
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.plots import alpha_curve, heatmap
@@ -105,13 +107,18 @@ __all__ = [
     "UnavailableKindError",
     "__version__",
     "alpha_curve",
+    "alpha_ladder",
     "best_table",
     "capture",
     "compare",
+    "contextualization_layers",
     "crop_description",
     "decomposition",
     "evaluate",
+    "figure_1",
     "figure_3",
+    "figure_5",
+    "figure_6",
     "heatmap",
     "in_units_of",
     "iter_sweep",
@@ -126,6 +133,7 @@ __all__ = [
     "replay",
     "resid_mid",
     "resolve_positions",
+    "reveals_earlier",
     "save_as",
     "scale",
     "sweep",

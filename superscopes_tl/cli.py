@@ -17,6 +17,7 @@ import typer
 from rich.markup import escape
 
 from superscopes_tl import cli_experiments
+from superscopes_tl import cli_options as options
 from superscopes_tl.shell import (
     ERRORS,
     OUTPUT,
@@ -33,49 +34,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(cli_experiments.evaluate)
 app.command()(cli_experiments.replay)
 
 
 @app.command()
 def sweep(
     prompt: Annotated[str, typer.Argument(help="The source prompt whose activations are read.")],
-    model: Annotated[
-        str, typer.Option(help="'mini' (bundled), a local directory or a hub name.")
-    ] = "mini",
-    layers: Annotated[
-        str, typer.Option(help="Source layers, such as 0-5,8. Every layer unless given.")
-    ] = "",
-    kinds: Annotated[
-        str, typer.Option(help="resid_pre, attn_out, resid_mid, mlp_out, resid_post.")
-    ] = "resid_mid,mlp_out,resid_post",
-    alphas: Annotated[str, typer.Option(help="Amplifiers; 1 is Patchscopes.")] = "1,3,6,9,12,15",
-    token: Annotated[
-        str, typer.Option(help="The token to read: an index, a substring, or 'all'.")
-    ] = "-1",
-    target_layer: Annotated[
-        str, typer.Option(help="Where to patch: a layer, 'same', or several, such as 0,3,6.")
-    ] = "0",
-    target_prompt: Annotated[
-        str | None, typer.Option(help="A text with the placeholder. The paper's unless given.")
-    ] = None,
-    placeholder: Annotated[str, typer.Option(help="The placeholder's word.")] = "x",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest text. The model's own default, else 10.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Cells per batch. Chosen by memory unless given.")
-    ] = None,
-    scorer: Annotated[
-        str, typer.Option(help="A SentenceTransformer. all-MiniLM-L6-v2 unless given.")
-    ] = "",
-    score_on: Annotated[
-        str, typer.Option(help="'description', or as the paper did the whole 'text'.")
-    ] = "description",
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[
-        str, typer.Option(help="cuda, mps or cpu; the best there is unless given.")
-    ] = "",
+    model: options.Model = "mini",
+    layers: options.Layers = "",
+    kinds: options.Kinds = "resid_mid,mlp_out,resid_post",
+    alphas: options.Alphas = "1,3,6,9,12,15",
+    token: options.Token = "-1",
+    target_layer: options.Target = "0",
+    target_prompt: options.TargetText = None,
+    placeholder: options.Placeholder = "x",
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: options.BatchSize = None,
+    scorer: options.ScorerName = "",
+    score_on: options.ScoreOn = "description",
+    controls: options.Controls = "",
+    backend: options.Backend = "auto",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
     out: Annotated[
         Path | None, typer.Option(help="Save the result to this run file (.zip).")
     ] = None,
@@ -87,39 +68,27 @@ def sweep(
     ] = False,
 ) -> None:
     """Read a prompt at every layer and α, and print what the model says it means."""
-    from superscopes_tl import (
-        DESCRIPTION_PROMPT,
-        TargetPrompt,
-        heatmap,
-        load_model,
-        write_html,
-    )
+    from superscopes_tl import heatmap, write_html
     from superscopes_tl import sweep as run_sweep
 
     with explained(), _stopped_sweep_saved_to(out):
         for path in (out, html):
             check_folder(path)
-        target = (
-            DESCRIPTION_PROMPT
-            if target_prompt is None
-            else TargetPrompt(target_prompt, placeholder)
-        )
-        loaded = load_model(model, backend=_backend(backend), dtype=dtype, device=device or None)
+        target = options.target_prompt(target_prompt, placeholder)
         result = run_sweep(
-            loaded,
+            options.load(model, backend, dtype, device),
             prompt,
             layers=parse_layers(layers, "--layers") if layers else None,
-            kinds=[kind.strip() for kind in kinds.split(",")],
+            kinds=options.names(kinds),
             alphas=parse_numbers(alphas, "--alphas"),
-            positions=_parse_token(token),
-            target_layer=(
-                "same" if target_layer == "same" else parse_layers(target_layer, "--target-layer")
-            ),
+            positions=options.parse_token(token),
+            target_layer=options.parse_target(target_layer),
             target_prompt=target,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             scorer=scorer or None,
             score_on=score_on,
+            controls=options.names(controls),
         )
         _print_result(result, show_all=show_all)
         if out:
@@ -137,30 +106,25 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the page and the run files.")] = Path(
         "output"
     ),
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "bridge",
+    backend: options.Backend = "bridge",
 ) -> None:
     """Run the paper's prompts on the bundled model, with controls, and draw the heatmaps."""
-    from superscopes_tl import load_model
     from superscopes_tl.demo import run_demo
 
     with explained():
-        run_demo(load_model(backend=_backend(backend)), output)
+        run_demo(options.load("mini", backend), output)
 
 
 @app.command("app")
 def page(
-    model: Annotated[
-        str, typer.Option(help="'mini' (bundled), a local directory or a hub name.")
-    ] = "mini",
+    model: options.Model = "mini",
     prompt: Annotated[str, typer.Option(help="The source prompt to begin with.")] = "",
     result: Annotated[
         Path | None, typer.Option(help="Show this run file (.zip); no model is loaded.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "bridge",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[
-        str, typer.Option(help="cuda, mps or cpu; the best there is unless given.")
-    ] = "",
+    backend: options.Backend = "bridge",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
     ip: Annotated[
         str, typer.Option(help="Where to listen. This machine alone unless given.")
     ] = "127.0.0.1",
@@ -220,19 +184,6 @@ def models(
         "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
         "meta-llama/Llama-2-13b-chat-hf) or a local directory."
     )
-
-
-def _parse_token(text: str) -> Any:
-    if text == "all":
-        return slice(None)
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _backend(text: str) -> Any:
-    return text  # load_model checks it and says what is expected
 
 
 @contextlib.contextmanager

@@ -9,8 +9,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from superscopes_tl import cli_options as options
+from superscopes_tl.contextualization import reveals_earlier
+from superscopes_tl.errors import bad_value
+from superscopes_tl.export import write_html
 from superscopes_tl.scoring import PAPER_THRESHOLD
-from superscopes_tl.shell import OUTPUT, check_folder, explained
+from superscopes_tl.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
 
 
 def replay(
@@ -35,7 +39,7 @@ def replay(
     ] = None,
 ) -> None:
     """Count recorded generations as the paper's Figure 3 does, and corrected for chance."""
-    from superscopes_tl import figure_3, write_html
+    from superscopes_tl import figure_3
     from superscopes_tl import replay as run_replay
 
     with explained():
@@ -52,6 +56,136 @@ def replay(
             title = f"Recorded generations: {baseline.stem}, {amplified.stem}"
             page = write_html(figure_3(comparison, title=title), html, title=title)
             _say(f"Figure 3: {page}")
+
+
+def evaluate(
+    model: options.Model = "mini",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file, a source prompt per line. The paper's 48 unless given."),
+    ] = None,
+    section: Annotated[
+        str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states, fine α): the defaults.")
+    ] = "4.1",
+    layers: Annotated[
+        str, typer.Option(help="Source layers, such as 1-7. Those of the section unless given.")
+    ] = "",
+    kinds: Annotated[str, typer.Option(help="mlp_out or resid_post, or others.")] = "",
+    alphas: Annotated[str, typer.Option(help="Amplifiers; 1 is Patchscopes.")] = "",
+    target: Annotated[
+        str, typer.Option("--target", "--target-layer", help="Where to patch: 'same' or a layer.")
+    ] = "same",
+    draws: Annotated[
+        int | None,
+        typer.Option(help="More readings of α = 1, drawn. To the same budget unless given."),
+    ] = None,
+    controls: options.Controls = "",
+    target_prompt: options.TargetText = None,
+    placeholder: options.Placeholder = "x",
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: options.BatchSize = None,
+    scorer: options.ScorerName = "",
+    score_on: options.ScoreOn = "text",
+    backend: options.Backend = "bridge",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
+    out: Annotated[
+        Path, typer.Option(help="The file that readings are added to; run again to go on.")
+    ] = Path("evaluation.sqlite"),
+    html: Annotated[
+        Path | None, typer.Option(help="Write Figure 3 and the table to this page.")
+    ] = None,
+) -> None:
+    """Run the paper's experiments (section 4) over many prompts, and count."""
+    from superscopes_tl import HIDDEN_STATES, MLP_OUTPUTS, PAPER_PROMPTS
+    from superscopes_tl import evaluate as run_evaluate
+
+    with explained():
+        for path, option in ((out, "--out"), (html, "--html")):
+            check_folder(path, option)
+        config = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}.get(section)
+        if config is None:
+            raise bad_value("--section", expected="4.1 or 4.2", got=section, fix="leave it out")
+        changed: dict[str, Any] = {}  # what is not given stays as the section has it
+        if layers:
+            changed["layers"] = parse_layers(layers, "--layers")
+        if kinds:
+            changed["kinds"] = options.names(kinds)
+        if alphas:
+            changed["alphas"] = parse_numbers(alphas, "--alphas")
+        found = run_evaluate(
+            options.load(model, backend, dtype, device),
+            PAPER_PROMPTS if prompts is None else read_prompts(prompts),
+            out,
+            config,
+            draws=draws,
+            **changed,
+            target_layer=options.parse_target(target),
+            target_prompt=options.target_prompt(target_prompt, placeholder),
+            controls=options.names(controls),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            scorer=scorer or None,
+            score_on=score_on,
+        )
+        figures = print_evaluation(found, scorer=scorer or None)
+        _say(f"Readings: {out}")
+        if html:
+            _say(f"Figures: {write_html(figures, html, title=repr(found))}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    if not path.is_file():
+        raise bad_value(
+            "--prompts", expected="a text file with a prompt per line", got=str(path),
+            fix="leave it out for the paper's 48",
+        )  # fmt: skip
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise bad_value(
+            "--prompts", expected="at least one line", got=f"nothing in {path}", fix="add prompts"
+        )
+    return [line for line in lines if line]
+
+
+def print_evaluation(evaluation: Any, scorer: Any = None) -> list[Any]:
+    """Print the counts of every kind, and what amplification reads early; return the figures."""
+    from superscopes_tl import compare, figure_3, methods
+    from superscopes_tl.metric_figures import earlier_table
+
+    table, figures = evaluation.table, []
+    model = evaluation.provenance["model"]["name"]
+    for kind in dict.fromkeys(table["kind"]):
+        parts = methods(evaluation, kind=kind)
+        if "Patchscopes" not in parts or len(parts) < 2 or len(evaluation.prompts) < 3:
+            _say(f"{kind}: nothing to compare without α = 1, another α and three prompts.")
+            continue
+        _say(f"{kind} of {model}")
+        comparison = compare(
+            parts, scorer=scorer, score_on=evaluation.provenance["config"]["score_on"]
+        )
+        print_comparison(comparison)
+        figures.append(figure_3(comparison, title=f"{kind} of {model}"))
+    greedy = table[(table["draw"] == 0) & (table["mapping"] == "scale")]
+    if "resid_post" in set(greedy["kind"]) and 1 in set(greedy["alpha"]):
+        found = reveals_earlier(greedy)
+        _say(
+            f"\nBefore the contextualization layer, amplified block outputs already read "
+            f"{found['prompt'].nunique()} of {len(evaluation.prompts)} prompts "
+            f"({len(found)} layers), by a similarity of 0.3."
+        )
+        for row in found.to_dict("records"):
+            _say(
+                f"{row['prompt']}, layer {row['source_layer']} before "
+                f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; α = {row['alpha']:g}: {row['reading']!r}"
+            )
+        figures.append(earlier_table(found))
+    return figures
 
 
 def print_comparison(comparison: Any) -> None:

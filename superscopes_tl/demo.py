@@ -27,6 +27,7 @@ from superscopes_tl.amplify import MappingFamily, random_direction, scale
 from superscopes_tl.capture import capture
 from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
+from superscopes_tl.metric import exact
 from superscopes_tl.mini.facts import load_facts
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import Patch, PatchedGenerator
@@ -70,22 +71,13 @@ def known_facts() -> dict[str, str]:
     return {fact.name: fact.description for fact in load_facts()}
 
 
-def right(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
-    """Return for each row whether its description is the prompt's fact, word for word.
-
-    The facts hold no comma, so what follows one belongs to the next entry of the list.
-    """
-    read = table["description"].str.split(",").str[0].str.strip()
-    return read == table["prompt"].map(facts)
-
-
 def rescues(table: pd.DataFrame, facts: Mapping[str, str]) -> Iterator[Rescue]:
     """Yield the MLP outputs that amplification alone makes readable."""
     mlp = table[table["kind"] == "mlp_out"]
     for _, site in mlp.groupby(["prompt", "source_layer"], sort=False):
-        hits = site[right(site, facts) & (site["alpha"] > 1)].sort_values("alpha")
+        hits = site[exact(site, facts) & (site["alpha"] > 1)].sort_values("alpha")
         plain = site[site["alpha"] == 1]
-        if len(hits) and not right(plain, facts).any():
+        if len(hits) and not exact(plain, facts).any():
             first = hits.iloc[0]
             prompt, before = first["prompt"], str(plain["description"].iloc[0])
             yield Rescue(prompt, first["source_layer"], before, first["alpha"], facts[prompt])
@@ -265,7 +257,7 @@ def _others_right(table: pd.DataFrame, facts: Mapping[str, str], prompts: Sequen
 
 
 def _prompts_right(table: pd.DataFrame, facts: Mapping[str, str]) -> int:
-    return int(right(table, facts).groupby(table["prompt"]).any().sum())
+    return int(exact(table, facts).groupby(table["prompt"]).any().sum())
 
 
 def _file_name(prompt: str) -> str:

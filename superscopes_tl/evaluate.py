@@ -50,7 +50,7 @@ def evaluate(
     path: str | os.PathLike[str] | None = None,
     config: SweepConfig = MLP_OUTPUTS,
     *,
-    draws: int = 0,
+    draws: int | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Evaluation:
@@ -61,7 +61,7 @@ def evaluate(
     prompts, layers, α or mappings to extend it. The result holds everything in the file.
 
     Example:
-        >>> found = evaluate("mini", PAPER_PROMPTS[:8], draws=4)  # doctest: +SKIP
+        >>> found = evaluate("mini", PAPER_PROMPTS[:8])  # doctest: +SKIP
         >>> compare(methods(found)).lines()  # doctest: +SKIP
 
     Args:
@@ -70,6 +70,7 @@ def evaluate(
         path: the file of the experiment; kept in memory alone unless given.
         config: the settings; those of section 4.1 unless given.
         draws: that many more readings of α = 1, drawn at temperature 1: the equal-budget baseline.
+            As many as give α = 1 the budget of all other α together, unless given; 0 for none.
         progress: whether to show a progress bar.
         **settings: fields of `SweepConfig` to change in `config`.
 
@@ -78,8 +79,10 @@ def evaluate(
         OSError: the file cannot be written; what it holds is kept.
     """
     several = check_prompts(prompts)
-    check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
     first = plan_sweep(model, several[0], replace(config, **settings))
+    if draws is None:
+        draws = max(0, len(first.alphas) - 2) if 1 in first.alphas else 0
+    check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
     with contextlib.closing(EvaluationFile(path, first)) as file:
         plans = [
             replace(plan, finished=file.finished(plan))

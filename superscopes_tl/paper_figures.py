@@ -6,8 +6,8 @@
 3. `figure_5` and `figure_6`: the readings of every layer at α = 1, and at the best α.
 4. `alpha_ladder`: what one site reads as α grows (section 3.5).
 
-An evaluation holds several prompts: say which one with `prompt`. Figures 2 and 4 (a diffusion model,
-a screenshot) show nothing to compute.
+An evaluation holds several prompts: say which one with `prompt`. Figures 2 and 4 (a diffusion
+model, a screenshot) show nothing to compute.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
         title: what was compared, the model or the files; the number of prompts and the scorer
             are added.
     """
-    comparison = counted
-    if isinstance(counted, Evaluation):
+    if isinstance(counted, Comparison):
+        comparison = counted
+    else:
         comparison = compare(methods(counted))
         title = title or str(counted.provenance["model"]["name"])
     settings = comparison.settings

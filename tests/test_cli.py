@@ -20,7 +20,8 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.cli import app
-from superscopes_tl.demo import count_right, known_facts, rescues, right, run_demo
+from superscopes_tl.demo import count_right, known_facts, rescues, run_demo
+from superscopes_tl.metric import exact
 from superscopes_tl.shell import parse_layers, parse_numbers
 
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
@@ -173,9 +174,9 @@ def test_right_means_the_fact_word_for_word_up_to_the_next_entry() -> None:
         ("Pearl Jam", 2, 1, "American rock band, Oman"),
         ("Pearl Jam", 2, 1, "American rock"),
         ("Syria", 2, 1, "American rock band"),
-        ("Unknown", 2, 1, ""),
+        ("Syria", 2, 1, ""),
     )
-    assert right(table, FACTS).tolist() == [True, True, False, False, False]
+    assert exact(table, FACTS).tolist() == [True, True, False, False, False]
 
 
 def test_a_rescue_is_wrong_at_one_and_right_at_the_smallest_larger_alpha() -> None:

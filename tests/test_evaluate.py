@@ -34,7 +34,7 @@ def settings(word_overlap: Any) -> dict[str, Any]:
     """A small experiment."""
     return {
         "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 8, "scorer": word_overlap,
-        "progress": False,
+        "progress": False, "draws": 0,
     }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     code = (
         "from superscopes_tl import evaluate\n"
-        "evaluate('mini', layers=(5, 2), alphas=(1, 3), batch_size=4, max_new_tokens=6,\n"
+        "evaluate('mini', layers=(5, 2), alphas=(1, 3), draws=0, batch_size=4, max_new_tokens=6,\n"
         f"         scorer=lambda r, c: [0.5 for _ in c], path={str(path)!r}, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
@@ -137,7 +137,7 @@ def test_methods_name_the_parts_that_are_compared(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """α = 1 is Patchscopes, other α Superscopes; draws, mappings and controls have their own."""
-    found = evaluate(mini, PROMPTS[:2], draws=1, controls=CONTROLS, **settings)
+    found = evaluate(mini, PROMPTS[:2], controls=CONTROLS, **{**settings, "draws": None})
     parts = methods(found)
     sizes = {name: len(part) for name, part in parts.items()}
     assert sizes == {
