@@ -182,7 +182,8 @@ def print_evaluation(evaluation: Any, scorer: Any = None) -> list[Any]:
         for row in found.to_dict("records"):
             _say(
                 f"{row['prompt']}, layer {row['source_layer']} before "
-                f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; α = {row['alpha']:g}: {row['reading']!r}"
+                f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; "
+                f"α = {row['alpha']:g}: {row['reading']!r}"
             )
         figures.append(earlier_table(found))
     return figures
