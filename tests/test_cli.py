@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 from superscopes_tl import (
     PAPER_PROMPTS,
+    Evaluation,
     LanguageModel,
     SweepError,
     SweepInterrupted,
     SweepResult,
+    reveals_earlier,
     sweep,
 )
 from superscopes_tl.cli import app
@@ -215,3 +218,59 @@ def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) ->
     assert str(page) in shown
     assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 5
     assert len(list(tmp_path.glob("*.zip"))) == 5
+
+
+def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """One line per method, a file that is added to, and a page with the figure."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Pearl Jam\n\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
+    command = [
+        "evaluate", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
+        "--max-new-tokens", "8", "--out", str(tmp_path / "run.sqlite"),
+        "--html", str(tmp_path / "run.html"), "--controls", "random_direction",
+    ]  # fmt: skip
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    for method in ("Patchscopes", "Superscopes", "Patchscopes, equal budget", "random direction"):
+        assert len(re.findall(rf"^{method} \d \d$", first.output, re.MULTILINE)) == 2
+    assert (tmp_path / "run.html").stat().st_size > 1_000_000
+    readings = Evaluation.load(tmp_path / "run.sqlite").table
+    assert len(readings) == 3 * 2 * (3 + 1)
+    again = CliRunner().invoke(app, [*command, "--layers", "5,2,7"])
+    assert again.exit_code == 0, again.output
+    assert len(Evaluation.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
+
+
+def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> None:
+    """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
+    run = CliRunner().invoke(
+        app,
+        ["evaluate", "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
+         "--target", "0", "--score-on", "description", "--out", str(tmp_path / "run.sqlite")],
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    found = reveals_earlier(Evaluation.load(tmp_path / "run.sqlite").table)
+    assert f"read {found['prompt'].nunique()} of 48 prompts ({len(found)} layers)" in run.output
+    for row in found.to_dict("records"):
+        assert f"{row['prompt']}, layer {row['source_layer']} before" in run.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--section", "5"], "--section: expected 4.1 or 4.2, got 5"),
+        (["--prompts", "nowhere.txt"], "--prompts: expected a text file"),
+        (["--target", "x"], "--target-layer: expected layers such as 0-5,8, got x"),
+        (["--controls", "luck"], "controls: expected controls out of"),
+        (["--out", "nowhere/run.sqlite"], "--out: expected a file in a folder that exists"),
+    ],
+)
+def test_bad_options_of_evaluate_end_with_2(
+    option: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the option and what it expects; no file is left."""
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["evaluate", *option])
+    assert run.exit_code == 2
+    assert message in " ".join(run.output.split())
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from superscopes_tl import Patch, PatchedGenerator, capture, crop_description, load_model
+from superscopes_tl import (
+    PAPER_PROMPTS,
+    Patch,
+    PatchedGenerator,
+    capture,
+    crop_description,
+    load_model,
+)
 from superscopes_tl.mini import MODEL_DIR, train
 from superscopes_tl.mini.corpus import Corpus, train_tokenizer
 from superscopes_tl.mini.facts import FEW_SHOT, Fact, held_out, load_facts

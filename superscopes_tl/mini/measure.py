@@ -28,13 +28,12 @@ from torch import Tensor
 from superscopes_tl.mini.facts import Fact, held_out
 from superscopes_tl.mini.reader import Reader, States
 from superscopes_tl.prompts import PAPER_PROMPTS
+from superscopes_tl.scoring import PAPER_THRESHOLD, SentenceEmbeddingScorer, similarities
+from superscopes_tl.significance import best_scores, corrected_hits
 
 ALPHAS = (3, 6, 9, 12, 15)
 TOO_LARGE = 100
 EVERY_ALPHA = (1, *ALPHAS, TOO_LARGE)
-THRESHOLD = 0.3
-"""The similarity above which the paper counts a reading (section 4.1)."""
-
 Marks = Bool[np.ndarray, "layer name"]
 
 
@@ -197,18 +196,11 @@ def similarity(
         prompts: The prompts, both as sources and as references.
 
     Returns:
-        Cosine similarities; -1 for an empty reading.
+        Cosine similarities; NaN for an empty reading.
     """
-    from superscopes_tl.scoring import SentenceEmbeddingScorer
-
     texts = sorted({text for layer in layers for budget in layer for text in budget})
-    pairs = [(prompt, text) for text in texts for prompt in prompts]
-    scores = SentenceEmbeddingScorer()([p for p, _ in pairs], [text for _, text in pairs])
-    rows = np.asarray(scores).reshape(len(texts), len(prompts))
-    row_of = {
-        text: row if text else np.full_like(row, -1) for text, row in zip(texts, rows, strict=True)
-    }
-    return np.array([[[row_of[text] for text in budget] for budget in layer] for layer in layers])
+    rows = dict(zip(texts, similarities(SentenceEmbeddingScorer(), texts, prompts), strict=True))
+    return np.array([[[rows[text] for text in budget] for budget in layer] for layer in layers])
 
 
 def count_prompts(
@@ -221,15 +213,10 @@ def count_prompts(
         corrected: Compare with the 95th percentile of the other prompts' best scores against
             the same reference instead of with the threshold of the paper.
     """
-    best = scores.max(axis=2)  # [layer, source, reference]
-    prompts = np.arange(best.shape[1])
-    own = best[:, prompts, prompts]
-    if not corrected:
-        return [int(n) for n in (own > THRESHOLD).sum(axis=1)]
-    others = np.array(
-        [np.percentile(np.delete(best[:, :, p], p, axis=1), 95, axis=1) for p in prompts]
-    ).T
-    return [int(n) for n in (own > others).sum(axis=1)]
+    best = best_scores(scores)  # [layer, source, reference]
+    if corrected:
+        return [int(corrected_hits(layer).sum()) for layer in best]
+    return [int((np.diagonal(layer) > PAPER_THRESHOLD).sum()) for layer in best]
 
 
 def figure_3(
