@@ -6,7 +6,6 @@
 3. Finished readings are handed on at most every 150 ms, under a lock that the receiver shares:
    notebook kernels run callbacks on different threads.
 4. `cancel` sets an event that the thread looks at after every batch. What is finished is kept.
-
 5. When Python ends, what still runs is told to stop and waited for: a thread that is killed inside
    the model's arithmetic would take the process down with an error.
 

@@ -25,11 +25,9 @@ from plotly.subplots import make_subplots
 
 from superscopes_tl.details import Selection
 from superscopes_tl.plan import SweepPlan
-from superscopes_tl.plots import COLOR_SCALE, TITLES, hover_text
+from superscopes_tl.plots import COLOR_SCALE, LABEL_LIMIT, TITLES, hover_text
 from superscopes_tl.results import SweepResult
 
-LABEL_LIMIT = 8
-"""Above this number of columns a value printed in each cell is too small to read."""
 MARKED = "#ff6d00"
 _LARGEST_IN_TENTHS = 1e5
 _MARKS = ("not computed", "no description")

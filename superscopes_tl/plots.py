@@ -32,7 +32,7 @@ TITLES = {
     "mlp_out": "mlp_out",
     "resid_post": "resid_post (block output)",
 }
-_LABEL_LIMIT = 8
+LABEL_LIMIT = 8
 """Above this number of columns a value printed in each cell is too small to read."""
 
 _LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.01, "yref": "container"}
@@ -195,7 +195,7 @@ class _Panel:
             ]
             for layer in self._layers
         ]
-        labels = len(self._columns) <= _LABEL_LIMIT
+        labels = len(self._columns) <= LABEL_LIMIT
         return go.Heatmap(
             z=values,
             x=[f"{c:.10g}" for c in self._columns],

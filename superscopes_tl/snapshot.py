@@ -10,10 +10,8 @@ import io
 
 import numpy as np
 
-from superscopes_tl.plots import COLOR_SCALE, TITLES
+from superscopes_tl.plots import COLOR_SCALE, LABEL_LIMIT, TITLES
 from superscopes_tl.results import SweepResult
-
-_LABEL_LIMIT = 8
 
 
 def heatmap_png(
@@ -58,7 +56,7 @@ def heatmap_png(
             grid, cmap=COLOR_SCALE, vmin=low, vmax=high, aspect="auto", origin="lower"
         )
         for (y, x), score in np.ndenumerate(grid):
-            if np.isfinite(score) and len(alphas) <= _LABEL_LIMIT:
+            if np.isfinite(score) and len(alphas) <= LABEL_LIMIT:
                 light = score > (low + high) / 2
                 colour = "black" if light else "white"
                 panel.text(x, y, f"{score:.2f}", ha="center", va="center", size=7, color=colour)
