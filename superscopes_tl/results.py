@@ -82,7 +82,7 @@ class Reading:
     draw: int = 0
     entropy: float = math.nan
     log_probability: float = math.nan
-    controls: Mapping[str, float | str] = field(default_factory=dict)
+    controls: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
 
 _SHOWN = ("reading", "alpha", "score", "target_layer")

@@ -29,6 +29,7 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.background import cell_of
+from superscopes_tl.cells import make_patches
 from superscopes_tl.details import (
     Control,
     Probe,
