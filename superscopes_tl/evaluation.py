@@ -136,6 +136,7 @@ class EvaluationFile:
     def _begin(self, plan: SweepPlan) -> None:
         """Make the tables, or check that this is their experiment."""
         with self._database:
+            self._database.execute("BEGIN IMMEDIATE")  # all tables at once, by one process
             tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if not tables[0]:
                 self._database.execute(f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))")
