@@ -120,14 +120,19 @@ def best_table(
     figure.update_layout(
         title=f"{html.escape(str(result.provenance.get('prompt', '')))} · {which}",
         margin={"t": 60, "b": 20},
-        height=80 + 32 + sum(12 + 18 * lines for lines in _heights(columns)),
+        height=80 + table_height(columns),
     )
     return figure
 
 
-def _heights(columns: list[list[str]]) -> list[int]:
-    """Return how many lines each row of a table has; a line too long for its column wraps once."""
-    return [2 + max(cell.count("<br>") for cell in row) for row in zip(*columns, strict=True)]
+def table_height(columns: list[list[str]]) -> int:
+    """Return the pixels that a table takes; one line of each row may be too long for its column.
+
+    A table that is higher than its figure hides its last rows.
+    """
+    rows = zip(*columns, strict=True)
+    breaks: list[int] = [max(cell.count("<br>") for cell in row) for row in rows]
+    return 32 + sum(12 + 18 * (2 + count) for count in breaks)
 
 
 def _entry(cell: dict[Any, Any]) -> str:

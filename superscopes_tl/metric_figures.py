@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from superscopes_tl.errors import bad_value
+from superscopes_tl.figures import table_height
 from superscopes_tl.metric import Quality
 from superscopes_tl.plots import COLOR_SCALE
 
@@ -53,13 +54,17 @@ def earlier_table(found: pd.DataFrame) -> go.Figure:
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
     figure = go.Figure(
         go.Table(
-            columnwidth=[3, 2, 1, *[5] * (len(head) - 3)],
+            columnwidth=[3, 2, 1.5, *[5] * (len(head) - 3)],
             header={"values": [html.escape(name) for name in head], "align": "left"},
             cells={"values": columns, "align": "left"},
         )
     )
     title = f"{html.escape(kind)} read before the contextualization layer ℓ_c"
-    figure.update_layout(title=title if rows else f"{title}: no layer", height=160 + 44 * len(rows))
+    figure.update_layout(
+        title=title if rows else f"{title}: no layer",
+        margin={"t": 60, "b": 20},
+        height=80 + table_height(columns),
+    )
     return figure
 
 

@@ -168,26 +168,33 @@ def alpha_ladder(
     at = table["position"].max() if position is None else position
     site = (table["kind"] == kind) & (table["source_layer"] == layer) & (table["position"] == at)
     said = table[site].sort_values("alpha")["description"]
+    scores = [0.0 if score is None else score for score in line.y]
+    rungs = [f"{alpha:g}" for alpha in line.x]
     figure = go.Figure(
         go.Bar(
-            x=[0.0 if score is None else score for score in line.y],
-            y=[f"{alpha:g}" for alpha in line.x],
+            x=scores,
+            y=rungs,
             orientation="h",
-            text=[text_lines(text, 70) for text in said],
-            textposition="outside",
-            textangle=0,
-            cliponaxis=False,
             customdata=line.customdata,
             hovertemplate=line.hovertemplate,
             marker_color="#6b7a99",
         )
     )
-    highest = max((score for score in line.y if score is not None), default=0.0)
+    figure.add_scatter(  # a bar's own text would stand left of it where the score is negative
+        x=[max(score, 0.0) for score in scores],
+        y=rungs,
+        mode="text",
+        text=[f" {text_lines(text, 70)}" for text in said],
+        textposition="middle right",
+        cliponaxis=False,
+        hoverinfo="skip",
+    )
     figure.update_layout(
         title=f"{curve.layout.title.text} · layer {layer}",
         template="plotly_white",
+        showlegend=False,
         # Room for the texts: α climbs upwards, and each rung says what was read there.
-        xaxis={"title": "score", "range": [0, max(3 * highest, 0.1)]},
+        xaxis={"title": "score", "range": [min(0.0, *scores), max(3 * max(scores), 0.1)]},
         yaxis={"title": "α", "type": "category"},
         height=150 + 44 * len(line.x),
         width=900,

@@ -196,6 +196,16 @@ def test_the_figure_is_the_papers_table() -> None:
     ]
 
 
+def test_the_figure_is_high_enough_for_its_rows() -> None:
+    """A row has room for its longest cell, and for one line that is too long for its column."""
+    found = reveals_earlier(STORY.replace("negative show", "word " * 20))
+    figure = earlier_table(found)
+    margins = 80
+    head, three_lines, one_line = 32, 12 + 18 * (3 + 1), 12 + 18 * (1 + 1)
+    assert figure.layout.margin.t + figure.layout.margin.b == margins
+    assert figure.layout.height == margins + head + three_lines + one_line
+
+
 def test_the_figure_of_nothing_and_of_two_kinds() -> None:
     """Nothing found is said in the title; two kinds do not fit one table."""
     nothing = earlier_table(reveals_earlier(STORY).head(0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from superscopes_tl import SweepResult, best_table, decomposition, markup
+from superscopes_tl import SweepResult, alpha_ladder, best_table, decomposition, markup
 from superscopes_tl.export import save_as
 from superscopes_tl.results import Reading
 from superscopes_tl.snapshot import heatmap_png
@@ -148,3 +148,17 @@ def test_the_plain_picture_is_a_png_and_takes_any_text(result: SweepResult) -> N
         assert heatmap_png(part, position=1, target_layer=0).startswith(b"\x89PNG")
     silent = SweepResult(result.table.tail(1), result.provenance)
     assert heatmap_png(silent).startswith(b"\x89PNG")
+
+
+def test_every_rung_of_the_ladder_says_what_was_read(result: SweepResult) -> None:
+    """Texts stand at the bars' ends, or at zero where there is no score or a negative one."""
+    scores = [-0.05, 0.3, math.nan]
+    cells = [
+        replace(ONE, kind="mlp_out", alpha=alpha, score=score, description=text)
+        for alpha, score, text in zip((1.0, 3.0, 9.0), scores, ("a <b>", "c", ""), strict=True)
+    ]
+    bars, texts = alpha_ladder(SweepResult.from_readings(cells, result.provenance), 0).data
+    assert list(bars.x) == [-0.05, 0.3, 0.0]
+    assert list(bars.y) == list(texts.y) == ["1", "3", "9"]
+    assert list(texts.x) == [0.0, 0.3, 0.0]
+    assert [text.strip() for text in texts.text] == ["a &lt;b&gt;", "c", "–"]
