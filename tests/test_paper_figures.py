@@ -70,11 +70,11 @@ def test_each_figure_draws_what_the_paper_s_does(swept: SweepResult) -> None:
 
 def test_the_ladder_has_a_rung_per_alpha_with_its_text(swept: SweepResult) -> None:
     """Bars are scores, texts the readings, from the smallest α upwards."""
-    bars = alpha_ladder(swept, 5, kind="mlp_out").data[0]
+    bars, texts = alpha_ladder(swept, 5, kind="mlp_out").data
     rows = swept.table[(swept.table["kind"] == "mlp_out") & (swept.table["source_layer"] == 5)]
     assert list(bars.y) == ["1", "3", "9"]
-    for text, score, row in zip(bars.text, bars.x, rows.to_dict("records"), strict=True):
-        assert text.replace("<br>", " ") == (row["description"] or "–")
+    for text, score, row in zip(texts.text, bars.x, rows.to_dict("records"), strict=True):
+        assert text.replace("<br>", " ").strip() == (row["description"] or "–")
         assert score == pytest.approx(row["score"])
 
 
