@@ -157,4 +157,4 @@ def _plain(values: Any) -> list[float | None]:
 def _lines(text: object) -> str:
     if pd.isna(text):  # type: ignore[call-overload]
         return "not computed"
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), 40)) or "–"
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), 30)) or "–"

@@ -201,9 +201,9 @@ def test_the_figure_is_high_enough_for_its_rows() -> None:
     found = reveals_earlier(STORY.replace("negative show", "word " * 20))
     figure = earlier_table(found)
     margins = 80
-    head, three_lines, one_line = 32, 12 + 18 * (3 + 1), 12 + 18 * (1 + 1)
+    head, four_lines, one_line = 32, 12 + 18 * (4 + 1), 12 + 18 * (1 + 1)
     assert figure.layout.margin.t + figure.layout.margin.b == margins
-    assert figure.layout.height == margins + head + three_lines + one_line
+    assert figure.layout.height == margins + head + four_lines + one_line
 
 
 def test_the_figure_of_nothing_and_of_two_kinds() -> None:
