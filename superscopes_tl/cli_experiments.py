@@ -86,7 +86,7 @@ def evaluate(
     batch_size: options.BatchSize = None,
     scorer: options.ScorerName = "",
     score_on: options.ScoreOn = "text",
-    backend: options.Backend = "bridge",
+    backend: options.Backend = "auto",
     dtype: options.DType = "float32",
     device: options.Device = "",
     out: Annotated[
