@@ -20,6 +20,7 @@ A family of your own needs no registration:
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import cache
 from typing import TypeAlias
@@ -44,9 +45,9 @@ def scale(alpha: float) -> MappingFunction:
 def random_direction(seed: int = 0) -> MappingFamily:
     """Control: the norm of α·v in a random direction.
 
-    What a sweep reads through this family owes nothing to the direction of v, only to how far
-    the placeholder was pushed. Each row of a batch of vectors has a direction of its own, which
-    stays the same for every α, as the direction of v does.
+    What a sweep reads through this family owes nothing to the meaning of v, only to how far the
+    placeholder was pushed. Each vector has a direction of its own, which stays the same for every
+    α, as that of v does, and in every batch: it is drawn from the seed and the signs of v.
 
     Args:
         seed: chooses the directions; another seed is another draw of the control.
@@ -54,8 +55,8 @@ def random_direction(seed: int = 0) -> MappingFamily:
 
     def random_scale(alpha: float) -> MappingFunction:
         def redirect(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-            generator = torch.Generator().manual_seed(seed)
-            directions = torch.randn(v.shape, generator=generator).to(v.device)
+            directions = torch.stack([_direction(row, seed) for row in v.reshape(-1, v.shape[-1])])
+            directions = directions.reshape(v.shape).to(v.device)
             norms = v.float().norm(dim=-1, keepdim=True)
             redirected: Tensor = alpha * norms * directions / directions.norm(dim=-1, keepdim=True)
             return redirected
@@ -64,6 +65,13 @@ def random_direction(seed: int = 0) -> MappingFamily:
 
     random_scale.__name__ = f"random_direction(seed={seed})"
     return random_scale
+
+
+def _direction(v: Float[Tensor, " d_model"], seed: int) -> Float[Tensor, " d_model"]:
+    """Return a random direction for one vector; rounding errors of v seldom change its signs."""
+    signs = (v > 0).cpu().numpy().tobytes()
+    generator = torch.Generator().manual_seed(zlib.crc32(signs, seed & 0xFFFFFFFF))
+    return torch.randn(v.shape, generator=generator)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +16,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.export import write_html
 from superscopes_tl.scoring import PAPER_THRESHOLD
 from superscopes_tl.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
+from superscopes_tl.significance import FEWEST_PROMPTS
 
 
 def replay(
@@ -106,6 +108,7 @@ def evaluate(
         config = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}.get(section)
         if config is None:
             raise bad_value("--section", expected="4.1 or 4.2", got=section, fix="leave it out")
+        into = _one_target(target)
         changed: dict[str, Any] = {}  # what is not given stays as the section has it
         if layers:
             changed["layers"] = parse_layers(layers, "--layers")
@@ -120,7 +123,7 @@ def evaluate(
             config,
             draws=draws,
             **changed,
-            target_layer=options.parse_target(target),
+            target_layer=into,
             target_prompt=options.target_prompt(target_prompt, placeholder),
             controls=options.names(controls),
             max_new_tokens=max_new_tokens,
@@ -128,10 +131,18 @@ def evaluate(
             scorer=scorer or None,
             score_on=score_on,
         )
-        figures = print_evaluation(found, scorer=scorer or None)
+        figures = print_evaluation(found, into, scorer or None)
         _say(f"Readings: {out}")
         if html:
             _say(f"Figures: {write_html(figures, html, title=repr(found))}")
+
+
+def _one_target(text: str) -> Any:
+    """Return "same" or one layer: several would be more tries."""
+    into = options.parse_target(text)
+    if into != "same" and len(into) != 1:
+        raise bad_value("--target", expected="'same' or one layer", got=text, fix="run it twice")
+    return into if into == "same" else into[0]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -145,7 +156,14 @@ def read_prompts(path: Path) -> list[str]:
             "--prompts", expected="a text file with a prompt per line", got=str(path),
             fix="leave it out for the paper's 48",
         )  # fmt: skip
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad_value(
+            "--prompts", expected="a text in UTF-8", got=f"{path} ({error.reason})",
+            fix="save it as UTF-8",
+        ) from error  # fmt: skip
+    lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
         raise bad_value(
             "--prompts", expected="at least one line", got=f"nothing in {path}", fix="add prompts"
@@ -153,40 +171,55 @@ def read_prompts(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def print_evaluation(evaluation: Any, scorer: Any = None) -> list[Any]:
-    """Print the counts of every kind, and what amplification reads early; return the figures."""
-    from superscopes_tl import compare, figure_3, methods
-    from superscopes_tl.metric_figures import earlier_table
+def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) -> list[Any]:
+    """Print the counts of every kind, and what amplification reads early; return the figures.
 
-    table, figures = evaluation.table, []
+    Args:
+        evaluation: from `evaluate`.
+        target: the target layer to count, if the file holds several.
+        scorer: the scorer of the counts; all-MiniLM-L6-v2 unless given.
+    """
+    from superscopes_tl import compare, figure_3, methods
+
+    figures = []
     model = evaluation.provenance["model"]["name"]
-    for kind in dict.fromkeys(table["kind"]):
-        parts = methods(evaluation, kind=kind)
-        if "Patchscopes" not in parts or len(parts) < 2 or len(evaluation.prompts) < 3:
-            _say(f"{kind}: nothing to compare without α = 1, another α and three prompts.")
+    for kind in dict.fromkeys(evaluation.table["kind"]):
+        parts = methods(evaluation, kind=kind, target_layer=target)
+        few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
+        parts = {name: part for name, part in parts.items() if name not in few}
+        for name in few:
+            _say(f"{kind}: {name} has fewer than {FEWEST_PROMPTS} prompts and is left out.")
+        if "Patchscopes" not in parts or len(parts) < 2:
+            _say(f"{kind}: nothing to compare without α = 1 and another α.")
             continue
         _say(f"{kind} of {model}")
-        comparison = compare(
-            parts, scorer=scorer, score_on=evaluation.provenance["config"]["score_on"]
-        )
+        score_on = evaluation.provenance["config"]["score_on"]
+        comparison = compare(parts, scorer=scorer, score_on=score_on)
         print_comparison(comparison)
         figures.append(figure_3(comparison, title=f"{kind} of {model}"))
-    greedy = table[(table["draw"] == 0) & (table["mapping"] == "scale")]
-    if "resid_post" in set(greedy["kind"]) and 1 in set(greedy["alpha"]):
-        found = reveals_earlier(greedy)
-        _say(
-            f"\nBefore the contextualization layer, amplified block outputs already read "
-            f"{found['prompt'].nunique()} of {len(evaluation.prompts)} prompts "
-            f"({len(found)} layers), by a similarity of 0.3."
-        )
-        for row in found.to_dict("records"):
-            _say(
-                f"{row['prompt']}, layer {row['source_layer']} before "
-                f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; "
-                f"α = {row['alpha']:g}: {row['reading']!r}"
-            )
-        figures.append(earlier_table(found))
+        if kind == "resid_post":
+            figures += _print_early(pd.concat([parts["Patchscopes"], parts["Superscopes"]]))
     return figures
+
+
+def _print_early(table: pd.DataFrame) -> list[Any]:
+    """Print what amplified block outputs read before the contextualization layer (Table 3)."""
+    from superscopes_tl.metric_figures import earlier_table
+
+    both = table.groupby("prompt")["alpha"].transform(lambda alphas: alphas.nunique() > 1)
+    found = reveals_earlier(table[both])
+    _say(
+        f"\nBefore the contextualization layer, amplified block outputs already read "
+        f"{found['prompt'].nunique()} of {table['prompt'].nunique()} prompts "
+        f"({len(found)} layers), by a similarity of {PAPER_THRESHOLD:g}."
+    )
+    for row in found.to_dict("records"):
+        _say(
+            f"{row['prompt']}, layer {row['source_layer']} before "
+            f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; "
+            f"α = {row['alpha']:g}: {row['reading']!r}"
+        )
+    return [earlier_table(found)]
 
 
 def print_comparison(comparison: Any) -> None:

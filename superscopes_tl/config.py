@@ -84,6 +84,19 @@ class SweepConfig:
     score_on: ScoreOn = "description"
 
 
+def check_names(settings: dict[str, Any]) -> None:
+    """Check that the settings are fields of `SweepConfig`.
+
+    Raises:
+        TypeError: one is not.
+    """
+    names = [field.name for field in fields(SweepConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise bad_type(
+            "settings", expected=f"settings out of {names}", got=unknown, fix="correct the name"
+        )
+
+
 def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepConfig:
     """Return the settings as one object, after the checks that concern it alone."""
     if config is not None and settings:
@@ -93,11 +106,7 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
             got=settings,
             fix="use dataclasses.replace(config, ...)",
         )
-    names = [field.name for field in fields(SweepConfig)]
-    if unknown := [name for name in settings if name not in names]:
-        raise bad_type(
-            "settings", expected=f"settings out of {names}", got=unknown, fix="correct the name"
-        )
+    check_names(settings)
     config = config or SweepConfig(**settings)
     if config.score_on not in ("description", "text"):
         raise bad_value(
@@ -119,7 +128,7 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
         raise bad_value(
             "controls", expected=f"controls out of {CONTROLS}", got=unknown, fix="correct the name"
         )
-    config = replace(config, controls=tuple(dict.fromkeys(given)))
+    config = replace(config, controls=tuple(name for name in CONTROLS if name in given))
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
     if not (config.base is None or callable(config.base)):
         raise bad_type(

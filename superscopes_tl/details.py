@@ -228,7 +228,9 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     mapping = str(config.get("mapping", "scale"))
     if mapping != "scale":
         # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
-        settings.update({key: config.get(key) for key in ("layers", "kinds", "positions")})
+        settings.update(
+            {key: config[key] for key in ("layers", "kinds", "positions") if key in config}
+        )
         family = mapping.split("(")[0]
         known = family in ("random_direction", "in_units_of")
         imported += [family] if known else []

@@ -11,17 +11,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from superscopes_tl.cells import make_patches
-from superscopes_tl.config import CONTROLS, SweepConfig
+from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
 from superscopes_tl.models import LanguageModel
@@ -29,6 +30,7 @@ from superscopes_tl.patching import Patch
 from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.prompts import PAPER_PROMPTS
 from superscopes_tl.results import Reading
+from superscopes_tl.scoring import scorer_name
 from superscopes_tl.sweep import read_batch
 
 MLP_OUTPUTS = SweepConfig(layers=range(1, 8), kinds="mlp_out", target_layer="same", score_on="text")
@@ -40,6 +42,9 @@ HIDDEN_STATES = SweepConfig(
     kinds="resid_post", alphas=FINE_ALPHAS, target_layer="same", score_on="text"
 )
 """Section 4.2: block outputs over "a wider range" of α, at every layer."""
+
+PAPER_MAPPING = "scale"
+"""The name of f(v) = α·v."""
 
 Work = tuple[SweepPlan, Cell, Patch]
 
@@ -58,7 +63,8 @@ def evaluate(
 
     With a `path`, finished batches are written to that file, and cells that it holds already are
     not computed again: call it once more to go on with a run that was stopped, or with more
-    prompts, layers, α or mappings to extend it. The result holds everything in the file.
+    prompts, layers, α or mappings to extend it. The result holds everything in the file. The file
+    knows mappings, bases and scorers by their names: give your own ones names that tell them apart.
 
     Example:
         >>> found = evaluate("mini", PAPER_PROMPTS[:8])  # doctest: +SKIP
@@ -70,7 +76,8 @@ def evaluate(
         path: the file of the experiment; kept in memory alone unless given.
         config: the settings; those of section 4.1 unless given.
         draws: that many more readings of α = 1, drawn at temperature 1: the equal-budget baseline.
-            As many as give α = 1 the budget of all other α together, unless given; 0 for none.
+            As many as give α = 1 the budget of all other α of the file, unless given; 0 for none.
+            Another mapping than the paper's has none.
         progress: whether to show a progress bar.
         **settings: fields of `SweepConfig` to change in `config`.
 
@@ -79,11 +86,14 @@ def evaluate(
         OSError: the file cannot be written; what it holds is kept.
     """
     several = check_prompts(prompts)
+    check_names(settings)
+    if draws is not None:
+        check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
     first = plan_sweep(model, several[0], replace(config, **settings))
-    if draws is None:
-        draws = max(0, len(first.alphas) - 2) if 1 in first.alphas else 0
-    check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
+    _check_file_settings(first, path)
     with contextlib.closing(EvaluationFile(path, first)) as file:
+        if draws is None:
+            draws = _equal_budget(first, file)
         plans = [
             replace(plan, finished=file.finished(plan))
             for prompt in several
@@ -108,9 +118,33 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
         raise bad_type(
             "prompts", expected="several texts", got=prompts, fix="pass a list, or use sweep()"
         )
-    if not tuple(prompts):
+    several = tuple(dict.fromkeys(prompts))
+    if not several:
         raise bad_value("prompts", expected="at least one text", got=(), fix="PAPER_PROMPTS")
-    return tuple(dict.fromkeys(prompts))
+    return several
+
+
+def _check_file_settings(plan: SweepPlan, path: object) -> None:
+    """Refuse what a table of many readings could not tell apart."""
+    if plan.config.draw:
+        raise bad_value(
+            "draw", expected="0, the greedy texts", got=plan.config.draw,
+            fix="pass draws=4 for more readings of α = 1",
+        )  # fmt: skip
+    named = f"{plan.mapping_name}, {scorer_name(plan.scorer)}"
+    if path is not None and "<lambda>" in named:
+        raise bad_value(
+            "mapping, base or scorer", expected="functions with names of their own", got=named,
+            fix="define it with def: the file knows it by its name",
+        )  # fmt: skip
+
+
+def _equal_budget(plan: SweepPlan, file: EvaluationFile) -> int:
+    """Return how many draws of α = 1 make, with the greedy one, as many as there are other α."""
+    if plan.mapping_name != PAPER_MAPPING or 1 not in plan.alphas:
+        return 0
+    others = {*plan.alphas, *file.alphas(PAPER_MAPPING)} - {1}
+    return max(0, len(others) - 1)
 
 
 def _plans(first: SweepPlan, prompt: str, draws: int) -> Iterator[SweepPlan]:
@@ -148,37 +182,75 @@ def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:
         yield waiting
 
 
-def methods(evaluation: Evaluation, *, kind: str | None = None) -> dict[str, pd.DataFrame]:
+def methods(
+    evaluation: Evaluation,
+    *,
+    kind: str | None = None,
+    target_layer: int | Literal["same"] | None = None,
+    position: int | None = None,
+) -> dict[str, pd.DataFrame]:
     """Return the rows of an evaluation that stand for each method, for `compare`.
 
     Args:
         evaluation: from `evaluate`.
         kind: which kind of activation; the only one unless given.
+        target_layer: which target layer, "same" or a number; the only one unless given.
+        position: the token; the rightmost one of each prompt unless given.
 
     Returns:
-        `Patchscopes` (α = 1, greedy), `Superscopes` (every other α), `Patchscopes, equal budget`
-        (α = 1, all draws) where there are draws, one entry per other mapping, and one per control
-        (what was written in the place of the Superscopes cells).
+        `Patchscopes` (α = 1, greedy), `Superscopes` (every other α), the drawn readings of α = 1
+        together with the greedy one as `Patchscopes, equal budget` (or, where they are not as many
+        as Superscopes has, `Patchscopes, 3 readings`), the same α of every other mapping, and one
+        entry per control (what was written in the place of the Superscopes cells).
 
     Raises:
-        ValueError: several kinds to choose from, or no such kind.
+        ValueError: several kinds or target layers to choose from, or not the one asked for.
     """
-    table = evaluation.table
-    there = list(dict.fromkeys(table["kind"]))
-    if kind is None and len(there) == 1:
-        kind = there[0]
-    if kind not in there:
-        raise bad_value("kind", expected=f"one of {there}", got=kind, fix="choose one of these")
-    rows = table[table["kind"] == kind]
-    scaled = rows[rows["mapping"] == "scale"]
-    plain, amplified = scaled[scaled["alpha"] == 1], scaled[scaled["alpha"] != 1]
-    found = {"Patchscopes": plain[plain["draw"] == 0], "Superscopes": amplified}
-    if (plain["draw"] > 0).any():
-        found["Patchscopes, equal budget"] = plain
-    for mapping, others in rows.groupby("mapping", sort=False):
-        if mapping != "scale":
-            found[f"Superscopes, {mapping}"] = others[others["draw"] == 0]
+    rows = _at_one_place(evaluation.table, kind, target_layer, position)
+    amplified = rows[(rows["alpha"] != 1) & (rows["draw"] == 0)]
+    plain = rows[(rows["alpha"] == 1) & (rows["mapping"] == PAPER_MAPPING)]
+    scaled = amplified[amplified["mapping"] == PAPER_MAPPING]
+    found = {"Patchscopes": plain[plain["draw"] == 0], "Superscopes": scaled}
+    cell = ["prompt", "source_layer"]
+    budget = scaled.groupby(cell).size().max() if len(scaled) else math.inf
+    several = plain[plain["draw"] < budget]
+    if (several["draw"] > 0).any():
+        sizes = several.groupby(cell).size()
+        equal = set(sizes) == {budget}
+        name = "equal budget" if equal else f"{sizes.min()} readings"
+        found[f"Patchscopes, {name}"] = several
+    for mapping, others in amplified.groupby("mapping", sort=False):
+        if mapping != PAPER_MAPPING:
+            found[f"Superscopes, {mapping}"] = others
     for name in CONTROLS:
-        if f"{name}_text" in rows and len(amplified):
-            found[name.replace("_", " ")] = amplified.assign(text=amplified[f"{name}_text"])
+        if f"{name}_text" in rows and len(scaled):
+            found[name.replace("_", " ")] = scaled.assign(text=scaled[f"{name}_text"])
     return {name: part for name, part in found.items() if len(part)}
+
+
+def _at_one_place(
+    table: pd.DataFrame,
+    kind: str | None,
+    target_layer: int | Literal["same"] | None,
+    position: int | None,
+) -> pd.DataFrame:
+    """Return the rows of one kind, target layer and token: more would be more tries."""
+    kinds = list(dict.fromkeys(table["kind"]))
+    if kind is None and len(kinds) == 1:
+        kind = kinds[0]
+    if kind not in kinds:
+        raise bad_value("kind", expected=f"one of {kinds}", got=kind, fix="choose one of these")
+    rows = table[table["kind"] == kind]
+    rightmost = rows.groupby("prompt")["position"].transform("max")
+    rows = rows[rows["position"] == (rightmost if position is None else position)]
+    if target_layer is not None:
+        wanted = rows["source_layer"] if target_layer == "same" else target_layer
+        rows = rows[rows["target_layer"] == wanted]
+    targets = rows.groupby(["prompt", "source_layer"])["target_layer"].nunique()
+    if rows.empty or targets.max() > 1:
+        there = sorted({int(layer) for layer in table["target_layer"]})
+        raise bad_value(
+            "target_layer", expected=f"'same' or one of {there}, for one token",
+            got=f"{target_layer} and token {position}", fix="choose one target layer",
+        )  # fmt: skip
+    return rows

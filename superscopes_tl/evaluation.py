@@ -66,12 +66,15 @@ class Evaluation:
         Raises:
             FileNotFoundError: there is no such file.
             RunFileError: it is corrupt, foreign, or of a newer format.
+            OSError: it cannot be read.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(path)
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes")
-        with _explained(path), contextlib.closing(_open(path, "ro")) as database:
+        # A journal is what a killed writer left: undoing the batch in flight needs to write.
+        mode = "rw" if Path(f"{path}-journal").exists() else "ro"
+        with _explained(path), contextlib.closing(_open(path, mode)) as database:
             provenance = _provenance(database, path)  # first: is this such a file at all?
             return cls(_table(database), provenance)
 
@@ -99,7 +102,8 @@ class Evaluation:
                     column, expected=f"one of {there}", got=wanted, fix="choose one of these"
                 )
             rows = rows[rows[column] == wanted]
-        provenance = {**self.provenance, "prompt": prompt}
+        config = {**self.provenance.get("config", {}), "mapping": mapping, "draw": draw}
+        provenance = {**self.provenance, "prompt": prompt, "config": config}
         return SweepResult(rows.reset_index(drop=True), provenance)
 
     def __len__(self) -> int:
@@ -164,6 +168,11 @@ class EvaluationFile:
         )
         found = {(Site(kind, layer, at), into, alpha) for kind, layer, at, into, alpha in rows}
         return frozenset(found.intersection(plan.all_cells))
+
+    def alphas(self, mapping: str) -> set[float]:
+        """Return the α of a mapping that the file holds."""
+        found = "SELECT DISTINCT alpha FROM readings WHERE mapping = ?"
+        return {alpha for (alpha,) in self._database.execute(found, [mapping])}
 
     def add(self, readings: Sequence[Reading]) -> None:
         """Write a batch, whole or not at all.

@@ -16,6 +16,7 @@ Guidance on the logits, u + w·(c − u), is the setting `guide="logits"`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,9 @@ def mean_activation(model: LanguageModel, texts: Sequence[str]) -> Base:
         ]
         return torch.stack(means).mean(dim=1)
 
-    mean_of_texts.__name__ = f"mean of {len(texts)} texts"
+    # A file of readings knows a base by its name: other texts are another base.
+    digest = zlib.crc32(repr(tuple(texts)).encode())
+    mean_of_texts.__name__ = f"mean of {len(texts)} texts {digest:08x}"
     return mean_of_texts
 
 

@@ -25,6 +25,7 @@ from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.figures import at_target, best_table, decomposition, text_lines
 from superscopes_tl.plots import alpha_curve
 from superscopes_tl.results import SweepResult
+from superscopes_tl.scoring import PAPER_SCORER
 
 Readings = SweepResult | Evaluation
 
@@ -71,7 +72,13 @@ def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
     if isinstance(counted, Comparison):
         comparison = counted
     else:
-        comparison = compare(methods(counted))
+        config = counted.provenance["config"]
+        if config["scorer"] != PAPER_SCORER:
+            raise bad_value(
+                "counted", expected=f"an evaluation scored by {PAPER_SCORER}",
+                got=config["scorer"], fix="figure_3(compare(methods(evaluation), scorer=...))",
+            )  # fmt: skip
+        comparison = compare(methods(counted), score_on=config["score_on"])
         title = title or str(counted.provenance["model"]["name"])
     settings = comparison.settings
     forms = (

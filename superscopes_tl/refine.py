@@ -46,12 +46,17 @@ def refine(
             for target_layer in plan.target_layers(site)
             for alpha in midpoints(_site(result.table, plan, site, target_layer))
         ]
+        if not wanted:
+            break
         alphas = tuple(dict.fromkeys([*plan.alphas, *(alpha for _, _, alpha in wanted)]))
         finer = replace(plan, alphas=alphas)
         todo = replace(finer, finished=frozenset(finer.all_cells) - frozenset[Cell](wanted))
         readings = list(run_plan(todo, progress=progress))
         new = SweepResult.from_readings(readings, {}).table
-        result = SweepResult(pd.concat([result.table, new], ignore_index=True), result.provenance)
+        table = pd.concat([result.table, new], ignore_index=True)
+        config = {**result.provenance.get("config", {}), "alphas": sorted(set(table["alpha"]))}
+        provenance = {**result.provenance, "config": config, "planned_cells": len(table)}
+        result = SweepResult(table, provenance)
     return result
 
 
@@ -68,7 +73,8 @@ def midpoints(rows: pd.DataFrame) -> list[float]:
         return []
     best = alphas[np.nanargmax(scores)]
     around = [*alphas[alphas < best][-1:], *alphas[alphas > best][:1]]
-    return [between(float(best), float(neighbour)) for neighbour in around]
+    middle = [between(float(best), float(neighbour)) for neighbour in around]
+    return [alpha for alpha in middle if alpha not in alphas]  # too near for four digits
 
 
 def between(a: float, b: float) -> float:
@@ -84,11 +90,13 @@ def _site(table: pd.DataFrame, plan: SweepPlan, site: Site, target_layer: int) -
         & (table["position"] == site.position)
         & (table["target_layer"] == target_layer)
         & (table["prompt"] == plan.source.text)
+        & (table["mapping"] == plan.mapping_name)
+        & (table["draw"] == plan.config.draw)
     ].sort_values("alpha")
     if rows.empty:
         raise bad_value(
             "result",
-            expected=f"readings of {site} of {plan.source.text!r}",
+            expected=f"readings of {site} of {plan.source.text!r} by {plan.mapping_name}",
             got="none",
             fix="pass the result of this plan's sweep",
         )
