@@ -42,17 +42,35 @@ def settings(word_overlap: Any) -> dict[str, Any]:
 def test_readings_equal_those_of_single_sweeps(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
-    """Batches across prompts change nothing but the speed."""
-    table = evaluate(mini, PROMPTS, batch_size=7, controls="unpatched", **settings).table
+    """Batches across prompts change nothing but the speed, for controls too."""
+    settings.pop("draws")  # a sweep has none
+    asked = ("unpatched", "random_direction", "unpatched_log_probability")
+    table = evaluate(mini, PROMPTS, batch_size=7, draws=0, controls=asked, **settings).table
     for prompt in PROMPTS:
         own = table[table["prompt"] == prompt].reset_index(drop=True)
         alone = sweep(
             mini, prompt, kinds="mlp_out", target_layer="same", score_on="text",
-            controls="unpatched", **{k: v for k, v in settings.items() if k != "draws"},
+            controls=asked, **settings,
         ).table  # fmt: skip
         exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
-        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False)
-        assert (own["unpatched_text"] == alone["unpatched_text"]).all()
+        exact += ["unpatched_text", "random_direction_text", "random_direction", asked[-1]]
+        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False, rtol=1e-4)
+
+
+def test_controls_of_several_prompts_share_a_batch(
+    mini: LanguageModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts with six cells each: one run for the cells, one for their controls."""
+    generated: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        generated.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    evaluate(mini, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
+    assert generated == [18, 36]
 
 
 def test_a_finished_cell_is_never_computed_twice(
