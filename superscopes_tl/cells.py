@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ from superscopes_tl.prompts import crop_description
 from superscopes_tl.results import Reading
 from superscopes_tl.scoring import score_texts
 from superscopes_tl.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Those cells of a batch that are of one plan; a batch may hold cells of several prompts.
+
+    Attributes:
+        plan: the plan.
+        cells: some of its cells.
+        patches: what they patch.
+        generations: what was written.
+    """
+
+    plan: SweepPlan
+    cells: Sequence[Cell]
+    patches: Sequence[Patch]
+    generations: Sequence[Generation]
 
 
 def make_patches(plan: SweepPlan) -> list[Patch]:
@@ -134,21 +152,17 @@ def _map(
     return mapped
 
 
-def read(
-    plan: SweepPlan,
-    cells: Sequence[Cell],
-    patches: Sequence[Patch],
-    generations: Sequence[Generation],
-) -> list[Reading]:
+def read(part: Part) -> list[Reading]:
     """Score the texts of some cells and return their rows."""
-    descriptions = [crop_description(generation.text) for generation in generations]
-    texts = [generation.text for generation in generations]
+    plan = part.plan
+    descriptions = [crop_description(generation.text) for generation in part.generations]
+    texts = [generation.text for generation in part.generations]
     scores = score_readings(plan, texts, descriptions)
     names = plan.generator.target.prompt.few_shot_names
     norms = plan.generator.placeholder_norms
     rows = []
     for (site, target_layer, alpha), patch, generation, description, score in zip(
-        cells, patches, generations, descriptions, scores, strict=True
+        part.cells, part.patches, part.generations, descriptions, scores, strict=True
     ):
         norm = float(patch.vector.norm())
         told = tokens_told(plan.model.tokenizer, generation, description)

@@ -2,7 +2,7 @@
 
 1. A control makes, for each cell, another patch: same place, same model, but a vector that cannot
    know what the source token means (`make_control`).
-2. All controls of a batch are generated together, identical ones once.
+2. All controls of a batch are generated together, across prompts, identical ones once.
 3. Their scores and texts become columns of the table: `random_direction` is the score, and
    `random_direction_text` what was written. `unpatched_log_probability` has no text of its own:
    it is how likely the *cell's* description is when nothing is patched, in nats per token.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superscopes_tl.cells import make_patches, mean, score_readings, tokens_told
+from superscopes_tl.cells import Part, make_patches, mean, score_readings, tokens_told
 from superscopes_tl.decoding import Generation
 from superscopes_tl.patching import Patch, PatchedGenerator
 from superscopes_tl.plan import Cell, SweepPlan
@@ -81,6 +81,8 @@ def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patc
     return _found(there, wanted, patches)
 
 
+_LIKELY = "unpatched_log_probability"
+
 Control = Callable[[SweepPlan, Sequence[Cell], Sequence[Patch]], list[Patch]]
 
 _PATCHES: Mapping[str, Control] = {
@@ -106,30 +108,36 @@ def make_control(
     return _PATCHES[name](plan, cells, patches)
 
 
-def add_controls(
-    plan: SweepPlan,
-    cells: Sequence[Cell],
-    patches: Sequence[Patch],
-    generations: Sequence[Generation],
-    readings: Sequence[Reading],
-) -> list[Reading]:
-    """Return the readings with the plan's controls, generated in one go."""
-    names = [name for name in plan.config.controls if name in _PATCHES]
-    made = {name: make_control(name, plan, cells, patches) for name in names}
-    written = iter(_written_once(plan.generator, [p for name in names for p in made[name]]))
-    columns: dict[str, Sequence[Any]] = {}
-    for name in names:
-        texts = [next(written).text for _ in cells]
-        columns[name] = score_readings(plan, texts, [crop_description(text) for text in texts])
-        columns[f"{name}_text"] = texts
-    if "unpatched_log_probability" in plan.config.controls:
-        unpatched = _unpatched(plan, cells, patches)
-        columns["unpatched_log_probability"] = list(_likely(plan, unpatched, generations, readings))
-    rows = zip(*columns.values(), strict=True) if columns else (() for _ in readings)
-    return [
-        replace(reading, controls=dict(zip(columns, row, strict=True)))
-        for reading, row in zip(readings, rows, strict=True)
+def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Reading]:
+    """Return the readings with the controls, generated in one go for all parts of a batch.
+
+    Args:
+        parts: of plans that differ in their prompts and draws alone.
+        readings: those of all parts, one behind the other.
+    """
+    asked = parts[0].plan.config.controls
+    names = [name for name in asked if name in _PATCHES]
+    made = [
+        patch
+        for part in parts
+        for name in names
+        for patch in make_control(name, part.plan, part.cells, part.patches)
     ]
+    written = iter(_written_once(parts[0].plan.generator, made))
+    likely = iter(_likely(parts, readings) if _LIKELY in asked else ())
+    rows: list[dict[str, float | str]] = []
+    for part in parts:
+        columns: dict[str, Sequence[Any]] = {}
+        for name in names:
+            texts = [next(written).text for _ in part.cells]
+            columns[name] = score_readings(part.plan, texts, list(map(crop_description, texts)))
+            columns[f"{name}_text"] = texts
+        if _LIKELY in asked:
+            columns[_LIKELY] = [next(likely) for _ in part.cells]
+        rows += [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
+    return [replace(r, controls=row) for r, row in zip(readings, rows, strict=True)]
 
 
 def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
@@ -157,20 +165,17 @@ def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
     ]
 
 
-def _likely(
-    plan: SweepPlan,
-    unpatched: Sequence[Patch],
-    generations: Sequence[Generation],
-    readings: Sequence[Reading],
-) -> Iterator[float]:
+def _likely(parts: Sequence[Part], readings: Sequence[Reading]) -> Iterator[float]:
     """Yield how likely each reading's description is without the patch, in nats per token."""
-    tokenizer = plan.model.tokenizer
+    plan = parts[0].plan
+    generations = [generation for part in parts for generation in part.generations]
     told = [
-        generation.token_ids[: tokens_told(tokenizer, generation, reading.description)]
+        generation.token_ids[: tokens_told(plan.model.tokenizer, generation, reading.description)]
         for generation, reading in zip(generations, readings, strict=True)
     ]
     # The same text behind the same unpatched prompt needs no second run.
     distinct = [ids for ids in dict.fromkeys(told) if ids]
+    unpatched = _unpatched(plan, (), [patch for part in parts for patch in part.patches])
     likely = plan.generator.log_probabilities(unpatched[: len(distinct)], distinct)
     found = dict(zip(distinct, map(mean, likely), strict=True))
     return (found.get(ids, math.nan) for ids in told)

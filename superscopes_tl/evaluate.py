@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
-from superscopes_tl.cells import make_patches
+from superscopes_tl.cells import Part, make_patches
 from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
@@ -160,12 +160,11 @@ def _run(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
     for batch in _batches(plans):
         generator = batch[0][0].generator
         generations = iter(generator.generate([patch for _, _, patch in batch]))
-        readings: list[Reading] = []
-        for plan, part in groupby(batch, key=lambda work: work[0]):
-            cells, patches = zip(*((cell, patch) for _, cell, patch in part), strict=True)
-            written = [next(generations) for _ in cells]
-            readings += read_batch(plan, cells, patches, written)
-        yield readings
+        parts = []
+        for plan, work in groupby(batch, key=lambda work: work[0]):
+            cells, patches = zip(*((cell, patch) for _, cell, patch in work), strict=True)
+            parts.append(Part(plan, cells, patches, [next(generations) for _ in cells]))
+        yield read_batch(parts)
 
 
 def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:

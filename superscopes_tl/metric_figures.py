@@ -2,7 +2,8 @@
 
 1. `earlier_table`: what is read before ℓ_c (the paper's Tables 1 to 3).
 2. `selector_figure`: how often each selector chooses a right reading, with its interval.
-3. `roc_figure`: how well scores tell right readings from wrong ones.
+3. `amplifier_figure`: how many prompts each way to amplify reads right.
+4. `roc_figure`: how well scores tell right readings from wrong ones.
 """
 
 from __future__ import annotations
@@ -95,6 +96,51 @@ def selector_figure(rates: pd.DataFrame) -> go.Figure:
         height=160 + 40 * len(rates),
         xaxis={"title": "share of sites, mean over prompts", "range": [0, 1], "tickformat": ".0%"},
         yaxis={"autorange": "reversed", "automargin": True},
+    )
+    return figure
+
+
+def amplifier_figure(found: pd.DataFrame) -> go.Figure:
+    """Draw at how many prompts each way to amplify reads right, dots with 95 % intervals.
+
+    Args:
+        found: what `selectors.amplifiers` returned.
+    """
+    names = [
+        f"{html.escape(str(name))} ({readings:.3g} readings)"
+        for name, readings in found["readings"].items()
+    ]
+    forms = (
+        ("share", "", "some reading is right", 0.2, "circle"),
+        ("chosen", "chosen_", "the best-scoring one is right", 0.7, "diamond"),
+    )
+    figure = go.Figure()
+    for column, before, label, shade, symbol in forms:
+        figure.add_scatter(
+            x=_plain(found[column]),
+            y=names,
+            name=label,
+            mode="markers",
+            marker={
+                "size": 11,
+                "symbol": symbol,
+                "color": sample_colorscale(COLOR_SCALE, [shade])[0],
+            },
+            error_x={
+                "type": "data",
+                "array": _plain(found[f"{before}high"] - found[column]),
+                "arrayminus": _plain(found[column] - found[f"{before}low"]),
+            },
+            hovertemplate=f"%{{y}}<br>{label}: %{{x:.1%}}<extra></extra>",
+        )
+    figure.update_layout(
+        title="What each way to amplify reads right",
+        template="plotly_white",
+        height=200 + 50 * len(found),
+        scattermode="group",
+        xaxis={"title": "share of prompts", "range": [-0.02, 1.02], "tickformat": ".0%"},
+        yaxis={"autorange": "reversed", "automargin": True},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
     )
     return figure
 

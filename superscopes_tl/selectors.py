@@ -5,6 +5,7 @@
 2. `choose` keeps the highest-ranked greedy row of every site.
 3. `rate` asks, where the truth is known, how often the chosen row is right, beside two bounds: an
    oracle that finds a right α wherever there is one, and an α chosen blindly.
+4. `amplifiers` asks it of ways to amplify: how many prompts can be read, how many are.
 
 `by_similarity` is the paper's automatic amplifier. It scores a description against the source
 prompt, so it knows what it looks for. The others see only what the model wrote and how surely.
@@ -182,6 +183,62 @@ def rate(
     }
     columns = ["share", "low", "high", "difference", "difference_low", "difference_high"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("selector")
+
+
+def amplifiers(
+    ways: Mapping[str, pd.DataFrame],
+    right: Callable[[pd.DataFrame], pd.Series[bool]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Say at how many prompts each way to amplify reads right.
+
+    A prompt counts when any of its greedy rows is right, so a way with more readings has more
+    chances: `readings` says how many. `chosen` counts the prompts whose best-scoring row is right:
+    what is left when the score has to find it.
+
+    Args:
+        ways: a table of the same prompts for each way to amplify, by name.
+        right: says of every row whether its description is right.
+        resamples: draws of the bootstrap over prompts.
+        seed: its seed.
+
+    Returns:
+        A row per way. Columns: `readings`, the mean number of rows per prompt; `share` with `low`
+        and `high` (95 % percentile interval), `chosen` with `chosen_low` and `chosen_high`; and
+        the paired `difference` of the shares to the first way with its ends. With one prompt
+        there is no interval: NaN.
+
+    Raises:
+        ValueError: no ways, or ways of different prompts.
+    """
+    first: pd.Series[float] | None = None
+    found = {}
+    for name, table in ways.items():
+        rows = table[table["draw"] == 0].reset_index(drop=True)
+        correct = right(rows).astype(float)
+        best = rows.sort_values("score", ascending=False, na_position="last", kind="stable")
+        picked = correct.loc[best.drop_duplicates("prompt").index]
+        share, chosen = (part.groupby(rows["prompt"]).max() for part in (correct, picked))
+        first = share if first is None else first
+        if rows.empty or not share.index.equals(first.index):
+            raise bad_value(
+                f"ways[{name!r}]",
+                expected=f"greedy rows of the prompts {first.index.tolist()}",
+                got=share.index.tolist(),
+                fix="evaluate every way on the same prompts",
+            )
+        draws = np.random.default_rng(seed).integers(len(share), size=(resamples, len(share)))
+        parts = (share, chosen, share - first)
+        found[name] = [len(rows) / len(share)]
+        found[name] += [value for part in parts for value in _mean_and_interval(part, draws)]
+    if not found:
+        raise bad_value("ways", expected="at least one way", got={}, fix="give its table by name")
+    columns = ["readings"]
+    for what, before in (("share", ""), ("chosen", "chosen_"), ("difference", "difference_")):
+        columns += [what, f"{before}low", f"{before}high"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("amplifier")
 
 
 def _chosen(rows: pd.DataFrame, selector: Selector) -> pd.Index[int]:

@@ -17,13 +17,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from superscopes_tl.cells import make_patches, read
+from superscopes_tl.cells import Part, make_patches, read
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.controls import add_controls
-from superscopes_tl.decoding import Generation
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patching import Patch
-from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.results import Reading, SweepResult
 
 
@@ -137,22 +135,15 @@ def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Rea
         done = 0
         for generations in plan.generator.batches(patches):
             end = done + len(generations)
-            yield read_batch(plan, plan.cells[done:end], patches[done:end], generations)
+            yield read_batch([Part(plan, plan.cells[done:end], patches[done:end], generations)])
             done = end
             bar.update(len(generations))
 
 
-def read_batch(
-    plan: SweepPlan,
-    cells: Sequence[Cell],
-    patches: Sequence[Patch],
-    generations: Sequence[Generation],
-) -> list[Reading]:
-    """Return the rows of some cells, with the controls that the plan asks for."""
-    readings = read(plan, cells, patches, generations)
-    if not plan.config.controls:
-        return readings
-    return add_controls(plan, cells, patches, generations, readings)
+def read_batch(parts: Sequence[Part]) -> list[Reading]:
+    """Return the rows of a batch, with the controls that its plans ask for."""
+    readings = [reading for part in parts for reading in read(part)]
+    return add_controls(parts, readings) if parts[0].plan.config.controls else readings
 
 
 def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:

@@ -20,7 +20,9 @@ from superscopes_tl import (
     LanguageModel,
     compare,
     evaluate,
+    mean_activation,
     methods,
+    random_direction,
     resid_mid,
     sweep,
 )
@@ -42,17 +44,35 @@ def settings(word_overlap: Any) -> dict[str, Any]:
 def test_readings_equal_those_of_single_sweeps(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
-    """Batches across prompts change nothing but the speed."""
-    table = evaluate(mini, PROMPTS, batch_size=7, controls="unpatched", **settings).table
+    """Batches across prompts change nothing but the speed, for controls too."""
+    settings.pop("draws")  # a sweep has none
+    asked = ("unpatched", "random_direction", "unpatched_log_probability")
+    table = evaluate(mini, PROMPTS, batch_size=7, draws=0, controls=asked, **settings).table
     for prompt in PROMPTS:
         own = table[table["prompt"] == prompt].reset_index(drop=True)
         alone = sweep(
             mini, prompt, kinds="mlp_out", target_layer="same", score_on="text",
-            controls="unpatched", **{k: v for k, v in settings.items() if k != "draws"},
+            controls=asked, **settings,
         ).table  # fmt: skip
         exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
-        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False)
-        assert (own["unpatched_text"] == alone["unpatched_text"]).all()
+        exact += ["unpatched_text", "random_direction_text", "random_direction", asked[-1]]
+        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False, rtol=1e-4)
+
+
+def test_controls_of_several_prompts_share_a_batch(
+    mini: LanguageModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts with six cells each: one run for the cells, one for their controls."""
+    generated: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        generated.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    evaluate(mini, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
+    assert generated == [18, 36]
 
 
 def test_a_finished_cell_is_never_computed_twice(
@@ -112,8 +132,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     code = (
         "from superscopes_tl import evaluate\n"
+        "def half(references, candidates):\n    return [0.5 for _ in candidates]\n"
         "evaluate('mini', layers=(5, 2), alphas=(1, 3), draws=0, batch_size=4, max_new_tokens=6,\n"
-        f"         scorer=lambda r, c: [0.5 for _ in c], path={str(path)!r}, progress=False)"
+        f"         scorer=half, path={str(path)!r}, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
     deadline = time.monotonic() + 120
@@ -233,3 +254,89 @@ def test_under_a_true_null_about_five_per_cent_are_accepted(mini: LanguageModel)
     assert 1 <= null["corrected"].sum() <= 27
     assert null["expected_corrected"].sum() == pytest.approx(0.069 * 192, rel=0.15)
     assert null["discoveries"].sum() == 0
+
+
+def test_bases_and_seeds_of_one_name_family_are_told_apart(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Means of other texts are other bases; functions without a name cannot go into a file."""
+    path = tmp_path / "run.sqlite"
+    for texts in (("Pink Floyd", "Titanic"), ("Star Wars", "Will Smith")):
+        found = evaluate(mini, PROMPTS[:1], path, base=mean_activation(mini, texts), **settings)
+    assert found.table["mapping"].nunique() == 2
+    assert len(found) == 12
+    for extra in (
+        {"mapping": lambda alpha: lambda v: alpha * v},
+        {"scorer": lambda references, candidates: [0.5 for _ in candidates]},
+    ):
+        with pytest.raises(ValueError, match="expected functions with names of their own.*lambda"):
+            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+    with pytest.raises(ValueError, match="draw: expected 0, the greedy texts, got 2"):
+        evaluate(mini, PROMPTS[:1], **settings, draw=2)
+    with pytest.raises(TypeError, match="settings: expected settings out of"):
+        evaluate(mini, PROMPTS[:1], **settings, layer=2)
+
+
+def test_random_directions_differ_between_prompts_and_not_between_batches(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """As a mapping, too: a null over prompts needs another vector for each of them."""
+    wide = evaluate(mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9}).table
+    narrow = evaluate(
+        mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9, "layers": 2}
+    ).table
+    at_2 = wide[wide["source_layer"] == 2]
+    assert at_2["text"].tolist() == narrow["text"].tolist()
+    assert at_2["text"].nunique() == 3
+
+
+def test_methods_have_equal_budgets_or_say_so(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """α = 1 is no try of another mapping; draws follow the α of the whole file."""
+    path, budget = tmp_path / "run.sqlite", {**settings, "draws": None}
+    evaluate(mini, PROMPTS, path, **budget)
+    found = evaluate(mini, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})
+    evaluate(mini, PROMPTS, path, base=resid_mid, **budget)
+    cells = {name: len(part) / 6 for name, part in methods(found).items()}
+    assert cells == {"Patchscopes": 1, "Superscopes": 4, "Patchscopes, equal budget": 4}
+    cells = {name: len(part) / 6 for name, part in methods(Evaluation.load(path)).items()}
+    assert cells["Superscopes, scale, from resid_mid"] == 2
+    fewer = evaluate(mini, PROMPTS, **{**settings, "alphas": (1, 3, 6, 9, 12), "draws": 1})
+    assert len(methods(fewer)["Patchscopes, 2 readings"]) == 12
+
+
+def test_two_target_layers_in_a_file_are_not_counted_together(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """They would be two tries of one method: one of them has to be chosen."""
+    path = tmp_path / "run.sqlite"
+    evaluate(mini, PROMPTS, path, **settings)
+    both = evaluate(mini, PROMPTS, path, target_layer=0, positions=(-2, -1), **settings)
+    with pytest.raises(ValueError, match="target_layer: expected 'same' or one of .*got None"):
+        methods(both)
+    for target in ("same", 0):
+        part = methods(both, target_layer=target)["Patchscopes"]  # type: ignore[arg-type]
+        assert len(part) == 6
+        wanted = part["source_layer"] if target == "same" else 0
+        assert (part["target_layer"] == wanted).all()
+
+
+def test_what_a_killed_writer_left_is_undone_on_loading(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A journal beside the file belongs to a batch that was never finished."""
+    path, copy = tmp_path / "run.sqlite", tmp_path / "copy.sqlite"
+    evaluate(mini, PROMPTS[:1], path, **settings)
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA cache_size = 1")
+    database.execute("BEGIN")
+    database.execute("UPDATE readings SET text = 'half' || hex(zeroblob(9000))")
+    journal = tmp_path / "run.sqlite-journal"
+    assert journal.exists()
+    copy.write_bytes(path.read_bytes())  # as a kill at this moment would leave the two files
+    (tmp_path / "copy.sqlite-journal").write_bytes(journal.read_bytes())
+    database.close()
+    loaded = Evaluation.load(copy).table
+    pd.testing.assert_frame_equal(loaded, Evaluation.load(path).table)
+    assert not loaded["text"].str.startswith("half").any()

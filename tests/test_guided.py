@@ -97,7 +97,7 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
     assert names == [
         "scale",
         "scale, from resid_mid",
-        "scale, from mean of 3 texts",
+        "scale, from mean of 3 texts 2d5333e8",
         "scale, in residual norms",
         "scale, on logits",
     ]

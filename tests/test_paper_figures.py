@@ -22,6 +22,7 @@ from superscopes_tl import (
     methods,
     sweep,
 )
+from superscopes_tl.scoring import PAPER_SCORER
 
 PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith", "Titanic")
 SETTINGS: dict[str, Any] = {
@@ -80,11 +81,16 @@ def test_the_ladder_has_a_rung_per_alpha_with_its_text(swept: SweepResult) -> No
 
 def test_figure_3_compares_an_evaluation_of_one_kind(evaluated: Evaluation) -> None:
     """One line per method in both panels; with several kinds one has to be chosen."""
-    with pytest.raises(ValueError, match="kind: expected one of"):
+    with pytest.raises(ValueError, match="counted: expected an evaluation.*word_overlap"):
         figure_3(evaluated)
-    mlp = Evaluation(evaluated.table[evaluated.table["kind"] == "mlp_out"], evaluated.provenance)
+    config = {**evaluated.provenance["config"], "scorer": PAPER_SCORER}
+    every = Evaluation(evaluated.table, {**evaluated.provenance, "config": config})
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        figure_3(every)
+    mlp = Evaluation(every.table[every.table["kind"] == "mlp_out"], every.provenance)
     figure = figure_3(mlp)
-    assert figure.to_json() == figure_3(compare(methods(mlp)), title="mini").to_json()
+    same = figure_3(compare(methods(mlp), score_on="description"), title="mini")
+    assert figure.to_json() == same.to_json()
     names = {trace.name for trace in figure.data if trace.mode == "lines+markers"}
     assert names == {"Patchscopes", "Superscopes", "Patchscopes, equal budget"}
 

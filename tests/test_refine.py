@@ -61,3 +61,31 @@ def test_a_foreign_result_is_refused(mini: LanguageModel, word_overlap: Any) -> 
         refine(plan, result)
     with pytest.raises(ValueError, match="rounds: expected 1 or more, got 0"):
         refine(plan, result, rounds=0)
+
+
+def test_nothing_to_refine_leaves_the_result_as_it_is(
+    mini: LanguageModel, word_overlap: Any
+) -> None:
+    """One α has no neighbour: no cell, no change of types; another mapping's result is refused."""
+    settings: dict[str, Any] = {
+        "layers": 5, "kinds": "mlp_out", "max_new_tokens": 3, "scorer": word_overlap,
+    }  # fmt: skip
+    result = sweep(mini, "Pearl Jam", alphas=3, progress=False, **settings)
+    same = refine(plan_sweep(mini, "Pearl Jam", alphas=3, **settings), result, progress=False)
+    pd.testing.assert_frame_equal(same.table, result.table)
+    other = plan_sweep(mini, "Pearl Jam", alphas=3, unit="residual", **settings)
+    with pytest.raises(ValueError, match="by scale, in residual norms, got none"):
+        refine(other, result)
+
+
+def test_refinement_ends_where_four_digits_end(mini: LanguageModel, word_overlap: Any) -> None:
+    """Many rounds add no cell twice, and the provenance names every α of the table."""
+    settings: dict[str, Any] = {
+        "layers": 5, "kinds": "mlp_out", "alphas": (1, 1.01), "max_new_tokens": 2,
+        "scorer": word_overlap,
+    }  # fmt: skip
+    coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
+    fine = refine(plan_sweep(mini, "Pearl Jam", **settings), coarse, rounds=12, progress=False)
+    assert not fine.table["alpha"].duplicated().any()
+    assert fine.provenance["config"]["alphas"] == sorted(fine.table["alpha"])
+    assert fine.provenance["planned_cells"] == len(fine)

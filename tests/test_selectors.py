@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from superscopes_tl import SweepResult
-from superscopes_tl.metric_figures import selector_figure
+from superscopes_tl.metric_figures import amplifier_figure, selector_figure
 from superscopes_tl.selectors import (
     BLIND,
     ORACLE,
+    amplifiers,
     by_similarity,
     choose,
     fixed_alpha,
@@ -240,3 +241,51 @@ def test_the_figure_shows_shares_with_intervals() -> None:
     one = selector_figure(rate(prompts_of("Rw"), {}, is_right)).data[0]
     assert list(one.error_x.array) == [None, None]
     assert one.customdata[0] == "one prompt: no interval"
+
+
+def test_amplifiers_count_prompts_by_hand() -> None:
+    """Three prompts: any reading right, the best-scoring one right, and the difference."""
+    ways = {"scale": prompts_of("wR", "rW", "wW"), "guided": prompts_of("R", "w", "R")}
+    found = amplifiers(ways, is_right)
+    assert list(found.index) == ["scale", "guided"]
+    assert found["readings"].tolist() == [2, 1]
+    assert found["share"].tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert found["chosen"].tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert found["difference"].tolist() == [0, 0]
+    assert found.loc["scale", ["difference_low", "difference_high"]].tolist() == [0, 0]
+    assert found.loc["guided", "difference_low"] < 0 < found.loc["guided", "difference_high"]
+    drawn = {
+        name: pd.concat([t, t.assign(draw=1, description="right")]) for name, t in ways.items()
+    }
+    pd.testing.assert_frame_equal(amplifiers(drawn, is_right), found)
+
+
+def test_the_oracle_of_one_site_per_prompt_is_the_share_of_amplifiers() -> None:
+    """Where every prompt has one site, `rate` and `amplifiers` count the same, intervals too."""
+    table = prompts_of("wR", "rW", "wW", "Rr")
+    rated, found = rate(table, {"s": by_similarity}, is_right), amplifiers({"": table}, is_right)
+    for column, before in (("share", ""), ("chosen", "chosen_")):
+        row = rated.loc[ORACLE if column == "share" else "s"]
+        ours = found.loc["", [column, f"{before}low", f"{before}high"]]
+        assert ours.tolist() == row[["share", "low", "high"]].tolist()
+
+
+def test_amplifiers_need_the_same_prompts() -> None:
+    """A paired difference over different prompts would be none."""
+    with pytest.raises(
+        ValueError, match=r"^ways\['b'\]: expected greedy rows of the prompts \['P0"
+    ):
+        amplifiers({"a": prompts_of("R", "W"), "b": prompts_of("R")}, is_right)
+    with pytest.raises(ValueError, match=r"^ways: expected at least one way, got \{\}"):
+        amplifiers({}, is_right)
+
+
+def test_the_amplifier_figure_shows_both_counts() -> None:
+    """Dots for what can be read and for what the score finds; names escaped, NaN not sent."""
+    found = amplifiers({"<b>": prompts_of("wR", "rW")}, is_right)
+    can, chosen = amplifier_figure(found).data
+    assert list(can.y) == ["&lt;b&gt; (2 readings)"]
+    assert (list(can.x), list(chosen.x)) == ([1.0], [0.5])
+    assert list(chosen.error_x.array) == list(chosen.error_x.arrayminus) == [0.5]
+    one = amplifier_figure(amplifiers({"one": prompts_of("R")}, is_right)).data[0]
+    assert list(one.error_x.array) == [None]
