@@ -121,6 +121,7 @@ def amplifier_figure(found: pd.DataFrame) -> go.Figure:
             y=names,
             name=label,
             mode="markers",
+            orientation="h",  # the two dots of a way stand above one another, each at its share
             marker={
                 "size": 11,
                 "symbol": symbol,

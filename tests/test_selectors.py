@@ -286,6 +286,7 @@ def test_the_amplifier_figure_shows_both_counts() -> None:
     can, chosen = amplifier_figure(found).data
     assert list(can.y) == ["&lt;b&gt; (2 readings)"]
     assert (list(can.x), list(chosen.x)) == ([1.0], [0.5])
+    assert can.orientation == chosen.orientation == "h"  # else plotly moves the dots sideways
     assert list(chosen.error_x.array) == list(chosen.error_x.arrayminus) == [0.5]
     one = amplifier_figure(amplifiers({"one": prompts_of("R")}, is_right)).data[0]
     assert list(one.error_x.array) == [None]
