@@ -100,3 +100,7 @@ def in_units_of(norm: float) -> MappingFamily:
 def family_name(family: Callable[..., object]) -> str:
     """Return the name under which a result records a mapping family or a base."""
     return getattr(family, "__name__", None) or repr(family)
+
+
+PAPER_MAPPING = family_name(scale)
+"""The name under which a result records f(v) = α·v."""

@@ -27,12 +27,8 @@ def replay(
     threshold: Annotated[
         float, typer.Option(help="The similarity above which a text is a hit.")
     ] = PAPER_THRESHOLD,
-    scorer: Annotated[
-        str, typer.Option(help="A SentenceTransformer. all-MiniLM-L6-v2 unless given.")
-    ] = "",
-    score_on: Annotated[
-        str, typer.Option(help="The whole 'text', as the paper did, or its 'description'.")
-    ] = "text",
+    scorer: options.ScorerName = "",
+    score_on: options.ScoreOn = "text",
     html: Annotated[
         Path | None, typer.Option(help="Write Figure 3 to this page (opens offline).")
     ] = None,

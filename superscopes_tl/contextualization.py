@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from superscopes_tl.amplify import PAPER_MAPPING
 from superscopes_tl.errors import bad_value
 from superscopes_tl.scoring import PAPER_THRESHOLD
 from superscopes_tl.sites import HookKind
@@ -129,9 +130,8 @@ def _cells(
 ) -> pd.DataFrame:
     """Return the greedy cells of one kind and token, all at α = 1 or all at any other α."""
     at_token = _at(table, position)
-    rows = at_token[
-        (at_token["draw"] == 0) & (at_token["mapping"] == "scale") & (at_token["kind"] == kind)
-    ]
+    paper = (at_token["draw"] == 0) & (at_token["mapping"] == PAPER_MAPPING)
+    rows = at_token[paper & (at_token["kind"] == kind)]
     rows = rows[(rows["alpha"] != 1) == amplified]
     if target_layer is not None:
         rows = rows[rows["target_layer"] == target_layer]

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from superscopes_tl.amplify import random_direction
+from superscopes_tl.amplify import PAPER_MAPPING, random_direction
 from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches, score_readings
 from superscopes_tl.errors import bad_value
@@ -181,7 +181,7 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         "max_new_tokens": config.get("max_new_tokens"),
     }
     names, notes = ["load_model", "sweep"], _model_notes(model)
-    mapping = str(config.get("mapping", "scale"))
+    mapping = str(config.get("mapping", PAPER_MAPPING))
     own, imported = _amplifier(config)
     settings.update(own)
     names += imported
@@ -206,7 +206,7 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         ")",
         "table = result.table",
     ]
-    if mapping != "scale":
+    if mapping != PAPER_MAPPING:
         lines.append(
             f"table = table[(table.kind == {selection.kind!r}) & (table.source_layer == "
             f"{selection.source_layer}) & (table.position == {selection.position})]"
@@ -225,8 +225,8 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if config.get(name, usual) != usual
     }
     imported = []
-    mapping = str(config.get("mapping", "scale"))
-    if mapping != "scale":
+    mapping = str(config.get("mapping", PAPER_MAPPING))
+    if mapping != PAPER_MAPPING:
         # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
         settings.update(
             {key: config[key] for key in ("layers", "kinds", "positions") if key in config}

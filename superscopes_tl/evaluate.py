@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
+from superscopes_tl.amplify import PAPER_MAPPING
 from superscopes_tl.cells import Part, make_patches
 from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
@@ -42,9 +43,6 @@ HIDDEN_STATES = SweepConfig(
     kinds="resid_post", alphas=FINE_ALPHAS, target_layer="same", score_on="text"
 )
 """Section 4.2: block outputs over "a wider range" of α, at every layer."""
-
-PAPER_MAPPING = "scale"
-"""The name of f(v) = α·v."""
 
 Work = tuple[SweepPlan, Cell, Patch]
 

@@ -6,8 +6,9 @@
 3. What must not differ within one experiment (model, target prompt, length, scorer, controls) is
    written once; another run that differs there is refused. Prompts, layers, α, mappings and draws
    may be added.
-4. `Evaluation.load` reads the file without a model. A file is data alone: it is opened read-only,
-   its size is bounded, and only its two tables are read.
+4. `Evaluation.load` reads the file without a model. A file is data alone: its size is bounded, only
+   its two tables are read, and it is opened read-only, unless a killed run left a journal beside
+   it: then the batch in flight is undone first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from superscopes_tl.amplify import PAPER_MAPPING
 from superscopes_tl.errors import RunFileError, bad_value, describe
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import COLUMNS, MAX_FILE_BYTES, Reading, SweepResult
@@ -83,7 +85,7 @@ class Evaluation:
         """The source prompts, in the order in which they were finished."""
         return tuple(dict.fromkeys(self.table["prompt"]))
 
-    def of(self, prompt: str, *, mapping: str = "scale", draw: int = 0) -> SweepResult:
+    def of(self, prompt: str, *, mapping: str = PAPER_MAPPING, draw: int = 0) -> SweepResult:
         """Return the readings of one source prompt as the result of its sweep.
 
         Args:

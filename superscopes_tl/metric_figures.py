@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +18,9 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.figures import table_height
+from superscopes_tl.figures import table_height, text_lines
 from superscopes_tl.metric import Quality
-from superscopes_tl.plots import COLOR_SCALE
+from superscopes_tl.plots import COLOR_SCALE, or_none
 
 
 def earlier_table(found: pd.DataFrame) -> go.Figure:
@@ -197,11 +196,10 @@ def _difference(row: dict[Any, Any]) -> str:
 
 
 def _plain(values: Any) -> list[float | None]:
-    """Return `None` for NaN: plotly in a notebook cannot send NaN."""
-    return [None if pd.isna(value) else float(value) for value in values]
+    return [or_none(value) for value in values]
 
 
 def _lines(text: object) -> str:
     if pd.isna(text):  # type: ignore[call-overload]
         return "not computed"
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), 30)) or "–"
+    return text_lines(str(text), 30)

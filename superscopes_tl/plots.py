@@ -152,7 +152,7 @@ def alpha_curve(
         figure.add_trace(
             go.Scatter(
                 x=line["alpha"],
-                y=[_or_none(v) for v in line[value]],
+                y=[or_none(v) for v in line[value]],
                 name=f"layer {layer}",
                 mode="lines+markers",
                 line_color=_shade(rank, len(numbers)),
@@ -183,7 +183,7 @@ class _Panel:
         """Return the coloured cells."""
         values = [
             [
-                _or_none(self._grid[layer, c][self._value]) if (layer, c) in self._grid else None
+                or_none(self._grid[layer, c][self._value]) if (layer, c) in self._grid else None
                 for c in self._columns
             ]
             for layer in self._layers
@@ -306,7 +306,7 @@ def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFr
     return rows
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
     """Return `None` for NaN: plotly in a notebook cannot send NaN."""
     return None if pd.isna(value) else float(value)
 
