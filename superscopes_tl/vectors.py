@@ -1,0 +1,341 @@
+"""Read vectors that no source prompt gave: parameters, steering vectors, anything (Dar 2023).
+
+Speaking Probes ("Speaking Probes: Self-interpreting Models?", Dar 2023) patches a *parameter* over
+the placeholder and lets the model say what it means. Here:
+
+1. Get vectors of the residual stream's width: a feed-forward layer's keys or values, a difference
+   of means, the rows of a file (`vector_files`).
+2. `plan_vectors` makes them the sites of a sweep, in the place of a prompt's tokens: site i is
+   vector i, its token label the vector's name, its kind "vector". There is no source run.
+3. `read_vectors` runs the plan in the same engine as any sweep: every vector, target layer and α
+   in common batches, with the same controls, guidance, mappings and table.
+
+A block's feed-forward layer with the weights `W_in` (and `W_gate`) and `W_out` reads the normalised
+stream u and writes to the stream:
+
+    m = act(u W_in)             keys are the columns of W_in, values the rows of W_out
+    m = act(u W_gate) * (u W_in)    a gated one has two keys per value
+    mlp_out = m W_out
+
+A value lives in the residual stream. A key lives behind the block's layer norm: what it answers to
+in the stream is the key times the norm's gain (`blocks[l].ln2`), less its mean where the norm
+centres, unless the weights were folded when the model was loaded. Keys are returned as they are.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superscopes_tl.capture import capture
+from superscopes_tl.config import PlaceVectors, check_names
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.evaluate import run_plans
+from superscopes_tl.loading import load_model
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.plan import SweepPlan, plan_sweep
+from superscopes_tl.prompts import as_target_prompt
+from superscopes_tl.results import SweepResult
+from superscopes_tl.sites import Site, check_layers
+from superscopes_tl.sweep import collect
+from superscopes_tl.tokens import TokenizedText, check_text
+
+KIND: Any = "vector"
+"""The kind of these sites: no hook point of a model."""
+
+NO_LAYER = -1
+"""The source layer of a vector that comes from no layer."""
+
+
+def mlp_keys(
+    model: LanguageModel, layer: int, part: Literal["in", "gate"] | None = None
+) -> Float[Tensor, "d_mlp d_model"]:
+    """Return what the neurons of a feed-forward layer look for, in float32 on the CPU.
+
+    Keys live behind the layer norm (see the module's docstring).
+
+    Args:
+        model: from `load_model`.
+        layer: the block, counted from 0.
+        part: of a gated layer (Llama, Gemma, ...) the "gate", which the activation function sees,
+            or "in", the up-projection that it is multiplied with. The one that the activation
+            function sees unless given.
+
+    Raises:
+        ValueError: no such layer or part, or a block without one plain feed-forward layer.
+    """
+    gate = _weight(model, layer, "W_gate")
+    if part not in (None, "in", "gate") or (part == "gate" and gate is None):
+        raise bad_value(
+            "part", expected="'in'" if gate is None else "'in' or 'gate'", got=part,
+            fix=f"the feed-forward layers of {model.name} are {'not ' if gate is None else ''}gated",
+        )  # fmt: skip
+    keys = gate if gate is not None and part != "in" else _needed(model, layer, "W_in")
+    return keys.T.contiguous()
+
+
+def mlp_values(model: LanguageModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """Return what the neurons of a feed-forward layer write to the residual stream.
+
+    Where a model normalises the sum before it adds it (Gemma 2), these are the values before that.
+
+    Args:
+        model: from `load_model`.
+        layer: the block, counted from 0.
+
+    Raises:
+        ValueError: no such layer, or a block without one plain feed-forward layer.
+    """
+    return _needed(model, layer, "W_out")
+
+
+def _weight(model: LanguageModel, layer: int, name: str) -> Tensor | None:
+    """Return a copy of a weight of a block's MLP, `None` if it has none of that name."""
+    (number,) = check_layers(layer, model.n_layers, "layer")
+    weight = getattr(getattr(model.lens.blocks[number], "mlp", None), name, None)
+    return weight.detach().float().cpu().clone() if isinstance(weight, Tensor) else None
+
+
+def _needed(model: LanguageModel, layer: int, name: str) -> Tensor:
+    weight = _weight(model, layer, name)
+    if weight is None or weight.dim() != 2:
+        raise bad_value(
+            "layer", expected=f"a block with one feed-forward layer, whose {name} is a matrix",
+            got=f"block {layer} of {model.name}", fix="take the vectors from the weights yourself",
+        )  # fmt: skip
+    return weight
+
+
+def difference_of_means(
+    model: LanguageModel, texts_a: Sequence[str], texts_b: Sequence[str], kind: str, layer: int
+) -> Float[Tensor, " d_model"]:
+    """Return mean(a) − mean(b) of an activation at the texts' last tokens: a steering vector.
+
+    Args:
+        model: from `load_model`.
+        texts_a: what the vector points to.
+        texts_b: what it points away from.
+        kind: out of `KINDS`.
+        layer: counted from 0.
+
+    Raises:
+        ValueError: no text, or a bad kind or layer.
+    """
+    (number,) = check_layers(layer, model.n_layers, "layer")
+    means = []
+    for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
+        if isinstance(texts, str) or not len(texts):
+            raise bad_value(argument, expected="texts", got=texts, fix="pass a list of texts")
+        seen = [capture(model, text, kinds=kind, layers=number) for text in texts]
+        rows = [vectors[-1] for activations in seen for vectors in activations.vectors.values()]
+        means.append(torch.stack(rows).float().cpu().mean(dim=0))
+    return means[0] - means[1]
+
+
+def plan_vectors(
+    model: LanguageModel | Any,
+    vectors: Float[Tensor, "n d_model"] | Float[Tensor, " d_model"] | Any,
+    *,
+    names: Sequence[str] | None = None,
+    references: str | Sequence[str | None] | None = None,
+    layers: int | Sequence[int] | None = None,
+    unit: Literal["vector", "residual"] = "residual",
+    **settings: Any,
+) -> list[SweepPlan]:
+    """Check everything and return the plans, one for each distinct reference.
+
+    A plan is that of a sweep: `refine`, `relevancy` and the explorer's panels take it.
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        vectors: a tensor or array; one vector or many.
+        names: what to call them in the table; "vector 0", "vector 1", ... unless given.
+        references: what each means, if that is known, to score against: one text for all, or one
+            each with `None` for unknown. What has no reference has no score: NaN.
+        layers: where they come from, for the table and for `target_layer="same"`: one for all, or
+            one each; `NO_LAYER` unless given.
+        unit: "residual", unlike in a sweep of activations: α = 1 is as long as the residual stream
+            that the vector replaces. A parameter's own length says little, since the model
+            multiplies it by an activation before it is added; with "vector" it is kept.
+        **settings: the fields of `SweepConfig`, but for those that concern a source prompt.
+
+    Raises:
+        ValueError, TypeError: a bad setting, or vectors of another width.
+    """
+    _check_settings(settings)
+    model = load_model(model)
+    rows = _checked(vectors, model)
+    shown = _names(names, len(rows))
+    sources = _one_each("layers", layers, len(rows))
+    config: dict[str, Any] = {"vectors": _given(rows), "unit": unit, **settings}
+    if sources is None and config.get("target_layer") == "same":
+        raise bad_value(
+            "target_layer", expected="layers, as these vectors come from none", got="same",
+            fix="say where they come from: layers=...",
+        )  # fmt: skip
+    if sources is not None:
+        sources = [check_layers(layer, model.n_layers)[0] for layer in sources]
+    meanings = _one_each("references", references, len(rows)) or [None] * len(rows)
+    for meaning in dict.fromkeys(meanings):
+        if meaning is not None:
+            check_text(meaning, "references")
+    if not any(meanings):
+        config["scorer"] = unscored
+    # A plan wants a source prompt; any will do, since it is replaced at once.
+    text = as_target_prompt(config.get("target_prompt", "x")).text
+    first = plan_sweep(model, text, layers=0, kinds=model.kinds[0], **config)
+    return [
+        replace(
+            first,
+            source=TokenizedText(meaning or "", (), (), shown, has_bos=False),
+            sites=tuple(
+                Site(KIND, sources[i] if sources else NO_LAYER, i)
+                for i in range(len(rows))
+                if meanings[i] == meaning
+            ),
+            scorer=first.scorer if meaning else unscored,
+        )
+        for meaning in dict.fromkeys(meanings)
+    ]
+
+
+def read_vectors(
+    model: LanguageModel | Any, vectors: Any, *, progress: bool = True, **settings: Any
+) -> SweepResult:
+    """Let the model say what each vector means, at every target layer and α.
+
+    Example:
+        >>> values = mlp_values(model, 4)[:8]  # doctest: +SKIP
+        >>> read_vectors(model, values, alphas=(1, 3), controls="random_direction")  # doctest: +SKIP
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        vectors: a tensor or array, `[n d_model]` or `[d_model]`, such as `mlp_values`,
+            `difference_of_means` and `load_vectors` return.
+        progress: whether to show a progress bar.
+        **settings: those of `plan_vectors`: names, references, layers, unit, alphas,
+            target_layer, target_prompt, controls, ...
+
+    Returns:
+        A row per cell, in the order of the vectors: `token` is the vector's name, `position` its
+        number, `prompt` its reference or empty, `score` NaN without one. What needs no reference
+        (`entropy`, `log_probability`, the opt-in control "unpatched_log_probability") is there.
+
+    Raises:
+        ValueError, TypeError: a bad setting, or vectors of another width.
+        SweepInterrupted, SweepError: it broke off; finished cells are in its `partial`.
+    """
+    plans = plan_vectors(model, vectors, **settings)
+    result = collect(plans, run_plans(plans), progress=progress)
+    table = result.table.sort_values("position", kind="stable", ignore_index=True)
+    return SweepResult(table, result.provenance)
+
+
+def read_vector(
+    model: LanguageModel | Any, v: Any, *, name: str = "vector", **settings: Any
+) -> SweepResult:
+    """Let the model say what one vector means: `read_vectors` for a single one.
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        v: a tensor or array, `[d_model]`.
+        name: what to call it in the table.
+        **settings: those of `read_vectors`.
+
+    Raises:
+        ValueError, TypeError: several vectors, or a bad setting.
+    """
+    dims = getattr(v, "ndim", 1)
+    if dims != 1:
+        raise bad_value(
+            "v", expected="one vector, of shape [d_model]", got=f"shape {list(v.shape)}",
+            fix="use read_vectors, or choose a row",
+        )  # fmt: skip
+    return read_vectors(model, v, names=[name], **settings)
+
+
+def unscored(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    """Score nothing: the scorer of texts whose truth is not known."""
+    return [float("nan")] * len(candidates)
+
+
+def _given(rows: Float[Tensor, "n d_model"]) -> PlaceVectors:
+    """Return what gives a plan the vector of each site, by its number."""
+
+    def given(plan: SweepPlan, places: Sequence[tuple[Site, int]]) -> Tensor:
+        return rows[[site.position for site, _ in places]]
+
+    # A result knows vectors by this name: others are something else.
+    digest = zlib.crc32(rows.numpy().tobytes())
+    given.__name__ = f"{len(rows)} given vectors {digest:08x}"
+    return given
+
+
+def _checked(vectors: Any, model: LanguageModel) -> Float[Tensor, "n d_model"]:
+    """Return the vectors in float32 on the CPU, one per row."""
+    fix = "pass mlp_values(model, layer), load_vectors(path), ..."
+    try:
+        rows = torch.as_tensor(vectors).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_type("vectors", expected="a tensor or array", got=vectors, fix=fix) from error
+    if rows.dim() not in (1, 2) or not rows.numel() or rows.shape[-1] != model.d_model:
+        turned = rows.dim() == 2 and rows.shape[0] == model.d_model
+        raise bad_value(
+            "vectors", expected=f"shape [n {model.d_model}], the width of {model.name}",
+            got=f"shape {list(rows.shape)}", fix="transpose them: vectors.T" if turned else fix,
+        )  # fmt: skip
+    if not torch.isfinite(rows).all():
+        raise bad_value("vectors", expected="finite numbers", got="NaN or infinity", fix=fix)
+    return rows.reshape(-1, model.d_model)
+
+
+def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(f"vector {i}" for i in range(n))
+    given = _one_each("names", [names] if isinstance(names, str) else list(names), n) or []
+    for name in given:
+        check_text(name, "names")
+    if len(set(given)) < n:
+        raise bad_value("names", expected="a name of its own for each", got=given, fix="number them")
+    return tuple(given)
+
+
+def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:
+    """Return one entry per vector; a single one stands for all."""
+    if given is None:
+        return None
+    if isinstance(given, str | int):
+        return [given] * n
+    several = list(given)
+    if len(several) != n:
+        raise bad_value(
+            argument, expected=f"one for each of {n} vectors", got=f"{len(several)}",
+            fix="give as many",
+        )  # fmt: skip
+    return several
+
+
+_OF_A_PROMPT = ("kinds", "positions", "vectors", "target_model")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that mean nothing where there is no source prompt."""
+    check_names(settings)
+    if senseless := [name for name in settings if name in _OF_A_PROMPT]:
+        raise bad_type(
+            "settings", expected="settings that need no source prompt", got=senseless,
+            fix="leave them out",
+        )  # fmt: skip
+    controls = settings.get("controls", ())
+    if "other_prompt" in ((controls,) if isinstance(controls, str) else controls):
+        raise bad_value(
+            "controls", expected="controls that need no source prompt", got="other_prompt",
+            fix="random_direction and shuffled_dimensions keep the norm",
+        )  # fmt: skip
