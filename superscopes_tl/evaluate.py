@@ -15,24 +15,20 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from superscopes_tl.amplify import PAPER_MAPPING
-from superscopes_tl.cells import Part, make_patches
 from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patches import Patch
-from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import PAPER_PROMPTS
-from superscopes_tl.results import Reading
 from superscopes_tl.scoring import scorer_name
-from superscopes_tl.sweep import read_batch
+from superscopes_tl.sweep import run_plans
 
 MLP_OUTPUTS = SweepConfig(layers=range(1, 8), kinds="mlp_out", target_layer="same", score_on="text")
 """Section 4.1: MLP outputs of layers 1 to 7, patched into the same layer; the default."""
@@ -43,8 +39,6 @@ HIDDEN_STATES = SweepConfig(
     kinds="resid_post", alphas=FINE_ALPHAS, target_layer="same", score_on="text"
 )
 """Section 4.2: block outputs over "a wider range" of α, at every layer."""
-
-Work = tuple[SweepPlan, Cell, Patch]
 
 
 def evaluate(
@@ -100,7 +94,7 @@ def evaluate(
         left = sum(len(plan.cells) for plan in plans)
         done = sum(len(plan.all_cells) for plan in plans) - left
         with tqdm(total=left + done, initial=done, unit="cell", disable=not progress) as bar:
-            for readings in _run(plans):
+            for readings in run_plans(plans):
                 file.add(readings)
                 bar.update(len(readings))
         return file.evaluation()
@@ -151,32 +145,6 @@ def _plans(first: SweepPlan, prompt: str, draws: int) -> Iterator[SweepPlan]:
     yield plan
     for draw in range(1, draws + 1):
         yield replace(plan, alphas=(1.0,), config=replace(plan.config, draw=draw))
-
-
-def _run(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
-    """Yield the readings of all plans, batch by batch; a batch may hold several plans' cells."""
-    for batch in _batches(plans):
-        generator = batch[0][0].generator
-        generations = iter(generator.generate([patch for _, _, patch in batch]))
-        parts = []
-        for plan, work in groupby(batch, key=lambda work: work[0]):
-            cells, patches = zip(*((cell, patch) for _, cell, patch in work), strict=True)
-            parts.append(Part(plan, cells, patches, [next(generations) for _ in cells]))
-        yield read_batch(parts)
-
-
-def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:
-    waiting: list[Work] = []
-    for plan in plans:
-        waiting += [
-            (plan, cell, patch) for cell, patch in zip(plan.cells, make_patches(plan), strict=True)
-        ]
-        size = plan.generator.batch_size
-        while len(waiting) >= size:
-            yield waiting[:size]
-            waiting = waiting[size:]
-    if waiting:
-        yield waiting
 
 
 def methods(

@@ -12,7 +12,8 @@ The order of the cells, and so of the table's rows, is position, kind, source la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -21,8 +22,11 @@ from superscopes_tl.cells import Part, make_patches, read
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.controls import add_controls
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepPlan, plan_sweep
+from superscopes_tl.patches import Patch
+from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.results import Reading, SweepResult
+
+Work = tuple[SweepPlan, Cell, Patch]
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -95,24 +99,42 @@ def sweep(
             `partial`.
         SweepError: broke off; finished cells are in its `partial`.
     """
-    plan = plan_sweep(model, prompt, config, **settings)
+    return collect([plan_sweep(model, prompt, config, **settings)], progress=progress)
+
+
+def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult:
+    """Run plans as one sweep; the provenance is the first one's.
+
+    Args:
+        plans: of the same model, target prompt and settings.
+        progress: whether to show a progress bar.
+
+    Raises:
+        SweepInterrupted, SweepError: as `sweep` does.
+    """
     started = time.perf_counter()
+    planned = sum(len(plan.cells) for plan in plans)
     readings: list[Reading] = []
 
     def result() -> SweepResult:
-        provenance = plan.provenance()
-        provenance["complete"] = len(readings) == len(plan.cells)
+        provenance = plans[0].provenance()
+        provenance["planned_cells"] = sum(len(plan.all_cells) for plan in plans)
+        provenance["complete"] = len(readings) == planned
         provenance["seconds"] = round(time.perf_counter() - started, 3)
         return SweepResult.from_readings(readings, provenance)
 
     def broke_off(why: str) -> str:
         return (
-            f"{why} after {len(readings)} of {len(plan.cells)} cells; the finished ones are in "
+            f"{why} after {len(readings)} of {planned} cells; the finished ones are in "
             "this exception's .partial"
         )
 
     try:
-        readings.extend(run_plan(plan, progress=progress))
+        if len(plans) == 1:
+            readings.extend(run_plan(plans[0], progress=progress))
+        else:
+            for batch in tqdm(run_plans(plans), unit="batch", disable=not progress):
+                readings += batch
     except KeyboardInterrupt as error:
         raise SweepInterrupted(broke_off("stopped"), result()) from error
     except Exception as error:
@@ -138,6 +160,32 @@ def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Rea
             yield read_batch([Part(plan, plan.cells[done:end], patches[done:end], generations)])
             done = end
             bar.update(len(generations))
+
+
+def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
+    """Yield the readings of all plans, batch by batch; a batch may hold several plans' cells."""
+    for batch in _batches(plans):
+        generator = batch[0][0].generator
+        generations = iter(generator.generate([patch for _, _, patch in batch]))
+        parts = []
+        for plan, work in groupby(batch, key=lambda work: work[0]):
+            cells, patches = zip(*((cell, patch) for _, cell, patch in work), strict=True)
+            parts.append(Part(plan, cells, patches, [next(generations) for _ in cells]))
+        yield read_batch(parts)
+
+
+def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:
+    waiting: list[Work] = []
+    for plan in plans:
+        waiting += [
+            (plan, cell, patch) for cell, patch in zip(plan.cells, make_patches(plan), strict=True)
+        ]
+        size = plan.generator.batch_size
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting:
+        yield waiting
 
 
 def read_batch(parts: Sequence[Part]) -> list[Reading]:
