@@ -24,7 +24,6 @@ centres, unless the weights were folded when the model was loaded. Keys are retu
 
 from __future__ import annotations
 
-import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +36,6 @@ from torch import Tensor
 from superscopes_tl.capture import capture
 from superscopes_tl.config import PlaceVectors, check_names
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.evaluate import run_plans
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
@@ -75,7 +73,7 @@ def mlp_keys(
     if part not in (None, "in", "gate") or (part == "gate" and gate is None):
         raise bad_value(
             "part", expected="'in'" if gate is None else "'in' or 'gate'", got=part,
-            fix=f"the feed-forward layers of {model.name} are {'not ' if gate is None else ''}gated",
+            fix=f"{model.name} has {'no gate' if gate is None else 'a gate'}: leave it out",
         )  # fmt: skip
     keys = gate if gate is not None and part != "in" else _needed(model, layer, "W_in")
     return keys.T.contiguous()
@@ -213,7 +211,7 @@ def read_vectors(
 
     Example:
         >>> values = mlp_values(model, 4)[:8]  # doctest: +SKIP
-        >>> read_vectors(model, values, alphas=(1, 3), controls="random_direction")  # doctest: +SKIP
+        >>> read_vectors(model, values, controls="random_direction").table  # doctest: +SKIP
 
     Args:
         model: from `load_model`, or anything that it takes.
@@ -233,7 +231,7 @@ def read_vectors(
         SweepInterrupted, SweepError: it broke off; finished cells are in its `partial`.
     """
     plans = plan_vectors(model, vectors, **settings)
-    result = collect(plans, run_plans(plans), progress=progress)
+    result = collect(plans, progress=progress)
     table = result.table.sort_values("position", kind="stable", ignore_index=True)
     return SweepResult(table, result.provenance)
 
@@ -303,7 +301,9 @@ def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
     for name in given:
         check_text(name, "names")
     if len(set(given)) < n:
-        raise bad_value("names", expected="a name of its own for each", got=given, fix="number them")
+        raise bad_value(
+            "names", expected="a name of its own for each", got=given, fix="number them"
+        )
     return tuple(given)
 
 
