@@ -8,10 +8,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -25,6 +22,7 @@ from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patches import Patch
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
+from superscopes_tl.relevancy import TokenEffect, token_effects
 from superscopes_tl.results import COLUMNS, Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
 
@@ -38,26 +36,6 @@ class Selection:
     alpha: float
     position: int
     target_layer: int
-
-
-@dataclass(frozen=True)
-class TokenEffect:
-    """One token of a cell's text.
-
-    Attributes:
-        token: the token as text.
-        patched: its log-probability with the patch.
-        unpatched: the same without, behind the same text.
-    """
-
-    token: str
-    patched: float
-    unpatched: float
-
-    @property
-    def raised(self) -> float:
-        """By how many powers of ten the patch raised the probability."""
-        return (self.patched - self.unpatched) / math.log(10)
 
 
 @dataclass(frozen=True)
@@ -142,24 +120,13 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     }
     generator = plan.generator
     written, *others = generator.generate([patch, *controls.values()])
-    likely = generator.log_probabilities([patch, unpatched], [written.token_ids] * 2)
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, texts, descriptions)
-    pieces = _pieces(plan.generator.model.tokenizer, written.token_ids)
     return Probe(
-        tokens=tuple(map(TokenEffect, pieces, *likely)),
+        tokens=token_effects(generator, [patch], [written.token_ids])[0],
         controls=tuple(map(Control, controls, texts, descriptions, scores)),
     )
-
-
-def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds: some characters take more than one token."""
-    texts = [
-        tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
-        for end in range(len(token_ids) + 1)
-    ]
-    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in pairwise(texts)]
 
 
 def code_for(result: SweepResult, selection: Selection) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from superscopes_tl.details import Probe, Selection, TokenEffect
+from superscopes_tl.details import Probe, Selection
 from superscopes_tl.figures import at_target
 from superscopes_tl.plots import COLOR_SCALE
+from superscopes_tl.relevancy import TokenEffect
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.sites import PAPER_KINDS
 
