@@ -92,6 +92,11 @@ def capture(
     wanted = check_kinds(kinds, model.kinds, model.name)
     numbers = check_layers(layers, model.n_layers)
     tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
+    if not len(tokens):
+        raise bad_value(
+            "prompt", expected="at least one token to run", got="no source prompt",
+            fix="leave out what needs one, such as base=resid_mid",
+        )  # fmt: skip
     names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
     seen = model.activations(tokens.tensor(model.device), list(names.values()))
     # A copy: some backends hand out views of buffers that a later run may write to.
