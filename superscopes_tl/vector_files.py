@@ -129,7 +129,8 @@ def _npy(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
 
 
 def _npz(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
-    opened = stack.enter_context(np.load(file, allow_pickle=False))
+    stream = stack.enter_context(file.open("rb"))  # numpy leaves a broken file of its own open
+    opened = stack.enter_context(np.load(stream, allow_pickle=False))
     archive = stack.enter_context(zipfile.ZipFile(file))
 
     def shape(name: str) -> tuple[int, ...]:
