@@ -43,10 +43,13 @@ _COLUMNS = ", ".join([*(f"{f.name} {_SQL[str(f.type)]}" for f in _FIELDS), "cont
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
 _CONSTANT = (
     *(("model", name) for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")),
-    *(("target_prompt", name) for name in ("text", "placeholder")),
-    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls")),
+    *(("target_prompt", name) for name in ("text", "placeholder", "answer")),
+    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat")),
 )
 """What must be the same for every reading of a file."""
+
+_EARLIER = {"answer": "", "chat": False}
+"""What a file means that was written before these settings existed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +156,12 @@ class EvaluationFile:
         theirs = _provenance(self._database, self._path)
         ours = json.loads(json.dumps(common_provenance(plan)))
         for part, name in _CONSTANT:
-            if ours[part][name] != theirs[part][name]:
+            found = theirs[part].get(name, _EARLIER[name]) if name in _EARLIER else theirs[part][name]
+            if ours[part][name] != found:
                 raise bad_value(
                     "path",
                     expected=f"an experiment with {name} {ours[part][name]!r}",
-                    got=f"{self._path} with {theirs[part][name]!r}",
+                    got=f"{self._path} with {found!r}",
                     fix="choose another file, or the settings of this one",
                 )
 
@@ -203,7 +207,7 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     """Return what the provenance of a plan says of every plan of its experiment."""
     provenance = plan.provenance()
     names = ("superscopes_tl", "python", "created", "model", "target_prompt")
-    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls")
+    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat")
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}
     }
