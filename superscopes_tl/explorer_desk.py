@@ -15,7 +15,13 @@ from superscopes_tl import markup
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_value
-from superscopes_tl.explorer_config import alphas_text, no_scores, read_config, write_config
+from superscopes_tl.explorer_config import (
+    alphas_text,
+    no_scores,
+    read_config,
+    show_tokens,
+    write_config,
+)
 from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.live import axes_of_plan
