@@ -116,7 +116,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         (id(plan.model.lens), id(plan.generator.model.lens)),
         plan.source.ids,
         plan.source.text,
-        plan.generator.target.prompt,
+        plan.generator.target,
         plan.generator.max_new_tokens,
         (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
         (config.unit, config.guide, config.draw),

@@ -50,6 +50,8 @@ def sweep(
     target_layer: options.Target = "0",
     target_prompt: options.TargetText = None,
     placeholder: options.Placeholder = "x",
+    chat: options.Chat = False,
+    answer: options.Answer = "",
     max_new_tokens: options.MaxNewTokens = None,
     batch_size: options.BatchSize = None,
     scorer: options.ScorerName = "",
@@ -75,7 +77,7 @@ def sweep(
     with explained(), _stopped_sweep_saved_to(out):
         for path in (out, html):
             check_folder(path)
-        target = options.target_prompt(target_prompt, placeholder)
+        target = options.target_prompt(target_prompt, placeholder, answer)
         result = run_sweep(
             options.load(model, backend, dtype, device),
             prompt,
@@ -85,6 +87,7 @@ def sweep(
             positions=options.parse_token(token),
             target_layer=options.parse_target(target_layer),
             target_prompt=target,
+            chat=chat,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             scorer=scorer or None,

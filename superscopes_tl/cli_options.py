@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
@@ -28,6 +29,12 @@ TargetText: TypeAlias = Annotated[
     str | None, typer.Option(help="A text with the placeholder. The paper's unless given.")
 ]
 Placeholder: TypeAlias = Annotated[str, typer.Option(help="The placeholder's word.")]
+Chat: TypeAlias = Annotated[
+    bool, typer.Option("--chat", help="Put both prompts as messages in the model's chat template.")
+]
+Answer: TypeAlias = Annotated[
+    str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
+]
 MaxNewTokens: TypeAlias = Annotated[
     int | None, typer.Option(help="Longest text. The model's own default, else 10.")
 ]
@@ -74,11 +81,13 @@ def parse_token(text: str) -> Any:
         return text
 
 
-def target_prompt(text: str | None, placeholder: str) -> Any:
+def target_prompt(text: str | None, placeholder: str, answer: str = "") -> Any:
     """Return the target prompt, the paper's unless given."""
     from superscopes_tl.prompts import DESCRIPTION_PROMPT, TargetPrompt
 
-    return DESCRIPTION_PROMPT if text is None else TargetPrompt(text, placeholder)
+    if text is None:
+        return replace(DESCRIPTION_PROMPT, answer=answer)
+    return TargetPrompt(text, placeholder, answer)
 
 
 def load(model: str, backend: str, dtype: str = "float32", device: str = "") -> Any:

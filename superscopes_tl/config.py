@@ -72,6 +72,8 @@ class SweepConfig:
             the target layer (see `Write`).
         target_model: the model that is asked; the one that is read unless given. Its tokenizer,
             layers and width are those of the target prompt, the target layers and f(v).
+        chat: whether the source prompt and the target prompt are each a message of a user in the
+            chat template of the model that gets them (see `tokens`).
         draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
         max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
@@ -93,6 +95,7 @@ class SweepConfig:
     guide: Literal["vector", "logits"] = "vector"
     write: Write | None = None
     target_model: LanguageModel | str | None = None
+    chat: bool = False
     draw: int = 0
     controls: str | Sequence[str] = ()
     max_new_tokens: int | None = None
@@ -149,6 +152,8 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
                 got=getattr(config, name),
                 fix="leave it out for the paper's way",
             )
+    if not isinstance(config.chat, bool):
+        raise bad_type("chat", expected="True or False", got=config.chat, fix="chat=True")
     asked = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
     if unknown := [name for name in asked if name not in CONTROLS]:
         raise bad_value(

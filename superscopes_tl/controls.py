@@ -78,7 +78,7 @@ def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patc
     others = [prompt for prompt in PAPER_PROMPTS if prompt != plan.source.text]
     other = others[_seed(plan) % len(others)]
     there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
-    last = len(there.source) - 1
+    last = there.sites[0].position
     wanted = [(replace(site, position=last), layer, alpha) for site, layer, alpha in cells]
     return _found(there, wanted, patches)
 

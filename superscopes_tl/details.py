@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -153,10 +153,13 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     settings.update(own)
     names += imported
     notes += [f"# {v}: the sweep's own, {config[k]}" for k, v in own.items() if v in _UNKNOWN]
-    text, placeholder = target.get("text"), target.get("placeholder")
-    if text != DESCRIPTION_PROMPT.text or placeholder != DESCRIPTION_PROMPT.placeholder:
+    asked = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
+    if asked != astuple(DESCRIPTION_PROMPT):
         names.append("TargetPrompt")
-        settings["target_prompt"] = _Verbatim(f"TargetPrompt({text!r}, {placeholder!r})")
+        shown = ", ".join(map(repr, asked if asked[2] else asked[:2]))
+        settings["target_prompt"] = _Verbatim(f"TargetPrompt({shown})")
+    if config.get("chat"):
+        settings["chat"] = True
     if config.get("score_on", "description") != "description":
         settings["score_on"] = config["score_on"]
     if config.get("scorer", PAPER_SCORER) != PAPER_SCORER:

@@ -44,10 +44,13 @@ _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw
 _CONSTANT = (
     ("target_model", "fingerprint"),
     *(("model", name) for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")),
-    *(("target_prompt", name) for name in ("text", "placeholder")),
-    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls")),
+    *(("target_prompt", name) for name in ("text", "placeholder", "answer")),
+    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat")),
 )
 """What must be the same for every reading of a file."""
+
+_EARLIER = {"answer": "", "chat": False}
+"""What a file means that was written before these settings existed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +158,9 @@ class EvaluationFile:
         ours = json.loads(json.dumps(common_provenance(plan)))
         for part, name in _CONSTANT:
             # What an older file does not have was not there yet: no target model of its own.
-            our, their = ((side.get(part) or {}).get(name) for side in (ours, theirs))
+            our, their = (
+                (side.get(part) or {}).get(name, _EARLIER.get(name)) for side in (ours, theirs)
+            )
             if our != their:
                 raise bad_value(
                     "path",
@@ -206,7 +211,7 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     """Return what the provenance of a plan says of every plan of its experiment."""
     provenance = plan.provenance()
     names = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
-    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls")
+    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat")
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}
     }

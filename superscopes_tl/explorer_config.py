@@ -1,7 +1,7 @@
 """Between a `SweepConfig` and the Explorer's controls, both ways.
 
 1. `read_config` makes the configuration that the controls show; what has no control (mapping,
-   length, batch size) stays as it was given.
+   length, batch size, chat template, the beginning of an answer) stays as it was given.
 2. `write_config` sets the controls to a configuration, or says why they cannot show it: everything
    is checked before the first control moves, so that what is read back is what was given.
 """
@@ -19,14 +19,16 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
-from superscopes_tl.prompts import TargetPrompt
+from superscopes_tl.prompts import TargetPrompt, as_target_prompt
 from superscopes_tl.scoring import PAPER_SCORER, as_scorer, scorer_name
+from superscopes_tl.tokens import TokenizedText
 
 _SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows what comes out"
 
 
-NormAt = Callable[[TargetPrompt, int], float]
-"""The norm of the residual stream at a target prompt's placeholder, after a layer."""
+NormAt = Callable[[TargetPrompt, int, bool], float]
+"""The norm of the residual stream at a target prompt's placeholder, after a layer; the last
+argument says whether the prompt stands in a chat template."""
 
 
 def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
@@ -41,12 +43,14 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
         raise bad_value("kinds", expected="at least one kind", got=kinds, fix="tick one")
     preset = view.target_preset.value
     target_prompt = TARGET_PRESETS.get(preset) or TargetPrompt(
-        view.target_text.value, view.placeholder.value.strip()
+        view.target_text.value,
+        view.placeholder.value.strip(),
+        as_target_prompt(base.target_prompt).answer,
     )
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
     mapping = scale if _units(base.mapping) else base.mapping
     if view.units.value == "norm":
-        own = _own_norm(norm_at, target_prompt, into)
+        own = _own_norm(norm_at, target_prompt, into, base.chat)
         given = _units(base.mapping)
         mapping = base.mapping if given and round(given, 4) == own else in_units_of(own)
     return replace(
@@ -100,7 +104,7 @@ def write_config(
     target = plan.generator.target.prompt
     units = _units(config.mapping)
     if units:
-        own = _own_norm(norm_at, target, into)
+        own = _own_norm(norm_at, target, into, config.chat)
         if round(units, 4) != own:
             raise bad_value(
                 "mapping",
@@ -112,6 +116,7 @@ def write_config(
 
     view.units.value = "norm" if units else "vector"
     view.layers.value = (layers[0], layers[-1])
+    show_tokens(view, plan.source)
     view.tokens.value = position
     view.target.value = into if into in (0, "same") else "fixed"
     view.fixed.value = 0 if into == "same" else into
@@ -123,6 +128,14 @@ def write_config(
     view.target_text.value, view.placeholder.value = target.text, target.placeholder
     view.score_on.value = config.score_on
     _choose_scorer(view, config.scorer)
+
+
+def show_tokens(view: View, tokens: TokenizedText) -> None:
+    """Offer a prompt's tokens; the last one of its text is chosen."""
+    # Pairs, because a label may occur twice.
+    view.tokens.options = [(label, i) for i, label in enumerate(tokens.labels)]
+    view.tokens.value = tokens.own.stop - 1
+    (view.tokens.add_class if tokens.has_bos else view.tokens.remove_class)("ssx-bos")
 
 
 def _checked(config: SweepConfig, model: LanguageModel, prompt: str) -> SweepPlan:
@@ -165,7 +178,7 @@ def _units(mapping: MappingFamily) -> float | None:
     return norm if in_units_of(norm) is mapping else None
 
 
-def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any) -> float:
+def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any, chat: bool) -> float:
     if into == "same":
         raise bad_value(
             "α times the residual norm",
@@ -173,7 +186,7 @@ def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any) -> float:
             got="the same layer as the source",
             fix="patch into layer 0 or a fixed layer",
         )
-    return round(norm_at(target_prompt, into), 4)
+    return round(norm_at(target_prompt, into, chat), 4)
 
 
 def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:

@@ -15,7 +15,13 @@ from superscopes_tl import markup
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_value
-from superscopes_tl.explorer_config import alphas_text, no_scores, read_config, write_config
+from superscopes_tl.explorer_config import (
+    alphas_text,
+    no_scores,
+    read_config,
+    show_tokens,
+    write_config,
+)
 from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.live import axes_of_plan
@@ -51,7 +57,7 @@ class Desk:
         self._base = SweepConfig()
         self._store, self._estimator = CellStore(), Latest()
         self._seconds: dict[tuple[object, ...], float] = {}
-        self._norms: dict[tuple[TargetPrompt, int], float] = {}
+        self._norms: dict[tuple[TargetPrompt, int, bool], float] = {}
         self._sweep: BackgroundSweep | None = None
         self._quiet = False
         self._say("Ready", "idle")
@@ -92,7 +98,7 @@ class Desk:
     def set_prompt(self, text: str) -> None:
         """Show another prompt; its last token is chosen."""
         with self._guard.lock:
-            tokens = tokenize(self._model, text)
+            tokens = tokenize(self._model, text, chat=self._base.chat)
             self._quietly(lambda: setattr(self._view.prompt, "value", text))
             self._show_tokens(tokens)
             self._estimate()
@@ -141,10 +147,12 @@ class Desk:
         sweep = [self._sweep.wait] if self._sweep is not None else []
         return wait_for_all([*sweep, self._estimator.wait], timeout)
 
-    def _norm_at(self, target_prompt: TargetPrompt, layer: int) -> float:
-        key = (target_prompt, layer)
+    def _norm_at(self, target_prompt: TargetPrompt, layer: int, chat: bool) -> float:
+        key = (target_prompt, layer, chat)
         if key not in self._norms:
-            generator = PatchedGenerator(self._model, target_prompt, max_new_tokens=1, batch_size=1)
+            generator = PatchedGenerator(
+                self._model, target_prompt, max_new_tokens=1, batch_size=1, chat=chat
+            )
             self._norms[key] = float(generator.placeholder_norms[layer])
         return self._norms[key]
 
@@ -183,21 +191,13 @@ class Desk:
     def _prompt_changed(self) -> None:
         if not self._quiet:
             self._view.tokens.options = [("∅", 0)]
-            self._show_tokens(tokenize(self._model, self.prompt))
+            self._show_tokens(tokenize(self._model, self.prompt, chat=self._base.chat))
             if self.state != "running":
                 self._say("Ready", "idle")
             self._estimate()
 
     def _show_tokens(self, tokens: TokenizedText) -> None:
-        chips = self._view.tokens
-        self._quietly(lambda: self._set_chips(chips, tokens))
-        (chips.add_class if tokens.has_bos else chips.remove_class)("ssx-bos")
-
-    @staticmethod
-    def _set_chips(chips: object, tokens: TokenizedText) -> None:
-        # Pairs, because a label may occur twice.
-        chips.options = [(label, i) for i, label in enumerate(tokens.labels)]  # type: ignore[attr-defined]
-        chips.value = len(tokens) - 1  # type: ignore[attr-defined]
+        self._quietly(lambda: show_tokens(self._view, tokens))
 
     def _preset_changed(self) -> None:
         preset = ALPHA_PRESETS.get(self._view.alpha_preset.value)
@@ -240,7 +240,7 @@ class Desk:
         """Time a batch, once per target prompt and size, and complete the estimate."""
         generator = plan.generator
         rows = min(generator.batch_size, len(plan.cells))
-        key = (generator.target.prompt, generator.max_new_tokens, rows)
+        key = (generator.target, generator.max_new_tokens, rows)
         try:
             if rows and key not in self._seconds:
                 self._seconds[key] = generator.seconds_per_batch(rows)

@@ -29,14 +29,18 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.sites import Site
+from superscopes_tl.tokens import tokenize
 
 
-def mean_activation(model: LanguageModel, texts: Sequence[str]) -> PlaceVectors:
+def mean_activation(
+    model: LanguageModel, texts: Sequence[str], *, chat: bool = False
+) -> PlaceVectors:
     """Return the base that is the mean over some texts, at their last tokens.
 
     Args:
         model: from `load_model`; the same that is swept.
         texts: at least two; the more they differ, the less of any one is in the mean.
+        chat: whether they stand in the model's chat template, as the sweep's prompts then do.
 
     Raises:
         ValueError: fewer than two texts.
@@ -45,20 +49,22 @@ def mean_activation(model: LanguageModel, texts: Sequence[str]) -> PlaceVectors:
         raise bad_value(
             "texts", expected="at least two texts", got=texts, fix="PAPER_PROMPTS, for example"
         )
-    seen = [capture(model, text, kinds=model.kinds) for text in texts]
+    several = [tokenize(model, text, chat=chat) for text in texts]
+    seen = [(capture(model, text, kinds=model.kinds), text.own.stop - 1) for text in several]
 
     def mean_of_texts(
         plan: SweepPlan, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "sites d_model"]:
         means = [
-            torch.stack([activations[site.kind, site.layer][-1].float() for activations in seen])
+            torch.stack([run[site.kind, site.layer][last].float() for run, last in seen])
             for site, _ in places
         ]
         return torch.stack(means).mean(dim=1)
 
     # A file of readings knows a base by its name: other texts are another base.
     digest = zlib.crc32(repr(tuple(texts)).encode())
-    mean_of_texts.__name__ = f"mean of {len(texts)} texts {digest:08x}"
+    where = " in chat" if chat else ""
+    mean_of_texts.__name__ = f"mean of {len(texts)} texts{where} {digest:08x}"
     return mean_of_texts
 
 

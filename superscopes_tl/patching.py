@@ -56,9 +56,11 @@ class PatchedGenerator:
         max_new_tokens: the longest text; the model's own default if it states one of at most 64
             (`generation_config.json`, as the bundled model does), else the paper's 10.
         batch_size: rows per batch; 64, or fewer where memory is short, unless given.
+        chat: whether the target prompt is a message of a user in the model's chat template.
 
     Raises:
-        ValueError: a bad number, a target prompt that does not fit, or no placeholder in it.
+        ValueError: a bad number, a target prompt that does not fit, no placeholder in it, or
+            `chat` with a model that has no chat template.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PatchedGenerator:
         *,
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
+        chat: bool = False,
     ) -> None:
         self.model = model
         self.max_new_tokens = _at_least_one(
@@ -80,7 +83,8 @@ class PatchedGenerator:
                 got=self.max_new_tokens,
                 fix="10 is the paper's choice",
             )
-        self.target = as_target_prompt(target_prompt).locate(model, self.max_new_tokens)
+        target = as_target_prompt(target_prompt)
+        self.target = target.locate(model, self.max_new_tokens, chat=chat)
         self.batch_size = _at_least_one(
             "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, rows_that_fit(model, self._length))
         )

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
 
 from superscopes_tl.amplify import family_name
+from superscopes_tl.chat import check_answer
 from superscopes_tl.config import SweepConfig, check_alphas, check_config, check_target_layer
 from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import load_model
@@ -99,7 +100,7 @@ class SweepPlan:
         Raises:
             ValueError, TypeError: a bad prompt, or one without the tokens to read.
         """
-        source = tokenize(self.model, prompt)
+        source = tokenize(self.model, prompt, chat=self.config.chat)
         positions = resolve_positions(source, self.config.positions)
         places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
         sites = tuple(Site(kind, layer, p) for p in positions for kind, layer in places)
@@ -137,6 +138,7 @@ class SweepPlan:
             "target_prompt": {
                 "text": target.prompt.text,
                 "placeholder": target.prompt.placeholder,
+                "answer": target.prompt.answer,
                 "ids": list(target.tokens.ids),
                 "positions": list(target.positions),
             },
@@ -154,6 +156,7 @@ class SweepPlan:
                 "unit": self.config.unit,
                 "guide": self.config.guide,
                 "write": _name(self.config.write),
+                "chat": self.config.chat,
                 "draw": self.config.draw,
                 "controls": list(self.config.controls),
                 "max_new_tokens": self.generator.max_new_tokens,
@@ -191,12 +194,13 @@ def plan_sweep(
     # First what needs no model: a bad setting should not cost a download.
     alphas = check_alphas(config.alphas)
     target_prompt = as_target_prompt(config.target_prompt)
+    check_answer(target_prompt.answer, chat=config.chat, argument="target_prompt")
     scorer = as_scorer(config.scorer)
     check_text(prompt, "prompt")
     model = load_model(model)
     asked = model if config.target_model is None else load_model(config.target_model)
     target_layer = check_target_layer(config.target_layer, asked.n_layers)
-    source = tokenize(model, prompt)
+    source = tokenize(model, prompt, chat=config.chat)
     kinds = check_kinds(config.kinds, model.kinds, model.name)
     layers = check_layers(config.layers, model.n_layers)
     positions = resolve_positions(source, config.positions)
@@ -220,6 +224,7 @@ def plan_sweep(
             target_prompt,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
+            chat=config.chat,
         ),
         scorer=scorer,
         config=config,

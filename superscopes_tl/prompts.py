@@ -82,6 +82,13 @@ class TargetPrompt:
     Every occurrence of `placeholder` that is a word of its own is patched, so that
     `TargetPrompt("_ _ _ means:", "_")` has three, and all of an occurrence's tokens are.
 
+    Attributes:
+        text: the prompt; with `chat`, the message of a user.
+        placeholder: the word where the vector goes. It is looked for in the text alone, not in
+            the answer, nor in a chat template.
+        answer: with `chat` only, how the model's answer begins: it goes on from there. Without
+            it, it starts where the template lets an answer start.
+
     Raises:
         ValueError: the text is empty.
         PlaceholderError: the text does not contain the placeholder as a word of its own.
@@ -89,20 +96,21 @@ class TargetPrompt:
 
     text: str
     placeholder: str = "x"
+    answer: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("text", "placeholder"):
+        for name in ("text", "placeholder", "answer"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise bad_type(
                     f"target_prompt.{name}", expected="a string", got=value, fix="pass text"
                 )
-            if not value.strip():
+            if not value.strip() and (name, value) != ("answer", ""):
                 raise bad_value(
                     f"target_prompt.{name}",
                     expected="visible characters",
                     got=value,
-                    fix="see DESCRIPTION_PROMPT for an example",
+                    fix="see DESCRIPTION_PROMPT and CHAT_PROMPT for examples",
                 )
         if not self.spans:
             raise PlaceholderError(
@@ -131,22 +139,37 @@ class TargetPrompt:
         names = re.findall(r"(?:^|,|\n)\s*([^,:\n]+):", self.text)
         return tuple(n.strip() for n in names if not re.search(self._word, n))
 
-    def locate(self, model: LanguageModel, max_new_tokens: int) -> TargetTokens:
+    def locate(
+        self, model: LanguageModel, max_new_tokens: int, *, chat: bool = False
+    ) -> TargetTokens:
         """Tokenise for `model` and find the placeholder's tokens.
 
+        Args:
+            model: gives the tokenizer, the context length and the chat template.
+            max_new_tokens: what must fit behind the prompt.
+            chat: whether the text is a user's message in the chat template.
+
         Raises:
-            ValueError: the prompt and the new tokens do not fit into the context.
+            ValueError: the prompt and the new tokens do not fit into the context, or the prompt
+                and the chat template do not go together.
             PlaceholderError: a token joins the placeholder with other characters, so that there
                 is no place of its own to patch.
         """
-        tokens = tokenize(model, self.text, argument="target_prompt", room=max_new_tokens)
+        tokens = tokenize(
+            model,
+            self.text,
+            argument="target_prompt",
+            room=max_new_tokens,
+            chat=chat,
+            answer=self.answer,
+        )
         positions: list[int] = []
         for start, end in self.spans:
             patched = covering(tokens, start, end)
             for position in patched:
                 a, b = tokens.spans[position]
                 outside = self.text[a : min(b, start)] + self.text[max(a, end) : b]
-                if outside.strip():
+                if outside.strip() or position in tokens.joined:
                     raise self._not_in_context(tokens, tokens.labels[position])
             if not patched:
                 raise self._not_in_context(tokens, "no token at all")
@@ -181,6 +204,14 @@ DESCRIPTION_PROMPT = TargetPrompt(
 
 IDENTITY_PROMPT = TargetPrompt("cat -> cat\n1135 -> 1135\nhello -> hello\n?", placeholder="?")
 """The token-identity prompt of Patchscopes (section 4.1 there)."""
+
+CHAT_PROMPT = TargetPrompt(
+    "What is x? Describe it in a few words, and write nothing else.", answer="It is"
+)
+"""A question for chat models, to be used with `chat=True`.
+
+The wording is this package's own: try others, and give controls beside what comes out.
+"""
 
 
 def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:

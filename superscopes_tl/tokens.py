@@ -5,6 +5,9 @@
    is ever decoded and tokenised again (which is how a second BOS creeps in).
 2. Every token keeps the span of characters that it came from, so that a token can be chosen by a
    substring, and the placeholder of a target prompt be found in its context.
+3. With `chat`, the text is a user's message in the model's chat template (`chat`), and the whole is
+   tokenised at once. The template writes its own special tokens: no BOS is put in front. Spans are
+   still characters of the user's text; a token of the template covers none of them.
 
 Worked example, with a tokenizer that splits "Peppers" in two:
 
@@ -27,11 +30,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from superscopes_tl.chat import Framed, check_answer, in_chat
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.models import LanguageModel
 
 Position: TypeAlias = int | str
-"""One token: its index (negative from the end) or a substring of the prompt."""
+"""One token: its index (negative: from the end of the text) or a substring of the prompt."""
 
 Positions: TypeAlias = Position | slice | Sequence[Position]
 """Tokens of a prompt; `slice(None)` is every token but the BOS."""
@@ -42,11 +46,14 @@ class TokenizedText:
     """A text as a model sees it.
 
     Attributes:
-        text: the text.
-        ids: one id per token, the BOS included if the model wants one.
-        spans: the characters `[start, end)` that each token covers; `(0, 0)` for the BOS.
+        text: the text; without the chat template, if it stands in one.
+        ids: one id per token, the BOS and the template included.
+        spans: the characters `[start, end)` of the text that each token covers; empty for the BOS
+            and for a template's tokens.
         labels: how to show each token, with visible white space.
         has_bos: whether token 0 is a BOS.
+        own: the tokens of the text itself: all but a BOS in front and a template around it.
+        joined: tokens of the text that also hold visible characters of a template.
     """
 
     text: str
@@ -54,6 +61,8 @@ class TokenizedText:
     spans: tuple[tuple[int, int], ...]
     labels: tuple[str, ...]
     has_bos: bool
+    own: range
+    joined: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +77,13 @@ class TokenizedText:
 
 
 def tokenize(
-    model: LanguageModel, text: str, *, argument: str = "prompt", room: int = 0
+    model: LanguageModel,
+    text: str,
+    *,
+    argument: str = "prompt",
+    room: int = 0,
+    chat: bool = False,
+    answer: str = "",
 ) -> TokenizedText:
     """Tokenise `text` for `model`.
 
@@ -77,12 +92,44 @@ def tokenize(
         text: what the model shall read.
         argument: the name of the argument, for error messages.
         room: how many tokens must still fit behind the text.
+        chat: whether the text is a user's message in the model's chat template, which goes on
+            behind it up to where the model's answer begins.
+        answer: with `chat`, how that answer begins.
 
     Raises:
         TypeError: `text` is no string.
-        ValueError: an empty text, or one that does not fit into the model's context.
+        ValueError: an empty text, one that does not fit into the model's context, `chat` with a
+            model that has no chat template or one that changes the text, or `answer` without.
     """
     check_text(text, argument)
+    check_answer(answer, chat=chat, argument=argument)
+    framed = (
+        in_chat(model, text, answer=answer, argument=argument)
+        if chat
+        else Framed(text, 0, len(text))
+    )
+    ids, spans, labels = _encode(model, framed.whole)
+    bos = model.tokenizer.bos_token_id if chat else model.bos_token_id
+    if not chat and bos is not None and ids[:1] != [bos]:
+        ids, spans = [bos, *ids], [(0, 0), *spans]
+        labels = [model.tokenizer.convert_ids_to_tokens(bos), *labels]
+    if len(ids) + room > model.n_ctx:
+        raise bad_value(
+            argument,
+            expected=f"at most {model.n_ctx - room} tokens (the context of {model.name}"
+            f" is {model.n_ctx}" + (f", {room} are to be generated)" if room else ")"),
+            got=f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
+            fix="shorten the text" + (" or generate fewer tokens" if room else ""),
+        )
+    has_bos = bos is not None and ids[0] == bos
+    found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), has_bos)
+    if not chat:
+        return TokenizedText(*found, own=range(int(has_bos), len(ids)))
+    return TokenizedText(*found, *_in_template(framed, spans, argument))
+
+
+def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
+    """Return a text's ids, the characters of each token, and how to show it."""
     encoded = model.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -92,21 +139,38 @@ def tokenize(
         _own_span(text, piece, int(a), int(b))
         for piece, (a, b) in zip(pieces, encoded["offset_mapping"], strict=True)
     ]
-    labels = _labels(text, spans)
-    bos = model.bos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids, spans = [bos, *ids], [(0, 0), *spans]
-        labels = [model.tokenizer.convert_ids_to_tokens(bos), *labels]
-    if len(ids) + room > model.n_ctx:
+    return ids, spans, _labels(text, spans)
+
+
+def _inside(
+    text: str, framed: Framed, spans: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Return the characters of `text` that tokens of the whole cover: none for a template's."""
+    first, last = framed.skipped, framed.skipped + framed.end - framed.start
+    shift = first - framed.start
+    return tuple(
+        (min(max(a + shift, first), last), min(max(b + shift, first), last)) for a, b in spans
+    )
+
+
+def _in_template(
+    framed: Framed, spans: Sequence[tuple[int, int]], argument: str
+) -> tuple[range, frozenset[int]]:
+    """Return which tokens are the text's own, and which of them hold some of the template too."""
+    start, end = framed.start, framed.end
+    mine = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+    if not mine:
         raise bad_value(
             argument,
-            expected=f"at most {model.n_ctx - room} tokens (the context of {model.name}"
-            f" is {model.n_ctx}" + (f", {room} are to be generated)" if room else ")"),
-            got=f"{len(ids)} tokens",
-            fix="shorten the text" + (" or generate fewer tokens" if room else ""),
+            expected="a text that takes at least one token",
+            got=framed.whole[start:end],
+            fix="write the prompt whose activations you want to read",
         )
-    has_bos = bos is not None and ids[0] == bos
-    return TokenizedText(text, tuple(ids), tuple(spans), tuple(labels), has_bos)
+    joined = [
+        i for i in mine
+        if (framed.whole[spans[i][0] : start] + framed.whole[end : spans[i][1]]).strip()
+    ]  # fmt: skip
+    return range(mine[0], mine[-1] + 1), frozenset(joined)
 
 
 def check_text(text: str, argument: str) -> None:
@@ -149,17 +213,19 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
 
     Args:
         tokens: the source prompt.
-        positions: an index (negative: from the end), a substring (its last token is meant), a
-            slice (the BOS is left out: its norm dwarfs every other token's; where a model has no
-            BOS, the first word takes its part and is kept), or a sequence of indices and
-            substrings.
+        positions: an index, a substring (its last token is meant), a slice, or a sequence of
+            indices and substrings. Indices count every token from 0; negative ones count from the
+            end of the text, so that -1 is its last token although a chat template goes on behind
+            it. A slice leaves out what is not the text's own: a chat template, and the BOS, whose
+            norm dwarfs every other token's (where a model has no BOS, the first word takes its
+            part and is kept).
 
     Raises:
         ValueError: out of range; a substring that is missing or found more than once.
         TypeError: anything else.
     """
     if isinstance(positions, slice):
-        chosen = [p for p in range(len(tokens))[positions] if not (tokens.has_bos and p == 0)]
+        chosen = [p for p in range(tokens.own.stop)[positions] if p in tokens.own]
     elif isinstance(positions, Mapping):
         raise _position_type_error(positions)
     elif isinstance(positions, str) or not isinstance(positions, Iterable):
@@ -190,15 +256,15 @@ def _resolve(tokens: TokenizedText, position: Position) -> int:
         return _resolve_substring(tokens, position)
     if isinstance(position, bool) or not hasattr(position, "__index__"):
         raise _position_type_error(position)
-    count = len(tokens)
-    if not -count <= position < count:
+    end = tokens.own.stop
+    if not -end <= position < len(tokens):
         raise bad_value(
             "positions",
-            expected=f"an index from {-count} to {count - 1}",
+            expected=f"an index from {-end} to {len(tokens) - 1}",
             got=int(position),
             fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
-    return int(position) % count
+    return int(position) + (end if position < 0 else 0)
 
 
 def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
