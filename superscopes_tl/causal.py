@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.amplify import family_name, random_direction
-from superscopes_tl.config import Base
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
 from superscopes_tl.models import LanguageModel
@@ -45,7 +45,7 @@ def causal_effects(
     kinds: str | Iterable[str] = PAPER_KINDS,
     layers: int | Iterable[int] | None = None,
     positions: Positions = -1,
-    replacement: Base = zero,
+    replacement: PlaceVectors = zero,
     continuation: str | int = 1,
     window: int = 1,
     seed: int = 0,

@@ -1,8 +1,8 @@
 """What stands in a vector's place, and how a run is corrupted, for activation patching.
 
-1. A *replacement* has the shape of a base (`config.Base`), `(run, places) -> vectors`, one vector
-   per site, so `guided.mean_activation(model, texts)` is one, and so is any source. Of the run it
-   may ask the model and the source prompt. Here: `zero`, `resampled`, `mapped`, `without`.
+1. A *replacement* has the shape of a base (`config.PlaceVectors`), `(run, places) -> vectors`, one
+   vector per site, so `guided.mean_activation(model, texts)` is one, and so is any source. Of the
+   run it may ask the model and the source prompt. Here: `zero`, `resampled`, `mapped`, `without`.
 2. A *corruption* gives the runs in which the clean vectors are put back: `other_tokens`, and
    `noise` (Meng et al. 2022, section 2.1).
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from superscopes_tl.amplify import MappingFunction, family_name
 from superscopes_tl.capture import capture
-from superscopes_tl.config import Base
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.interventions import Row, Run
 from superscopes_tl.sites import Site
@@ -52,7 +52,7 @@ def zero(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d
     return torch.zeros(len(places), run.model.d_model)
 
 
-def resampled(text: str) -> Base:
+def resampled(text: str) -> PlaceVectors:
     """Return the replacement by the same site of another prompt.
 
     Args:
@@ -81,7 +81,7 @@ def resampled(text: str) -> Base:
     return other
 
 
-def mapped(function: MappingFunction) -> Base:
+def mapped(function: MappingFunction) -> PlaceVectors:
     """Return the replacement by what a mapping function makes of the site's own vector.
 
     `mapped(scale(3))` amplifies in the prompt's own run; `mapped(random_direction()(1))` keeps the
@@ -98,7 +98,7 @@ def mapped(function: MappingFunction) -> Base:
     return own
 
 
-def without(vectors: Base) -> Base:
+def without(vectors: PlaceVectors) -> PlaceVectors:
     """Return the replacement that takes a part off: v − part, such as one head's share of attn_out.
 
     Args:

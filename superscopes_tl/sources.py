@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import capture
-from superscopes_tl.config import Base
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.sites import Site, hook_name
@@ -36,7 +36,7 @@ HEADS_TOLERANCE = 0.05
 """Heads and bias may miss attn_out by this share of its norm: rounding stays below it."""
 
 
-def head(*numbers: int) -> Base:
+def head(*numbers: int) -> PlaceVectors:
     """Return the source that is one attention head's output, or the sum of several heads'.
 
     Args:
@@ -114,7 +114,7 @@ def _head_outputs(
     return torch.stack([found[site] for site in sites])
 
 
-def window(length: int) -> Base:
+def window(length: int) -> PlaceVectors:
     """Return the source that adds a site's kind over the last layers up to its own.
 
     Args:
@@ -127,7 +127,7 @@ def window(length: int) -> Base:
     return _summed(f"last {length} layers", length)
 
 
-def accumulated() -> Base:
+def accumulated() -> PlaceVectors:
     """Return the source that adds a site's kind over all layers from 0 to its own.
 
     For "attn_out" and "mlp_out" together this is, with the embedding, the whole residual stream.
@@ -135,7 +135,7 @@ def accumulated() -> Base:
     return _summed("all layers so far", None)
 
 
-def _summed(name: str, length: int | None) -> Base:
+def _summed(name: str, length: int | None) -> PlaceVectors:
     def of_layers(
         plan: SweepPlan, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "sites d_model"]:
@@ -159,7 +159,7 @@ def _summed(name: str, length: int | None) -> Base:
     return of_layers
 
 
-def sum_of(sites: Iterable[Site]) -> Base:
+def sum_of(sites: Iterable[Site]) -> PlaceVectors:
     """Return the source that is the sum of any sites of the source prompt, the same for every cell.
 
     Args:
