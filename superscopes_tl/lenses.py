@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
@@ -142,14 +142,13 @@ def lens_table(
     layers = check_layers((site.layer for site in wanted), model.n_layers, "sites")
     activations = capture(model, prompt, kinds=kinds, layers=layers)
     vectors = torch.stack([activations.at(site).float().cpu() for site in wanted])
-    tables = []
-    for name, rows in _through(model, lenses, vectors, wanted, control=control):
-        likely, ids = logit_lens(model, rows).topk(min(top_k, _vocabulary(model)), dim=-1)
-        tables += [
-            _rows(model, activations.tokens, site, name, *row)
-            for site, *row in zip(wanted, likely.exp(), ids, strict=True)
-        ]
-    return pd.concat(tables, ignore_index=True)
+    rows: list[dict[str, Any]] = []
+    for name, moved in _through(model, lenses, vectors, wanted, control=control):
+        likely = logit_lens(model, moved)
+        top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
+        for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
+            rows += _rows(model, activations.tokens, site, name, values, ids)
+    return pd.DataFrame(rows)
 
 
 def _through(
@@ -173,10 +172,6 @@ def control_name(lens: str) -> str:
     return f"{lens}, {CONTROL}"
 
 
-def _vocabulary(model: LanguageModel) -> int:
-    return int(model.lens.unembed.W_U.shape[-1])
-
-
 def _rows(
     model: LanguageModel,
     tokens: TokenizedText,
@@ -184,23 +179,24 @@ def _rows(
     lens: str,
     probabilities: Float[Tensor, " top"],
     ids: Int[Tensor, " top"],
-) -> pd.DataFrame:
-    """Return the table's rows of one lens and site."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the table's rows of one lens and site."""
     position = site.position % len(tokens)
-    return pd.DataFrame(
-        {
+    for rank, (probability, token_id) in enumerate(
+        zip(probabilities.tolist(), ids.tolist(), strict=True), start=1
+    ):
+        yield {
             "prompt": tokens.text,
             "position": position,
             "token": tokens.labels[position],
             "kind": site.kind,
             "source_layer": site.layer % model.n_layers,
             "lens": lens,
-            "rank": range(1, len(ids) + 1),
-            "top_token": [token_text(model, int(i)) for i in ids],
-            "top_token_id": ids.tolist(),
-            "probability": probabilities.tolist(),
+            "rank": rank,
+            "top_token": token_text(model, token_id),
+            "top_token_id": token_id,
+            "probability": probability,
         }
-    )
 
 
 def token_text(model: LanguageModel, token_id: int) -> str:
