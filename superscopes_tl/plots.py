@@ -142,9 +142,9 @@ def alpha_curve(
     """
     rows = _one_target_layer(_rows(result, position=position, value=value), target_layer)
     chosen_kind = rows["kind"].iloc[0] if kind is None else kind
-    rows = _having(rows, "kind", [chosen_kind])
+    rows = having(rows, "kind", [chosen_kind])
     if layers is not None:
-        rows = _having(rows, "source_layer", list(layers))
+        rows = having(rows, "source_layer", list(layers))
     numbers = sorted(rows["source_layer"].unique())
     figure = go.Figure()
     for rank, layer in enumerate(numbers):
@@ -259,7 +259,7 @@ def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFr
             fix="value='score' is the similarity",
         )
     chosen = max(table["position"]) if position is None else position
-    return _having(table, "position", [chosen])
+    return having(table, "position", [chosen])
 
 
 def _less(rows: pd.DataFrame, value: str, minus: str) -> pd.DataFrame:
@@ -275,19 +275,22 @@ def _less(rows: pd.DataFrame, value: str, minus: str) -> pd.DataFrame:
     return rows.assign(**{f"{value} − {minus}": rows[value] - rows[minus]})
 
 
-def _having(rows: pd.DataFrame, column: str, wanted: list[Any]) -> pd.DataFrame:
+def having(rows: pd.DataFrame, column: str, wanted: Sequence[Any]) -> pd.DataFrame:
+    """Return the rows whose `column` is one of `wanted`.
+
+    Raises:
+        ValueError: there is no row for one of them.
+    """
     there = sorted(rows[column].unique().tolist())
     for item in wanted:
         if item not in there:
-            raise bad_value(
-                column, expected=f"one of {there}", got=item, fix="choose one of this sweep"
-            )
-    return rows[rows[column].isin(wanted)]
+            raise bad_value(column, expected=f"one of {there}", got=item, fix="choose one of these")
+    return rows[rows[column].isin(list(wanted))]
 
 
 def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFrame:
     if target_layer is not None:
-        rows = _having(rows, "target_layer", [target_layer])
+        rows = having(rows, "target_layer", [target_layer])
     if rows["mapping"].nunique() > 1:
         raise bad_value(
             "result",
