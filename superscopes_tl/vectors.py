@@ -95,7 +95,7 @@ def plan_vectors(
     return [
         replace(
             first,
-            source=TokenizedText(meaning or "", (), (), shown, has_bos=False),
+            source=TokenizedText(meaning or "", (), (), shown, False, range(len(rows))),
             sites=tuple(
                 Site(KIND, sources[i] if sources else NO_LAYER, i)
                 for i in range(len(rows))
