@@ -521,15 +521,25 @@ def test_bad_figures_are_refused(
 
 
 def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> None:
-    """Restoring one MLP output brings the description back where α > 1 reads it, not at the end."""
-    name = "Red Hot Chili Peppers"
-    table = causal_trace(
-        mini, f"Syria: Country in the Middle East, {name}:", positions=name,
-        corruption=noise(name), kinds="mlp_out", layers=(8, 4),
-        continuation=" American rock band from Los Angeles",
-    ).set_index("source_layer")  # fmt: skip
-    assert table["recovered"][4] > 0.7 > 0.3 > table["recovered"][8]
-    assert (table["control_effect"] < table["effect"])[4]
+    """One MLP output of layer 4 brings the description back, as a reading at α = 3 finds it there.
+
+    That of layer 1, which reads as something else, and a random direction hardly do.
+    """
+    name, told = "Red Hot Chili Peppers", " American rock band from Los Angeles"
+    prompt = f"Syria: Country in the Middle East, {name}:"
+    asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
+    used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
+    said = sweep(
+        mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
+        progress=False, **asked,
+    )  # fmt: skip
+    both = beside(said.best(), used).set_index("source_layer")
+    right = both["description"].str.startswith(told.strip())
+    assert right[4]
+    assert not right[1]
+    assert both["recovered"][4] > 0.7
+    assert both["recovered"][1] < 0.3
+    assert both["control_effect"][4] < 0.2 * both["effect"][4]
 
 
 def test_zero_is_zero(tiny: Tiny) -> None:
