@@ -37,6 +37,12 @@ class Decoder(Protocol):
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """Run `tokens` behind `cache`, which grows, and return the last token's logits."""
 
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """Return the logits of block outputs: final norm, W_U, b_U, soft cap; float32.
+
+        Computed in the model's own number type, on the unembedding's device; differentiable.
+        """
+
 
 class HookedDecoder:
     """Cached decoding on a `HookedTransformer`."""
@@ -74,14 +80,19 @@ class HookedDecoder:
         The blocks are run without the unembedding, which is then applied to the last position
         alone: `HookedTransformer` would copy the whole matrix W_U at every call.
         """
-        residual = self._run(tokens, cache)[:, -1:]
-        if self._lens.cfg.normalization_type is not None:
+        return self.unembed(self._run(tokens, cache)[:, -1])
+
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """See `Decoder.unembed`."""
+        cfg, last = self._lens.cfg, self._lens.unembed
+        residual = residual.to(last.W_U)
+        if cfg.normalization_type is not None:
             residual = self._lens.ln_final(residual)
-        logits: Tensor = residual[:, 0] @ self._lens.unembed.W_U + self._lens.unembed.b_U
-        cap = self._lens.cfg.output_logits_soft_cap
+        logits: Tensor = residual @ last.W_U + last.b_U
+        cap = cfg.output_logits_soft_cap
         if cap is not None and cap > 0:
             logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits.float()
 
     def _run(self, tokens: Tensor, cache: Any) -> Tensor:
         """Return the last block's output.
@@ -170,7 +181,15 @@ class BridgeDecoder:
         logits: Tensor = self._lens(
             tokens, past_key_values=cache, use_cache=True, **self._last_only
         )
-        return logits[:, -1]
+        return logits[:, -1].float()
+
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """See `Decoder.unembed`."""
+        lens = self._lens
+        logits: Tensor = lens.unembed(lens.ln_final(residual.to(lens.unembed.W_U)))
+        # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
+        transformed: Tensor = lens.adapter.apply_output_logits_transform(logits)
+        return transformed.float()
 
 
 @cache
