@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import capture
-from superscopes_tl.config import PlaceVectors
+from superscopes_tl.config import Base as PlaceVectors
 from superscopes_tl.errors import RunFileError, bad_value, describe
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan
@@ -177,7 +177,9 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
 
     chosen, target = tuple(maps), Path(path)
     if not chosen:
-        raise bad_value("maps", expected="at least one map", got=chosen, fix="fit_affine makes them")
+        raise bad_value(
+            "maps", expected="at least one map", got=chosen, fix="fit_affine makes them"
+        )
     tensors = {
         f"{i}.{name}": getattr(one, name).contiguous()
         for i, one in enumerate(chosen)
@@ -227,20 +229,6 @@ def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("source_layer", "target_layer", "n_vectors"), (int,)),
-    **dict.fromkeys(("ridge",), (int, float)),
-    **dict.fromkeys(("r2",), (int, float, type(None))),
-    **dict.fromkeys(
-        (
-            "kind", "source_model", "source_fingerprint", "target_model", "target_fingerprint",
-            "texts",
-        ),
-        (str,),
-    ),
-}  # fmt: skip
-
-
 def _checked(one: AffineMap) -> AffineMap:
     """Return a map read from a file if its parts fit together."""
     shapes = tuple(one.weight.shape), tuple(one.bias.shape)
@@ -249,9 +237,10 @@ def _checked(one: AffineMap) -> AffineMap:
     for numbers in (one.weight, one.bias):
         if numbers.dtype != torch.float32 or not bool(numbers.isfinite().all()):
             raise ValueError("a map that is not of finite float32 numbers")
+    types = get_type_hints(AffineMap)
     for name, value in one.provenance().items():
-        if not isinstance(value, _TYPES[name]):
-            raise ValueError(f"{name} {value!r}")
+        if not isinstance(value, types[name]):
+            raise TypeError(f"{name} {value!r}")
     return one
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,9 @@ SMALL_RIDGE = 1e-3
 """λ where there are no more vectors than dimensions, in units of a mean dimension."""
 RESOLUTION = 1e-6
 """What float32 can tell apart: weaker directions, relative to the strongest, are not inverted."""
+
+_Solved: TypeAlias = tuple[Tensor, Tensor, float, float | None]
+"""A, b, λ and R² of a map."""
 
 
 def fit_affine(
@@ -75,7 +78,7 @@ def fit_affine(
     held_out = distinct[4::5] or distinct[-1:]
     fitted_on = [text for text in distinct if text not in held_out]
     digest = f"{zlib.crc32(repr((fitted_on, held_out)).encode()):08x}"
-    places = [(kind, *pair) for kind in wanted for pair in layers]
+    places: list[Place] = [(kind, *pair) for kind in wanted for pair in layers]
     seen = _Vectors(model, target, places)
     for text in fitted_on:
         seen.read(text)
@@ -85,25 +88,53 @@ def fit_affine(
     if not 0 < n < len(seen):
         raise bad_value(
             "texts",
-            expected="tokens that end at the same characters in both models, and held-out texts "
-            "that begin unlike the others",
+            expected="texts to fit on and held-out ones that begin unlike these, with tokens that "
+            "end at the same characters in both models",
             got=f"{n} vectors to fit on, {len(seen) - n} held out",
             fix="give more and different texts, PAPER_PROMPTS for example",
         )
-    made = {}
-    for source, group in groupby(sorted(places), key=lambda place: place[:2]):
-        targets = [target_layer for *_, target_layer in group]
-        x, ys = seen.source(source), [seen.target(layer) for layer in targets]
-        used = (0.0 if n > x.shape[1] else SMALL_RIDGE) if ridge is None else float(ridge)
-        weight, bias = least_squares(x[:n], torch.cat([y[:n] for y in ys], dim=1), ridge=used)
-        for layer, w, b, y in zip(
-            targets, weight.split(target.d_model), bias.split(target.d_model), ys, strict=True
-        ):
-            made[(*source, layer)] = AffineMap(
-                w.clone(), b.clone(), *source, layer, model.name, model.fingerprint, target.name,
-                target.fingerprint, digest, n, used, r_squared(x[n:] @ w.double().T + b, y[n:]),
-            )  # fmt: skip
-    return tuple(made[place] for place in places)
+    solved: dict[Place, _Solved] = {}
+    for source in dict.fromkeys(place[:2] for place in places):
+        targets = [place[2] for place in places if place[:2] == source]
+        vectors, outputs = seen.source(source), [seen.target(layer) for layer in targets]
+        solved |= {
+            (*source, layer): one
+            for layer, one in zip(targets, _solve(vectors, outputs, n, ridge), strict=True)
+        }
+    return tuple(
+        AffineMap(
+            *solved[place][:2], *place, model.name, model.fingerprint, target.name,
+            target.fingerprint, digest, n, *solved[place][2:],
+        )
+        for place in places
+    )  # fmt: skip
+
+
+def _solve(
+    x: Float[Tensor, "vectors d_in"],
+    outputs: Sequence[Float[Tensor, "vectors d_out"]],
+    n: int,
+    ridge: float | None,
+) -> list[_Solved]:
+    """Return A, b, λ and R² of the maps from one source to several targets.
+
+    The first `n` vectors are fitted on, the others are held out; x is factorised once.
+    """
+    if ridge is None:
+        ridge = 0.0 if n > x.shape[1] else SMALL_RIDGE
+    y = torch.cat(list(outputs), dim=1)
+    weight, bias = least_squares(x[:n], y[:n], ridge=ridge)
+    held_out = (x[n:] @ weight.T + bias).split(outputs[0].shape[1], dim=1)
+    return [
+        (a.clone(), b.clone(), float(ridge), r_squared(predicted, output[n:]))
+        for a, b, predicted, output in zip(
+            weight.split(outputs[0].shape[1]),
+            bias.split(outputs[0].shape[1]),
+            held_out,
+            outputs,
+            strict=True,
+        )
+    ]
 
 
 def least_squares(
