@@ -42,7 +42,8 @@ from superscopes_tl.guided import mean_activation, placeholder_state, resid_mid
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.paper_figures import alpha_ladder, figure_1, figure_3, figure_5, figure_6
-from superscopes_tl.patching import Patch, PatchedGenerator
+from superscopes_tl.patches import Patch
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.plots import alpha_curve, heatmap
 from superscopes_tl.prompts import (

@@ -113,12 +113,13 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     """Return what decides the text of a cell, besides the cell."""
     config = plan.config
     return (
-        id(plan.model.lens),
+        (id(plan.model.lens), id(plan.generator.model.lens)),
         plan.source.ids,
         plan.source.text,
         plan.generator.target.prompt,
         plan.generator.max_new_tokens,
-        (id(config.mapping), id(config.base), config.unit, config.guide, config.draw),
+        (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
+        (config.unit, config.guide, config.draw),
         config.controls,
         # A mapping other than α·v may depend on which rows it is given together.
         None if config.mapping is scale and config.base is None else plan.sites,

@@ -1,8 +1,10 @@
 """The work of a plan's cells: what is patched, and what came of it.
 
 1. Read the source prompt once (`capture`): v of every site, in float32.
+   Or take what the plan's `vectors` gives in its place.
 2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
    of the residual norm if the plan says so. Where α acts on the logits, f(v) is that of α = 1.
+   The plan's `write` may change how it is written.
 3. Score a batch's texts (`scoring`) and make the rows of the table.
 """
 
@@ -19,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import capture
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.patching import Patch
+from superscopes_tl.patches import Patch
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.prompts import crop_description
 from superscopes_tl.results import Reading
@@ -54,31 +57,40 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
     """
     if not plan.cells:
         return []
-    activations = capture(
-        plan.model,
-        plan.source,
-        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
-        layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
-    )
-    vectors = torch.stack([activations.at(site).float().cpu() for site in plan.sites])
+    places = [
+        (site, target)
+        for targets in zip(*map(plan.target_layers, plan.sites), strict=True)
+        for site, target in zip(plan.sites, targets, strict=True)
+    ]
+    vectors = _vectors(plan, plan.config.vectors or _captured, places, "vectors")
+    base = torch.zeros_like(vectors)
+    if plan.config.base is not None:
+        base = _vectors(plan, plan.config.base, places, "base")
+    moved = _in_units(plan, vectors - base, [target for _, target in places])
     on_logits = plan.config.guide == "logits"
     mapped: dict[tuple[Site, int, float], Tensor] = {}
-    for targets in zip(*map(plan.target_layers, plan.sites), strict=True):
-        places = list(zip(plan.sites, targets, strict=True))
-        base = _base(plan, places, vectors)
-        moved = _in_units(plan, vectors - base, targets)
+    for start in range(0, len(places), len(plan.sites)):
+        rows = slice(start, start + len(plan.sites))  # a mapping sees the sites of one target layer
         for alpha in (1.0,) if on_logits else plan.alphas:
-            rows = _map(plan, alpha, base, moved)
-            mapped.update({(*place, alpha): row for place, row in zip(places, rows, strict=True)})
+            found = _map(plan, alpha, base[rows], moved[rows])
+            mapped |= {(*place, alpha): v for place, v in zip(places[rows], found, strict=True)}
     return [
-        Patch(
-            mapped[site, target_layer, 1.0 if on_logits else alpha],
-            target_layer,
-            guidance=alpha if on_logits else 1.0,
-            seed=_seed(plan, (site, target_layer, alpha)),
-        )
-        for site, target_layer, alpha in plan.cells
+        _patch(plan, cell, mapped[(*cell[:2], 1.0) if on_logits else cell]) for cell in plan.cells
     ]
+
+
+def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Patch:
+    _, target_layer, alpha = cell
+    guidance = alpha if plan.config.guide == "logits" else 1.0
+    patch = Patch(vector, target_layer, guidance=guidance, seed=_seed(plan, cell))
+    if plan.config.write is None:
+        return patch
+    written = plan.config.write(patch, alpha)
+    if not isinstance(written, Patch):
+        raise bad_type(
+            "write", expected="a Patch", got=written, fix="return dataclasses.replace(patch, ...)"
+        )
+    return written
 
 
 def _seed(plan: SweepPlan, cell: Cell) -> int | None:
@@ -88,21 +100,33 @@ def _seed(plan: SweepPlan, cell: Cell) -> int | None:
     return zlib.crc32(repr((plan.config.draw, plan.source.text, cell)).encode())
 
 
-def _base(
-    plan: SweepPlan, places: Sequence[tuple[Site, int]], vectors: Float[Tensor, "sites d_model"]
-) -> Float[Tensor, "sites d_model"]:
-    """Return the vector that α is counted from at every site, checked."""
-    if plan.config.base is None:
-        return torch.zeros_like(vectors)
-    base = plan.config.base(plan, places)
-    if not isinstance(base, Tensor) or base.shape != vectors.shape:
+def _captured(
+    plan: SweepPlan, places: Sequence[tuple[Site, int]]
+) -> Float[Tensor, "places d_model"]:
+    """Return what the source prompt carries at every site."""
+    activations = capture(
+        plan.model,
+        plan.source,
+        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
+        layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
+    )
+    return torch.stack([activations.at(site) for site, _ in places])
+
+
+def _vectors(
+    plan: SweepPlan, give: PlaceVectors, places: Sequence[tuple[Site, int]], argument: str
+) -> Float[Tensor, "places d_model"]:
+    """Return one vector per place, checked."""
+    vectors = give(plan, places)
+    shape = (len(places), plan.generator.model.d_model)
+    if not isinstance(vectors, Tensor) or vectors.shape != shape:
         raise bad_value(
-            "base",
-            expected=f"vectors of shape {tuple(vectors.shape)}, one per site",
-            got=tuple(base.shape) if isinstance(base, Tensor) else base,
-            fix="see superscopes_tl.guided",
+            argument,
+            expected=f"vectors of shape {shape}, one per site and target layer",
+            got=tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
+            fix="see superscopes_tl.config.PlaceVectors",
         )
-    return base.float().cpu()
+    return vectors.float().cpu()
 
 
 def _in_units(
@@ -141,11 +165,12 @@ def _map(
             fix="return one vector per vector",
         )
     mapped = base + mapped.float()
-    fits = torch.isfinite(mapped.to(plan.model.dtype)).all(dim=-1)
+    dtype = plan.generator.model.dtype
+    fits = torch.isfinite(mapped.to(dtype)).all(dim=-1)
     if not fits.all():
         raise bad_value(
             name,
-            expected=f"numbers that {plan.model.dtype} can hold",
+            expected=f"numbers that {dtype} can hold",
             got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
             fix="use a smaller α, or load the model with dtype='float32'",
         )
@@ -164,8 +189,8 @@ def read(part: Part) -> list[Reading]:
     for (site, target_layer, alpha), patch, generation, description, score in zip(
         part.cells, part.patches, part.generations, descriptions, scores, strict=True
     ):
-        norm = float(patch.vector.norm())
-        told = tokens_told(plan.model.tokenizer, generation, description)
+        norm = patch.norm
+        told = tokens_told(plan.generator.model.tokenizer, generation, description)
         rows.append(
             Reading(
                 prompt=plan.source.text,

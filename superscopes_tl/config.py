@@ -12,6 +12,8 @@ from torch import Tensor
 
 from superscopes_tl.amplify import MappingFamily, scale
 from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.patches import Patch
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, PAPER_ALPHAS, TargetPrompt
 from superscopes_tl.scoring import Scorer
 from superscopes_tl.sites import PAPER_KINDS, Site, check_layers
@@ -22,8 +24,15 @@ TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 
 ScoreOn = Literal["description", "text"]
 
-Base: TypeAlias = Callable[[Any, Sequence[tuple[Site, int]]], Float[Tensor, "sites d_model"]]
-"""Gives, for a `SweepPlan`, the vector that α is counted from at every (site, target layer)."""
+PlaceVectors: TypeAlias = Callable[
+    [Any, Sequence[tuple[Site, int]]], Float[Tensor, "places d_model"]
+]
+"""Gives, for a `SweepPlan`, one vector at every (site, target layer): what is amplified instead of
+the site's own activation (`SweepConfig.vectors`), or what α is counted from (`.base`). It is called
+once per plan, with all places."""
+
+Write: TypeAlias = Callable[[Patch, float], Patch]
+"""Changes how a cell's patch is written, given its α."""
 
 
 CONTROLS = (
@@ -53,11 +62,16 @@ class SweepConfig:
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
         mapping: gives the mapping function of each α.
+        vectors: what v is, where it is not the site's own activation (see `PlaceVectors`).
         base: the b of f(v) = b + mapping(α)(v − b), from `guided`; 0 unless given.
         unit: what α = 1 means: the "vector" as it is, or as long as the "residual" stream that it
             replaces, whatever its own length.
         guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
             the vector at α = 1 and u those of the unpatched prompt.
+        write: how the patch is written, where it does not simply replace the residual stream at
+            the target layer (see `Write`).
+        target_model: the model that is asked; the one that is read unless given. Its tokenizer,
+            layers and width are those of the target prompt, the target layers and f(v).
         draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
         max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
@@ -73,15 +87,27 @@ class SweepConfig:
     target_layer: TargetLayer = 0
     target_prompt: TargetPrompt | str = DESCRIPTION_PROMPT
     mapping: MappingFamily = scale
-    base: Base | None = None
+    vectors: PlaceVectors | None = None
+    base: PlaceVectors | None = None
     unit: Literal["vector", "residual"] = "vector"
     guide: Literal["vector", "logits"] = "vector"
+    write: Write | None = None
+    target_model: LanguageModel | str | None = None
     draw: int = 0
     controls: str | Sequence[str] = ()
     max_new_tokens: int | None = None
     batch_size: int | None = None
     scorer: Scorer | str | None = None
     score_on: ScoreOn = "description"
+
+
+_PLACES = "a callable from a plan and its places to vectors"
+_CALLABLES = (
+    ("vectors", _PLACES, "sources"),
+    ("base", _PLACES, "guided"),
+    ("write", "a callable from a patch and its α to a patch", "selfie"),
+)
+"""Settings that are callables if they are given: name, what is expected, where examples are."""
 
 
 def check_names(settings: dict[str, Any]) -> None:
@@ -123,20 +149,17 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
                 got=getattr(config, name),
                 fix="leave it out for the paper's way",
             )
-    given = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
-    if unknown := [name for name in given if name not in CONTROLS]:
+    asked = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
+    if unknown := [name for name in asked if name not in CONTROLS]:
         raise bad_value(
             "controls", expected=f"controls out of {CONTROLS}", got=unknown, fix="correct the name"
         )
-    config = replace(config, controls=tuple(name for name in CONTROLS if name in given))
+    config = replace(config, controls=tuple(name for name in CONTROLS if name in asked))
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
-    if not (config.base is None or callable(config.base)):
-        raise bad_type(
-            "base",
-            expected="a callable from a plan and its places to vectors",
-            got=config.base,
-            fix="see superscopes_tl.guided",
-        )
+    for name, expected, where in _CALLABLES:
+        given = getattr(config, name)
+        if not (given is None or callable(given)):
+            raise bad_type(name, expected=expected, got=given, fix=f"see superscopes_tl.{where}")
     if not callable(config.mapping):
         raise bad_type(
             "mapping",

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from superscopes_tl.cells import Part, make_patches, mean, score_readings, tokens_told
 from superscopes_tl.decoding import Generation
-from superscopes_tl.patching import Patch, PatchedGenerator
+from superscopes_tl.patches import Patch
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
 from superscopes_tl.results import Reading
@@ -54,7 +55,8 @@ def _random_direction(
 
     def redirect(vector: Tensor, generator: torch.Generator) -> Tensor:
         direction = torch.randn(vector.shape, generator=generator)
-        redirected: Tensor = direction * (vector.norm() / direction.norm())
+        lengths = vector.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True)
+        redirected: Tensor = direction * lengths
         return redirected
 
     return _at_random(plan, cells, patches, redirect)
@@ -66,7 +68,7 @@ def _shuffled_dimensions(
     """Patch the vector's own numbers in another order: equal norm, equal outliers."""
 
     def shuffle(vector: Tensor, generator: torch.Generator) -> Tensor:
-        return vector[torch.randperm(len(vector), generator=generator)]
+        return vector[..., torch.randperm(vector.shape[-1], generator=generator)]
 
     return _at_random(plan, cells, patches, shuffle)
 
@@ -168,9 +170,10 @@ def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
 def _likely(parts: Sequence[Part], readings: Sequence[Reading]) -> Iterator[float]:
     """Yield how likely each reading's description is without the patch, in nats per token."""
     plan = parts[0].plan
+    tokenizer = plan.generator.model.tokenizer
     generations = [generation for part in parts for generation in part.generations]
     told = [
-        generation.token_ids[: tokens_told(plan.model.tokenizer, generation, reading.description)]
+        generation.token_ids[: tokens_told(tokenizer, generation, reading.description)]
         for generation, reading in zip(generations, readings, strict=True)
     ]
     # The same text behind the same unpatched prompt needs no second run.
@@ -186,7 +189,14 @@ def _written_once(generator: PatchedGenerator, patches: Sequence[Patch]) -> list
 
     def key(patch: Patch) -> tuple[Any, ...]:
         vector = b"" if patch.target_layer is None else patch.vector.numpy().tobytes()
-        return patch.target_layer, patch.guidance, patch.seed, vector
+        return (
+            patch.target_layer,
+            patch.guidance,
+            patch.seed,
+            patch.keep,
+            patch.vector.shape,
+            vector,
+        )
 
     keys = [key(patch) for patch in patches]
     distinct = dict(zip(keys, patches, strict=True))

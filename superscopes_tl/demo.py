@@ -30,7 +30,8 @@ from superscopes_tl.loading import load_model
 from superscopes_tl.metric import exact
 from superscopes_tl.mini.facts import load_facts
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patching import Patch, PatchedGenerator
+from superscopes_tl.patches import Patch
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plots import heatmap
 from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
 from superscopes_tl.results import SweepResult

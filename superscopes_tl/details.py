@@ -22,7 +22,7 @@ from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches, score_readings
 from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import BUNDLED_MODEL
-from superscopes_tl.patching import Patch
+from superscopes_tl.patches import Patch
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
 from superscopes_tl.results import COLUMNS, Reading, SweepResult
@@ -138,7 +138,7 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     random = random_direction(0)(1.0)(patch.vector[None])[0]
     controls = {
         "unpatched": unpatched,
-        "random vector of equal norm": Patch(random, patch.target_layer),
+        "random vector of equal norm": replace(patch, vector=random),
     }
     generator = plan.generator
     written, *others = generator.generate([patch, *controls.values()])
@@ -146,7 +146,7 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, texts, descriptions)
-    pieces = _pieces(plan.model.tokenizer, written.token_ids)
+    pieces = _pieces(plan.generator.model.tokenizer, written.token_ids)
     return Probe(
         tokens=tuple(map(TokenEffect, pieces, *likely)),
         controls=tuple(map(Control, controls, texts, descriptions, scores)),

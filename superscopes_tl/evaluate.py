@@ -27,7 +27,7 @@ from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patching import Patch
+from superscopes_tl.patches import Patch
 from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.prompts import PAPER_PROMPTS
 from superscopes_tl.results import Reading

@@ -42,6 +42,7 @@ _PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
 _COLUMNS = ", ".join([*(f"{f.name} {_SQL[str(f.type)]}" for f in _FIELDS), "controls TEXT"])
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
 _CONSTANT = (
+    ("target_model", "fingerprint"),
     *(("model", name) for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")),
     *(("target_prompt", name) for name in ("text", "placeholder")),
     *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls")),
@@ -153,11 +154,13 @@ class EvaluationFile:
         theirs = _provenance(self._database, self._path)
         ours = json.loads(json.dumps(common_provenance(plan)))
         for part, name in _CONSTANT:
-            if ours[part][name] != theirs[part][name]:
+            # What an older file does not have was not there yet: no target model of its own.
+            our, their = ((side.get(part) or {}).get(name) for side in (ours, theirs))
+            if our != their:
                 raise bad_value(
                     "path",
-                    expected=f"an experiment with {name} {ours[part][name]!r}",
-                    got=f"{self._path} with {theirs[part][name]!r}",
+                    expected=f"an experiment with {name} {our!r} of the {part}",
+                    got=f"{self._path} with {their!r}",
                     fix="choose another file, or the settings of this one",
                 )
 
@@ -202,7 +205,7 @@ class EvaluationFile:
 def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     """Return what the provenance of a plan says of every plan of its experiment."""
     provenance = plan.provenance()
-    names = ("superscopes_tl", "python", "created", "model", "target_prompt")
+    names = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
     settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls")
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}

@@ -24,14 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import capture
-from superscopes_tl.config import Base
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.sites import Site
 
 
-def mean_activation(model: LanguageModel, texts: Sequence[str]) -> Base:
+def mean_activation(model: LanguageModel, texts: Sequence[str]) -> PlaceVectors:
     """Return the base that is the mean over some texts, at their last tokens.
 
     Args:

@@ -3,9 +3,8 @@
 1. Run the target prompt up to its first placeholder token once; keep the keys and values. Every
    cell of a sweep has these tokens in common.
 2. Give each row of a batch a copy of them. All rows have the same length: no padding, no mask.
-3. Run the rest of the prompt. One hook per *distinct* target layer writes each row's vector over
-   the block output (`hook_resid_post`) at the placeholder, so the rows of a batch may be patched
-   at different layers. The hooks are on the model during this step alone.
+3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
+   placeholder (`patches`); they are on the model during this step alone.
 4. Go on, one token per step, until every row has ended (`decoding`).
 
 The result of greedy rows is what one forward pass per cell would give, token for token (the tests
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -28,14 +27,15 @@ from torch import Tensor
 from superscopes_tl.decoding import Generation, decode, guide
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import free_memory, out_of_memory, rows_that_fit
-from superscopes_tl.models import Hook, LanguageModel
+from superscopes_tl.models import LanguageModel
+from superscopes_tl.patches import Patch, check_patch, patch_hooks
 from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
     PAPER_MAX_NEW_TOKENS,
     TargetPrompt,
     as_target_prompt,
 )
-from superscopes_tl.sites import check_layers, hook_name
+from superscopes_tl.sites import hook_name
 
 DEFAULT_BATCH_SIZE = 64
 LONGEST_DEFAULT = 64
@@ -44,23 +44,7 @@ NEAR_TIE = 5e-5
 """Float32 logits nearer to each other than this may change places with the batch size."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """One cell's work: write `vector` over the placeholder at the output of `target_layer`.
-
-    Attributes:
-        vector: f(v), `Float[Tensor, " d_model"]`; the vectors of one call on one device.
-        target_layer: block number from 0; `None` leaves the target prompt unpatched.
-        guidance: w of u + w·(c − u), the logits between unpatched (0) and patched (1), or beyond.
-        seed: draw the text at temperature 1 from it; the likeliest tokens unless given.
-    """
-
-    vector: Float[Tensor, " d_model"]
-    target_layer: int | None
-    guidance: float = 1.0
-    seed: int | None = None
+U = TypeVar("U")
 
 
 class PatchedGenerator:
@@ -114,15 +98,23 @@ class PatchedGenerator:
             ValueError: a vector that overflows the model's number type, or a layer out of range.
             MemoryError: not even one row fits.
         """
+        self._check(patches)
+        yield from self._in_batches(self._generate_batch, patches)
+
+    def _check(self, patches: Sequence[Patch]) -> None:
         for patch in patches:
-            if patch.target_layer is not None:
-                check_layers(patch.target_layer, self.model.n_layers, "target_layer")
+            check_patch(self.model, patch)
+
+    def _in_batches(
+        self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T]
+    ) -> Iterator[list[U]]:
+        """Yield what `work` makes of the rows, batch by batch."""
         start = 0
-        while start < len(patches):
-            batch = patches[start : start + self.batch_size]
-            generations = self._unless_memory_runs_out(partial(self._generate_batch, batch), batch)
-            if generations is not None:
-                yield generations
+        while start < len(rows):
+            batch = rows[start : start + self.batch_size]
+            found = self._unless_memory_runs_out(partial(work, batch), batch)
+            if found is not None:
+                yield found
                 start += len(batch)
 
     def _unless_memory_runs_out(self, work: Callable[[], T], batch: Sized) -> T | None:
@@ -206,18 +198,10 @@ class PatchedGenerator:
             return self.model.decoder.prefill(self._tokens[:, : self._first])
 
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
-        guided = [row for row, patch in enumerate(patches) if patch.guidance != 1]
-        twins = [replace(patches[row], target_layer=None) for row in guided]
-        weights = torch.tensor([patch.guidance for patch in patches])
         with self.model.lock, torch.no_grad():
-            logits, cache = self._patched_step([*patches, *twins])
-
-            def advance(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-                written = torch.cat([tokens, tokens[guided]])[:, None].to(self.model.device)
-                return guide(self.step(written, cache), weights, guided)
-
+            logits, advance = self._begin(patches)
             return decode(
-                guide(logits, weights, guided),
+                logits,
                 advance,
                 max_new_tokens=self.max_new_tokens,
                 eos=self.model.eos_token_ids,
@@ -229,6 +213,20 @@ class PatchedGenerator:
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def next_token(self, patches: Sequence[Patch]) -> Float[Tensor, "patches vocab"]:
+        """Return, in nats, how likely each token is right behind the patched target prompt.
+
+        Args:
+            patches: at least one.
+
+        Raises:
+            ValueError: a vector that overflows the model's number type, or a layer out of range.
+            MemoryError: not even one row fits.
+        """
+        self._check(patches)
+        found = list(self._in_batches(self._first_choice, patches))
+        return torch.stack([row for batch in found for row in batch])
 
     def log_probabilities(
         self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
@@ -242,35 +240,50 @@ class PatchedGenerator:
         Raises:
             MemoryError: not even one row fits.
         """
-        found: list[list[float]] = []
-        while len(found) < len(texts):
-            rows = slice(len(found), len(found) + self.batch_size)
-            work = partial(self._follow, patches[rows], texts[rows])
-            found += self._unless_memory_runs_out(work, texts[rows]) or []
-        return found
+        self._check(patches)
+        rows = list(zip(patches, texts, strict=True))
+        return [row for batch in self._in_batches(self._follow, rows) for row in batch]
 
-    def _follow(
-        self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
-    ) -> list[list[float]]:
+    def _first_choice(self, patches: Sequence[Patch]) -> list[Float[Tensor, " vocab"]]:
+        """Return what `next_token` does, for the rows of one batch."""
+        with self.model.lock, torch.no_grad():
+            logits, _ = self._begin(patches)
+            return list(logits.log_softmax(dim=-1).cpu())
+
+    def _follow(self, rows: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
         """Return what `log_probabilities` does, for the rows of one batch."""
+        patches, texts = zip(*rows, strict=True)
         longest = max(len(text) for text in texts)
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         found: list[Tensor] = []
         with self.model.lock, torch.no_grad():
-            logits, cache = self._patched_step(patches)
+            logits, advance = self._begin(patches)
             for step in range(longest):
                 if step:
-                    logits = self.step(ids[:, step - 1 : step].to(self.model.device), cache)
+                    logits = advance(ids[:, step - 1].to(self.model.device))
                 likely = logits.log_softmax(dim=-1).cpu()
                 found.append(likely.gather(1, ids[:, step : step + 1])[:, 0])
         table = torch.stack(found, dim=1).tolist() if found else [[] for _ in texts]
         return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
-    def _patched_step(self, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
-        """Return the logits behind the patched prompt, and the cache to go on with."""
-        cache = self._start(len(patches))
-        with self.model.hooks(self._patch_hooks(patches)):
-            return self.step(self._tail(len(patches)), cache), cache
+    def _begin(self, patches: Sequence[Patch]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the logits behind the patched prompt, and what gives those behind more tokens.
+
+        Guided rows have an unpatched twin, which reads the same text.
+        """
+        guided = [row for row, patch in enumerate(patches) if patch.guidance != 1]
+        weights = torch.tensor([patch.guidance for patch in patches])
+        rows = [*patches, *(replace(patches[row], target_layer=None) for row in guided)]
+        cache = self._start(len(rows))
+        places = [position - self._first for position in self.target.positions]
+        with self.model.hooks(patch_hooks(self.model, rows, places)):
+            logits = self.step(self._tail(len(rows)), cache)
+
+        def advance(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+            written = torch.cat([tokens, tokens[guided]])[:, None].to(self.model.device)
+            return guide(self.step(written, cache), weights, guided)
+
+        return guide(logits, weights, guided), advance
 
     def _start(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
@@ -283,54 +296,6 @@ class PatchedGenerator:
 
     def _tail(self, rows: int) -> Int[Tensor, "batch pos"]:
         return self._tokens[:, self._first :].expand(rows, -1)
-
-    def _patch_hooks(self, patches: Sequence[Patch]) -> list[tuple[str, Hook]]:
-        rows_of: dict[int, list[int]] = {}
-        for row, patch in enumerate(patches):
-            if patch.target_layer is not None:
-                rows_of.setdefault(patch.target_layer % self.model.n_layers, []).append(row)
-        positions = torch.tensor([p - self._first for p in self.target.positions])
-        return [
-            (
-                hook_name("resid_post", layer),
-                _writer(torch.tensor(rows), positions, self._cast([patches[r] for r in rows])),
-            )
-            for layer, rows in rows_of.items()
-        ]
-
-    def _cast(self, patches: Sequence[Patch]) -> Float[Tensor, "batch d_model"]:
-        vectors = torch.stack([patch.vector.float() for patch in patches])
-        if vectors.shape[-1] != self.model.d_model:
-            raise bad_value(
-                "vector",
-                expected=f"{self.model.d_model} numbers, the width of {self.model.name}",
-                got=f"{vectors.shape[-1]} numbers",
-                fix="read the vector from the same model",
-            )
-        cast = vectors.to(self.model.dtype)
-        if not torch.isfinite(cast).all():
-            raise bad_value(
-                "vector",
-                expected=f"numbers that {self.model.dtype} can hold",
-                got=f"up to {vectors.abs().max().item():.3g}",
-                fix="use a smaller α, or load the model with dtype='float32'",
-            )
-        return cast.to(self.model.device)
-
-
-def _writer(
-    rows: Int[Tensor, " rows"],
-    positions: Int[Tensor, " placeholders"],
-    vectors: Float[Tensor, "rows d_model"],
-) -> Hook:
-    def write(
-        block_output: Float[Tensor, "batch pos d_model"], hook: Any
-    ) -> Float[Tensor, "batch pos d_model"]:
-        patched = block_output.clone()  # an edit in place would reach other users of the tensor
-        patched[rows[:, None], positions[None, :]] = vectors[:, None].to(patched.device)
-        return patched
-
-    return write
 
 
 def default_new_tokens(model: LanguageModel) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from superscopes_tl.amplify import family_name
 from superscopes_tl.config import SweepConfig, check_alphas, check_config, check_target_layer
+from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import PatchedGenerator
@@ -33,7 +35,7 @@ class SweepPlan:
     """A checked sweep, ready to run: what will be computed, and what that costs.
 
     Attributes:
-        model: the model.
+        model: the model that is read; the one that is asked is the generator's.
         source: the source prompt's tokens.
         sites: the places to read.
         alphas: the amplifiers.
@@ -77,12 +79,18 @@ class SweepPlan:
     def mapping_name(self) -> str:
         """The name of how α acts, as the table's column `mapping` has it."""
         parts = [family_name(self.config.mapping)]
+        if self.config.vectors is not None:
+            parts.append(f"of {family_name(self.config.vectors)}")
         if self.config.base is not None:
             parts.append(f"from {family_name(self.config.base)}")
         if self.config.unit == "residual":
             parts.append("in residual norms")
         if self.config.guide == "logits":
             parts.append("on logits")
+        if self.config.write is not None:
+            parts.append(f"by {family_name(self.config.write)}")
+        if self.generator.model is not self.model:
+            parts.append(f"into {self.generator.model.name}")
         return ", ".join(parts)
 
     def at_prompt(self, prompt: str) -> SweepPlan:
@@ -121,6 +129,9 @@ class SweepPlan:
             "python": platform.python_version(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": self.model.provenance(),
+            "target_model": None
+            if self.generator.model is self.model
+            else self.generator.model.provenance(),
             "prompt": self.source.text,
             "tokens": {"ids": list(self.source.ids), "labels": list(self.source.labels)},
             "target_prompt": {
@@ -138,9 +149,11 @@ class SweepPlan:
                 if isinstance(self.target_layer, str)
                 else list(self.target_layer),
                 "mapping": family_name(self.config.mapping),
-                "base": family_name(self.config.base) if self.config.base else None,
+                "vectors": _name(self.config.vectors),
+                "base": _name(self.config.base),
                 "unit": self.config.unit,
                 "guide": self.config.guide,
+                "write": _name(self.config.write),
                 "draw": self.config.draw,
                 "controls": list(self.config.controls),
                 "max_new_tokens": self.generator.max_new_tokens,
@@ -154,6 +167,10 @@ class SweepPlan:
             },
             "planned_cells": len(self.all_cells),
         }
+
+
+def _name(setting: Callable[..., object] | None) -> str | None:
+    return None if setting is None else family_name(setting)
 
 
 def plan_sweep(
@@ -177,18 +194,29 @@ def plan_sweep(
     scorer = as_scorer(config.scorer)
     check_text(prompt, "prompt")
     model = load_model(model)
+    asked = model if config.target_model is None else load_model(config.target_model)
+    target_layer = check_target_layer(config.target_layer, asked.n_layers)
     source = tokenize(model, prompt)
     kinds = check_kinds(config.kinds, model.kinds, model.name)
     layers = check_layers(config.layers, model.n_layers)
     positions = resolve_positions(source, config.positions)
+    if target_layer == "same":
+        check_layers(layers, asked.n_layers, "target_layer")
+    if asked.d_model != model.d_model and config.vectors is None:
+        raise bad_value(
+            "target_model",
+            expected=f"a model as wide as {model.name}, {model.d_model}",
+            got=f"{asked.name}, {asked.d_model}",
+            fix="fit an affine map between the two: vectors=mapped(fit_affine(...))",
+        )
     plan = SweepPlan(
         model=model,
         source=source,
         sites=tuple(Site(k, layer, p) for p in positions for k in kinds for layer in layers),
         alphas=alphas,
-        target_layer=check_target_layer(config.target_layer, model.n_layers),
+        target_layer=target_layer,
         generator=PatchedGenerator(
-            model,
+            asked,
             target_prompt,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,

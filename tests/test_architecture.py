@@ -15,15 +15,15 @@ import superscopes_tl
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
-ORDER = [
-    "errors", "sites", "backends", "models", "conversion", "mini", "loading", "tokens", "prompts",
-    "capture", "amplify", "memory", "decoding", "patching", "scoring", "contextualization",
-    "results", "selectors", "metric", "significance", "comparison", "replay", "config", "plan",
-    "cells", "controls", "sweep", "refine", "guided", "evaluation", "evaluate", "plots", "figures",
-    "paper_figures", "metric_figures", "snapshot", "export", "background", "details", "live",
-    "markup", "explorer_view", "explorer_config", "explorer_panel", "explorer_desk", "explorer",
-    "serve", "demo", "shell", "cli_options", "cli_experiments", "cli",
-]  # fmt: skip
+FLOW = """
+    errors sites backends models conversion mini loading tokens prompts capture amplify
+    memory decoding patches patching scoring contextualization results selectors metric
+    significance comparison replay config plan cells controls sweep refine guided
+    evaluation evaluate plots figures paper_figures metric_figures snapshot export
+    background details live markup explorer_view explorer_config explorer_panel
+    explorer_desk explorer serve demo shell cli_options cli_experiments cli
+"""
+ORDER = FLOW.split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
 

@@ -19,7 +19,7 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.cells import make_patches
-from superscopes_tl.config import Base
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.details import code_for, select
 from tests.tiny_models import D_MODEL, N_LAYERS
 
@@ -145,7 +145,7 @@ def test_a_base_of_another_shape_is_refused(tiny: Any, word_overlap: Any) -> Non
     def narrow(plan: Any, places: Any) -> torch.Tensor:
         return torch.zeros(len(places), 3)
 
-    base: Base = narrow
+    base: PlaceVectors = narrow
     plan = plan_sweep(
         tiny("llama", "bridge"), PROMPT, base=base, scorer=word_overlap, kinds="mlp_out"
     )
