@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import capture
-from superscopes_tl.config import Base as PlaceVectors
+from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import RunFileError, bad_value, describe
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan

@@ -101,13 +101,27 @@ def fit_affine(
             (*source, layer): one
             for layer, one in zip(targets, _solve(vectors, outputs, n, ridge), strict=True)
         }
-    return tuple(
-        AffineMap(
-            *solved[place][:2], *place, model.name, model.fingerprint, target.name,
-            target.fingerprint, digest, n, *solved[place][2:],
+    made = []
+    for place in places:
+        (weight, bias, used, r2), (kind, source_layer, target_layer) = solved[place], place
+        made.append(
+            AffineMap(
+                weight,
+                bias,
+                kind,
+                source_layer,
+                target_layer,
+                model.name,
+                model.fingerprint,
+                target.name,
+                target.fingerprint,
+                digest,
+                n,
+                used,
+                r2,
+            )
         )
-        for place in places
-    )  # fmt: skip
+    return tuple(made)
 
 
 def _solve(
@@ -124,17 +138,14 @@ def _solve(
         ridge = 0.0 if n > x.shape[1] else SMALL_RIDGE
     y = torch.cat(list(outputs), dim=1)
     weight, bias = least_squares(x[:n], y[:n], ridge=ridge)
-    held_out = (x[n:] @ weight.T + bias).split(outputs[0].shape[1], dim=1)
-    return [
-        (a.clone(), b.clone(), float(ridge), r_squared(predicted, output[n:]))
-        for a, b, predicted, output in zip(
-            weight.split(outputs[0].shape[1]),
-            bias.split(outputs[0].shape[1]),
-            held_out,
-            outputs,
-            strict=True,
-        )
-    ]
+    predicted = x[n:] @ weight.T + bias
+    width = outputs[0].shape[1]
+    solved: list[_Solved] = []
+    for target, output in enumerate(outputs):
+        own = slice(target * width, (target + 1) * width)
+        r2 = r_squared(predicted[:, own], output[n:])
+        solved.append((weight[own].clone(), bias[own].clone(), float(ridge), r2))
+    return solved
 
 
 def least_squares(
@@ -200,7 +211,7 @@ class _Vectors:
                 fresh.append((p, q))
         at, there = [p for p, _ in fresh], [q for _, q in fresh]
         for (kind, layer), rows in self._sources.items():
-            rows.append(source[cast(HookKind, kind), layer][at].float().cpu())
+            rows.append(source[cast("HookKind", kind), layer][at].float().cpu())
         for layer, rows in self._targets.items():
             rows.append(target["resid_post", layer][there].float().cpu())
 
@@ -255,14 +266,14 @@ def _check_pairs(
             got=given,
             fix="pass for example [(5, 0), (2, 0)]",
         )
-    checked = [
+    checked = {
         (
-            *check_layers(source, model.n_layers, "source layer"),
-            *check_layers(target_layer, target.n_layers, "target layer"),
-        )
+            check_layers(source, model.n_layers, "source layer")[0],
+            check_layers(target_layer, target.n_layers, "target layer")[0],
+        ): None
         for source, target_layer in given
-    ]
-    return list(dict.fromkeys(checked))
+    }
+    return list(checked)
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
