@@ -188,7 +188,8 @@ def _only(rows: pd.DataFrame, column: str, wanted: Any) -> pd.DataFrame:
         raise bad_value(
             column, expected=f"one of {there}", got=wanted, fix="choose one that was computed"
         )
-    return rows[rows[column] == wanted]
+    kept: pd.DataFrame = rows[rows[column] == wanted]
+    return kept
 
 
 def _several(column: str, there: pd.Series) -> ValueError:
