@@ -16,12 +16,14 @@ import superscopes_tl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 FLOW = """
-    errors sites backends models conversion mini loading tokens prompts capture amplify
-    memory decoding patches patching scoring contextualization results selectors metric
-    significance comparison replay config plan cells controls sweep refine guided
-    evaluation evaluate plots figures paper_figures metric_figures snapshot export
-    background details live markup explorer_view explorer_config explorer_panel
-    explorer_desk explorer serve demo shell cli_options cli_experiments cli
+    errors vector_files sites backends models chat conversion mini loading tokens prompts
+    capture directions amplify lenses tuned_lens memory decoding patches patching
+    interventions scoring contextualization results selectors metric significance comparison
+    replay config selfie replacements causal plan sources affine affine_fit cells controls
+    next_token sweep vectors refine guided evaluation evaluate plots figures lens_figures
+    causal_figures grid_figures paper_figures metric_figures neighbours snapshot export
+    background relevancy details live markup explorer_view explorer_config explorer_panel
+    explorer_desk explorer serve demo shell cli_options cli_vectors cli_experiments cli
 """
 ORDER = FLOW.split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
