@@ -2,14 +2,15 @@
 
 1. `Selection` names the cell; `reading_at` and `ladder` look up its row and its site's other α.
 2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
-   equal norm, and how likely each token of the cell's text is with the patch and without.
+   equal norm, how likely each token of the cell's text is with the patch and without, and which
+   next tokens the logit lens names at the same site.
 3. `code_for` writes the Python that reads this cell again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from superscopes_tl.amplify import PAPER_MAPPING, random_direction
 from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches, score_readings
 from superscopes_tl.errors import bad_value
+from superscopes_tl.lenses import LENSES, Lens, lens_table
 from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patching import Patch
 from superscopes_tl.plan import SweepPlan
@@ -71,11 +73,25 @@ class Control:
 
 
 @dataclass(frozen=True)
+class LensReading:
+    """What a lens reads at a cell's site, whatever its α.
+
+    Attributes:
+        lens: its name.
+        tokens: the likeliest next tokens with their probabilities, the likeliest first.
+    """
+
+    lens: str
+    tokens: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Probe:
     """What only the model can say about a cell."""
 
     tokens: tuple[TokenEffect, ...]
     controls: tuple[Control, ...]
+    lenses: tuple[LensReading, ...]
 
 
 def select(reading: Reading | pd.Series) -> Selection:
@@ -118,15 +134,16 @@ def _site(result: SweepResult, selection: Selection) -> pd.DataFrame:
     return table[wanted]
 
 
-def probe(plan: SweepPlan, reading: Reading) -> Probe:
-    """Compare a cell with its controls and weigh the tokens of its text.
+def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES) -> Probe:
+    """Compare a cell with its controls, weigh the tokens of its text, read its site by lenses.
 
     Args:
         plan: the plan that the cell belongs to.
         reading: the cell.
+        lenses: by name; each also reads a random vector of equal norm.
 
     Raises:
-        ValueError: the cell is none of the plan's.
+        ValueError: the cell is none of the plan's, or a lens is another model's.
     """
     cell = cell_of(reading)
     if cell not in plan.all_cells:
@@ -147,9 +164,14 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, texts, descriptions)
     pieces = _pieces(plan.model.tokenizer, written.token_ids)
+    named = lens_table(plan.model, plan.source, cell[:1], lenses=lenses)
     return Probe(
         tokens=tuple(map(TokenEffect, pieces, *likely)),
         controls=tuple(map(Control, controls, texts, descriptions, scores)),
+        lenses=tuple(
+            LensReading(str(name), tuple(zip(rows["top_token"], rows["probability"], strict=True)))
+            for name, rows in named.groupby("lens", sort=False)
+        ),
     )
 
 
