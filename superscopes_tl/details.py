@@ -2,12 +2,14 @@
 
 1. `Selection` names the cell; `reading_at` and `ladder` look up its row and its site's other α.
 2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
-   equal norm, and how likely each token of the cell's text is with the patch and without.
+   equal norm, how likely each token of the cell's text is with the patch and without, and which
+   next tokens the logit lens names at the same site.
 3. `code_for` writes the Python that reads this cell again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from superscopes_tl.amplify import PAPER_MAPPING, random_direction
 from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches, score_readings
 from superscopes_tl.errors import bad_value
+from superscopes_tl.lenses import LENSES, Lens, lens_table
 from superscopes_tl.loading import BUNDLED_MODEL
 from superscopes_tl.patches import Patch
 from superscopes_tl.plan import SweepPlan
@@ -25,6 +28,7 @@ from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
 from superscopes_tl.relevancy import TokenEffect, token_effects
 from superscopes_tl.results import COLUMNS, Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
+from superscopes_tl.sites import Site
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,25 @@ class Control:
 
 
 @dataclass(frozen=True)
+class LensReading:
+    """What a lens reads at a cell's site, whatever its α.
+
+    Attributes:
+        lens: its name.
+        tokens: the likeliest next tokens with their probabilities, the likeliest first.
+    """
+
+    lens: str
+    tokens: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Probe:
     """What only the model can say about a cell."""
 
     tokens: tuple[TokenEffect, ...]
     controls: tuple[Control, ...]
+    lenses: tuple[LensReading, ...]
 
 
 def select(reading: Reading | pd.Series) -> Selection:
@@ -96,15 +114,16 @@ def _site(result: SweepResult, selection: Selection) -> pd.DataFrame:
     return table[wanted]
 
 
-def probe(plan: SweepPlan, reading: Reading) -> Probe:
-    """Compare a cell with its controls and weigh the tokens of its text.
+def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES) -> Probe:
+    """Compare a cell with its controls, weigh the tokens of its text, read its site by lenses.
 
     Args:
         plan: the plan that the cell belongs to.
         reading: the cell.
+        lenses: by name; each also reads a random vector of equal norm.
 
     Raises:
-        ValueError: the cell is none of the plan's.
+        ValueError: the cell is none of the plan's, or a lens is another model's.
     """
     cell = cell_of(reading)
     if cell not in plan.all_cells:
@@ -126,6 +145,20 @@ def probe(plan: SweepPlan, reading: Reading) -> Probe:
     return Probe(
         tokens=token_effects(generator, [patch], [written.token_ids])[0],
         controls=tuple(map(Control, controls, texts, descriptions, scores)),
+        lenses=_through_lenses(plan, cell[0], lenses),
+    )
+
+
+def _through_lenses(
+    plan: SweepPlan, site: Site, lenses: Mapping[str, Lens]
+) -> tuple[LensReading, ...]:
+    """Return what lenses read at a site; nothing where v is not the site's own activation."""
+    if plan.config.vectors is not None:
+        return ()
+    named = lens_table(plan.model, plan.source, [site], lenses=lenses)
+    return tuple(
+        LensReading(str(name), tuple(zip(rows["top_token"], rows["probability"], strict=True)))
+        for name, rows in named.groupby("lens", sort=False)
     )
 
 

@@ -29,6 +29,7 @@ from superscopes_tl.explorer_desk import Desk
 from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import View
 from superscopes_tl.export import save_as
+from superscopes_tl.lenses import LENSES, Lens
 from superscopes_tl.live import axes_of, color_range
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
@@ -61,6 +62,7 @@ class Explorer:
         prompt: the source prompt to begin with.
         config: the settings to begin with; the paper's unless given.
         scorers: more scorers to choose from, by label.
+        lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
 
     Raises:
         ValueError, TypeError: a bad setting, or one that the controls cannot show.
@@ -73,11 +75,12 @@ class Explorer:
         config: SweepConfig | None = None,
         *,
         scorers: Mapping[str, Scorer] | None = None,
+        lenses: Mapping[str, Lens] = LENSES,
     ) -> None:
         loaded = load_model(model)
         self.model: LanguageModel | None = loaded
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
-        self._set_up(View(loaded.kinds, loaded.n_layers, labels))
+        self._set_up(View(loaded.kinds, loaded.n_layers, labels), lenses)
         self._desk = Desk(loaded, self.view, self._panel, self._guard, self._show_picture)
         self.prompt = prompt
         self.config = config or SweepConfig()
@@ -233,11 +236,11 @@ class Explorer:
 
     _desk: Desk | None
 
-    def _set_up(self, view: View) -> None:
+    def _set_up(self, view: View, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.view = view
         self.pins: list[tuple[Selection, Reading, str]] = []
         self._guard = Guard(view.status)
-        self._panel = Panel(view, self._guard)
+        self._panel = Panel(view, self._guard, lenses)
         self._desk = None
         self._picture: Any = None
         for button, action in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -20,6 +20,7 @@ from superscopes_tl.background import Latest
 from superscopes_tl.details import Probe, Selection, code_for, ladder, probe, reading_at, select
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_view import BEST, View
+from superscopes_tl.lenses import LENSES, Lens
 from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, color_range, keep
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.results import Reading, SweepResult
@@ -70,14 +71,15 @@ class Panel:
     Args:
         view: the widgets.
         guard: wraps the callbacks.
+        lenses: what else the selected cell's site is read by.
     """
 
-    def __init__(self, view: View, guard: Guard) -> None:
+    def __init__(self, view: View, guard: Guard, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.result: SweepResult | None = None
         self.axes: Axes | None = None
         self.selection: Selection | None = None
         self.plan: SweepPlan | None = None
-        self._view, self._guard = view, guard
+        self._view, self._guard, self._lenses = view, guard, lenses
         self._map: LiveMap | None = None
         self._curve = LiveCurve()
         self._quiet = False
@@ -297,7 +299,7 @@ class Panel:
         def work() -> None:
             found = None
             try:
-                found = probe(plan, reading)
+                found = probe(plan, reading, self._lenses)
                 shown = markup.probe(found, colours)
             except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
                 shown = markup.alert(error)

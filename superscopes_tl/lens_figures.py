@@ -70,13 +70,12 @@ def lens_heatmap(
     for column, name in enumerate(names, start=1):
         panel = _cells(rows[rows["lens"] == name], x, columns, layers)
         figure.add_trace(panel, row=1, col=column)
-    labels = rows.drop_duplicates(x).set_index(x, drop=False)[
-        "token" if x == "position" else "kind"
-    ]
+    label = "token" if x == "position" else "kind"
+    labels = rows.drop_duplicates(x).set_index(x, drop=False)[label]
     figure.update_xaxes(
         tickvals=list(range(len(columns))),
         ticktext=[html.escape(str(labels[c])) for c in columns],
-        title_text="token" if x == "position" else "kind",
+        title_text=label,
     )
     figure.update_yaxes(type="category", title_text="layer", col=1)
     figure.update_layout(

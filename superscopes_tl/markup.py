@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from superscopes_tl.details import Probe, Selection
+from superscopes_tl.details import LensReading, Probe, Selection
 from superscopes_tl.figures import at_target
 from superscopes_tl.plots import COLOR_SCALE
 from superscopes_tl.relevancy import TokenEffect
@@ -127,12 +127,26 @@ def probe(found: Probe, colours: Range) -> str:
         for c in found.controls
     )
     tokens = "".join(map(_token, found.tokens))
+    lenses = "".join(map(_lens, found.lenses))
     return (
         "<div data-probe='done'><table class='ssx-table'><caption>Without this vector</caption>"
         f"<tbody>{controls}</tbody></table>"
         "<div class='ssx-sub'>How much the patch raised each token</div>"
-        f"<p class='ssx-text'>{tokens}</p>{_legend()}</div>"
+        f"<p class='ssx-text'>{tokens}</p>{_legend()}"
+        "<table class='ssx-table'><caption>The next token, as lenses read this site"
+        "<span class='ssx-note'> · v itself: the final norm takes a positive α away</span>"
+        f"</caption><tbody>{lenses}</tbody></table></div>"
     )
+
+
+def _lens(reading: LensReading) -> str:
+    """Return a row: a lens and the tokens that it names, each with its probability."""
+    named = " ".join(
+        f"<span><code><bdi>{html.escape(token if token.isprintable() else repr(token))}</bdi>"
+        f"</code> <small>{probability:.2f}</small></span>"
+        for token, probability in reading.tokens
+    )
+    return f"<tr><th scope='row'>{html.escape(reading.lens)}</th><td>{named}</td></tr>"
 
 
 def _token(effect: TokenEffect) -> str:

@@ -181,7 +181,7 @@ def test_another_experiment_is_refused(
     evaluate(mini, PROMPTS[:1], path, **settings)
     before = path.read_bytes()
     for extra, name in (
-        ({"max_new_tokens": 9}, "max_new_tokens 9"),
+        ({"max_new_tokens": 9}, "max_new_tokens 9 of the config"),
         ({"target_prompt": "x means"}, "text 'x means'"),
         ({"controls": "unpatched"}, r"controls \['unpatched'\]"),
     ):

@@ -32,6 +32,7 @@ from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches
 from superscopes_tl.details import (
     Control,
+    LensReading,
     Probe,
     Selection,
     TokenEffect,
@@ -439,8 +440,9 @@ def test_text_from_outside_is_escaped(
     nasty = Probe(
         tokens=(TokenEffect("<img src=x>", -1.0, -2.0),),
         controls=(Control("<b>&</b>", "<b>&</b>", "<img src=x>", 0.1),),
+        lenses=(LensReading("<b>&</b>", (("<img src=x>", 0.5),)),),
     )
-    monkeypatch.setattr("superscopes_tl.explorer_panel.probe", lambda plan, reading: nasty)
+    monkeypatch.setattr("superscopes_tl.explorer_panel.probe", lambda plan, reading, lenses: nasty)
     made = Explorer(model, "<script>alert(1)</script> x", config)
     made.run().wait(WAIT)
     assert "data-probe='done'" in made.view.probe.value
