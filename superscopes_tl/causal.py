@@ -27,7 +27,7 @@ from torch import Tensor
 
 from superscopes_tl.amplify import family_name, random_direction
 from superscopes_tl.config import PlaceVectors
-from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.replacements import Corruption, site_vectors, zero
@@ -240,7 +240,7 @@ def _windows(model: LanguageModel, sites: Sequence[Site], window: int) -> list[l
 
 def _checked(new: Tensor, own: Float[Tensor, "sites d_model"]) -> Float[Tensor, "sites d_model"]:
     if not isinstance(new, Tensor) or new.shape != own.shape:
-        raise bad_type(
+        raise bad_value(
             "replacement",
             expected=f"vectors of shape {tuple(own.shape)}, one per site",
             got=tuple(new.shape) if isinstance(new, Tensor) else new,

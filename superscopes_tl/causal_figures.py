@@ -68,7 +68,7 @@ def effect_heatmap(
         template="plotly_white",
         coloraxis={
             "colorscale": COLOR_SCALE,
-            "colorbar": {"title": f"{value}<br>(nats)"},
+            "colorbar": {"title": value},
             **dict(zip(("cmin", "cmax"), color_range or (), strict=False)),
         },
         height=220 + 26 * rows["source_layer"].nunique(),

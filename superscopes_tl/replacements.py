@@ -139,12 +139,12 @@ def other_tokens(text: str) -> Corruption:
 
 
 def noise(
-    subject: str | Positions, *, strength: float = 3.0, draws: int = 10, seed: int = 0
+    subject: Positions, *, strength: float = 3.0, draws: int = 10, seed: int = 0
 ) -> Corruption:
     """Return the corruption of Meng et al. 2022: Gaussian noise on the embeddings of a subject.
 
     Args:
-        subject: a part of the prompt, all of whose tokens get noise, or positions.
+        subject: a part of the prompt, all of whose tokens get noise; or positions, as in a sweep.
         strength: the noise's standard deviation, in those of the prompt's embeddings (the stream
             that enters block 0, without the BOS).
         draws: how many times to draw; effects are means over draws.
