@@ -127,15 +127,20 @@ def probe(found: Probe, colours: Range) -> str:
         for c in found.controls
     )
     tokens = "".join(map(_token, found.tokens))
-    lenses = "".join(map(_lens, found.lenses))
     return (
         "<div data-probe='done'><table class='ssx-table'><caption>Without this vector</caption>"
         f"<tbody>{controls}</tbody></table>"
         "<div class='ssx-sub'>How much the patch raised each token</div>"
-        f"<p class='ssx-text'>{tokens}</p>{_legend()}"
+        f"<p class='ssx-text'>{tokens}</p>{_legend()}{_lenses(found) if found.lenses else ''}</div>"
+    )
+
+
+def _lenses(found: Probe) -> str:
+    """Return the likeliest next tokens by every lens."""
+    return (
         "<table class='ssx-table'><caption>The next token, as lenses read this site"
         "<span class='ssx-note'> · v itself: the final norm takes a positive α away</span>"
-        f"</caption><tbody>{lenses}</tbody></table></div>"
+        f"</caption><tbody>{''.join(map(_lens, found.lenses))}</tbody></table>"
     )
 
 
