@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.amplify import MappingFunction, family_name
+from superscopes_tl.amplify import MappingFamily, family_name
 from superscopes_tl.capture import capture
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value, check_count
@@ -81,20 +81,21 @@ def resampled(text: str) -> PlaceVectors:
     return other
 
 
-def mapped(function: MappingFunction) -> PlaceVectors:
+def mapped(family: MappingFamily, alpha: float = 1.0) -> PlaceVectors:
     """Return the replacement by what a mapping function makes of the site's own vector.
 
-    `mapped(scale(3))` amplifies in the prompt's own run; `mapped(random_direction()(1))` keeps the
+    `mapped(scale, 3)` amplifies in the prompt's own run; `mapped(random_direction())` keeps the
     norm and nothing else.
 
     Args:
-        function: from vectors to vectors of the same shape, such as `scale(3)`.
+        family: gives the mapping function of each α, as a sweep's `mapping` does.
+        alpha: the amplifier α.
     """
 
     def own(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
-        return function(site_vectors(run, [site for site, _ in places]))
+        return family(alpha)(site_vectors(run, [site for site, _ in places]))
 
-    own.__name__ = family_name(function)
+    own.__name__ = f"{family_name(family)}({alpha:g})"
     return own
 
 
