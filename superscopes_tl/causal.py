@@ -60,7 +60,7 @@ def causal_effects(
         layers: layers, counted from 0; every layer unless given.
         positions: tokens, as in a sweep; the last one unless given.
         replacement: what is written in the vector's place: `zero`, `resampled(text)`,
-            `mean_activation(model, texts)`, `mapped(scale(3))`, `without(head(3))`, or your own.
+            `mean_activation(model, texts)`, `amplified(3)`, `without(head(3))`, or your own.
         continuation: what the model is asked for: its own likeliest next tokens, so many, or a text
             that goes on where the prompt ends.
         window: how many layers around the site's to replace at once.

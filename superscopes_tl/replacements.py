@@ -2,7 +2,7 @@
 
 1. A *replacement* has the shape of a base (`config.PlaceVectors`), `(run, places) -> vectors`, one
    vector per site, so `guided.mean_activation(model, texts)` is one, and so is any source. Of the
-   run it may ask the model and the source prompt. Here: `zero`, `resampled`, `mapped`, `without`.
+   run it may ask the model and the source prompt. Here: `zero`, `resampled`, `amplified`, `without`.
 2. A *corruption* gives the runs in which the clean vectors are put back: `other_tokens`, and
    `noise` (Meng et al. 2022, section 2.1).
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.amplify import MappingFunction, family_name
+from superscopes_tl.amplify import MappingFamily, family_name, scale
 from superscopes_tl.capture import capture
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value, check_count
@@ -81,20 +81,21 @@ def resampled(text: str) -> PlaceVectors:
     return other
 
 
-def mapped(function: MappingFunction) -> PlaceVectors:
+def amplified(alpha: float, mapping: MappingFamily = scale) -> PlaceVectors:
     """Return the replacement by what a mapping function makes of the site's own vector.
 
-    `mapped(scale(3))` amplifies in the prompt's own run; `mapped(random_direction()(1))` keeps the
+    `amplified(3)` amplifies in the prompt's own run; `amplified(1, random_direction())` keeps the
     norm and nothing else.
 
     Args:
-        function: from vectors to vectors of the same shape, such as `scale(3)`.
+        alpha: the amplifier α.
+        mapping: gives the mapping function of each α, as in a sweep.
     """
 
     def own(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
-        return function(site_vectors(run, [site for site, _ in places]))
+        return mapping(alpha)(site_vectors(run, [site for site, _ in places]))
 
-    own.__name__ = family_name(function)
+    own.__name__ = f"{family_name(mapping)}({alpha:g})"
     return own
 
 

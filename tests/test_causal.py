@@ -19,14 +19,13 @@ from superscopes_tl import (
     load_model,
     mean_activation,
     random_direction,
-    scale,
     sweep,
     tokenize,
 )
 from superscopes_tl.causal import beside, causal_effects, causal_trace
 from superscopes_tl.causal_figures import effect_heatmap
 from superscopes_tl.interventions import Run
-from superscopes_tl.replacements import mapped, noise, other_tokens, resampled, without, zero
+from superscopes_tl.replacements import amplified, noise, other_tokens, resampled, without, zero
 from superscopes_tl.sources import head
 from tests.conftest import BACKENDS
 from tests.plain_hf import _mlp_branch, _tensor, blocks_of
@@ -237,8 +236,9 @@ def test_noise_has_the_asked_size_and_repeats(tiny: Tiny) -> None:
 def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
     """Own vector: no effect. Last block, earlier token: none. Last block, last token: b_U alone."""
     model = tiny("llama", backend)
-    same = causal_effects(model, PROMPT, kinds=model.kinds, replacement=mapped(scale(1)))
+    same = causal_effects(model, PROMPT, kinds=model.kinds, replacement=amplified(1))
     assert same["kl"].max() < 1e-5
+    assert set(same["replacement"]) == {"scale(1)"}
     assert not same["top_changed"].any()
     last: dict[str, Any] = {"kinds": "resid_post", "layers": -1}
     assert causal_effects(model, PROMPT, positions=3, **last)["kl"][0] < 1e-5
@@ -355,7 +355,7 @@ def test_a_bfloat16_model_is_patched_too() -> None:
     model = load_model("mini", backend="bridge", device="cpu", dtype="bfloat16")
     table = causal_effects(model, PROMPT, kinds=model.kinds, layers=(5, 2))
     assert table["kl"].between(0, 50).all()
-    same = causal_effects(model, PROMPT, layers=(5, 2), replacement=mapped(scale(1)))
+    same = causal_effects(model, PROMPT, layers=(5, 2), replacement=amplified(1))
     assert same["kl"].max() < 0.01
 
 
@@ -398,7 +398,7 @@ def test_nothing_stays_on_the_model_after_a_failure(
         ({"batch_size": 0}, r"batch_size: expected 1 or more, got 0"),
         ({"replacement": lambda run, places: 3}, r"replacement: expected vectors of shape \(6, 32"),
         ({"replacement": resampled("x")}, r"text: expected a token for position 1 of"),
-        ({"replacement": mapped(scale(1e39))}, r"replacement: expected numbers that torch\.floa"),
+        ({"replacement": amplified(1e39)}, r"replacement: expected numbers that torch\.floa"),
         ({"kinds": "mlp"}, r"kinds: expected kinds out of"),
     ],
 )  # fmt: skip
