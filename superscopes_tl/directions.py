@@ -24,7 +24,8 @@ from torch import Tensor
 from superscopes_tl.capture import capture
 from superscopes_tl.errors import bad_value
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.sites import check_layers
+from superscopes_tl.sites import check_kinds, check_layers
+from superscopes_tl.tokens import tokenize
 
 
 def mlp_keys(
@@ -87,7 +88,13 @@ def _needed(model: LanguageModel, layer: int, name: str) -> Tensor:
 
 
 def difference_of_means(
-    model: LanguageModel, texts_a: Sequence[str], texts_b: Sequence[str], kind: str, layer: int
+    model: LanguageModel,
+    texts_a: Sequence[str],
+    texts_b: Sequence[str],
+    kind: str,
+    layer: int,
+    *,
+    chat: bool = False,
 ) -> Float[Tensor, " d_model"]:
     """Return mean(a) − mean(b) of an activation at the texts' last tokens: a steering vector.
 
@@ -97,16 +104,21 @@ def difference_of_means(
         texts_b: what it points away from.
         kind: out of `KINDS`.
         layer: counted from 0.
+        chat: whether the texts stand in the model's chat template.
 
     Raises:
         ValueError: no text, or a bad kind or layer.
     """
     (number,) = check_layers(layer, model.n_layers, "layer")
+    (checked,) = check_kinds(kind, model.kinds, model.name)
     means = []
     for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
         if isinstance(texts, str) or not len(texts):
             raise bad_value(argument, expected="texts", got=texts, fix="pass a list of texts")
-        seen = [capture(model, text, kinds=kind, layers=number) for text in texts]
-        rows = [vectors[-1] for activations in seen for vectors in activations.vectors.values()]
+        several = [tokenize(model, text, argument=argument, chat=chat) for text in texts]
+        rows = [
+            capture(model, text, kinds=checked, layers=number)[checked, number][text.own.stop - 1]
+            for text in several
+        ]
         means.append(torch.stack(rows).float().cpu().mean(dim=0))
     return means[0] - means[1]

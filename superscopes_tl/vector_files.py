@@ -1,6 +1,7 @@
 """Vectors from files: sparse-autoencoder rows, steering vectors, anything `[n d_model]`.
 
-1. Open the file without reading it: safetensors, or numpy without pickle.
+1. Open the file without reading it: safetensors, or numpy without objects (whose
+   reading could run code).
 2. Choose the array: by name, or the only one of one or two dimensions.
 3. Take the rows asked for, and nothing else where the format allows it (safetensors are sliced,
    `.npy` is mapped into memory; an `.npz` is compressed, so its arrays are read whole).
@@ -225,7 +226,7 @@ def _read(array: _Array, rows: Rows, file: Path) -> Tensor:
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
     return bad_value(
-        "path", expected=f"a whole {file.suffix} file of numbers, without pickled objects",
+        "path", expected=f"a whole {file.suffix} file of numbers, not of objects",
         got=f"{file} ({type(error).__name__}: {error})",
         fix="save it again with safetensors.torch.save_file or numpy.save",
     )  # fmt: skip
