@@ -85,6 +85,7 @@ def next_token_curve(
     rows = pd.concat([_only(rows[patched], "target_layer", target_layer), rows[~patched]])
     if rows.duplicated(["method", "source_layer"]).any():
         raise _several("target_layer", rows["target_layer"])
+    rows = rows.sort_values("source_layer", kind="stable")
     figure = go.Figure()
     for color, (method, line) in zip(
         METHOD_COLORS, rows.groupby("method", sort=False), strict=False

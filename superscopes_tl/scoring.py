@@ -134,7 +134,8 @@ def contains(answers: str | Sequence[str]) -> Scorer:
     Raises:
         ValueError, TypeError: no answer, or one without a visible character.
     """
-    wanted = [answers] if isinstance(answers, str) else list(answers)
+    given = [answers] if isinstance(answers, str) else answers
+    wanted = list(given) if isinstance(given, Sequence) else []
     if not wanted or not all(isinstance(a, str) and a.strip() for a in wanted):
         raise bad_value(
             "answers",

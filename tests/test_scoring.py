@@ -16,10 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superscopes_tl import PAPER_THRESHOLD, SentenceEmbeddingScorer, scoring
+from superscopes_tl import (
+    PAPER_THRESHOLD,
+    LanguageModel,
+    SentenceEmbeddingScorer,
+    TargetPrompt,
+    scoring,
+    sweep,
+)
 from superscopes_tl.scoring import (
     PAPER_SCORER,
     as_scorer,
+    contains,
     packaged_scorer,
     score_texts,
     scorer_name,
@@ -301,3 +309,38 @@ def test_the_papers_scorer_knows_what_is_alike() -> None:
     assert equal == pytest.approx(1.0, abs=1e-5)
     assert band > PAPER_THRESHOLD > country
     assert band > country + 0.1
+
+
+def test_an_answer_is_found_as_words() -> None:
+    """Whatever the case and the white space; never inside another word."""
+    scorer = contains(["United Kingdom", "U.K."])
+    texts = ["the united\n kingdom!", "U.K., 1965", "United Kingdoms", "UxK.", "kingdom, united"]
+    assert list(scorer([""] * 5, texts)) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert scorer_name(scorer) == "contains 'United Kingdom' or 'U.K.'"
+    assert list(contains("Wales")(["x"], ["princess of Wales"])) == [1.0]
+
+
+@pytest.mark.parametrize("answers", ["", " ", [], ["Wales", ""], [3], 3])
+def test_no_answer_is_refused(answers: Any) -> None:
+    """Nothing would be found everywhere."""
+    with pytest.raises(ValueError, match="answers: expected a text, or several"):
+        contains(answers)
+
+
+def test_attributes_are_extracted_by_a_prompt_that_goes_on(mini: LanguageModel) -> None:
+    """Words behind the placeholder ask for one attribute (Patchscopes, section 4.2)."""
+    ask = TargetPrompt(
+        "Syria: Country in the Middle East, Samsung: South Korean company, x: English"
+    )
+    found = {
+        band: sweep(
+            mini, band, layers=[5], kinds="resid_post", alphas=1, target_prompt=ask,
+            scorer=contains(genre), controls="other_prompt", progress=False,
+        )
+        for band, genre in {"Iron Maiden": "heavy metal", "Pink Floyd": "progressive rock"}.items()
+    }  # fmt: skip
+    for result in found.values():
+        assert result.table["score"].tolist() == [1.0]
+        assert result.table["other_prompt"].tolist() == [0.0]
+    scorer = found["Pink Floyd"].provenance["config"]["scorer"]
+    assert scorer == "contains 'progressive rock'"
