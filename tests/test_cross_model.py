@@ -29,7 +29,7 @@ from superscopes_tl.next_token import PATCHED, next_tokens
 from superscopes_tl.patching import NEAR_TIE
 from tests import plain_hf
 from tests.conftest import BACKENDS
-from tests.rotated import random_rotation, rotated_llama
+from superscopes_tl.mini.twin import random_rotation, rotated_llama
 from tests.tiny_models import tiny_hf, tiny_tokenizer
 
 Tiny = Callable[[str, str], LanguageModel]
