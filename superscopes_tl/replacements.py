@@ -2,7 +2,8 @@
 
 1. A *replacement* has the shape of a base (`config.PlaceVectors`), `(run, places) -> vectors`, one
    vector per site, so `guided.mean_activation(model, texts)` is one, and so is any source. Of the
-   run it may ask the model and the source prompt. Here: `zero`, `resampled`, `amplified`, `without`.
+   run it may ask the model and the source prompt. Here: `zero`, `resampled`, `amplified` and
+   `without`.
 2. A *corruption* gives the runs in which the clean vectors are put back: `other_tokens`, and
    `noise` (Meng et al. 2022, section 2.1).
 
