@@ -76,52 +76,32 @@ def fit_affine(
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
         raise bad_value("ridge", expected="0 or more", got=ridge, fix="leave it out")
     held_out = distinct[4::5] or distinct[-1:]
-    fitted_on = [text for text in distinct if text not in held_out]
-    digest = f"{zlib.crc32(repr((fitted_on, held_out)).encode()):08x}"
+    kept_back = set(held_out)
+    fitted_on = [text for text in distinct if text not in kept_back]
     places: list[Place] = [(kind, *pair) for kind in wanted for pair in layers]
     seen = _Vectors(model, target, places)
-    for text in fitted_on:
-        seen.read(text)
-    n = len(seen)
-    for text in held_out:
-        seen.read(text)
-    if not 0 < n < len(seen):
+    n = seen.read(fitted_on)
+    both = seen.read(held_out)
+    if not 0 < n < both:
         raise bad_value(
             "texts",
             expected="texts to fit on and held-out ones that begin unlike these, with tokens that "
             "end at the same characters in both models",
-            got=f"{n} vectors to fit on, {len(seen) - n} held out",
+            got=f"{n} vectors to fit on, {both - n} held out",
             fix="give more and different texts, PAPER_PROMPTS for example",
         )
-    solved: dict[Place, _Solved] = {}
-    for source in dict.fromkeys(place[:2] for place in places):
-        targets = [place[2] for place in places if place[:2] == source]
-        vectors, outputs = seen.source(source), [seen.target(layer) for layer in targets]
-        solved |= {
-            (*source, layer): one
-            for layer, one in zip(targets, _solve(vectors, outputs, n, ridge), strict=True)
-        }
-    made = []
-    for place in places:
-        (weight, bias, used, r2), (kind, source_layer, target_layer) = solved[place], place
-        made.append(
-            AffineMap(
-                weight,
-                bias,
-                kind,
-                source_layer,
-                target_layer,
-                model.name,
-                model.fingerprint,
-                target.name,
-                target.fingerprint,
-                digest,
-                n,
-                used,
-                r2,
+    digest = f"{zlib.crc32(repr((fitted_on, held_out)).encode()):08x}"
+    fingerprints = (model.name, model.fingerprint, target.name, target.fingerprint)
+    solved: dict[Place, AffineMap] = {}
+    for kind, source_layer in dict.fromkeys(place[:2] for place in places):
+        targets = [place[2] for place in places if place[:2] == (kind, source_layer)]
+        outputs = [seen.target(layer) for layer in targets]
+        found = _solve(seen.source((kind, source_layer)), outputs, n, ridge)
+        for layer, (weight, bias, used, r2) in zip(targets, found, strict=True):
+            solved[kind, source_layer, layer] = AffineMap(
+                weight, bias, kind, source_layer, layer, *fingerprints, digest, n, used, r2
             )
-        )
-    return tuple(made)
+    return tuple(solved[place] for place in places)
 
 
 def _solve(
@@ -192,12 +172,14 @@ class _Vectors:
         self._targets: dict[int, list[Tensor]] = {p[2]: [] for p in places}
         self._begun: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
 
-    def __len__(self) -> int:
-        """Return how many vectors there are."""
+    def read(self, texts: Sequence[str]) -> int:
+        """Read texts with both models; return how many vectors there are by now."""
+        for text in texts:
+            self._read(text)
         return len(self._begun)
 
-    def read(self, text: str) -> None:
-        """Read a text with both models, in one forward pass if they are one."""
+    def _read(self, text: str) -> None:
+        """Read a text, in one forward pass if the two models are one."""
         source, target = self._capture(text)
         if source is target:
             met = [(p, p) for p in range(int(source.tokens.has_bos), len(source.tokens))]

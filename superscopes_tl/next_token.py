@@ -118,23 +118,7 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
             got=misplaced,
             fix="leave them out, or use sweep",
         )
-    first = plan_sweep(
-        model,
-        distinct[0],
-        **{
-            "target_prompt": IDENTITY_PROMPT,
-            "kinds": "resid_post",
-            "alphas": 1,
-            "target_layer": "same",
-            "positions": slice(None),
-            "controls": ("unpatched", "random_direction"),
-            **settings,
-        },
-        max_new_tokens=1,
-        scorer=_no_scores,
-    )
-    _check_plan(first)
-    plans = [first, *map(first.at_prompt, distinct[1:])]
+    plans = _plans(model, distinct, settings)
     own, lens = zip(*map(_read, plans), strict=True)
     truths: list[_Truths] = [
         dict(zip(plan.sites, tokens.tolist(), strict=True))
@@ -147,17 +131,36 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
     wanted = torch.tensor([truths[text][site] for text, site, *_ in cells])
     made = [make_patches(plan) for plan in plans]
     parts = []
-    for method in (PATCHED, *first.config.controls):
+    for method in (PATCHED, *plans[0].config.controls):
         patches = [
             patch
             for plan, own_patches in zip(plans, made, strict=True)
             for patch in _patches(method, plan, own_patches)
         ]
-        found = _predict(first.generator, patches, wanted)
+        found = _predict(plans[0].generator, patches, wanted)
         parts.append(_rows(method, plans, truths, cells, found))
     by_lens = torch.cat([one[0] for one in lens]), torch.cat([one[1] for one in lens])
     parts.append(_rows(LOGIT_LENS, plans, truths, sites, by_lens))
-    return NextTokens(pd.concat(parts, ignore_index=True), _provenance(first, distinct))
+    return NextTokens(pd.concat(parts, ignore_index=True), _provenance(plans[0], distinct))
+
+
+def _plans(
+    model: LanguageModel | Any, texts: Sequence[str], settings: dict[str, Any]
+) -> list[SweepPlan]:
+    """Return a plan for each text, all with one generator."""
+    defaults = {
+        "target_prompt": IDENTITY_PROMPT,
+        "kinds": "resid_post",
+        "alphas": 1,
+        "target_layer": "same",
+        "positions": slice(None),
+        "controls": ("unpatched", "random_direction"),
+    }
+    first = plan_sweep(
+        model, texts[0], **{**defaults, **settings}, max_new_tokens=1, scorer=_no_scores
+    )
+    _check_plan(first)
+    return [first, *map(first.at_prompt, texts[1:])]
 
 
 def _no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
