@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -102,3 +103,22 @@ def capture(
     # A copy: some backends hand out views of buffers that a later run may write to.
     vectors = {place: seen[name][0].clone() for place, name in names.items()}
     return Activations(tokens, MappingProxyType(vectors))
+
+
+def site_vectors(
+    model: LanguageModel, source: TokenizedText, sites: Sequence[Site]
+) -> Float[Tensor, "sites d_model"]:
+    """Return what a source prompt carries at some sites, in float32 on the CPU.
+
+    One forward pass, however many sites.
+
+    Raises:
+        ValueError: a kind, layer or position that is not there.
+    """
+    seen = capture(
+        model,
+        source,
+        kinds=tuple(dict.fromkeys(site.kind for site in sites)),
+        layers=tuple(dict.fromkeys(site.layer for site in sites)),
+    )
+    return torch.stack([seen.at(site).float().cpu() for site in sites])

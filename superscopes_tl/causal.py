@@ -26,11 +26,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.amplify import family_name, random_direction
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.replacements import Corruption, site_vectors, zero
+from superscopes_tl.replacements import Corruption, zero
 from superscopes_tl.sites import PAPER_KINDS, Site, check_kinds, check_layers
 from superscopes_tl.tokens import Positions, resolve_positions, tokenize
 
@@ -79,7 +80,7 @@ def causal_effects(
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
-    own = site_vectors(run, places)
+    own = site_vectors(run.model, run.source, places)
     new = _checked(replacement(run, [(site, site.layer) for site in places]), own)
     random = own + random_direction(seed)(1.0)(new - own)
     rows = [*_rows(Row(run.source.ids), windows, places, new)]
@@ -143,7 +144,7 @@ def causal_trace(
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
-    own = site_vectors(run, places)
+    own = site_vectors(run.model, run.source, places)
     random = random_direction(seed)(1.0)(own)
     draws = corruption(run)
     rows = list(draws)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import bad_type, bad_value
@@ -104,13 +104,7 @@ def _captured(
     plan: SweepPlan, places: Sequence[tuple[Site, int]]
 ) -> Float[Tensor, "places d_model"]:
     """Return what the source prompt carries at every site."""
-    activations = capture(
-        plan.model,
-        plan.source,
-        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
-        layers=tuple(dict.fromkeys(site.layer for site in plan.sites)),
-    )
-    return torch.stack([activations.at(site) for site, _ in places])
+    return site_vectors(plan.model, plan.source, [site for site, _ in places])
 
 
 def _vectors(

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
 from superscopes_tl.relevancy import TokenEffect, token_effects
 from superscopes_tl.results import COLUMNS, Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
-from superscopes_tl.sites import Site
+from superscopes_tl.sites import KINDS, Site
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,10 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     or a scorer of your own, the path of a model that is no name of the hub. In half precision
     another batch size may change a text; a comment says that too.
     """
+    if selection.kind not in KINDS:
+        return "# These vectors came from no prompt: read_vectors(model, vectors, ...) reads them."
     provenance = result.provenance
     config, model = provenance.get("config", {}), provenance.get("model", {})
-    target = provenance.get("target_prompt", {})
     settings: dict[str, Any] = {
         "layers": selection.source_layer,
         "kinds": selection.kind,
@@ -186,13 +188,14 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     settings.update(own)
     names += imported
     notes += [f"# {v}: the sweep's own, {config[k]}" for k, v in own.items() if v in _UNKNOWN]
-    asked = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
-    if asked != astuple(DESCRIPTION_PROMPT):
+    if prompt := _target_prompt(provenance.get("target_prompt", {})):
         names.append("TargetPrompt")
-        shown = ", ".join(map(repr, asked if asked[2] else asked[:2]))
-        settings["target_prompt"] = _Verbatim(f"TargetPrompt({shown})")
+        settings["target_prompt"] = _Verbatim(prompt)
     if config.get("chat"):
         settings["chat"] = True
+    if other := provenance.get("target_model"):
+        notes += _model_notes(other)
+        settings["target_model"] = _Verbatim(_load(other))
     if config.get("score_on", "description") != "description":
         settings["score_on"] = config["score_on"]
     if config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
@@ -201,7 +204,7 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         f"from superscopes_tl import {', '.join(sorted(names, key=str.lower))}",
         "",
         *notes,
-        f"model = load_model({model.get('name')!r}, {_loading(model)})",
+        f"model = {_load(model)}",
         "result = sweep(",
         f"    model, {provenance.get('prompt')!r},",
         *(f"    {key}={value!r}," for key, value in settings.items()),
@@ -217,7 +220,20 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
 
 
-_UNKNOWN = ("my_mapping", "my_base")
+def _target_prompt(target: dict[str, Any]) -> str:
+    """Return the code of a target prompt that is not the default one; nothing for that."""
+    asked = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
+    if asked == astuple(DESCRIPTION_PROMPT):
+        return ""
+    return f"TargetPrompt({', '.join(map(repr, asked if asked[2] else asked[:2]))})"
+
+
+_UNKNOWN = ("my_mapping", "my_vectors", "my_base", "my_write")
+_KNOWN = {
+    *("random_direction", "in_units_of", "resid_mid", "placeholder_state"),
+    *("head", "window", "accumulated", "add", "interpolate", "at_layers", "both"),
+}
+"""What a provenance names as the Python that makes it."""
 
 
 def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -227,22 +243,20 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for name, usual in (("unit", "vector"), ("guide", "vector"), ("draw", 0))
         if config.get(name, usual) != usual
     }
-    imported = []
+    imported: list[str] = []
     mapping = str(config.get("mapping", PAPER_MAPPING))
     if mapping != PAPER_MAPPING:
         # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
         settings.update(
             {key: config[key] for key in ("layers", "kinds", "positions") if key in config}
         )
-        family = mapping.split("(")[0]
-        known = family in ("random_direction", "in_units_of")
-        imported += [family] if known else []
-        settings["mapping"] = _Verbatim(mapping if known else "my_mapping")
-    base = config.get("base")
-    if base is not None:
-        known = base in ("resid_mid", "placeholder_state")
-        imported += [base] if known else []
-        settings["base"] = _Verbatim(base if known else "my_base")
+    for name, usual in (("mapping", PAPER_MAPPING), ("vectors", ""), ("base", ""), ("write", "")):
+        code = str(config.get(name) or usual)
+        if code != usual:
+            functions = set(re.findall(r"[A-Za-z_]\w*\b(?!=)", code))
+            known = functions <= _KNOWN
+            imported += sorted(functions) if known else []
+            settings[name] = _Verbatim(code if known else f"my_{name}")
     return settings, imported
 
 
@@ -262,8 +276,9 @@ class _Verbatim(str):
         return str(self)
 
 
-def _loading(model: dict[str, Any]) -> str:
+def _load(model: dict[str, Any]) -> str:
     values = {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
     if model.get("dtype", "float32") != "float32":
         values["dtype"] = model["dtype"]
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+    settings = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"load_model({model.get('name')!r}, {settings})"

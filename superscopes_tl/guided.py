@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import capture, site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value
 from superscopes_tl.models import LanguageModel
@@ -76,11 +77,8 @@ def resid_mid(
     Raises:
         UnavailableKindError: attention and MLP run in parallel in this model.
     """
-    layers = tuple(dict.fromkeys(site.layer for site, _ in places))
-    activations = capture(plan.model, plan.source, kinds="resid_mid", layers=layers)
-    return torch.stack(
-        [activations["resid_mid", site.layer][site.position].float() for site, _ in places]
-    )
+    sites = [replace(site, kind="resid_mid") for site, _ in places]
+    return site_vectors(plan.model, plan.source, sites)
 
 
 def placeholder_state(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.amplify import MappingFamily, family_name, scale
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import capture, site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.interventions import Row, Run
@@ -35,17 +35,6 @@ from superscopes_tl.tokens import (
 
 Corruption = Callable[[Run], Sequence[Row]]
 """Gives the corrupted runs of a prompt, one or several draws, all as long as the prompt."""
-
-
-def site_vectors(run: Run, sites: Sequence[Site]) -> Float[Tensor, "sites d_model"]:
-    """Return what the sites carry in the clean run, in float32, from one forward pass."""
-    seen = capture(
-        run.model,
-        run.source,
-        kinds=tuple(dict.fromkeys(site.kind for site in sites)),
-        layers=tuple(dict.fromkeys(site.layer for site in sites)),
-    )
-    return torch.stack([seen.at(site).float().cpu() for site in sites])
 
 
 def zero(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
@@ -76,7 +65,7 @@ def resampled(text: str) -> PlaceVectors:
                 fix="positions are counted from the end: take a longer text",
             )
         moved = [Site(site.kind, site.layer, site.position + shift) for site, _ in places]
-        return site_vectors(Run(run.model, tokens), moved)
+        return site_vectors(run.model, tokens, moved)
 
     other.__name__ = f"{text!r}"
     return other
@@ -94,7 +83,7 @@ def amplified(alpha: float, mapping: MappingFamily = scale) -> PlaceVectors:
     """
 
     def own(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
-        return mapping(alpha)(site_vectors(run, [site for site, _ in places]))
+        return mapping(alpha)(site_vectors(run.model, run.source, [site for site, _ in places]))
 
     own.__name__ = f"{family_name(mapping)}({alpha:g})"
     return own
@@ -108,7 +97,8 @@ def without(vectors: PlaceVectors) -> PlaceVectors:
     """
 
     def rest(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
-        return site_vectors(run, [site for site, _ in places]) - vectors(run, places)
+        own = site_vectors(run.model, run.source, [site for site, _ in places])
+        return own - vectors(run, places)
 
     rest.__name__ = f"without {family_name(vectors)}"
     return rest

@@ -96,5 +96,5 @@ def both(*writes: Write) -> Write:
             patch = one(patch, alpha)
         return patch
 
-    write.__name__ = " and ".join(map(family_name, writes))
+    write.__name__ = f"both({', '.join(map(family_name, writes))})"
     return write

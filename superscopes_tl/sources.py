@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import capture, site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.plan import SweepPlan
@@ -74,8 +74,7 @@ def head(*numbers: int) -> PlaceVectors:
             )
         return _head_outputs(plan, sites, sorted(set(numbers)))
 
-    named = ", ".join(str(number) for number in sorted(set(numbers)))
-    of_heads.__name__ = f"head {named}" if len(set(numbers)) == 1 else f"heads {named}"
+    of_heads.__name__ = f"head({', '.join(map(str, sorted(set(numbers))))})"
     return of_heads
 
 
@@ -124,7 +123,7 @@ def window(length: int) -> PlaceVectors:
         ValueError, TypeError: no whole number of 1 or more.
     """
     check_count("length", length, least=1, fix="1 is the site's own layer alone")
-    return _summed(f"last {length} layers", length)
+    return _summed(f"window({length})", length)
 
 
 def accumulated() -> PlaceVectors:
@@ -132,7 +131,7 @@ def accumulated() -> PlaceVectors:
 
     For "attn_out" and "mlp_out" together this is, with the embedding, the whole residual stream.
     """
-    return _summed("all layers so far", None)
+    return _summed("accumulated()", None)
 
 
 def _summed(name: str, length: int | None) -> PlaceVectors:
@@ -182,13 +181,7 @@ def sum_of(sites: Iterable[Site]) -> PlaceVectors:
     def of_sites(
         plan: SweepPlan, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "sites d_model"]:
-        seen = capture(
-            plan.model,
-            plan.source,
-            kinds=tuple(dict.fromkeys(term.kind for term in terms)),
-            layers=tuple(dict.fromkeys(term.layer for term in terms)),
-        )
-        total = _total(seen.at(term) for term in terms)
+        total = site_vectors(plan.model, plan.source, terms).sum(dim=0)
         return total.expand(len(places), -1)
 
     named = " + ".join(f"{term.kind} {term.layer} at {term.position}" for term in terms)

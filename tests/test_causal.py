@@ -285,7 +285,7 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
     table = causal_effects(
         model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=without(head(3))
     )
-    assert set(table["replacement"]) == {"without head 3"}
+    assert set(table["replacement"]) == {"without head(3)"}
     for row in table.to_dict("records"):
 
         def mask(module: Any, inputs: Any) -> Any:

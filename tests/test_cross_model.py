@@ -25,11 +25,11 @@ from superscopes_tl.affine import AffineMap, mapped
 from superscopes_tl.affine_fit import fit_affine
 from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.mini.facts import load_facts
+from superscopes_tl.mini.twin import random_rotation, rotated_llama
 from superscopes_tl.next_token import PATCHED, next_tokens
 from superscopes_tl.patching import NEAR_TIE
 from tests import plain_hf
 from tests.conftest import BACKENDS
-from superscopes_tl.mini.twin import random_rotation, rotated_llama
 from tests.tiny_models import tiny_hf, tiny_tokenizer
 
 Tiny = Callable[[str, str], LanguageModel]

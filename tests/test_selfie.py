@@ -179,7 +179,7 @@ def test_ways_have_names_and_are_told_apart(tiny: Tiny) -> None:
         (add, "scale, by add"),
         (interpolate, "scale, by interpolate"),
         (at_layers(5, 2), "scale, by at_layers(5, 2)"),
-        (both(add, at_layers(5, 2)), "scale, by add and at_layers(5, 2)"),
+        (both(add, at_layers(5, 2)), "scale, by both(add, at_layers(5, 2))"),
     ):
         plan = plan_sweep(model, PROMPT, write=write, scorer=_nothing)
         assert plan.mapping_name == name

@@ -172,7 +172,7 @@ def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: A
         for h in (0, 3)
     ]
     both = SweepResult(pd.concat([part.table for part in parts]), parts[0].provenance)
-    assert list(both.table["mapping"].unique()) == ["scale, of head 0", "scale, of head 3"]
+    assert list(both.table["mapping"].unique()) == ["scale, of head(0)", "scale, of head(3)"]
     assert len(both.best()) == 4
     for source in (head(0, 3), window(2), accumulated(), sum_of([Site("mlp_out", 5, -1)])):
         plan = plan_sweep(mini, PROMPT, vectors=source, target_layer=(0, 7), **asked)
@@ -187,7 +187,7 @@ def test_names_say_the_parameters() -> None:
     sites = [Site("mlp_out", 3, -1), Site("attn_out", 2, 5)]
     sources = [head(3), head(4, 1), window(2), accumulated(), sum_of(sites)]
     assert [source.__name__ for source in sources] == [  # type: ignore[attr-defined]
-        "head 3", "heads 1, 4", "last 2 layers", "all layers so far",
+        "head(3)", "head(1, 4)", "window(2)", "accumulated()",
         "mlp_out 3 at -1 + attn_out 2 at 5",
     ]  # fmt: skip
 

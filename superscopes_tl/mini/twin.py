@@ -21,7 +21,8 @@ def random_rotation(width: int, seed: int = 0) -> Tensor:
     """Return a random orthogonal matrix, float64."""
     generator = torch.Generator().manual_seed(seed)
     square = torch.randn(width, width, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(square).Q
+    rotation: Tensor = torch.linalg.qr(square).Q
+    return rotation
 
 
 def rotated_llama(hf: Any, rotation: Tensor) -> Any:
