@@ -72,7 +72,8 @@ def effect_heatmap(
             **dict(zip(("cmin", "cmax"), color_range or (), strict=False)),
         },
         height=220 + 26 * rows["source_layer"].nunique(),
-        width=220 + (90 * rows["kind"].nunique() if x == "kind" else 320 * len(panels)),
+        # The title's lines are as long as `_title` makes them.
+        width=max(640, 220 + (90 * rows["kind"].nunique() if x == "kind" else 320 * len(panels))),
         plot_bgcolor="#e9e9e9",
     )
     return figure

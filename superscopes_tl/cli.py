@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from superscopes_tl import cli_experiments, cli_vectors
+from superscopes_tl import cli_experiments, cli_neighbours
 from superscopes_tl import cli_options as options
 from superscopes_tl.shell import (
     ERRORS,
@@ -36,7 +36,8 @@ app = typer.Typer(
 
 app.command()(cli_experiments.evaluate)
 app.command()(cli_experiments.replay)
-app.command()(cli_vectors.read_vector)
+app.command()(cli_neighbours.side_by_side)
+app.command()(cli_neighbours.read_vector)
 
 
 @app.command()

@@ -61,22 +61,27 @@ def lens_heatmap(
     rows = having(rows, "lens", names)
     columns = sorted(rows[x].unique()) if x == "position" else list(dict.fromkeys(rows[x]))
     layers = sorted(rows["source_layer"].unique())
+    # Many tokens are wide: their panels stand one below the other.
+    down, along = (len(names), 1) if x == "position" else (1, len(names))
     figure = make_subplots(
-        cols=len(names),
+        rows=down,
+        cols=along,
+        shared_xaxes=True,
         shared_yaxes=True,
         horizontal_spacing=0.02,
+        vertical_spacing=0.12 / down,
         subplot_titles=[html.escape(name) for name in names],
     )
-    for column, name in enumerate(names, start=1):
+    for number, name in enumerate(names):
         panel = _cells(rows[rows["lens"] == name], x, columns, layers)
-        figure.add_trace(panel, row=1, col=column)
+        figure.add_trace(panel, row=1 + number % down, col=1 + number // down)
     label = "token" if x == "position" else "kind"
     labels = rows.drop_duplicates(x).set_index(x, drop=False)[label]
     figure.update_xaxes(
         tickvals=list(range(len(columns))),
         ticktext=[html.escape(str(labels[c])) for c in columns],
-        title_text=label,
     )
+    figure.update_xaxes(title_text=label, row=down)
     figure.update_yaxes(type="category", title_text="layer", col=1)
     figure.update_layout(
         title=f"{html.escape(prompt[:60])} · {what} · the likeliest next token",
@@ -87,8 +92,8 @@ def lens_heatmap(
             "cmin": 0,
             "cmax": 1,
         },
-        height=220 + 26 * len(layers),
-        width=180 + max(300, 70 * len(columns)) * len(names),
+        height=180 + (40 + 26 * len(layers)) * down,
+        width=180 + max(300, 64 * len(columns)) * along,
         plot_bgcolor="#e9e9e9",
     )
     return figure

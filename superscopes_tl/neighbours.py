@@ -15,7 +15,7 @@ nothing but settings of a sweep, so that all of them share the engine, the score
 
 from __future__ import annotations
 
-import math
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -27,7 +27,7 @@ import plotly.graph_objects as go
 from superscopes_tl.affine import AffineMap, mapped
 from superscopes_tl.causal import causal_effects
 from superscopes_tl.errors import bad_value
-from superscopes_tl.figures import table_height, text_lines
+from superscopes_tl.figures import text_lines
 from superscopes_tl.guided import placeholder_state
 from superscopes_tl.lenses import LENSES, Lens, lens_table
 from superscopes_tl.loading import load_model
@@ -41,6 +41,9 @@ from superscopes_tl.tokens import Position
 CONTROL = "random_direction"
 OWN_TOKENS = 10
 """How many tokens of the prompt's own continuation an ablation is judged by."""
+
+LINE = 28
+"""Pixels of a line of the drawn table."""
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -182,27 +185,39 @@ def _effect(row: pd.Series) -> str:
     )
 
 
+def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the columns of what `side_by_side` returned as text, by their headers."""
+
+    def numbers(column: str, form: str) -> list[str]:
+        return ["" if pd.isna(cell) else format(cell, form) for cell in table[column]]
+
+    return {
+        "method": [str(cell) for cell in table["method"]],
+        "reading": [str(cell) for cell in table["reading"]],
+        "α": numbers("alpha", "g"),
+        "into layer": numbers("target_layer", "d"),
+        "tries": numbers("tries", "d"),
+        "score": numbers("score", ".2f"),
+        "random direction": numbers("control", ".2f"),
+    }
+
+
 def side_by_side_figure(table: pd.DataFrame, *, title: str = "One site, all methods") -> go.Figure:
     """Draw what `side_by_side` returned as a table."""
-    columns = [
-        [text_lines(str(cell), 34) for cell in table["method"]],
-        [text_lines(str(cell), 60) for cell in table["reading"]],
-        *(
-            ["" if pd.isna(cell) else f"{cell:g}" for cell in table[name].astype(object)]
-            for name in ("alpha", "target_layer", "tries")
-        ),
-        *(
-            ["" if math.isnan(cell) else f"{cell:.2f}" for cell in table[name]]
-            for name in ("score", "control")
-        ),
+    columns = cells_of(table)
+    values = [
+        [text_lines(cell, 60) if cell else "" for cell in cells] for cells in columns.values()
     ]
-    names = ["method", "reading", "α", "into layer", "tries", "score", "random direction"]
     figure = go.Figure(
         go.Table(
             columnwidth=[4, 7, 1, 1, 1, 1, 1.5],
-            header={"values": names, "align": "left"},
-            cells={"values": columns, "align": "left"},
+            header={"values": list(columns), "align": "left"},
+            cells={"values": values, "align": "left", "height": LINE},
         )
     )
-    figure.update_layout(title=title, margin={"t": 60, "b": 20}, height=80 + table_height(columns))
+    figure.update_layout(
+        title=html.escape(title),
+        margin={"t": 60, "b": 20},
+        height=140 + sum(LINE + 16 * text.count("<br>") for text in values[1]),
+    )
     return figure

@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan
@@ -116,15 +116,18 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
     return pd.DataFrame(found, columns=[*SITE, "token", "alpha", *scores])
 
 
-def relevancy_figure(table: pd.DataFrame) -> go.Figure:
+def relevancy_figure(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
     """Return the tokens of some readings, coloured by their relevancy.
 
     Args:
         table: from `relevancy`; a line per cell, so choose a few.
+        tokens: how many tokens of each text to draw; more than some 20 are hard to read.
 
     Raises:
         ValueError: no token.
     """
+    check_count("tokens", tokens, least=1, fix="16 is the default")
+    table = table[table["step"] < tokens]
     if table.empty:
         raise bad_value("table", expected="tokens", got="none", fix="pass cells that wrote a text")
     cells = [*SITE, "alpha"]
@@ -147,13 +150,17 @@ def relevancy_figure(table: pd.DataFrame) -> go.Figure:
             zmax=1,
             colorscale="RdBu",
             colorbar={"title": "relevancy"},
+            textfont={"size": 11},
+            xgap=1,
+            ygap=1,
         )
     )
     prompts = ", ".join(dict.fromkeys(table["prompt"]))
     figure.update_layout(
         title=f"{html.escape(prompts)} · p(token | injected) − p(token | not)",
         xaxis_title="token of the text",
-        height=150 + 40 * len(lines),
+        height=180 + 34 * len(lines),
+        width=380 + 50 * len(steps),
     )
     figure.update_yaxes(autorange="reversed")
     return figure

@@ -23,7 +23,7 @@ FLOW = """
     next_token sweep vectors refine guided evaluation evaluate plots figures lens_figures
     causal_figures paper_figures grid_figures metric_figures neighbours snapshot export
     background relevancy details live markup explorer_view explorer_config explorer_panel
-    explorer_desk explorer serve demo shell cli_options cli_vectors cli_experiments cli
+    explorer_desk explorer serve demo shell cli_options cli_neighbours cli_experiments cli
 """
 ORDER = FLOW.split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")

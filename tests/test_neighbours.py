@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from typer.testing import CliRunner
 
 from superscopes_tl import LanguageModel, TargetPrompt, sweep
 from superscopes_tl.affine_fit import fit_affine
 from superscopes_tl.causal import causal_effects
+from superscopes_tl.cli import app
 from superscopes_tl.neighbours import METHODS, OWN_TOKENS, side_by_side, side_by_side_figure
 from superscopes_tl.selfie import add
 
@@ -103,6 +106,23 @@ def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
     """A setting that would read other sites is refused."""
     with pytest.raises(ValueError, match="settings that all methods share, got .*layers"):
         side_by_side(mini, PROMPT, layer=5, layers=[5, 2])
+
+
+def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    """`superscopes side-by-side` shows every method, and says what is wrong with a bad kind."""
+    page = tmp_path / "site.html"
+    run = CliRunner().invoke(
+        app,
+        ["side-by-side", "Pearl Jam", "--layer", "5", "--backend", "bridge", "--html", str(page)],
+    )
+    assert run.exit_code == 0, run.output
+    words = " ".join(run.output.split())
+    for method in ("Patchscopes", "Superscopes", "logit lens", "ablated in its"):
+        assert method in words
+    assert "plotly" in page.read_text(encoding="utf-8")
+    bad = CliRunner().invoke(app, ["side-by-side", "Pearl Jam", "--layer", "5", "--kind", "mlp"])
+    assert bad.exit_code != 0
+    assert "kinds: expected kinds out of" in " ".join(bad.output.split())
 
 
 def test_the_figure_is_the_table(table: pd.DataFrame) -> None:

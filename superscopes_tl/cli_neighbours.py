@@ -1,4 +1,4 @@
-"""The command about vectors that no source prompt gave."""
+"""The commands of the neighbouring methods."""
 
 from __future__ import annotations
 
@@ -70,6 +70,46 @@ def read_vector(
         OUTPUT.print(_readings(result, file, scored=bool(reference)))
         if out:
             OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
+
+
+def side_by_side(
+    prompt: Annotated[str, typer.Argument(help="The source prompt.")],
+    layer: Annotated[int, typer.Option(help="The source layer.")],
+    kind: Annotated[str, typer.Option(help="The kind of activation.")] = "mlp_out",
+    token: Annotated[str, typer.Option(help="The token: an index or a substring.")] = "-1",
+    model: options.Model = "mini",
+    backend: options.Backend = "auto",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
+    html: Annotated[
+        Path | None, typer.Option(help="Write the table to this page (opens offline).")
+    ] = None,
+) -> None:
+    """Read one site by all methods, each beside as many readings of a random direction."""
+    from superscopes_tl.export import write_html
+    from superscopes_tl.neighbours import cells_of, side_by_side_figure
+    from superscopes_tl.neighbours import side_by_side as read
+
+    with explained():
+        check_folder(html, "--html")
+        found = read(
+            options.load(model, backend, dtype, device),
+            prompt,
+            layer=layer,
+            kind=kind,
+            position=options.parse_token(token),
+        )
+        title = f"{kind} of layer {layer}, {prompt!r}, {model}"
+        table = Table(title=escape(title))
+        columns = cells_of(found)
+        for name in columns:
+            table.add_column(name, overflow="fold")
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*map(escape, row))
+        OUTPUT.print(table)
+        if html:
+            write_html(side_by_side_figure(found, title=title), html)
+            OUTPUT.print(f"Page: {html}", markup=False)
 
 
 def _readings(result: Any, file: Path, *, scored: bool) -> Table:
