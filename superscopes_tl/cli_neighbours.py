@@ -103,7 +103,8 @@ def side_by_side(
         table = Table(title=escape(title))
         columns = cells_of(found)
         for name in columns:
-            table.add_column(name, overflow="fold")
+            text = name in ("method", "reading")
+            table.add_column(name, overflow="fold", no_wrap=not text, ratio=1 if text else None)
         for row in zip(*columns.values(), strict=True):
             table.add_row(*map(escape, row))
         OUTPUT.print(table)

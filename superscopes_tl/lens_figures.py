@@ -20,6 +20,12 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.lenses import CONTROL
 from superscopes_tl.plots import COLOR_SCALE, having, or_none
 
+_PROBABILITY = {
+    "colorscale": COLOR_SCALE,
+    "colorbar": {"title": "probability"},
+    "cmin": 0,
+    "cmax": 1,
+}
 _SHOWN = 9
 """Characters of a token that fit into a cell."""
 
@@ -86,12 +92,7 @@ def lens_heatmap(
     figure.update_layout(
         title=f"{html.escape(prompt[:60])} · {what} · the likeliest next token",
         template="plotly_white",
-        coloraxis={
-            "colorscale": COLOR_SCALE,
-            "colorbar": {"title": "probability"},
-            "cmin": 0,
-            "cmax": 1,
-        },
+        coloraxis=_PROBABILITY,
         height=180 + (40 + 26 * len(layers)) * down,
         width=180 + max(300, 64 * len(columns)) * along,
         plot_bgcolor="#e9e9e9",

@@ -195,19 +195,17 @@ def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:
         "method": [str(cell) for cell in table["method"]],
         "reading": [str(cell) for cell in table["reading"]],
         "α": numbers("alpha", "g"),
-        "into layer": numbers("target_layer", "d"),
+        "into": numbers("target_layer", "d"),
         "tries": numbers("tries", "d"),
         "score": numbers("score", ".2f"),
-        "random direction": numbers("control", ".2f"),
+        "random": numbers("control", ".2f"),
     }
 
 
 def side_by_side_figure(table: pd.DataFrame, *, title: str = "One site, all methods") -> go.Figure:
     """Draw what `side_by_side` returned as a table."""
     columns = cells_of(table)
-    values = [
-        [text_lines(cell, 60) if cell else "" for cell in cells] for cells in columns.values()
-    ]
+    values = [[text_lines(c, 60) if c else "" for c in cells] for cells in columns.values()]
     figure = go.Figure(
         go.Table(
             columnwidth=[4, 7, 1, 1, 1, 1, 1.5],
