@@ -28,6 +28,7 @@ from superscopes_tl.decoding import decode
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import rows_that_fit
 from superscopes_tl.models import Hook, LanguageModel
+from superscopes_tl.patches import cast_for
 from superscopes_tl.patching import DEFAULT_BATCH_SIZE
 from superscopes_tl.sites import KINDS, Site, hook_name
 from superscopes_tl.tokens import TokenizedText, tokenize
@@ -169,7 +170,7 @@ def _hooks(model: LanguageModel, rows: Sequence[Row], first: int) -> list[tuple[
     for kind, layer in sorted(places, key=lambda place: KINDS.index(place[0])):
         numbers, positions, vectors = zip(*places[kind, layer], strict=True)
         at = (torch.tensor(numbers), torch.tensor(positions))
-        new = _cast(model, torch.stack(vectors))
+        new = cast_for(model, torch.stack(vectors), "replacement")
         if kind == "resid_mid":
             hooks += _middle_writers(layer, at, new)
         else:
@@ -209,15 +210,3 @@ def _middle_writers(
         (hook_name("resid_pre", layer), remember),
         (hook_name("attn_out", layer), _writer(at, vectors, before)),
     ]
-
-
-def _cast(model: LanguageModel, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    cast = vectors.to(model.device, model.dtype)
-    if not torch.isfinite(cast).all():
-        raise bad_value(
-            "replacement",
-            expected=f"numbers that {model.dtype} can hold",
-            got=f"up to {vectors.abs().max().item():.3g}",
-            fix="use a smaller α, or load the model with dtype='float32'",
-        )
-    return cast

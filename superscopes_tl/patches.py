@@ -117,12 +117,21 @@ def _cast(
                 fix="read the vector from the same model, or map it to this one's width",
             )
     stacked = torch.stack([vector.float().expand(placeholders, -1) for vector in vectors])
-    cast = stacked.to(model.dtype)
+    return cast_for(model, stacked, "vector")
+
+
+def cast_for(model: LanguageModel, vectors: Tensor, argument: str) -> Tensor:
+    """Return vectors in the model's number type, on its device.
+
+    Raises:
+        ValueError: numbers that the type cannot hold.
+    """
+    cast = vectors.to(model.dtype)
     if not torch.isfinite(cast).all():
         raise bad_value(
-            "vector",
+            argument,
             expected=f"numbers that {model.dtype} can hold",
-            got=f"up to {stacked.abs().max().item():.3g}",
+            got=f"up to {vectors.abs().max().item():.3g}",
             fix="use a smaller α, or load the model with dtype='float32'",
         )
     return cast.to(model.device)
