@@ -90,7 +90,9 @@ class LanguageModel:
         context: contextlib.AbstractContextManager[Any] = self.lens.hooks(fwd_hooks=list(hooks))
         return context
 
-    def activations(self, tokens: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
+    def activations(
+        self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
+    ) -> dict[str, Tensor]:
         """Run `tokens` once and return what the named hook points saw, `batch pos d_model`."""
         with self.lock, torch.no_grad():
             _, cache = self.lens.run_with_cache(

@@ -38,7 +38,7 @@ def parse_numbers(text: str, option: str) -> list[float]:
 
 
 def parse_layers(text: str, option: str) -> list[int]:
-    """Return the layers of a list such as `0-5,8`.
+    """Return the layers (or other numbers) of a list such as `0-5,8`.
 
     Raises:
         ValueError: something in it is neither a number nor a range.
@@ -56,7 +56,7 @@ def parse_layers(text: str, option: str) -> list[int]:
         except ValueError as error:
             raise bad_value(
                 option,
-                expected="layers such as 0-5,8",
+                expected="numbers such as 0-5,8",
                 got=text,
                 fix=f"write for example {option} 0-5,8",
             ) from error

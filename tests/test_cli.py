@@ -103,11 +103,11 @@ def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> No
     [
         (["", *FAST], "prompt: expected"),
         (["Pearl Jam", "--alphas", "1,x"], "--alphas: expected numbers"),
-        (["Pearl Jam", "--layers", "5-2"], "--layers: expected layers such as 0-5,8"),
+        (["Pearl Jam", "--layers", "5-2"], "--layers: expected numbers such as 0-5,8"),
         (["Pearl Jam", "--out", "nowhere/run.zip"], "expected a file in a folder that exists"),
         (["Pearl Jam", "--scorer", "no/such-scorer"], "scorer: expected the name or directory"),
         (["[/b] Jam", "--layers", "99"], "layers: expected"),
-        (["Pearl Jam", "--layers", "2-x"], "--layers: expected layers such as 0-5,8"),
+        (["Pearl Jam", "--layers", "2-x"], "--layers: expected numbers such as 0-5,8"),
         (["Pearl Jam", "--layers", "99"], "layers: expected layers of a model with"),
         (["Pearl Jam", "--kinds", "mlp"], "kinds: expected"),
         (["Pearl Jam", "--target-prompt", "no place"], "target_prompt: expected"),
@@ -260,7 +260,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
     [
         (["--section", "5"], "--section: expected 4.1 or 4.2, got 5"),
         (["--prompts", "nowhere.txt"], "--prompts: expected a text file"),
-        (["--target", "x"], "--target-layer: expected layers such as 0-5,8, got x"),
+        (["--target", "x"], "--target-layer: expected numbers such as 0-5,8, got x"),
         (["--controls", "luck"], "controls: expected controls out of"),
         (["--out", "nowhere/run.sqlite"], "--out: expected a file in a folder that exists"),
     ],

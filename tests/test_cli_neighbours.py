@@ -62,7 +62,7 @@ def test_a_score_is_shown_where_there_is_a_reference(file: Path) -> None:
     [
         ([], "name: expected one array of the shape"),
         (["--name", "values", "--rows", "9"], "rows: expected rows of an array with 9 rows"),
-        (["--name", "values", "--rows", "a"], "--rows: expected layers such as 0-5,8"),
+        (["--name", "values", "--rows", "a"], "--rows: expected numbers such as 0-5,8"),
         (["--name", "one", "--unit", "stream"], "unit: expected 'vector' or 'residual'"),
         (["--name", "one", "--controls", "other_prompt"], "controls: expected controls that need"),
         (["--name", "one", "--out", "no/such/run.zip"], "--out: expected a file in a folder"),
