@@ -90,6 +90,14 @@ class AffineMap:
         out: Tensor = v.float() @ self.weight.to(v.device).T + self.bias.to(v.device)
         return out
 
+    def __repr__(self) -> str:
+        good = "unknown" if self.r2 is None else f"{self.r2:.2f}"
+        into = "" if self.target_model == self.source_model else f" of {self.target_model}"
+        return (
+            f"AffineMap({self.kind} of layer {self.source_layer} of {self.source_model} to layer "
+            f"{self.target_layer}{into}: {self.n_vectors} vectors, R² {good} on held-out texts)"
+        )
+
     def provenance(self) -> dict[str, Any]:
         """Return everything but the numbers of the map, as plain data."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}

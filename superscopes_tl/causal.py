@@ -28,14 +28,14 @@ from torch import Tensor
 from superscopes_tl.amplify import family_name, random_direction
 from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
-from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.replacements import Corruption, zero
 from superscopes_tl.sites import PAPER_KINDS, Site, check_kinds, check_layers
-from superscopes_tl.tokens import Positions, resolve_positions, tokenize
+from superscopes_tl.tokens import Positions, resolve_positions
 
-SITE_COLUMNS = ["prompt", "position", "kind", "source_layer"]
+SITE_COLUMNS = ["prompt", "position", "token", "kind", "source_layer"]
 """The columns by which effects and readings of the same site find each other."""
 
 
@@ -49,6 +49,7 @@ def causal_effects(
     replacement: PlaceVectors = zero,
     continuation: str | int = 1,
     window: int = 1,
+    chat: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
@@ -65,6 +66,8 @@ def causal_effects(
         continuation: what the model is asked for: its own likeliest next tokens, so many, or a text
             that goes on where the prompt ends.
         window: how many layers around the site's to replace at once.
+        chat: put the prompt into the model's chat template, as a sweep with `chat` does; a
+            continuation is then how the model's answer begins.
         seed: of the control, a random change of equal size: v + r with ‖r‖ = ‖new − v‖.
         batch_size: rows per batch; chosen by memory unless given.
 
@@ -77,10 +80,11 @@ def causal_effects(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, replacement or continuation.
     """
-    run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation)
+    run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
+    _check_callable("replacement", replacement, "zero, resampled(text)")
     new = _checked(replacement(run, [(site, site.layer) for site in places]), own)
     random = own + random_direction(seed)(1.0)(new - own)
     rows = [*_rows(Row(run.source.ids), windows, places, new)]
@@ -112,6 +116,7 @@ def causal_trace(
     positions: Positions = -1,
     continuation: str | int = 1,
     window: int = 1,
+    chat: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
@@ -127,6 +132,7 @@ def causal_trace(
         continuation: of the clean prompt, as in `causal_effects`.
         window: how many layers around the site's to restore at once (Meng et al. took 10 for MLP
             and attention outputs).
+        chat: as in `causal_effects`.
         seed: of the control, a random direction with the norm of the clean vector.
         batch_size: rows per batch; chosen by memory unless given.
 
@@ -141,11 +147,12 @@ def causal_trace(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, corruption or continuation.
     """
-    run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation)
+    run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
     random = random_direction(seed)(1.0)(own)
+    _check_callable("corruption", corruption, "noise(subject), other_tokens(text)")
     draws = corruption(run)
     rows = list(draws)
     for vectors in (own, random):
@@ -184,8 +191,14 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
         where a site has no effect.
 
     Raises:
-        ValueError: no table of effects, or several effects at one site.
+        TypeError: something other than tables.
+        ValueError: no table of effects, several effects at one site, or effects at other sites.
     """
+    for argument, table in (("readings", readings), ("effects", effects)):
+        if not isinstance(table, pd.DataFrame):
+            raise bad_type(
+                argument, expected="a table", got=table, fix="pass result.table or result.best()"
+            )
     if missing := [name for name in SITE_COLUMNS if name not in effects.columns]:
         raise bad_value(
             "effects",
@@ -201,7 +214,22 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
             fix="join one replacement, corruption and continuation at a time",
         )
     own = [name for name in effects.columns if name not in readings.columns]
-    return readings.merge(effects[[*SITE_COLUMNS, *own]], on=SITE_COLUMNS, how="left")
+    joined = readings.merge(
+        effects[[*SITE_COLUMNS, *own]], on=SITE_COLUMNS, how="left", indicator="_found"
+    )
+    if len(joined) and (joined["_found"] == "left_only").all():
+        raise bad_value(
+            "effects",
+            expected=f"effects at sites of the readings, such as {_first(readings)}",
+            got=_first(effects) if len(effects) else "none",
+            fix="ask for the same prompt, positions, kinds, layers and chat",
+        )
+    return joined.drop(columns="_found")
+
+
+def _first(table: pd.DataFrame) -> dict[str, object]:
+    first: dict[str, object] = table[SITE_COLUMNS].iloc[0].to_dict()
+    return first
 
 
 def _asked(
@@ -211,11 +239,12 @@ def _asked(
     layers: int | Iterable[int] | None,
     positions: Positions,
     continuation: str | int,
+    chat: bool,
 ) -> tuple[Run, list[Site], tuple[int, ...]]:
     """Return the run, its sites and the continuation's tokens, checked."""
     wanted = check_kinds(kinds, model.kinds, model.name)
     numbers = check_layers(layers, model.n_layers)
-    run = Run(model, tokenize(model, prompt))
+    run = Run.of(model, prompt, chat=chat)
     sites = [
         Site(kind, layer, position)
         for position in resolve_positions(run.source, positions)
@@ -237,6 +266,11 @@ def _windows(model: LanguageModel, sites: Sequence[Site], window: int) -> list[l
         ]
         for site in sites
     ]
+
+
+def _check_callable(argument: str, given: object, examples: str) -> None:
+    if not callable(given):
+        raise bad_type(argument, expected="a callable", got=given, fix=f"pass {examples}, ...")
 
 
 def _checked(new: Tensor, own: Float[Tensor, "sites d_model"]) -> Float[Tensor, "sites d_model"]:

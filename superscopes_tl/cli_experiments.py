@@ -189,7 +189,7 @@ def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) ->
         for name in few:
             _say(f"{kind}: {name} has fewer than {FEWEST_PROMPTS} prompts and is left out.")
         if "Patchscopes" not in parts or len(parts) < 2:
-            _say(f"{kind}: nothing to compare without α = 1 and another α.")
+            _say(f"{kind}: nothing to compare: that takes α = 1 and another α, of enough prompts.")
             continue
         _say(f"{kind} of {model}")
         score_on = evaluation.provenance["config"]["score_on"]

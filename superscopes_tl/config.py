@@ -62,14 +62,15 @@ class SweepConfig:
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
         mapping: gives the mapping function of each α.
-        vectors: what v is, where it is not the site's own activation (see `PlaceVectors`).
+        vectors: what v is, where it is not the site's own activation: `head(3)`, `window(3)`,
+            `mapped(maps)`, or any `PlaceVectors`.
         base: the b of f(v) = b + mapping(α)(v − b), from `guided`; 0 unless given.
         unit: what α = 1 means: the "vector" as it is, or as long as the "residual" stream that it
             replaces, whatever its own length.
         guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
             the vector at α = 1 and u those of the unpatched prompt.
         write: how the patch is written, where it does not simply replace the residual stream at
-            the target layer (see `Write`).
+            the target layer: `add`, `interpolate`, `at_layers(0, 3)`, or any `Write`.
         target_model: the model that is asked; the one that is read unless given. Its tokenizer,
             layers and width are those of the target prompt, the target layers and f(v).
         chat: whether the source prompt and the target prompt are each a message of a user in the
@@ -164,7 +165,8 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
     for name, expected, where in _CALLABLES:
         given = getattr(config, name)
         if not (given is None or callable(given)):
-            raise bad_type(name, expected=expected, got=given, fix=f"see superscopes_tl.{where}")
+            fix = f"pass the function itself, without quotes; see superscopes_tl.{where}"
+            raise bad_type(name, expected=expected, got=given, fix=fix)
     if not callable(config.mapping):
         raise bad_type(
             "mapping",

@@ -40,6 +40,16 @@ class Run:
 
     model: LanguageModel
     source: TokenizedText
+    chat: bool = False
+
+    @classmethod
+    def of(cls, model: LanguageModel, prompt: str, *, chat: bool = False) -> Run:
+        """Return the run of a prompt, in the model's chat template if that is asked for.
+
+        Raises:
+            ValueError, TypeError: a bad prompt, or a model without a chat template.
+        """
+        return cls(model, tokenize(model, prompt, chat=chat), chat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +113,12 @@ def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
         count = check_count(
             "continuation", continuation, least=1, fix="pass a count of tokens, or a text"
         )
-        tokenize(model, source.text, room=count)
+        tokenize(model, source.text, room=count, chat=run.chat)
         return _own_continuation(run, count)
     # In one piece with the prompt: what a tokenizer makes of a text depends on what is before it.
-    whole = tokenize(model, source.text + continuation, argument="continuation")
+    before = {"chat": True, "answer": continuation} if run.chat else {}
+    text = source.text if run.chat else source.text + continuation
+    whole = tokenize(model, text, argument="continuation", **before)
     if whole.ids[: len(source)] != source.ids or len(whole) == len(source):
         raise bad_value(
             "continuation",

@@ -116,6 +116,7 @@ def lens_table(
     lenses: Mapping[str, Lens] = LENSES,
     top_k: int = 5,
     control: bool = True,
+    chat: bool = False,
 ) -> pd.DataFrame:
     """Read sites of one prompt through lenses, all of them in one forward pass and one batch each.
 
@@ -126,6 +127,7 @@ def lens_table(
         lenses: by name, such as `{**LENSES, "tuned lens": tuned}`.
         top_k: how many tokens of each site.
         control: whether each lens also reads a random vector of equal norm, as another lens.
+        chat: whether the prompt stands in the model's chat template, as in a sweep with `chat`.
 
     Returns:
         One row per lens, site and rank, with the columns `prompt`, `position`, `token`, `kind`,
@@ -136,11 +138,13 @@ def lens_table(
         ValueError: no site, a site that the model or the prompt does not have, a bad `top_k`, or
             a lens that cannot read a kind.
     """
+    _check_lenses(lenses)
     wanted = tuple(dict.fromkeys(sites))
     check_count("top_k", top_k, least=1, fix="5 is the usual choice")
     kinds = check_kinds((site.kind for site in wanted), model.kinds, model.name)
     layers = check_layers((site.layer for site in wanted), model.n_layers, "sites")
-    activations = capture(model, prompt, kinds=kinds, layers=layers)
+    tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
+    activations = capture(model, tokens, kinds=kinds, layers=layers)
     vectors = torch.stack([activations.at(site).float().cpu() for site in wanted])
     rows: list[dict[str, Any]] = []
     for name, moved in _through(model, lenses, vectors, wanted, control=control):
@@ -149,6 +153,16 @@ def lens_table(
         for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
             rows += _rows(model, activations.tokens, site, name, values, ids)
     return pd.DataFrame(rows)
+
+
+def _check_lenses(lenses: Any) -> None:
+    if not isinstance(lenses, Mapping):
+        raise bad_type(
+            "lenses",
+            expected="lenses by name",
+            got=lenses,
+            fix='pass {**LENSES, "tuned lens": tuned}',
+        )
 
 
 def _through(
@@ -234,6 +248,7 @@ def lens_kl(
     Raises:
         ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
     """
+    _check_lenses(lenses)
     chosen = check_kinds(kinds, model.kinds, model.name)
     numbers = check_layers(layers, model.n_layers)
     last: Place = ("resid_post", model.n_layers - 1)

@@ -26,7 +26,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.affine import AffineMap, mapped
 from superscopes_tl.causal import causal_effects
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.figures import text_lines
 from superscopes_tl.guided import placeholder_state
 from superscopes_tl.lenses import LENSES, Lens, lens_table
@@ -94,7 +94,8 @@ def side_by_side(
 
     Returns:
         A row per method: `method`, `reading`, `alpha`, `target_layer`, `score`, `control` (the best
-        score of as many readings in a random direction) and `tries`. A lens has no score: its
+        score of as many readings in a random direction; the site has one such direction, so that
+        methods which write it alike share their control) and `tries`. A lens has no score: its
         reading is its likeliest tokens with their probabilities. The last row is what the prompt's
         own continuation (ten tokens) loses without the vector, in nats per token, beside a random
         change of equal size.
@@ -103,6 +104,12 @@ def side_by_side(
         ValueError, TypeError: a bad setting.
     """
     model = load_model(model)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise bad_type("layer", expected="one layer", got=layer, fix="sweep() reads several")
+    if not methods:
+        raise bad_value(
+            "methods", expected="at least one method", got=methods, fix="leave it out for METHODS"
+        )
     shared = {"layers": layer, "kinds": kind, "positions": position, **settings}
     if len({"layers", "kinds", "positions"} & settings.keys()):
         raise bad_value(
@@ -127,8 +134,9 @@ def side_by_side(
         for name, found in tokens.groupby("lens", sort=False)
     ]
     effects = causal_effects(
-        model, prompt, kinds=kind, layers=layer, positions=site.position, continuation=OWN_TOKENS
-    ).iloc[0]
+        model, prompt, kinds=kind, layers=layer, positions=site.position,
+        continuation=OWN_TOKENS, chat=bool(settings.get("chat")),
+    ).iloc[0]  # fmt: skip
     rows.append({"method": "ablated in its own run", "reading": _effect(effects)})
     columns = ["method", "reading", "alpha", "target_layer", "score", "control", "tries"]
     return pd.DataFrame(rows, columns=columns).astype({"tries": "Int64", "target_layer": "Int64"})
@@ -180,8 +188,8 @@ def _tokens(found: pd.DataFrame) -> str:
 
 def _effect(row: pd.Series) -> str:
     return (
-        f"own continuation {row['effect']:+.2f} nats per token, "
-        f"{row['control_effect']:+.2f} with a random change of equal size"
+        f"own continuation {row['effect']:+.2g} nats per token, "
+        f"{row['control_effect']:+.2g} with a random change of equal size"
     )
 
 

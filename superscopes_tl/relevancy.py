@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.background import cell_of
 from superscopes_tl.cells import make_patches
-from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan
@@ -76,20 +76,25 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
     """Return the relevancy score of every token of every reading.
 
     Example:
-        >>> plan = plan_sweep(model, "Pearl Jam", write=add)  # doctest: +SKIP
-        >>> relevancy(plan, collect([plan]).best())  # doctest: +SKIP
+        >>> plan = plan_sweep(model, "Pearl Jam", layers=5, alphas=3, write=add)  # doctest: +SKIP
+        >>> relevancy_figure(relevancy(plan))  # doctest: +SKIP
 
     Args:
-        plan: from `plan_sweep` or `plan_vectors`.
-        rows: cells of its table; all of them unless given.
+        plan: from `plan_sweep`, which takes the settings of `sweep` (or one of `plan_vectors`).
+        rows: rows of the table of its sweep, such as `result.best()`; all cells unless given.
 
     Returns:
         A row per token. Columns: those that name the cell, `step` (0 is the first token),
         `written` (the token), `probability`, `unpatched_probability` and `relevancy`.
 
     Raises:
+        TypeError: something other than a plan.
         ValueError: a cell that is none of the plan's.
     """
+    if not isinstance(plan, SweepPlan):
+        raise bad_type(
+            "plan", expected="a plan", got=plan, fix="pass plan_sweep(model, prompt, ...)"
+        )
     every = frozenset(plan.all_cells)
     named: Any = () if rows is None else rows.itertuples(index=False)
     wanted = every if rows is None else frozenset(map(cell_of, named))

@@ -55,7 +55,7 @@ def resampled(text: str) -> PlaceVectors:
     check_text(text, "text")
 
     def other(run: Run, places: Sequence[tuple[Site, int]]) -> Float[Tensor, "sites d_model"]:
-        tokens = tokenize(run.model, text, argument="text")
+        tokens = tokenize(run.model, text, argument="text", chat=run.chat)
         shift = len(tokens) - len(run.source)
         if short := [site for site, _ in places if site.position + shift < 0]:
             raise bad_value(
@@ -116,7 +116,7 @@ def other_tokens(text: str) -> Corruption:
     check_text(text, "text")
 
     def corrupted(run: Run) -> Sequence[Row]:
-        tokens = tokenize(run.model, text, argument="text")
+        tokens = tokenize(run.model, text, argument="text", chat=run.chat)
         if len(tokens) != len(run.source):
             raise bad_value(
                 "text",

@@ -36,14 +36,15 @@ SELFIE_PROMPT = TargetPrompt(
 
 
 def add(patch: Patch, alpha: float) -> Patch:
-    """Add to what stands at the placeholder: new = old + α·v."""
+    """Add to what stands at the placeholder, new = old + α·v: `sweep(..., write=add)`."""
     return replace(patch, keep=1.0)
 
 
 def interpolate(patch: Patch, alpha: float) -> Patch:
     """Mix with what stands at the placeholder: new = (1 − α)·old + α·v, with α from 0 to 1.
 
-    Other α are legal: they move on along the same line.
+    `sweep(..., write=interpolate, alphas=(0.25, 0.5, 0.75))`: α = 1 replaces, and the paper's larger
+    α are legal, but move on along the same line, beyond v.
 
     Raises:
         ValueError: α acts on the logits, so that it is no share of the vector.
@@ -56,7 +57,6 @@ def interpolate(patch: Patch, alpha: float) -> Patch:
     return replace(patch, keep=1.0 - alpha)
 
 
-@cache
 def at_layers(*layers: int) -> Write:
     """Write at several layers, whatever the cell's target layer is.
 
@@ -80,6 +80,11 @@ def at_layers(*layers: int) -> Write:
                 "layers", expected="whole numbers", got=layer, fix="for example at_layers(0, 3)"
             )
 
+    return _at_layers(layers)
+
+
+@cache
+def _at_layers(layers: tuple[int, ...]) -> Write:
     def write(patch: Patch, alpha: float) -> Patch:
         return replace(patch, target_layer=layers)
 
@@ -87,10 +92,22 @@ def at_layers(*layers: int) -> Write:
     return write
 
 
-@cache
 def both(*writes: Write) -> Write:
-    """Return one way after the other: `both(add, at_layers(0, 3))`."""
+    """Return one way after the other: `sweep(..., write=both(add, at_layers(0, 3)))`.
 
+    Raises:
+        TypeError: something that is no way to write.
+    """
+    for one in writes:
+        if not callable(one):
+            raise bad_type(
+                "writes", expected="ways to write", got=one, fix="pass both(add, at_layers(0, 3))"
+            )
+    return _both(writes)
+
+
+@cache
+def _both(writes: tuple[Write, ...]) -> Write:
     def write(patch: Patch, alpha: float) -> Patch:
         for one in writes:
             patch = one(patch, alpha)

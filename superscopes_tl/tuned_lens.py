@@ -61,6 +61,9 @@ class TunedLens:
     biases: Float[Tensor, "n_layers d_model"]
     training: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        return f"TunedLens(of {self.model}, {len(self.biases)} layers, {dict(self.training)})"
+
     @classmethod
     def untrained(cls, model: LanguageModel) -> Self:
         """Return the lens before training: the logit lens."""
