@@ -121,8 +121,10 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
         (config.unit, config.guide, config.draw),
         config.controls,
-        # A mapping other than α·v may depend on which rows it is given together.
-        None if config.mapping is scale and config.base is None else plan.sites,
+        # Whatever is not α·v may depend on which places it is given together.
+        None
+        if config.mapping is scale and config.base is None and config.vectors is None
+        else plan.sites,
     )
 
 

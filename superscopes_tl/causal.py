@@ -28,7 +28,7 @@ from torch import Tensor
 from superscopes_tl.amplify import family_name, random_direction
 from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
-from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.replacements import Corruption, zero
@@ -80,11 +80,12 @@ def causal_effects(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, replacement or continuation.
     """
+    fix = "pass zero, resampled(text), ..."
+    check_callable("replacement", replacement, expected="a replacement", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
-    _check_callable("replacement", replacement, "zero, resampled(text)")
     new = _checked(replacement(run, [(site, site.layer) for site in places]), own)
     random = own + random_direction(seed)(1.0)(new - own)
     rows = [*_rows(Row(run.source.ids), windows, places, new)]
@@ -147,12 +148,13 @@ def causal_trace(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, corruption or continuation.
     """
+    fix = "pass noise(subject), other_tokens(text), ..."
+    check_callable("corruption", corruption, expected="a corruption", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
     random = random_direction(seed)(1.0)(own)
-    _check_callable("corruption", corruption, "noise(subject), other_tokens(text)")
     draws = corruption(run)
     rows = list(draws)
     for vectors in (own, random):
@@ -220,16 +222,12 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     if len(joined) and (joined["_found"] == "left_only").all():
         raise bad_value(
             "effects",
-            expected=f"effects at sites of the readings, such as {_first(readings)}",
-            got=_first(effects) if len(effects) else "none",
+            expected="effects at sites of the readings, such as "
+            f"{readings[SITE_COLUMNS].iloc[0].to_dict()}",
+            got=effects[SITE_COLUMNS].head(1).to_dict("records"),
             fix="ask for the same prompt, positions, kinds, layers and chat",
         )
     return joined.drop(columns="_found")
-
-
-def _first(table: pd.DataFrame) -> dict[str, object]:
-    first: dict[str, object] = table[SITE_COLUMNS].iloc[0].to_dict()
-    return first
 
 
 def _asked(
@@ -266,11 +264,6 @@ def _windows(model: LanguageModel, sites: Sequence[Site], window: int) -> list[l
         ]
         for site in sites
     ]
-
-
-def _check_callable(argument: str, given: object, examples: str) -> None:
-    if not callable(given):
-        raise bad_type(argument, expected="a callable", got=given, fix=f"pass {examples}, ...")
 
 
 def _checked(new: Tensor, own: Float[Tensor, "sites d_model"]) -> Float[Tensor, "sites d_model"]:

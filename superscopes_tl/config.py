@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.amplify import MappingFamily, scale
-from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, PAPER_ALPHAS, TargetPrompt
@@ -163,10 +163,9 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
     config = replace(config, controls=tuple(name for name in CONTROLS if name in asked))
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
     for name, expected, where in _CALLABLES:
-        given = getattr(config, name)
-        if not (given is None or callable(given)):
+        if (given := getattr(config, name)) is not None:
             fix = f"pass the function itself, without quotes; see superscopes_tl.{where}"
-            raise bad_type(name, expected=expected, got=given, fix=fix)
+            check_callable(name, given, expected=expected, fix=fix)
     if not callable(config.mapping):
         raise bad_type(
             "mapping",

@@ -36,10 +36,7 @@ SEED = 0
 
 def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
     """Patch nothing: what the target prompt says by itself."""
-    return [
-        replace(patch, vector=torch.zeros_like(patch.vector), target_layer=None, guidance=1.0)
-        for patch in patches
-    ]
+    return [Patch(torch.zeros_like(patch.vector), None, seed=patch.seed) for patch in patches]
 
 
 def _alpha_zero(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:

@@ -52,6 +52,16 @@ def bad_type(argument: str, *, expected: str, got: object, fix: str) -> TypeErro
     return TypeError(describe(argument, expected=expected, got=shown, fix=fix))
 
 
+def check_callable(argument: str, given: object, *, expected: str, fix: str) -> None:
+    """Raise unless `given` is a callable.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not callable(given):
+        raise bad_type(argument, expected=expected, got=given, fix=fix)
+
+
 def check_count(argument: str, value: object, *, least: int, fix: str) -> int:
     """Return `value` after checking that it is a whole number of at least `least`.
 

@@ -42,8 +42,11 @@ _PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
 _COLUMNS = ", ".join([*(f"{f.name} {_SQL[str(f.type)]}" for f in _FIELDS), "controls TEXT"])
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
 _CONSTANT = (
-    ("target_model", "fingerprint"),
-    *(("model", name) for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")),
+    *(
+        (model, name)
+        for model in ("model", "target_model")
+        for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")
+    ),
     *(("target_prompt", name) for name in ("text", "placeholder", "answer")),
     *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat")),
 )

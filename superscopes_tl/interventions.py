@@ -116,9 +116,8 @@ def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
         tokenize(model, source.text, room=count, chat=run.chat)
         return _own_continuation(run, count)
     # In one piece with the prompt: what a tokenizer makes of a text depends on what is before it.
-    before = {"chat": True, "answer": continuation} if run.chat else {}
-    text = source.text if run.chat else source.text + continuation
-    whole = tokenize(model, text, argument="continuation", **before)
+    text, answer = (source.text, continuation) if run.chat else (source.text + continuation, "")
+    whole = tokenize(model, text, argument="continuation", chat=run.chat, answer=answer)
     if whole.ids[: len(source)] != source.ids or len(whole) == len(source):
         raise bad_value(
             "continuation",

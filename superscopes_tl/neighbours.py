@@ -39,6 +39,8 @@ from superscopes_tl.sweep import collect
 from superscopes_tl.tokens import Position
 
 CONTROL = "random_direction"
+_FIXED = {"layers", "kinds", "positions", "controls"}
+"""What all methods have in common, so that their rows can be compared."""
 OWN_TOKENS = 10
 """How many tokens of the prompt's own continuation an ablation is judged by."""
 
@@ -54,7 +56,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},
         "SelfIE, five placeholders": {"target_prompt": SELFIE_PROMPT},
         "SelfIE, added": {"write": add},
-        "SelfIE, added at layers 0 and 1": {"write": both(add, at_layers(0, 1))},
+        "SelfIE, added at layers 0 and 1": {
+            "write": both(add, at_layers(0, 1)),
+            "target_layer": 0,
+        },
         "SelfIE, interpolated": {"write": interpolate, "alphas": (0.25, 0.5, 0.75, 0.9)},
         "the kind summed over layers": {"vectors": accumulated()},
     }
@@ -86,7 +91,8 @@ def side_by_side(
         layer: the source layer.
         kind: the kind of activation.
         position: the token: an index or a substring.
-        methods: settings of a sweep by the name of the method.
+        methods: settings of a sweep by the name of the method. With a wider or narrower
+            `target_model`, only methods that have `vectors=mapped(...)`.
         maps: affine maps from the site's layer, from `fit_affine`: as one more method.
         lenses: as `lens_table` takes them; a trained tuned lens, for example.
         progress: whether to show a progress bar.
@@ -110,31 +116,33 @@ def side_by_side(
         raise bad_value(
             "methods", expected="at least one method", got=methods, fix="leave it out for METHODS"
         )
-    shared = {"layers": layer, "kinds": kind, "positions": position, **settings}
-    if len({"layers", "kinds", "positions"} & settings.keys()):
-        raise bad_value(
-            "settings", expected="settings that all methods share", got=sorted(settings),
-            fix="say where to read with layer=, kind= and position=",
-        )  # fmt: skip
+    for name, own in {"settings": settings, **methods}.items():
+        if misplaced := sorted(_FIXED & own.keys()):
+            raise bad_value(
+                name, expected="settings that leave site and control alone", got=misplaced,
+                fix="say where to read with layer=, kind= and position=",
+            )  # fmt: skip
+    site = {"layers": layer, "kinds": kind, "positions": position, "controls": CONTROL}
+    if settings.get("target_model") is not None:  # once, not once per method
+        settings["target_model"] = load_model(settings["target_model"])
     if maps:
         into = {"vectors": mapped(maps), "target_layer": sorted({m.target_layer for m in maps})}
         methods = {**methods, "affine map": into}
     plans = {
-        name: plan_sweep(model, prompt, **{**shared, "controls": CONTROL, **own})
+        name: plan_sweep(model, prompt, **{**settings, **own, **site})
         for name, own in methods.items()
     }
     rows = [row for group in _groups(plans) for row in _read(group, progress=progress)]
     order = list(methods)
     rows.sort(key=lambda row: order.index(row["method"]))
-    site = next(iter(plans.values())).sites[0]
-    source = next(iter(plans.values())).source
-    tokens = lens_table(model, source, [site], lenses=lenses, top_k=3)
+    first = next(iter(plans.values()))
+    tokens = lens_table(model, first.source, first.sites, lenses=lenses, top_k=3)
     rows += [
         {"method": name, "reading": _tokens(found)}
         for name, found in tokens.groupby("lens", sort=False)
     ]
     effects = causal_effects(
-        model, prompt, kinds=kind, layers=layer, positions=site.position,
+        model, prompt, kinds=kind, layers=layer, positions=first.sites[0].position,
         continuation=OWN_TOKENS, chat=bool(settings.get("chat")),
     ).iloc[0]  # fmt: skip
     rows.append({"method": "ablated in its own run", "reading": _effect(effects)})

@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.cells import make_patches
 from superscopes_tl.controls import make_control
 from superscopes_tl.errors import bad_value
+from superscopes_tl.lenses import logit_lens
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
@@ -41,6 +42,9 @@ PATCHED = "patched"
 LOGIT_LENS = "logit_lens"
 CELL = ["method", "kind", "source_layer", "target_layer", "alpha"]
 """The columns that name what a summary averages over tokens and texts."""
+
+_ROWS = 256
+"""Sites whose predictions are held at a time: each has as many numbers as there are tokens."""
 
 _OF_TEXTS = ("scorer", "score_on", "draw", "max_new_tokens")
 """Settings that concern the text of a reading; one token has none."""
@@ -61,7 +65,8 @@ class NextTokens:
 
     Attributes:
         table: one row per text, token, method and cell. `method` is "patched", the name of a
-            control, or "logit_lens" (with neither target layer nor α). `own` is the token that
+            control, or "logit_lens" (with neither target layer nor α; left out where `vectors`
+            says what v is). `own` is the token that
             the model itself predicts there, `predicted` the method's, `hit` whether the two are
             one, and `surprisal` −log p of `own` under the method, in nats.
         provenance: models, target prompt, settings and texts, as plain data.
@@ -139,8 +144,9 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
         ]
         found = _predict(plans[0].generator, patches, wanted)
         parts.append(_rows(method, plans, truths, cells, found))
-    by_lens = torch.cat([one[0] for one in lens]), torch.cat([one[1] for one in lens])
-    parts.append(_rows(LOGIT_LENS, plans, truths, sites, by_lens))
+    if plans[0].config.vectors is None:  # else v is not what the lens reads at the site
+        by_lens = torch.cat([one[0] for one in lens]), torch.cat([one[1] for one in lens])
+        parts.append(_rows(LOGIT_LENS, plans, truths, sites, by_lens))
     return NextTokens(pd.concat(parts, ignore_index=True), _provenance(plans[0], distinct))
 
 
@@ -189,18 +195,17 @@ def _check_plan(plan: SweepPlan) -> None:
 def _read(plan: SweepPlan) -> tuple[Int[Tensor, " sites"], _Predictions]:
     """Return the model's own next token at every site, and what the logit lens says there."""
     model, last = plan.model, plan.model.n_layers - 1
-    activations = capture(
-        model,
-        plan.source,
-        kinds=dict.fromkeys([*(site.kind for site in plan.sites), "resid_post"]),
-        layers=dict.fromkeys([*(site.layer for site in plan.sites), last]),
-    )
-    vectors = torch.stack([activations.at(site) for site in plan.sites])
-    at = [site.position for site in plan.sites]
-    with model.lock, torch.no_grad():
-        own = model.decoder.unembed(activations["resid_post", last]).argmax(dim=-1)[at].cpu()
-        lens = model.decoder.unembed(vectors).log_softmax(dim=-1).cpu()
-    return own, (lens.argmax(dim=-1), lens.gather(1, own[:, None])[:, 0])
+    final = [Site("resid_post", last, site.position) for site in plan.sites]
+    both = site_vectors(model, plan.source, [*final, *plan.sites])
+    own, best, likely = [], [], []
+    for start in range(0, len(final), _ROWS):
+        rows = slice(start, start + _ROWS)
+        ends, vectors = both[: len(final)][rows], both[len(final) :][rows]
+        own.append(logit_lens(model, ends).argmax(dim=-1))
+        lens = logit_lens(model, vectors)
+        best.append(lens.argmax(dim=-1))
+        likely.append(lens.gather(1, own[-1][:, None])[:, 0])
+    return torch.cat(own), (torch.cat(best), torch.cat(likely))
 
 
 def _patches(method: str, plan: SweepPlan, own: list[Patch]) -> list[Patch]:

@@ -50,7 +50,7 @@ class Patch:
         """Where the vector is written; nowhere if nothing is patched."""
         if self.target_layer is None:
             return ()
-        return (self.target_layer,) if isinstance(self.target_layer, int) else self.target_layer
+        return self.target_layer if isinstance(self.target_layer, tuple) else (self.target_layer,)
 
     @property
     def norm(self) -> float:
@@ -150,8 +150,11 @@ def _writer(
     ) -> Float[Tensor, "batch pos d_model"]:
         patched = block_output.clone()  # an edit in place would reach other users of the tensor
         new = vectors.to(patched.device)
-        if keep.any():  # 0 · old is not 0 where the model's own arithmetic overflowed
-            new = keep[:, None, None].to(patched) * patched[at] + new
+        if keep.any():
+            share = keep[:, None, None].to(patched.device)
+            mixed = (share * patched[at].float() + new.float()).to(patched.dtype)
+            # A row that keeps nothing is not touched: 0 · old is not 0 where old overflowed.
+            new = torch.where(share != 0, mixed, new)
         patched[at] = new
         return patched
 

@@ -98,6 +98,14 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
     every = frozenset(plan.all_cells)
     named: Any = () if rows is None else rows.itertuples(index=False)
     wanted = every if rows is None else frozenset(map(cell_of, named))
+    own = {"prompt": plan.source.text, "mapping": plan.mapping_name, "draw": plan.config.draw}
+    for column, value in own.items():
+        there = () if rows is None else rows.get(column, ())
+        if others := set(there) - {value}:
+            raise bad_value(
+                "rows", expected=f"rows with {column} {value!r}, as the plan has it", got=others,
+                fix="pass rows of the table of its sweep",
+            )  # fmt: skip
     if not wanted <= every:
         raise bad_value(
             "rows", expected="cells of the plan", got=next(iter(wanted - every)),

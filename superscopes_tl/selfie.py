@@ -23,7 +23,7 @@ from functools import cache
 
 from superscopes_tl.amplify import family_name
 from superscopes_tl.config import Write
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.errors import bad_type, bad_value, check_callable
 from superscopes_tl.patches import Patch
 from superscopes_tl.prompts import TargetPrompt
 
@@ -43,8 +43,8 @@ def add(patch: Patch, alpha: float) -> Patch:
 def interpolate(patch: Patch, alpha: float) -> Patch:
     """Mix with what stands at the placeholder: new = (1 − α)·old + α·v, with α from 0 to 1.
 
-    `sweep(..., write=interpolate, alphas=(0.25, 0.5, 0.75))`: α = 1 replaces, and the paper's larger
-    α are legal, but move on along the same line, beyond v.
+    `sweep(..., write=interpolate, alphas=(0.25, 0.5, 0.75))`: α = 1 replaces, and the paper's
+    larger α are legal, but move on along the same line, beyond v.
 
     Raises:
         ValueError: α acts on the logits, so that it is no share of the vector.
@@ -99,10 +99,8 @@ def both(*writes: Write) -> Write:
         TypeError: something that is no way to write.
     """
     for one in writes:
-        if not callable(one):
-            raise bad_type(
-                "writes", expected="ways to write", got=one, fix="pass both(add, at_layers(0, 3))"
-            )
+        fix = "pass both(add, at_layers(0, 3))"
+        check_callable("writes", one, expected="ways to write", fix=fix)
     return _both(writes)
 
 

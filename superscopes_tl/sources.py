@@ -21,6 +21,7 @@ A result names the source in its column `mapping`, so sweeps with several heads 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -181,7 +182,10 @@ def sum_of(sites: Iterable[Site]) -> PlaceVectors:
     def of_sites(
         plan: SweepPlan, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "sites d_model"]:
-        total = site_vectors(plan.model, plan.source, terms).sum(dim=0)
+        # As in a sweep, -1 is the text's last token, not that of a chat template behind it.
+        end = plan.source.own.stop
+        there = [replace(t, position=t.position + end) if t.position < 0 else t for t in terms]
+        total = site_vectors(plan.model, plan.source, there).sum(dim=0)
         return total.expand(len(places), -1)
 
     named = " + ".join(f"{term.kind} {term.layer} at {term.position}" for term in terms)

@@ -21,14 +21,20 @@ from superscopes_tl import (
     LanguageModel,
     PatchedGenerator,
     PlaceholderError,
+    Site,
     SweepConfig,
     SweepResult,
     TargetPrompt,
+    beside,
     capture,
+    causal_effects,
     evaluate,
+    lens_table,
     mean_activation,
     plan_sweep,
     resolve_positions,
+    sites_of,
+    sum_of,
     sweep,
     tokenize,
 )
@@ -560,3 +566,50 @@ def test_the_command_takes_chat(answer: str, tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, options, env={"COLUMNS": "160"})
         assert refused.exit_code == 2
         assert "without chat=True" in refused.stderr
+
+
+def test_effects_are_those_of_the_chats_tokens(model: LanguageModel, word_overlap: Any) -> None:
+    """In a chat a sweep, its effects and a lens name one token; effects without it are refused."""
+    asked: dict[str, Any] = {"layers": [5, 2], "kinds": "resid_post", "positions": [-1, -2]}
+    read = sweep(model, SOURCE, chat=True, scorer=word_overlap, progress=False, **asked)
+    effects = causal_effects(model, SOURCE, chat=True, continuation=2, **asked)
+    joined = beside(read.best(), effects)
+    assert joined["effect"].notna().all()
+    assert joined["token"].tolist() == read.best()["token"].tolist()
+    lens = lens_table(model, SOURCE, sites_of(read.table), chat=True)
+    assert set(lens["token"]) == set(read.table["token"])
+    with pytest.raises(ValueError, match="effects: expected effects at sites of the readings"):
+        beside(read.best(), causal_effects(model, SOURCE, **asked))
+
+
+def test_an_effect_in_a_chat_equals_plain_hugging_face(model: LanguageModel) -> None:
+    """Ablation behind a template: the answer's tokens, weighed with and without the vector."""
+    answer = "It is"
+    effect = causal_effects(
+        model, SOURCE, kinds="resid_post", layers=2, chat=True, continuation=answer
+    ).iloc[0]
+    ids = by_hugging_face(model.tokenizer, SOURCE, answer)
+    start = len(by_hugging_face(model.tokenizer, SOURCE))
+    at = tokenize(model, SOURCE, chat=True).own.stop - 1
+    hf = tiny_hf("llama")
+
+    def likely(vector: Any) -> float:
+        logits = plain_hf.patched_logits(hf, ids, (at,), vector, 2)
+        rows = logits.log_softmax(dim=-1)[start - 1 : len(ids) - 1]
+        return float(rows.gather(1, torch.tensor(ids[start:])[:, None]).mean())
+
+    own = plain_hf.source_vectors(hf, ids, "resid_post", 2)[at]
+    assert len(ids) > start
+    assert effect["clean_log_probability"] == pytest.approx(likely(own), abs=1e-4)
+    expected = likely(torch.zeros_like(own)) - likely(own)
+    assert effect["effect"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_sum_counts_from_the_end_of_the_text(model: LanguageModel, word_overlap: Any) -> None:
+    """The last token of a sum of sites is the text's, as a sweep's is."""
+    settings: dict[str, Any] = {"layers": 5, "kinds": "mlp_out", "alphas": 2, "chat": True}
+    plain = plan_sweep(model, SOURCE, scorer=word_overlap, **settings)
+    same = sum_of([Site("mlp_out", 5, -1)])
+    summed = plan_sweep(model, SOURCE, scorer=word_overlap, vectors=same, **settings)
+    one, other = make_patches(plain)[0].vector, make_patches(summed)[0].vector
+    assert torch.equal(one, other)

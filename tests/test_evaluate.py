@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,12 @@ def test_another_experiment_is_refused(
         ({"max_new_tokens": 9}, "max_new_tokens 9 of the config"),
         ({"target_prompt": "x means"}, "text 'x means'"),
         ({"controls": "unpatched"}, r"controls \['unpatched'\]"),
+        (
+            {"target_model": replace(mini, name="other")},
+            "fingerprint '[0-9a-f]+' of the target_model",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"path: expected an experiment with {name}, got"):
+        with pytest.raises(ValueError, match=f"path: expected an experiment with {name}.*, got"):
             evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
     assert path.read_bytes() == before
 

@@ -370,3 +370,10 @@ def test_a_file_that_is_no_tuned_lens_is_refused(tiny: Tiny, tmp_path: Path) -> 
             TunedLens.load(path, model)
     with pytest.raises(FileNotFoundError):
         TunedLens.load(tmp_path / "missing", model)
+
+
+def test_lenses_come_by_name(mini: LanguageModel) -> None:
+    """A lens without a name is refused, with how to name it."""
+    lens: Any = TunedLens.untrained(mini)
+    with pytest.raises(TypeError, match="lenses: expected lenses by name, got TunedLens"):
+        lens_table(mini, "Pearl Jam", [Site("resid_post", 5, -1)], lenses=lens)

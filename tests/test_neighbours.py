@@ -55,8 +55,8 @@ def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFram
     effects = causal_effects(
         mini, PROMPT, kinds="mlp_out", layers=5, continuation=OWN_TOKENS
     ).iloc[0]  # fmt: skip
-    assert f"{effects['effect']:+.2f} nats per token" in table["reading"].iloc[-1]
-    assert f"{effects['control_effect']:+.2f} with a random change" in table["reading"].iloc[-1]
+    assert f"{effects['effect']:+.2g} nats per token" in table["reading"].iloc[-1]
+    assert f"{effects['control_effect']:+.2g} with a random change" in table["reading"].iloc[-1]
 
 
 def test_a_target_prompt_is_read_once_for_all_its_methods(
@@ -104,8 +104,15 @@ def test_an_affine_map_is_one_more_method(mini: LanguageModel) -> None:
 
 def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
     """A setting that would read other sites is refused."""
-    with pytest.raises(ValueError, match="settings that all methods share, got .*layers"):
+    with pytest.raises(ValueError, match="settings: expected .*alone, got .*layers"):
         side_by_side(mini, PROMPT, layer=5, layers=[5, 2])
+    with pytest.raises(ValueError, match="mine: expected .*alone, got .*controls"):
+        side_by_side(mini, PROMPT, layer=5, methods={"mine": {"controls": ()}})
+    with pytest.raises(ValueError, match="methods: expected at least one method"):
+        side_by_side(mini, PROMPT, layer=5, methods={})
+    several: Any = (5, 2)
+    with pytest.raises(TypeError, match=r"layer: expected one layer, got tuple \(5, 2\)"):
+        side_by_side(mini, PROMPT, layer=several)
 
 
 def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from superscopes_tl import IDENTITY_PROMPT, LanguageModel, load_model
+from superscopes_tl import IDENTITY_PROMPT, LanguageModel, head, load_model
 from superscopes_tl.next_token import LOGIT_LENS, PATCHED, NextTokens, next_tokens
 from superscopes_tl.significance import bootstrap_interval
 from tests import plain_hf
@@ -171,3 +171,13 @@ def test_the_bundled_model_says_what_comes_next(mini: LanguageModel) -> None:
     summary = next_tokens(mini, texts, layers=[5]).summary().set_index("method")["precision"]
     assert summary[PATCHED] > summary["random_direction"]
     assert summary[PATCHED] > summary[LOGIT_LENS] > summary["unpatched"]
+
+
+def test_the_lens_is_left_out_where_v_is_something_else(tiny: Tiny) -> None:
+    """With a source of vectors the logit lens would read another vector than the one patched."""
+    model = tiny("llama", "bridge")
+    asked: dict[str, Any] = {"layers": [5, 2], "kinds": "attn_out", "controls": ()}
+    plain = next_tokens(model, ["Red Hot Chili Peppers"], **asked).table
+    headed = next_tokens(model, ["Red Hot Chili Peppers"], vectors=head(1), **asked).table
+    assert set(plain["method"]) == {"patched", "logit_lens"}
+    assert set(headed["method"]) == {"patched"}

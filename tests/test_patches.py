@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
 from superscopes_tl.cells import make_patches
+from superscopes_tl.patches import patch_hooks
 from superscopes_tl.sites import Site
 from tests.conftest import BACKENDS
 from tests.plain_hf import blocks_of
@@ -93,6 +95,22 @@ def test_log_probabilities_are_those_of_the_guided_text(mini: LanguageModel) -> 
     written = generator.generate([patch])[0]
     found = generator.log_probabilities([patch], [written.token_ids])[0]
     assert found == pytest.approx(written.log_probabilities, abs=1e-4)
+
+
+def test_a_row_does_not_depend_on_what_others_keep() -> None:
+    """In half precision a replaced row stays replaced beside one that keeps an overflow."""
+    model: Any = SimpleNamespace(
+        n_layers=6, d_model=4, dtype=torch.float16, device=torch.device("cpu"), name="tiny"
+    )
+    patches = [Patch(torch.ones(4), 2), Patch(torch.full((4,), 4e4), 2, keep=0.5)]
+    [(name, write)] = patch_hooks(model, patches, [0])
+    old = torch.tensor([[[float("inf")] * 4], [[-4e4] * 4]], dtype=torch.float16)
+    new = write(old, None)
+    assert name == "blocks.2.hook_resid_post"
+    assert new is not None
+    assert new[0, 0].tolist() == [1.0] * 4
+    # 0.5 · (−40000) + 40000, summed in float32 and rounded once
+    assert new[1, 0].tolist() == [2e4] * 4
 
 
 def test_a_share_that_is_no_number_is_refused(tiny: Tiny) -> None:

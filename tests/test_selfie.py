@@ -186,6 +186,22 @@ def test_ways_have_names_and_are_told_apart(tiny: Tiny) -> None:
     assert both(add, at_layers(5, 2)) is both(add, at_layers(5, 2))
 
 
+def test_relevancy_takes_rows_of_its_own_sweep(tiny: Tiny) -> None:
+    """Rows of another prompt are refused, and so is a result in the place of the plan."""
+    model = tiny("llama", "bridge")
+    plan = plan_sweep(model, PROMPT, layers=[5, 2], scorer=_nothing)
+    other = sweep(model, "Pearl Jam", layers=[5, 2], scorer=_nothing, progress=False)
+    with pytest.raises(ValueError, match="rows: expected rows with prompt .* got .*Pearl Jam"):
+        relevancy(plan, other.table)
+    wrong: Any = other
+    with pytest.raises(TypeError, match="plan: expected a plan, got SweepResult"):
+        relevancy(wrong)
+    with pytest.raises(TypeError, match="writes: expected ways to write, got str 'add'"):
+        both("add", at_layers(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"layers: expected whole numbers, got list \[0, 3\]"):
+        at_layers([0, 3])  # type: ignore[arg-type]
+
+
 def test_bad_ways_are_refused(tiny: Tiny) -> None:
     """No layer, no such layer, a share that acts on logits."""
     bad: Any = 1.5
