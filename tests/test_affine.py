@@ -155,7 +155,8 @@ def _cut(text: str, *pieces: str) -> TokenizedText:
         spans.append((end, end + len(piece)))
         end += len(piece)
     assert "".join(pieces) == text
-    return TokenizedText(text, tuple(range(len(spans))), tuple(spans), ("", *pieces), True)
+    ids, own = tuple(range(len(spans))), range(1, len(spans))
+    return TokenizedText(text, ids, tuple(spans), ("", *pieces), has_bos=True, own=own)
 
 
 def test_tokens_meet_where_they_end() -> None:
