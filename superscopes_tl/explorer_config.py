@@ -142,6 +142,13 @@ def _checked(config: SweepConfig, model: LanguageModel, prompt: str) -> SweepPla
     """Return the sweep that `config` means, without loading its scorer: that takes seconds."""
     if not isinstance(config, SweepConfig):
         raise bad_type("config", expected="a SweepConfig", got=config, fix="SweepConfig(alphas=3)")
+    if config.target_model is not None:  # layers and norms of the controls are those of `model`
+        raise bad_value(
+            "target_model",
+            expected=f"the model that is read, {model.name}, which the controls are for",
+            got=getattr(config.target_model, "name", config.target_model),
+            fix=f"leave it out; {_SHOWS_ALL}",
+        )
     as_scorer(config.scorer)
     plan = plan_sweep(model, prompt, replace(config, scorer=no_scores))
     target = plan.generator.target.prompt

@@ -103,7 +103,10 @@ def sweep(
 
 
 def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult:
-    """Run plans as one sweep; the provenance is the first one's.
+    """Run plans as one sweep.
+
+    The provenance is the first plan's, with the layers, kinds and positions of all; that of several
+    plans also lists their `prompts`.
 
     Args:
         plans: of the same model, target prompt and settings.
@@ -117,8 +120,14 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
     readings: list[Reading] = []
 
     def result() -> SweepResult:
-        provenance = plans[0].provenance()
-        provenance["planned_cells"] = sum(len(plan.all_cells) for plan in plans)
+        several = [plan.provenance() for plan in plans]
+        provenance = several[0]
+        for name in ("layers", "kinds", "positions"):
+            values = (value for one in several for value in one["config"][name])
+            provenance["config"][name] = list(dict.fromkeys(values))
+        if len(several) > 1:
+            provenance["prompts"] = list(dict.fromkeys(one["prompt"] for one in several))
+        provenance["planned_cells"] = sum(one["planned_cells"] for one in several)
         provenance["complete"] = len(readings) == planned
         provenance["seconds"] = round(time.perf_counter() - started, 3)
         return SweepResult.from_readings(readings, provenance)
@@ -133,8 +142,10 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
         if len(plans) == 1:
             readings.extend(run_plan(plans[0], progress=progress))
         else:
-            for batch in tqdm(run_plans(plans), unit="batch", disable=not progress):
-                readings += batch
+            with tqdm(total=planned, unit="cell", disable=not progress) as bar:
+                for batch in run_plans(plans):
+                    readings += batch
+                    bar.update(len(batch))
     except KeyboardInterrupt as error:
         raise SweepInterrupted(broke_off("stopped"), result()) from error
     except Exception as error:

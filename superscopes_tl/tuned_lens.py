@@ -13,7 +13,8 @@ A translator is trained on `resid_post` and read at the other kinds as far as th
 block computes, resid_post = resid_mid + mlp_out. What is *added* to the stream (`mlp_out`,
 `attn_out`) is moved by the linear part alone, u + A·u: the bias is the stream's. `resid_mid` of
 block l goes through block l's translator, so that T(resid_mid) + (u + A·u) = T(resid_post).
-`resid_pre` of block l is the output of block l − 1 and is read as that. Only `resid_post` (and
+`resid_pre` of block l is the output of block l − 1 and is read as that; that of block 0 is the
+embedding, which has no translator and is read as the logit lens does. Only `resid_post` (and
 `resid_pre`) has been trained for: `lenses.lens_kl` says how well the other kinds do.
 """
 
@@ -31,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
 from superscopes_tl.lenses import Place, divergence, token_states
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.sites import Site
@@ -80,21 +81,15 @@ class TunedLens:
         """Return the vectors translated, each as its site asks for (see the module).
 
         Raises:
-            ValueError: another model, or `resid_pre` of block 0, which no block has put out.
+            ValueError: another model.
         """
         self._check_model(model, "tuned lens")
         moved = vectors.float().cpu()
         rows_of: dict[int, list[int]] = {}
         for row, site in enumerate(sites):
             layer = site.layer % model.n_layers - (site.kind == "resid_pre")
-            if layer < 0:
-                raise bad_value(
-                    "sites",
-                    expected="the output of a block, or a part of it",
-                    got=site,
-                    fix="read the embedding, resid_pre of layer 0, with the logit lens alone",
-                )
-            rows_of.setdefault(layer, []).append(row)
+            if layer >= 0:  # the embedding, resid_pre of block 0, has no translator
+                rows_of.setdefault(layer, []).append(row)
         in_stream = torch.tensor([site.kind in _STREAM for site in sites])
         result = moved.clone()
         for layer, rows in rows_of.items():
@@ -124,20 +119,32 @@ class TunedLens:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no tuned lens, or one of another model.
+            RunFileError: no tuned lens, a corrupt one, or one whose numbers are not finite float32
+                numbers in the model's shapes.
+            ValueError: a lens of another model.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
+        lens = cls.untrained(model)
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise _no_lens(path, str(error)) from error
-        if header.get("format") != FORMAT or set(tensors) != {"matrices", "biases"}:
-            raise _no_lens(path, f"format {header.get('format')!r}, tensors {sorted(tensors)}")
-        training = json.loads(header["training"])
-        lens = cls(header["model"], header["fingerprint"], **tensors, training=training)
+                header, names = file.metadata() or {}, sorted(file.keys())
+                if header.get("format") != FORMAT or names != ["biases", "matrices"]:
+                    raise _no_lens(path, f"format {header.get('format')!r}, tensors {names}")
+                about, training = header["model"], json.loads(header["training"])
+                if not isinstance(training, dict):
+                    raise TypeError(f"training {training!r}")
+                lens = replace(
+                    lens, model=about, fingerprint=header["fingerprint"], training=training
+                )
+                if lens.fingerprint == model.fingerprint:  # else no number of it is read
+                    matrices = _numbers(file, "matrices", lens.matrices)
+                    biases = _numbers(file, "biases", lens.biases)
+                    lens = replace(lens, matrices=matrices, biases=biases)
+        except (FileNotFoundError, RunFileError):
+            raise
+        except Exception as error:  # whatever the safetensors and JSON readers raise on bad bytes
+            raise _no_lens(path, f"{type(error).__name__}: {error}") from error
         lens._check_model(model, "path")
         return lens
 
@@ -151,12 +158,25 @@ class TunedLens:
             )
 
 
-def _no_lens(path: object, got: str) -> ValueError:
-    return bad_value(
-        "path",
-        expected="a safetensors file that TunedLens.save wrote",
-        got=f"{path} with {got}",
-        fix="train one with train_tuned_lens and save it",
+def _numbers(file: Any, name: str, like: Tensor) -> Tensor:
+    """Return an array of an open file if it can stand for `like`; its shape is checked unread."""
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != like.shape:
+        raise ValueError(f"{name} of shape {shape}, where the model has {tuple(like.shape)}")
+    numbers: Tensor = file.get_tensor(name)
+    if numbers.dtype != torch.float32 or not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} that are not finite float32 numbers")
+    return numbers
+
+
+def _no_lens(path: object, got: str) -> RunFileError:
+    return RunFileError(
+        describe(
+            "path",
+            expected="a safetensors file that TunedLens.save wrote",
+            got=f"{path} with {got}",
+            fix="train one with train_tuned_lens and save it",
+        )
     )
 
 

@@ -61,10 +61,11 @@ def plan_vectors(
         references: what each means, if that is known, to score against: one text for all, or one
             each with `None` for unknown. What has no reference has no score: NaN.
         layers: where they come from, for the table and for `target_layer="same"`: one for all, or
-            one each; `NO_LAYER` unless given.
+            one each, counted from 0; `NO_LAYER` (−1) where there is none, as unless given.
         unit: "residual", unlike in a sweep of activations: α = 1 is as long as the residual stream
             that the vector replaces. A parameter's own length says little, since the model
-            multiplies it by an activation before it is added; with "vector" it is kept.
+            multiplies it by an activation before it is added; with "vector" it is kept. With a
+            `base`, v is resized before the base is taken off: f(v) = b + α·(v − b) is v at α = 1.
         **settings: the fields of `SweepConfig`, but for those that concern a source prompt.
 
     Raises:
@@ -74,15 +75,16 @@ def plan_vectors(
     model = load_model(model)
     rows = _checked(vectors, model)
     shown = _names(names, len(rows))
-    sources = _one_each("layers", layers, len(rows))
-    config: dict[str, Any] = {"vectors": _given(rows), "unit": unit, **settings}
-    if sources is None and config.get("target_layer") == "same":
+    resize = unit == "residual" and settings.get("base") is not None
+    config: dict[str, Any] = {
+        "vectors": _given(rows, resize=resize), "unit": "vector" if resize else unit, **settings
+    }  # fmt: skip
+    sources = _sources(layers, len(rows), model)
+    if NO_LAYER in sources and config.get("target_layer") == "same":
         raise bad_value(
-            "target_layer", expected="layers, as these vectors come from none", got="same",
+            "target_layer", expected="layers, as there are vectors that come from none", got="same",
             fix="say where they come from: layers=...",
         )  # fmt: skip
-    if sources is not None:
-        sources = [check_layers(layer, model.n_layers)[0] for layer in sources]
     meanings = _one_each("references", references, len(rows)) or [None] * len(rows)
     for meaning in dict.fromkeys(meanings):
         if meaning is not None:
@@ -97,13 +99,12 @@ def plan_vectors(
             first,
             source=TokenizedText(meaning or "", (), (), shown, False, range(len(rows))),
             sites=tuple(
-                Site(KIND, sources[i] if sources else NO_LAYER, i)
-                for i in range(len(rows))
-                if meanings[i] == meaning
+                Site(KIND, sources[i], i) for i in range(len(rows)) if meanings[i] == meaning
             ),
             scorer=first.scorer if meaning else unscored,
         )
-        for meaning in dict.fromkeys(meanings)
+        # Known meanings first: the provenance of the whole has the first plan's scorer.
+        for meaning in sorted(dict.fromkeys(meanings), key=lambda meaning: meaning is None)
     ]
 
 
@@ -167,15 +168,23 @@ def unscored(references: Sequence[str], candidates: Sequence[str]) -> list[float
     return [float("nan")] * len(candidates)
 
 
-def _given(rows: Float[Tensor, "n d_model"]) -> PlaceVectors:
-    """Return what gives a plan the vector of each site, by its number."""
+def _given(rows: Float[Tensor, "n d_model"], *, resize: bool) -> PlaceVectors:
+    """Return what gives a plan the vector of each site, by its number.
+
+    With `resize` each is as long as the residual stream that it replaces.
+    """
 
     def given(plan: SweepPlan, places: Sequence[tuple[Site, int]]) -> Tensor:
-        return rows[[site.position for site, _ in places]]
+        vectors = rows[[site.position for site, _ in places]]
+        if not resize:
+            return vectors
+        norms = plan.generator.placeholder_norms[[target_layer for _, target_layer in places]]
+        return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-30) * norms[:, None]
 
     # A result knows vectors by this name: others are something else.
     digest = zlib.crc32(rows.numpy().tobytes())
-    given.__name__ = f"{len(rows)} given vectors {digest:08x}"
+    length = " of residual norm" if resize else ""
+    given.__name__ = f"{len(rows)} given vectors{length} {digest:08x}"
     return given
 
 
@@ -208,6 +217,21 @@ def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
             "names", expected="a name of its own for each", got=given, fix="number them"
         )
     return tuple(given)
+
+
+def _sources(layers: Any, n: int, model: LanguageModel) -> list[int]:
+    """Return the layer that each vector comes from, or `NO_LAYER`."""
+    given = [NO_LAYER] * n if layers is None else _one_each("layers", layers, n) or []
+    checked = [
+        NO_LAYER if one == NO_LAYER else check_layers([one], model.n_layers)[0] for one in given
+    ]
+    # Were −2 the last layer but one, −1 would be taken for the last one, not for no layer.
+    if backwards := [one for one in given if one < NO_LAYER]:
+        raise bad_value(
+            "layers", expected=f"layers counted from 0, or NO_LAYER, {NO_LAYER}", got=backwards,
+            fix="count from 0",
+        )  # fmt: skip
+    return checked
 
 
 def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:

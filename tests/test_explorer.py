@@ -25,6 +25,7 @@ from superscopes_tl import (
     SweepResult,
     TargetPrompt,
     in_units_of,
+    placeholder_state,
     random_direction,
     sweep,
 )
@@ -168,6 +169,22 @@ def test_a_config_that_the_controls_cannot_show_is_refused(
     assert explorer.config == before
     with pytest.raises(TypeError, match="config: expected a SweepConfig"):
         explorer.config = others  # type: ignore[assignment]
+
+
+def test_another_model_that_is_asked_is_refused(
+    explorer: Explorer, model: LanguageModel, mini: LanguageModel
+) -> None:
+    """Its layers and norms are not those of the controls: refused unloaded, not clamped."""
+    before = explorer.config
+    message = f"target_model: expected the model that is read, .*got {mini.name}.*Fix: leave it out"
+    other = SweepConfig(target_model=mini, vectors=placeholder_state, target_layer=8)
+    with pytest.raises(ValueError, match=message):
+        explorer.config = other
+    assert explorer.config == before
+    with pytest.raises(ValueError, match=message):
+        Explorer(model, PROMPT, other)
+    with pytest.raises(ValueError, match=r"target_model: .*got no/such-model"):
+        explorer.config = SweepConfig(target_model="no/such-model")
 
 
 @pytest.mark.parametrize("alphas", [(1 / 3, 2), (0.1, 1e-7, 123456789), (1, 3, 6, 9, 12, 15)])

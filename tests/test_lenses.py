@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from superscopes_tl import LanguageModel, capture, load_model, plan_sweep, sweep
+from superscopes_tl.details import probe
+from superscopes_tl.errors import RunFileError
 from superscopes_tl.lenses import (
     LENSES,
     LOGIT_LENS,
@@ -26,8 +28,9 @@ from superscopes_tl.lenses import (
     token_states,
 )
 from superscopes_tl.sites import Site
+from superscopes_tl.sweep import run_plan
 from superscopes_tl.tokens import tokenize
-from superscopes_tl.tuned_lens import TunedLens, train_tuned_lens
+from superscopes_tl.tuned_lens import FORMAT, TunedLens, train_tuned_lens
 from tests.conftest import BACKENDS, tiny_model
 from tests.plain_hf import source_vectors
 from tests.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
@@ -249,11 +252,31 @@ def test_what_a_block_adds_up_adds_up_behind_the_translator(layer: int, position
 
 
 def test_the_embedding_has_no_translator(tiny: Tiny) -> None:
-    """resid_pre of block 0 is no block's output: a tuned lens says so instead of guessing."""
+    """resid_pre of block 0 is no block's output: it is read as it is, its neighbours translated."""
     model = tiny("llama", "bridge")
-    sites = [Site("resid_pre", 2, -1), Site("resid_pre", 0, -1)]
-    with pytest.raises(ValueError, match=r"sites: .*layer=0.*Fix: read the embedding"):
-        lens_table(model, SOURCE, sites, lenses={"tuned lens": random_lens(model)})
+    lens = random_lens(model)
+    sites = [Site("resid_pre", 2, -1), Site("resid_pre", 0, -1), Site("resid_post", 0, 1)]
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(5))
+    moved = lens(model, vectors, sites)
+    assert torch.equal(moved[1], vectors[1])
+    for row, layer in ((0, 1), (2, 0)):
+        expected = vectors[row] + lens.matrices[layer] @ vectors[row] + lens.biases[layer]
+        torch.testing.assert_close(moved[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_panel_of_an_embedding_has_every_lens(tiny: Tiny) -> None:
+    """A sweep of resid_pre from layer 0 on keeps its panel beside a tuned lens."""
+    model = tiny("llama", "bridge")
+    plan = plan_sweep(
+        model, SOURCE, layers=0, kinds="resid_pre", alphas=2, max_new_tokens=2,
+        target_prompt="Syria: Country, x",
+        scorer=lambda references, candidates: [0.5] * len(candidates),
+    )  # fmt: skip
+    (reading,) = run_plan(plan)
+    found = probe(plan, reading, {**LENSES, "tuned": random_lens(model)}).lenses
+    named = {one.lens: one.tokens for one in found}
+    assert named["tuned"] == named[LOGIT_LENS]
+    assert set(named) == {n for m in (LOGIT_LENS, "tuned") for n in (m, control_name(m))}
 
 
 def idle_from(layer: int, add: Tensor | None = None) -> LanguageModel:
@@ -365,8 +388,8 @@ def test_a_file_that_is_no_tuned_lens_is_refused(tiny: Tiny, tmp_path: Path) -> 
     noise, foreign = tmp_path / "noise", tmp_path / "foreign"
     noise.write_bytes(b"no tensors")
     save_file({"matrices": torch.zeros(2)}, foreign)
-    for path in (noise, foreign):
-        with pytest.raises(ValueError, match="path: expected a safetensors file .*Fix: train"):
+    for path in (noise, foreign, tmp_path):
+        with pytest.raises(RunFileError, match="path: expected a safetensors file .*Fix: train"):
             TunedLens.load(path, model)
     with pytest.raises(FileNotFoundError):
         TunedLens.load(tmp_path / "missing", model)
@@ -377,3 +400,41 @@ def test_lenses_come_by_name(mini: LanguageModel) -> None:
     lens: Any = TunedLens.untrained(mini)
     with pytest.raises(TypeError, match="lenses: expected lenses by name, got TunedLens"):
         lens_table(mini, "Pearl Jam", [Site("resid_post", 5, -1)], lenses=lens)
+
+
+@pytest.mark.parametrize(
+    ("parts", "header", "message"),
+    [
+        ({"matrices": torch.full((6, 32, 32), torch.nan)}, {}, "matrices that are not finite"),
+        ({"biases": torch.full((6, 32), torch.inf)}, {}, "biases that are not finite"),
+        ({"biases": torch.zeros(6, 32).half()}, {}, "biases that are not finite float32"),
+        ({"matrices": torch.zeros(6, 32, 32).int()}, {}, "matrices that are not finite float32"),
+        ({"matrices": torch.zeros(5, 32, 32)}, {}, r"matrices of shape \(5, 32, 32\), where the"),
+        ({"biases": torch.zeros(6, 31)}, {}, r"shape \(6, 31\), where the model has \(6, 32\)"),
+        ({"more": torch.zeros(1)}, {}, r"tensors \['biases', 'matrices', 'more'\]"),
+        ({}, {"training": None}, "KeyError: 'training'"),
+        ({}, {"model": None}, "KeyError: 'model'"),
+        ({}, {"fingerprint": None}, "KeyError: 'fingerprint'"),
+        ({}, {"training": "{"}, "JSONDecodeError"),
+        ({}, {"training": "[" * 100_000}, "RecursionError"),
+        ({}, {"training": "[1]"}, r"TypeError: training \[1\]"),
+        ({}, {"format": "superscopes_tl tuned lens 2"}, "format 'superscopes_tl tuned lens 2'"),
+    ],
+)
+def test_a_damaged_tuned_lens_is_refused(
+    parts: dict[str, Tensor],
+    header: dict[str, str | None],
+    message: str,
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    """Numbers that would be read as nonsense, and headers that say too little, do not load."""
+    model = tiny("llama", "bridge")
+    good = TunedLens.untrained(model)
+    kept = {"model": good.model, "fingerprint": good.fingerprint, "format": FORMAT}
+    said = kept | {"training": "{}"} | header
+    metadata = {name: text for name, text in said.items() if text is not None}
+    path = tmp_path / "lens.safetensors"
+    save_file({"matrices": good.matrices, "biases": good.biases} | parts, path, metadata=metadata)
+    with pytest.raises(RunFileError, match=f"path: expected a safetensors file .*{message}.*Fix: "):
+        TunedLens.load(path, model)

@@ -26,8 +26,9 @@ from superscopes_tl import (
     resid_mid,
     sweep,
 )
+from superscopes_tl.cells import make_patches
 from superscopes_tl.directions import difference_of_means, mlp_keys, mlp_values
-from superscopes_tl.vectors import plan_vectors, read_vector, read_vectors
+from superscopes_tl.vectors import NO_LAYER, plan_vectors, read_vector, read_vectors
 from tests import plain_hf
 from tests.conftest import BACKENDS
 from tests.tiny_models import D_MODEL, tiny_hf
@@ -203,7 +204,7 @@ def test_names_references_and_layers_are_those_of_each_vector(
 ) -> None:
     """Rows keep the order of the vectors, whatever the order of their references."""
     table = read_vectors(
-        tiny("llama", "bridge"), _given(4), names=["a", "b", "c", "d"], layers=[3, 0, 3, -1],
+        tiny("llama", "bridge"), _given(4), names=["a", "b", "c", "d"], layers=[3, 0, 3, 5],
         references=["East", None, "East", "band"], target_layer="same", alphas=(2, 1),
         scorer=word_overlap, max_new_tokens=3, progress=False,
     ).table  # fmt: skip
@@ -307,6 +308,66 @@ def test_the_base_may_be_the_placeholders_own_state(backend: str, tiny: Tiny) ->
         read_vectors(model, _given(2), base=resid_mid, target_prompt=TARGET, progress=False)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, tiny: Tiny) -> None:
+    """f(v) = b + α·(v − b) with v, however weak, as long as the stream, by plain Hugging Face."""
+    model, hf = tiny("llama", backend), tiny_hf("llama")
+    vectors = _given(3) * torch.tensor([[1e-4], [1.0], [1e3]])
+    settings: dict[str, Any] = {
+        "alphas": (1, 0, 3),
+        "target_layer": (5, 2),
+        "target_prompt": TARGET,
+    }
+    (plan,) = plan_vectors(model, vectors, base=placeholder_state, **settings)
+    tokens = plan.generator.target
+    ids, at = list(tokens.tokens.ids), tokens.positions[0]
+    for (site, layer, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
+        b = plain_hf.source_vectors(hf, ids, "resid_post", layer)[at]
+        v = vectors[site.position] / vectors[site.position].norm() * b.norm()
+        torch.testing.assert_close(patch.vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
+        assert alpha != 1 or patch.norm == pytest.approx(float(b.norm()), rel=1e-4)
+    (kept,) = plan_vectors(model, vectors, base=placeholder_state, unit="vector", **settings)
+    assert ", of 3 given vectors of residual norm " in plan.mapping_name
+    assert kept.mapping_name == plan.mapping_name.replace(" of residual norm", "")
+
+
+def test_vectors_may_come_from_no_layer(tiny: Tiny) -> None:
+    """NO_LAYER is what it says, alone or beside layers, and not the last layer."""
+    model = tiny("llama", "bridge")
+    for layers, expected in ((NO_LAYER, [-1, -1]), ([5, NO_LAYER], [5, -1]), (None, [-1, -1])):
+        (plan,) = plan_vectors(model, _given(2), layers=layers, target_layer=3)
+        assert [site.layer for site in plan.sites] == expected
+
+
+def test_the_provenance_is_that_of_all_vectors(tiny: Tiny, word_overlap: Any) -> None:
+    """Every position, layer and reference is named, and the scorer that scored."""
+    result = read_vectors(
+        tiny("llama", "bridge"), _given(3), references=[None, "a king", "band"], layers=[2, 5, 2],
+        alphas=1, scorer=word_overlap, max_new_tokens=3, progress=False,
+    )  # fmt: skip
+    config = result.provenance["config"]
+    assert sorted(config["positions"]) == [0, 1, 2]
+    assert sorted(config["layers"]) == [2, 5]
+    assert config["scorer"] == "word_overlap"
+    assert config["kinds"] == ["vector"]
+    assert result.provenance["prompts"] == ["a king", "band", ""]
+    assert list(result.table["prompt"]) == ["", "a king", "band"]
+
+
+def test_the_bar_counts_the_cells_of_all_plans(
+    tiny: Tiny, word_overlap: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several references are several plans, with one bar that knows its end."""
+    settings: dict[str, Any] = {"alphas": (1, 2), "scorer": word_overlap, "max_new_tokens": 2}
+    read_vectors(
+        tiny("llama", "bridge"), _given(3), references=list("abc"), batch_size=4, **settings
+    )
+    shown = capsys.readouterr().err
+    assert " 6/6 " in shown
+    assert "cell" in shown
+    assert " 0/6 " in shown
+
+
 def test_one_vector_has_a_name(tiny: Tiny) -> None:
     """`read_vector` is `read_vectors` for one; a matrix is refused."""
     model = tiny("llama", "bridge")
@@ -358,7 +419,21 @@ def test_a_stopped_run_keeps_what_it_has(
         (None, {"references": [3, "a"]}, TypeError, "references: expected a string"),
         (None, {"layers": [1, 2, 3]}, ValueError, "layers: expected one for each of 2 vectors"),
         (None, {"layers": 6}, ValueError, "layers: expected layers of a model with 6 layers"),
-        (None, {"target_layer": "same"}, ValueError, "target_layer: expected layers, as these"),
+        (
+            None,
+            {"layers": [NO_LAYER, -2]},
+            ValueError,
+            r"counted from 0, or NO_LAYER, -1, got \[-2",
+        ),
+        (None, {"layers": [[2], 1]}, TypeError, "layers: expected whole numbers"),
+        (None, {"target_layer": "same"}, ValueError, "target_layer: expected layers, as there"),
+        (
+            None,
+            {"target_layer": "same", "layers": [3, NO_LAYER]},
+            ValueError,
+            "target_layer: .*none",
+        ),
+        (None, {"target_layer": "same", "layers": NO_LAYER}, ValueError, "target_layer: .*none"),
         (None, {"controls": "other_prompt"}, ValueError, "controls: expected controls that need"),
         (None, {"positions": 0}, TypeError, "settings: expected settings that need no source"),
         (None, {"alpha": 0}, TypeError, "settings: expected settings out of"),
