@@ -49,7 +49,7 @@ from superscopes_tl.lens_figures import lens_heatmap, lens_kl_figure
 from superscopes_tl.lenses import LENSES, lens_kl, lens_table, logit_lens, sites_of
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.neighbours import METHODS, side_by_side, side_by_side_figure
+from superscopes_tl.neighbours import NEIGHBOURS, side_by_side, side_by_side_figure
 from superscopes_tl.next_token import NextTokens, next_tokens
 from superscopes_tl.paper_figures import alpha_ladder, figure_1, figure_3, figure_5, figure_6
 from superscopes_tl.patches import Patch
@@ -94,8 +94,8 @@ __all__ = [
     "IDENTITY_PROMPT",
     "KINDS",
     "LENSES",
-    "METHODS",
     "MLP_OUTPUTS",
+    "NEIGHBOURS",
     "PAPER_ALPHAS",
     "PAPER_KINDS",
     "PAPER_PROMPTS",

@@ -10,7 +10,7 @@ nothing but settings of a sweep, so that all of them share the engine, the score
 3. Add what needs no generation: lenses (the likeliest next tokens), and what the model itself does
    without the vector (activation patching).
 
-`METHODS` is a plain mapping: pass one of your own to compare others.
+`NEIGHBOURS` is a plain mapping: pass one of your own to compare others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OWN_TOKENS = 10
 LINE = 28
 """Pixels of a line of the drawn table."""
 
-METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "Patchscopes": {"alphas": 1},
         "Superscopes": {},
@@ -74,7 +74,7 @@ def side_by_side(
     layer: int,
     kind: str = "mlp_out",
     position: Position = -1,
-    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+    methods: Mapping[str, Mapping[str, Any]] = NEIGHBOURS,
     maps: Sequence[AffineMap] = (),
     lenses: Mapping[str, Lens] = LENSES,
     progress: bool = True,
@@ -91,7 +91,8 @@ def side_by_side(
         layer: the source layer.
         kind: the kind of activation.
         position: the token: an index or a substring.
-        methods: settings of a sweep by the name of the method. With a wider or narrower
+        methods: settings of a sweep by the name of the method; `{**NEIGHBOURS, "mine": {...}}` adds
+            one. With a wider or narrower
             `target_model`, only methods that have `vectors=mapped(...)`.
         maps: affine maps from the site's layer, from `fit_affine`: as one more method.
         lenses: as `lens_table` takes them; a trained tuned lens, for example.
@@ -114,7 +115,10 @@ def side_by_side(
         raise bad_type("layer", expected="one layer", got=layer, fix="sweep() reads several")
     if not methods:
         raise bad_value(
-            "methods", expected="at least one method", got=methods, fix="leave it out for METHODS"
+            "methods",
+            expected="at least one method",
+            got=methods,
+            fix="leave it out for NEIGHBOURS",
         )
     for name, own in {"settings": settings, **methods}.items():
         if misplaced := sorted(_FIXED & own.keys()):

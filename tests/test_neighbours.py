@@ -15,7 +15,7 @@ from superscopes_tl import LanguageModel, TargetPrompt, sweep
 from superscopes_tl.affine_fit import fit_affine
 from superscopes_tl.causal import causal_effects
 from superscopes_tl.cli import app
-from superscopes_tl.neighbours import METHODS, OWN_TOKENS, side_by_side, side_by_side_figure
+from superscopes_tl.neighbours import NEIGHBOURS, OWN_TOKENS, side_by_side, side_by_side_figure
 from superscopes_tl.selfie import add
 
 PROMPT = "Red Hot Chili Peppers"
@@ -35,7 +35,7 @@ def test_a_method_is_the_sweep_with_its_settings(
     """A row is the best reading of a sweep of its own, and its control the best of as many."""
     alone = sweep(
         mini, PROMPT, layers=5, kinds="mlp_out", controls="random_direction", progress=False,
-        **METHODS[method],
+        **NEIGHBOURS[method],
     )  # fmt: skip
     best = alone.best().iloc[0]
     row = table[table["method"] == method].iloc[0]
@@ -48,7 +48,7 @@ def test_a_method_is_the_sweep_with_its_settings(
 def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFrame) -> None:
     """First the methods, then lenses with likely tokens instead of a score, then the ablation."""
     assert table["method"].tolist() == [
-        *METHODS, "logit lens", "logit lens, random vector", "ablated in its own run"
+        *NEIGHBOURS, "logit lens", "logit lens, random vector", "ablated in its own run"
     ]  # fmt: skip
     lens = table[table["method"] == "logit lens"].iloc[0]
     assert lens[["alpha", "target_layer", "score", "control", "tries"]].isna().all()
