@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from superscopes_tl.cells import Part, make_patches, mean, score_readings, tokens_told
-from superscopes_tl.decoding import Generation
 from superscopes_tl.patches import Patch
-from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
 from superscopes_tl.results import Reading
@@ -122,7 +120,7 @@ def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Rea
         for name in names
         for patch in make_control(name, part.plan, part.cells, part.patches)
     ]
-    written = iter(_written_once(parts[0].plan.generator, made))
+    written = iter(parts[0].plan.generator.generate(made))
     likely = iter(_likely(parts, readings) if _LIKELY in asked else ())
     rows: list[dict[str, float | str]] = []
     for part in parts:
@@ -179,26 +177,6 @@ def _likely(parts: Sequence[Part], readings: Sequence[Reading]) -> Iterator[floa
     likely = plan.generator.log_probabilities(unpatched[: len(distinct)], distinct)
     found = dict(zip(distinct, map(mean, likely), strict=True))
     return (found.get(ids, math.nan) for ids in told)
-
-
-def _written_once(generator: PatchedGenerator, patches: Sequence[Patch]) -> list[Generation]:
-    """Generate every distinct patch once."""
-
-    def key(patch: Patch) -> tuple[Any, ...]:
-        vector = b"" if patch.target_layer is None else patch.vector.numpy().tobytes()
-        return (
-            patch.target_layer,
-            patch.guidance,
-            patch.seed,
-            patch.keep,
-            patch.vector.shape,
-            vector,
-        )
-
-    keys = [key(patch) for patch in patches]
-    distinct = dict(zip(keys, patches, strict=True))
-    written = dict(zip(distinct, generator.generate(list(distinct.values())), strict=True))
-    return [written[k] for k in keys]
 
 
 def _found(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,14 @@ class Patch:
         if self.target_layer is None:
             return ()
         return self.target_layer if isinstance(self.target_layer, tuple) else (self.target_layer,)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What decides the text: patches with equal keys are written once."""
+        # A digest, not the numbers: thousands of patches are told apart at a time.
+        digest = hashlib.blake2b(self.vector.float().cpu().contiguous().numpy().tobytes())
+        vector = (self.vector.shape, digest.digest()) if self.layers else ()
+        return self.layers, self.guidance, self.seed, self.keep, vector
 
     @property
     def norm(self) -> float:

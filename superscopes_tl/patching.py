@@ -96,14 +96,27 @@ class PatchedGenerator:
     def batches(self, patches: Sequence[Patch]) -> Iterator[list[Generation]]:
         """Yield the texts batch by batch, as they are finished.
 
-        When memory runs out, the batch size is halved and the batch repeated.
+        Patches that are alike are written once: a batch that repeats earlier ones is longer than
+        `batch_size`. When memory runs out, the batch size is halved and the batch repeated.
 
         Raises:
             ValueError: a vector that overflows the model's number type, or a layer out of range.
             MemoryError: not even one row fits.
         """
         self._check(patches)
-        yield from self._in_batches(self._generate_batch, patches)
+        keys = [patch.key for patch in patches]
+        distinct: dict[tuple[Any, ...], Patch] = {}
+        for key, patch in zip(keys, patches, strict=True):
+            distinct.setdefault(key, patch)
+        waiting, written = iter(distinct), dict[tuple[Any, ...], Generation]()
+        start = 0
+        for batch in self._in_batches(self._generate_batch, list(distinct.values())):
+            # `batch` first: zip takes one more of what comes first when the other has ended.
+            written.update((key, text) for text, key in zip(batch, waiting, strict=False))
+            # Everything up to the first patch that is still to be written.
+            end = next((i for i in range(start, len(keys)) if keys[i] not in written), len(keys))
+            yield [written[key] for key in keys[start:end]]
+            start = end
 
     def _check(self, patches: Sequence[Patch]) -> None:
         for patch in patches:

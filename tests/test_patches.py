@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
 from superscopes_tl.cells import make_patches
 from superscopes_tl.patches import patch_hooks
 from superscopes_tl.sites import Site
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, tiny_model
 from tests.plain_hf import blocks_of
 from tests.tiny_models import tiny_hf
 
@@ -188,3 +190,36 @@ def test_another_model_may_be_asked(tiny: Tiny, word_overlap: Any) -> None:
     assert set(both.table["mapping"]) == {"scale, into the other"}
     assert both.provenance["target_model"]["name"] == "the other"
     assert alone.provenance["target_model"] is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers=st.lists(st.integers(0, 4), min_size=1, max_size=12), size=st.integers(1, 4))
+def test_alike_patches_are_written_once_and_in_order(numbers: list[int], size: int) -> None:
+    """Whatever repeats where, every patch gets its own text, and no row is computed twice."""
+    model = tiny_model("llama", "bridge")
+    generator = PatchedGenerator(model, TWO, max_new_tokens=2, batch_size=size)
+    torch.manual_seed(3)
+    kinds = [
+        Patch(torch.randn(model.d_model) * 5, 2),
+        Patch(torch.randn(model.d_model) * 5, (1, 3), keep=1.0),
+        Patch(torch.randn(model.d_model) * 5, 4, guidance=2.0),
+        Patch(torch.randn(model.d_model) * 5, 2, seed=7),
+        Patch(torch.zeros(model.d_model), None),
+    ]
+    alone = [generator.generate([kind])[0].token_ids for kind in kinds]
+    rows: list[int] = []
+    original = generator._generate_batch
+
+    def counted(patches: Sequence[Patch]) -> Any:
+        rows.append(len(patches))
+        return original(patches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "_generate_batch", counted)
+        copies = [replace(kinds[n], vector=kinds[n].vector.clone()) for n in numbers]
+        batches = list(generator.batches(copies))
+    assert all(batches)
+    found = [generation.token_ids for batch in batches for generation in batch]
+    assert found == [alone[n] for n in numbers]
+    assert sum(rows) == len(set(numbers))
+    assert max(rows) <= size
