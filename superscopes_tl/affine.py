@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.files import written_whole
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.results import MAX_FILE_BYTES
@@ -153,18 +154,12 @@ def mapped(maps: Iterable[AffineMap]) -> PlaceVectors:
                 got=f"none for {missing[0]}, only for {sorted(found)}",
                 fix="name these layers in fit_affine(model, texts, pairs)",
             )
-        activations = capture(
-            plan.model,
-            plan.source,
-            kinds=dict.fromkeys(site.kind for site, _ in places),
-            layers=dict.fromkeys(site.layer for site, _ in places),
-        )
+        read = site_vectors(plan.model, plan.source, [site for site, _ in places])
         vectors = torch.empty(len(places), plan.generator.model.d_model)
         for place in dict.fromkeys(wanted):
             found[place].check_models(plan.model, plan.generator.model)
             rows = [row for row, other in enumerate(wanted) if other == place]
-            read = torch.stack([activations.at(places[row][0]) for row in rows])
-            vectors[rows] = found[place](read).cpu()
+            vectors[rows] = found[place](read[rows])
         return vectors
 
     # A file of readings knows the maps by their name: R² is left out because its last digits
@@ -198,12 +193,8 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
         "version": str(FORMAT_VERSION),
         "maps": json.dumps([one.provenance() for one in chosen], allow_nan=False),
     }
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with written_whole(target) as fresh:
         save_file(tensors, fresh, metadata=header)
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
     return target
 
 

@@ -30,6 +30,7 @@ from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.interventions import Row, Run, continuation_ids, follow
+from superscopes_tl.lenses import divergence
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.replacements import Corruption, zero
 from superscopes_tl.sites import PAPER_KINDS, Site, check_kinds, check_layers
@@ -306,8 +307,7 @@ def _compare(
     """Return what becomes of the continuation in each row; numbers are means over its tokens."""
 
     def look(likely: Float[Tensor, "rows vocab"], step: int) -> Float[Tensor, "rows 3"]:
-        before = clean[step].to(likely.device).clamp_min(-1e30)  # 0 · -inf is no number
-        kl = (before.exp() * (before - likely.clamp_min(-1e30))).sum(dim=-1).clamp_min(0)
+        kl = divergence(clean[step].to(likely.device), likely).clamp_min(0)
         return torch.stack([likely[:, told[step]], kl, likely.argmax(dim=-1).float()], dim=-1)
 
     found = follow(model, rows, told, look, batch_size=batch_size)

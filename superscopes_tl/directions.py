@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.errors import bad_value
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.sites import check_kinds, check_layers
+from superscopes_tl.sites import Site, check_kinds, check_layers
 from superscopes_tl.tokens import tokenize
 
 
@@ -117,8 +117,8 @@ def difference_of_means(
             raise bad_value(argument, expected="texts", got=texts, fix="pass a list of texts")
         several = [tokenize(model, text, argument=argument, chat=chat) for text in texts]
         rows = [
-            capture(model, text, kinds=checked, layers=number)[checked, number][text.own.stop - 1]
+            site_vectors(model, text, [Site(checked, number, text.own.stop - 1)])
             for text in several
         ]
-        means.append(torch.stack(rows).float().cpu().mean(dim=0))
+        means.append(torch.cat(rows).mean(dim=0))
     return means[0] - means[1]

@@ -20,7 +20,7 @@ from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, Vie
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import TargetPrompt, as_target_prompt
-from superscopes_tl.scoring import PAPER_SCORER, as_scorer, scorer_name
+from superscopes_tl.scoring import PAPER_SCORER, as_scorer, no_scores, scorer_name
 from superscopes_tl.tokens import TokenizedText
 
 _SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows what comes out"
@@ -194,11 +194,6 @@ def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any, chat: boo
             fix="patch into layer 0 or a fixed layer",
         )
     return round(norm_at(target_prompt, into, chat), 4)
-
-
-def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Stand in for a scorer where nothing is run: loading the real one takes seconds."""
-    return [0.0 for _ in candidates]
 
 
 def _choose_scorer(view: View, scorer: Any) -> None:

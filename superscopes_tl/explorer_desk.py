@@ -17,7 +17,6 @@ from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_config import (
     alphas_text,
-    no_scores,
     read_config,
     show_tokens,
     write_config,
@@ -30,6 +29,7 @@ from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import TargetPrompt
 from superscopes_tl.results import Reading
+from superscopes_tl.scoring import no_scores
 from superscopes_tl.tokens import TokenizedText, check_text, tokenize
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.amplify import random_direction
-from superscopes_tl.capture import capture
+from superscopes_tl.capture import site_vectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.sites import HookKind, Site, check_kinds, check_layers, hook_name
@@ -141,17 +141,16 @@ def lens_table(
     _check_lenses(lenses)
     wanted = tuple(dict.fromkeys(sites))
     check_count("top_k", top_k, least=1, fix="5 is the usual choice")
-    kinds = check_kinds((site.kind for site in wanted), model.kinds, model.name)
-    layers = check_layers((site.layer for site in wanted), model.n_layers, "sites")
+    check_kinds((site.kind for site in wanted), model.kinds, model.name)
+    check_layers((site.layer for site in wanted), model.n_layers, "sites")
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
-    activations = capture(model, tokens, kinds=kinds, layers=layers)
-    vectors = torch.stack([activations.at(site).float().cpu() for site in wanted])
+    vectors = site_vectors(model, tokens, wanted)
     rows: list[dict[str, Any]] = []
     for name, moved in _through(model, lenses, vectors, wanted, control=control):
         likely = logit_lens(model, moved)
         top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
         for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
-            rows += _rows(model, activations.tokens, site, name, values, ids)
+            rows += _rows(model, tokens, site, name, values, ids)
     return pd.DataFrame(rows)
 
 
@@ -273,6 +272,7 @@ def divergence(
     final: Float[Tensor, "*batch vocab"], lens: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
     """Return KL(final ‖ lens) in nats, from log-probabilities."""
+    final, lens = final.clamp_min(-1e30), lens.clamp_min(-1e30)  # 0 · -inf is no number
     return (final.exp() * (final - lens)).sum(dim=-1)
 
 

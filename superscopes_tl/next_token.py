@@ -35,6 +35,7 @@ from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.prompts import IDENTITY_PROMPT
+from superscopes_tl.scoring import no_scores
 from superscopes_tl.significance import bootstrap_interval
 from superscopes_tl.sites import Site
 
@@ -66,9 +67,9 @@ class NextTokens:
     Attributes:
         table: one row per text, token, method and cell. `method` is "patched", the name of a
             control, or "logit_lens" (with neither target layer nor α; left out where `vectors`
-            says what v is). `own` is the token that
-            the model itself predicts there, `predicted` the method's, `hit` whether the two are
-            one, and `surprisal` −log p of `own` under the method, in nats.
+            says what v is). `own` is the token that the model itself predicts there, `predicted`
+            the method's, `hit` whether the two are one, and `surprisal` −log p of `own` under the
+            method, in nats.
         provenance: models, target prompt, settings and texts, as plain data.
     """
 
@@ -163,15 +164,10 @@ def _plans(
         "controls": ("unpatched", "random_direction"),
     }
     first = plan_sweep(
-        model, texts[0], **{**defaults, **settings}, max_new_tokens=1, scorer=_no_scores
+        model, texts[0], **{**defaults, **settings}, max_new_tokens=1, scorer=no_scores
     )
     _check_plan(first)
     return [first, *map(first.at_prompt, texts[1:])]
-
-
-def _no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Stand in for a scorer, so that none is loaded: no text is scored here."""
-    return [0.0 for _ in candidates]
 
 
 def _check_plan(plan: SweepPlan) -> None:

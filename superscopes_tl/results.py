@@ -23,6 +23,7 @@ from typing import Any, Self
 import pandas as pd
 
 from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.files import written_whole
 from superscopes_tl.scoring import PAPER_THRESHOLD
 
 FORMAT = "superscopes_tl.sweep"
@@ -222,15 +223,13 @@ class SweepResult:
         buffer = io.BytesIO()
         self.table.to_parquet(buffer, index=False)
         header = {"format": FORMAT, "version": FORMAT_VERSION, "provenance": self.provenance}
-        fresh = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
-                text = json.dumps(header, indent=1, ensure_ascii=False)
-                archive.writestr("provenance.json", text)
-                archive.writestr("table.parquet", buffer.getvalue())
-            fresh.replace(target)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with (
+            written_whole(target) as fresh,
+            zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            text = json.dumps(header, indent=1, ensure_ascii=False)
+            archive.writestr("provenance.json", text)
+            archive.writestr("table.parquet", buffer.getvalue())
         return target
 
     @classmethod

@@ -213,6 +213,11 @@ def scorer_name(scorer: Scorer) -> str:
     return type(scorer).__name__
 
 
+def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    """Stand in for a scorer where nothing is scored: loading the real one takes seconds."""
+    return [0.0 for _ in candidates]
+
+
 def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[float]:
     """Score every text against one reference; empty texts are NaN.
 

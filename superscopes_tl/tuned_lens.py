@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
+from superscopes_tl.files import written_whole
 from superscopes_tl.lenses import Place, divergence, token_states
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.sites import Site
@@ -104,13 +105,9 @@ class TunedLens:
         target = Path(path)
         header = {"model": self.model, "fingerprint": self.fingerprint}
         header |= {"format": FORMAT, "training": json.dumps(dict(self.training))}
-        fresh = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with written_whole(target) as fresh:
             tensors = {"matrices": self.matrices, "biases": self.biases}
             save_file(tensors, fresh, metadata=header)
-            fresh.replace(target)
-        finally:
-            fresh.unlink(missing_ok=True)
         return target
 
     @classmethod

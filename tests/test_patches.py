@@ -193,18 +193,21 @@ def test_another_model_may_be_asked(tiny: Tiny, word_overlap: Any) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(numbers=st.lists(st.integers(0, 4), min_size=1, max_size=12), size=st.integers(1, 4))
+@given(numbers=st.lists(st.integers(0, 6), min_size=1, max_size=12), size=st.integers(1, 4))
 def test_alike_patches_are_written_once_and_in_order(numbers: list[int], size: int) -> None:
     """Whatever repeats where, every patch gets its own text, and no row is computed twice."""
     model = tiny_model("llama", "bridge")
     generator = PatchedGenerator(model, TWO, max_new_tokens=2, batch_size=size)
     torch.manual_seed(3)
-    kinds = [
-        Patch(torch.randn(model.d_model) * 5, 2),
-        Patch(torch.randn(model.d_model) * 5, (1, 3), keep=1.0),
-        Patch(torch.randn(model.d_model) * 5, 4, guidance=2.0),
-        Patch(torch.randn(model.d_model) * 5, 2, seed=7),
-        Patch(torch.zeros(model.d_model), None),
+    vector = torch.randn(model.d_model) * 5
+    kinds = [  # each differs from the first in one thing alone
+        Patch(vector, 2),
+        Patch(vector, (1, 3)),
+        Patch(vector, 2, keep=1.0),
+        Patch(vector, 2, guidance=2.0),
+        Patch(vector, 2, seed=7),
+        Patch(-vector, 2),
+        Patch(vector, None),
     ]
     alone = [generator.generate([kind])[0].token_ids for kind in kinds]
     rows: list[int] = []
