@@ -5,16 +5,17 @@ hooks and on `run_with_cache`. They differ in how a forward pass takes a cache o
 a `Decoder` hides that difference in three steps:
 
 1. `prefill` runs the tokens that all rows share once, and keeps their keys and values.
-2. `expand` gives each row of a batch a copy of those, in buffers with room for what comes.
+2. `expand` makes a cache of many rows that all begin with those, stored once (`keys_values`).
 3. `step` runs some more tokens of every row and returns the logits of the last one.
 
-Writing into a preallocated buffer saves copying the whole cache at every token, and all
-rows have the same length, so no padding and no mask has to be thought of.
+All rows have the same length, so no padding and no mask has to be thought of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,17 +23,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from superscopes_tl.keys_values import Prefix, RowBuffer, SharedPrefix
+
 
 class Decoder(Protocol):
     """Cached decoding, one implementation per TransformerLens class."""
 
     name: str
 
-    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Any:
-        """Return the cache of keys and values of `tokens` (which may be empty)."""
+    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
+        """Return the keys and values of `tokens` (which may be empty)."""
 
-    def expand(self, prefix: Any, batch: int, room: int) -> Any:
+    def expand(self, prefix: Prefix, batch: int, room: int) -> Any:
         """Return a cache of `batch` rows like `prefix`, with room for `room` more tokens."""
+
+    def keep(self, cache: Any, rows: Int[Tensor, " kept"]) -> None:
+        """Drop all rows of a cache but these."""
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """Run `tokens` behind `cache`, which grows, and return the last token's logits."""
@@ -52,27 +58,32 @@ class HookedDecoder:
     def __init__(self, lens: Any) -> None:
         self._lens = lens
 
-    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Any:
+    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         """See `Decoder.prefill`."""
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         cache = TransformerLensKeyValueCache.init_cache(self._lens.cfg, tokens.device, 1)
         if tokens.shape[1]:
             self._run(tokens, cache)
-        return cache
-
-    def expand(self, prefix: Any, batch: int, room: int) -> Any:
-        """See `Decoder.expand`."""
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        mask = prefix.previous_attention_mask  # a field that must be there, and is not read
-        return TransformerLensKeyValueCache(
-            entries=[
-                _HookedBuffer(entry.past_keys, entry.past_values, batch, room)
-                for entry in prefix.entries
-            ],
-            previous_attention_mask=mask.expand(batch, -1),
+        return tuple(
+            (
+                _rotated(block.attn, entry.past_keys, 0).transpose(1, 2),
+                entry.past_values.transpose(1, 2),
+            )
+            for block, entry in zip(self._lens.blocks, cache.entries, strict=True)
         )
+
+    def expand(self, prefix: Prefix, batch: int, room: int) -> list[_HookedEntry]:
+        """See `Decoder.expand`."""
+        return [
+            _HookedEntry(block.attn, RowBuffer(shared, batch, room))
+            for block, shared in zip(self._lens.blocks, prefix, strict=True)
+        ]
+
+    def keep(self, cache: list[_HookedEntry], rows: Int[Tensor, " kept"]) -> None:
+        """See `Decoder.keep`."""
+        for entry in cache:
+            entry.rows.keep(rows)
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """See `Decoder.step`.
@@ -106,45 +117,68 @@ class HookedDecoder:
         offset = cache[0].past_keys.shape[1]
         embedded = lens.hook_embed(lens.embed(tokens))
         residual, shortformer = lens.get_residual(embedded, offset, tokens=tokens)
-        output: Tensor = lens(
-            residual,
-            start_at_layer=0,
-            stop_at_layer=lens.cfg.n_layers,
-            past_kv_cache=cache,
-            shortformer_pos_embed=shortformer,
-        )
+        with _each_key_rotated_once(lens):
+            output: Tensor = lens(
+                residual,
+                start_at_layer=0,
+                stop_at_layer=lens.cfg.n_layers,
+                past_kv_cache=cache,
+                shortformer_pos_embed=shortformer,
+            )
         return output
 
 
-class _HookedBuffer:
-    """A `TransformerLensKeyValueCacheEntry` of `batch` equal rows that appends in place."""
+class _HookedEntry:
+    """One layer's `TransformerLensKeyValueCacheEntry`: keys are kept as attention uses them.
 
-    def __init__(
-        self,
-        keys: Float[Tensor, "1 pos heads d_head"],
-        values: Float[Tensor, "1 pos heads d_head"],
-        batch: int,
-        room: int,
-    ) -> None:
-        self._length = keys.shape[1]
-        self._buffers = tuple(_with_room(t, batch, room, dim=1) for t in (keys, values))
-        self.frozen = False
+    TransformerLens's own entry keeps them as they were before the rotary embedding, and rotates
+    all of them anew at every step.
+    """
+
+    def __init__(self, attn: Any, rows: RowBuffer) -> None:
+        self._attn = attn
+        self.rows = rows
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos heads d_head"]:
-        return self._buffers[0][:, : self._length]
-
-    @property
-    def past_values(self) -> Float[Tensor, "batch pos heads d_head"]:
-        return self._buffers[1][:, : self._length]
+        """Asked for its length alone."""
+        return self.rows.all()[0].permute(0, 2, 1, 3)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values and return all of them (TransformerLens's protocol)."""
-        end = self._length + keys.shape[1]
-        for buffer, new in zip(self._buffers, (keys, values), strict=True):
-            buffer[:, self._length : end] = new
-        self._length = end
-        return self.past_keys, self.past_values
+        keys = _rotated(self._attn, keys, self.rows.length)
+        found = self.rows.append(keys.transpose(1, 2), values.transpose(1, 2))
+        return found[0].permute(0, 2, 1, 3), found[1].permute(0, 2, 1, 3)
+
+
+def _rotated_once(attn: Any) -> bool:
+    """Tell whether a key's rotary embedding depends on nothing but its position."""
+    # A stretched base (`use_dynamic_ntk_rope`) changes with the length of the whole text.
+    stretched = getattr(attn.cfg, "use_dynamic_ntk_rope", False)
+    return attn.cfg.positional_embedding_type == "rotary" and not stretched
+
+
+def _rotated(attn: Any, keys: Tensor, offset: int) -> Tensor:
+    """Return keys with the rotary embedding of their positions, where that is final."""
+    return attn.apply_rotary(keys, offset) if _rotated_once(attn) else keys
+
+
+@contextlib.contextmanager
+def _each_key_rotated_once(lens: Any) -> Iterator[None]:
+    """Let attention take the keys of a `_HookedEntry`, which are rotated, as they are."""
+    attentions = [block.attn for block in lens.blocks if _rotated_once(block.attn)]
+    for attn in attentions:
+        rotate = attn.apply_rotary
+
+        def unless_rotated(x: Tensor, *args: Any, rotate: Any = rotate) -> Tensor:
+            return x if isinstance(x, SharedPrefix) else rotate(x, *args)
+
+        attn.apply_rotary = unless_rotated
+    try:
+        yield
+    finally:
+        for attn in attentions:
+            del attn.apply_rotary
 
 
 class BridgeDecoder:
@@ -157,24 +191,29 @@ class BridgeDecoder:
         accepted = inspect.signature(type(lens.original_model).forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Any:
+    def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         """See `Decoder.prefill`."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        if tokens.shape[1]:
-            self.step(tokens, cache)
-        return cache
+        cache, length = DynamicCache(), tokens.shape[1]
+        # Nothing to run tells no shapes: run any token, and keep none of it.
+        self.step(tokens if length else tokens.new_zeros(1, 1), cache)
+        return tuple(
+            (layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers
+        )
 
-    def expand(self, prefix: Any, batch: int, room: int) -> Any:
+    def expand(self, prefix: Prefix, batch: int, room: int) -> Any:
         """See `Decoder.expand`."""
         from transformers import DynamicCache
 
-        rows = DynamicCache()
-        rows.layers = [
-            _buffer_layer_class()(layer.keys, layer.values, batch, room) for layer in prefix.layers
-        ]
-        return rows
+        cache = DynamicCache()
+        cache.layers = [_layer_class()(RowBuffer(shared, batch, room)) for shared in prefix]
+        return cache
+
+    def keep(self, cache: Any, rows: Int[Tensor, " kept"]) -> None:
+        """See `Decoder.keep`."""
+        for layer in cache.layers:
+            layer.rows.keep(rows)
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """See `Decoder.step`."""
@@ -193,46 +232,28 @@ class BridgeDecoder:
 
 
 @cache
-def _buffer_layer_class() -> Any:
+def _layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
-    class BufferLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
-        """One layer of a Hugging Face cache of equal rows that appends in place."""
+    class SharedPrefixLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+        """One layer of a Hugging Face cache whose rows begin alike."""
 
-        def __init__(
-            self,
-            keys: Float[Tensor, "1 heads pos d_head"],
-            values: Float[Tensor, "1 heads pos d_head"],
-            batch: int,
-            room: int,
-        ) -> None:
+        def __init__(self, rows: RowBuffer) -> None:
             super().__init__()
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self.buffers = tuple(_with_room(t, batch, room, dim=2) for t in (keys, values))
-            self._show(keys.shape[2])
-
-        def _show(self, end: int) -> None:
-            self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+            self.rows = rows
+            self.keys, self.values = rows.all()
+            self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[:, :, start:end] = new
-            self._show(end)
+            self.keys, self.values = self.rows.append(key_states, value_states)
             return self.keys, self.values
 
-    return BufferLayer
+        def get_seq_length(self) -> int:
+            return self.rows.length
 
-
-def _with_room(rows: Tensor, batch: int, room: int, *, dim: int) -> Tensor:
-    """Return `batch` copies of the one row in `rows`, with `room` more places along `dim`."""
-    shape = list(rows.shape)
-    shape[0], shape[dim] = batch, shape[dim] + room
-    buffer = rows.new_zeros(shape)
-    buffer.narrow(dim, 0, rows.shape[dim]).copy_(rows.expand(batch, -1, -1, -1))
-    return buffer
+    return SharedPrefixLayer
 
 
 def decoder_for(lens: Any) -> Decoder:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.decoding import decode
+from superscopes_tl.decoding import Batch, decode
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import rows_that_fit
 from superscopes_tl.models import Hook, LanguageModel
@@ -133,13 +133,8 @@ def _own_continuation(run: Run, count: int) -> tuple[int, ...]:
     decoder, ids = run.model.decoder, run.source.tensor(run.model.device)
     with run.model.lock, torch.no_grad():
         cache = decoder.expand(decoder.prefill(ids[:, :-1]), 1, count + 1)
-        written = decode(
-            decoder.step(ids[:, -1:], cache).float(),
-            lambda tokens: decoder.step(tokens[:, None].to(ids.device), cache).float(),
-            max_new_tokens=count,
-            eos=(),
-            seeds=[None],
-        )
+        batch = Batch(decoder.step, decoder.keep, cache, torch.ones(1))
+        written = decode(batch, batch.run(ids[:, -1:]), max_new_tokens=count, eos=(), seeds=[None])
     return tuple(written.ids[0].tolist())
 
 

@@ -5,7 +5,8 @@
 2. Give each row of a batch a copy of them. All rows have the same length: no padding, no mask.
 3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
    placeholder (`patches`); they are on the model during this step alone.
-4. Go on, one token per step, until every row has ended (`decoding`).
+4. Go on, one token per step, until every row has ended (`decoding`). At the last block the patch
+   decides the first token alone: rows that agree in it are written once.
 
 The result of greedy rows is what one forward pass per cell would give, token for token (the tests
 compare it with plain Hugging Face generation). Patching once and by absolute position follows the
@@ -14,6 +15,7 @@ paper's section 3.1: later tokens see the patched state through attention, they 
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
@@ -24,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.decoding import Generation, decode, guide
+from superscopes_tl.decoding import Batch, Generation, decode
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import free_memory, out_of_memory, rows_that_fit
 from superscopes_tl.models import LanguageModel
@@ -57,6 +59,9 @@ class PatchedGenerator:
             (`generation_config.json`, as the bundled model does), else the paper's 10.
         batch_size: rows per batch; 64, or fewer where memory is short, unless given.
         chat: whether the target prompt is a message of a user in the model's chat template.
+        until: tells whether a text, so far, has said all that is asked for: it ends there. It must
+            not change its mind when the text goes on, and rows are written to their end, or their
+            longest text, unless it is given.
 
     Raises:
         ValueError: a bad number, a target prompt that does not fit, no placeholder in it, or
@@ -71,8 +76,9 @@ class PatchedGenerator:
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
         chat: bool = False,
+        until: Callable[[str], bool] | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.until = model, until
         self.max_new_tokens = _at_least_one(
             "max_new_tokens", max_new_tokens, default_new_tokens(model)
         )
@@ -216,14 +222,36 @@ class PatchedGenerator:
 
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
         with self.model.lock, torch.no_grad():
-            logits, advance = self._begin(patches)
+            batch, logits = self._begin(patches)
             return decode(
+                batch,
                 logits,
-                advance,
                 max_new_tokens=self.max_new_tokens,
                 eos=self.model.eos_token_ids,
                 seeds=[patch.seed for patch in patches],
+                told=self._told if self.until else None,
+                alike=[self._alike(patch) for patch in patches],
             ).generations(self._text)
+
+    def _told(self, token_ids: list[int]) -> int | None:
+        """Return how many tokens it took to say all; `None` before that."""
+        until = self.until
+        if until is None or not until(self._text(token_ids)):
+            return None
+        counts = range(1, len(token_ids) + 1)
+        # What was said stays said, so the first such count is found by halves.
+        return counts[
+            bisect.bisect_left(counts, True, key=lambda n: until(self._text(token_ids[:n])))
+        ]
+
+    def _alike(self, patch: Patch) -> str | None:
+        """Return a common label for greedy rows whose first token decides what follows.
+
+        Nothing after the last block's output attends to it: a patch there changes the logits of
+        its own position, and no keys or values.
+        """
+        last = all(layer % self.model.n_layers == self.model.n_layers - 1 for layer in patch.layers)
+        return "as unpatched" if last and patch.seed is None and patch.guidance == 1 else None
 
     def _text(self, token_ids: list[int]) -> str:
         text: str = self.model.tokenizer.decode(
@@ -264,7 +292,7 @@ class PatchedGenerator:
     def _first_choice(self, patches: Sequence[Patch]) -> list[Float[Tensor, " vocab"]]:
         """Return what `next_token` does, for the rows of one batch."""
         with self.model.lock, torch.no_grad():
-            logits, _ = self._begin(patches)
+            _, logits = self._begin(patches)
             return list(logits.log_softmax(dim=-1).cpu())
 
     def _follow(self, rows: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
@@ -274,33 +302,27 @@ class PatchedGenerator:
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         found: list[Tensor] = []
         with self.model.lock, torch.no_grad():
-            logits, advance = self._begin(patches)
+            batch, logits = self._begin(patches)
             for step in range(longest):
                 if step:
-                    logits = advance(ids[:, step - 1].to(self.model.device))
+                    logits = batch.advance(ids[:, step - 1].to(self.model.device))
                 likely = logits.log_softmax(dim=-1).cpu()
                 found.append(likely.gather(1, ids[:, step : step + 1])[:, 0])
         table = torch.stack(found, dim=1).tolist() if found else [[] for _ in texts]
         return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
-    def _begin(self, patches: Sequence[Patch]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the logits behind the patched prompt, and what gives those behind more tokens.
+    def _begin(self, patches: Sequence[Patch]) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
+        """Return a batch that has read the patched prompt, and the logits behind it.
 
         Guided rows have an unpatched twin, which reads the same text.
         """
-        guided = [row for row, patch in enumerate(patches) if patch.guidance != 1]
+        twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
+        rows = [*patches, *twins]
         weights = torch.tensor([patch.guidance for patch in patches])
-        rows = [*patches, *(replace(patches[row], target_layer=None) for row in guided)]
-        cache = self._start(len(rows))
+        batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows)), weights)
         places = [position - self._first for position in self.target.positions]
         with self.model.hooks(patch_hooks(self.model, rows, places)):
-            logits = self.step(self._tail(len(rows)), cache)
-
-        def advance(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-            written = torch.cat([tokens, tokens[guided]])[:, None].to(self.model.device)
-            return guide(self.step(written, cache), weights, guided)
-
-        return guide(logits, weights, guided), advance
+            return batch, batch.run(self._tail(len(rows)))
 
     def _start(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""

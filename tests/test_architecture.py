@@ -16,8 +16,8 @@ import superscopes_tl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 FLOW = """
-    errors files vector_files sites backends models chat conversion mini loading tokens prompts
-    capture directions amplify lenses tuned_lens memory decoding patches patching
+    errors files vector_files sites keys_values backends models chat conversion mini loading tokens
+    prompts capture directions amplify lenses tuned_lens memory decoding patches patching
     interventions scoring contextualization results selectors metric significance comparison
     replay config selfie replacements causal plan sources affine affine_fit cells controls
     next_token sweep vectors refine guided evaluation evaluate plots figures lens_figures
