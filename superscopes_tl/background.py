@@ -117,7 +117,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         plan.source.ids,
         plan.source.text,
         plan.generator.target,
-        plan.generator.max_new_tokens,
+        (plan.generator.max_new_tokens, plan.generator.until),
         (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
         (config.unit, config.guide, config.draw),
         config.controls,

@@ -80,7 +80,8 @@ class SweepConfig:
         max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
         batch_size: rows per batch; chosen by memory unless given.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
-        score_on: score the cropped "description", or as the paper did the whole "text".
+        score_on: score the cropped "description", or as the paper did the whole "text". Texts end
+            where their description does, unless they are scored whole.
     """
 
     layers: int | Iterable[int] | None = None

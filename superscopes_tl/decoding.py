@@ -96,10 +96,14 @@ class Written:
         found: list[int] = ids[ids >= 0].tolist()
         return found
 
-    def crop(self, row: int, length: int) -> None:
-        """Forget what a row wrote behind its first `length` tokens."""
-        self.ids[row, length:] = -1
-        self.margins[row, length:] = torch.inf
+    def crop(self, told: Callable[[list[int]], int | None]) -> None:
+        """Forget what each row wrote after it had said all."""
+        for row in range(len(self.ids)):
+            length = told(self.tokens(row))
+            if length is not None:
+                self.ids[row, length:] = -1
+                self.margins[row, length:] = torch.inf
+                self.broken[row] = False  # what overflowed was behind it, if anything
 
     def follow(self, row: int, leader: int) -> None:
         """Let a row go on, from its second token on, as another one did."""
@@ -205,7 +209,7 @@ def decode(
         seeds: per row `None` for the likeliest token, or the seed to draw from. What a row draws
             does not depend on the other rows.
         told: where a text has said all, returns how many of its tokens that took; else `None`.
-            Rows are written to their end, or longest text, unless given.
+            It ends there. Rows are written to their end, or longest text, unless given.
         alike: per row, if given, what decides its text from the second token on besides the first
             token, or `None`: of rows that agree in both, one is written.
     """
@@ -221,7 +225,8 @@ def decode(
             leaders = _leaders(alike, choice.tokens, going)
             going[list(leaders)] = False
         if told is not None and (step + 1) % LOOK_EVERY == 0:
-            going &= ~_cropped(written, told, rows, going)
+            for place in going.nonzero()[:, 0].tolist():
+                going[place] = told(written.tokens(int(rows[place]))) is None
         if step + 1 == max_new_tokens or not going.any():
             break
         tokens = choice.tokens
@@ -232,6 +237,8 @@ def decode(
         logits = batch.advance(tokens.to(logits.device))
     for row, leader in leaders.items():
         written.follow(row, leader)
+    if told is not None:
+        written.crop(told)
     return written
 
 
@@ -287,23 +294,6 @@ def _leaders(
             if leader != row:
                 leaders[row] = leader
     return leaders
-
-
-def _cropped(
-    written: Written,
-    told: Callable[[list[int]], int | None],
-    rows: Int[Tensor, " rows"],
-    going: Bool[Tensor, " rows"],
-) -> Bool[Tensor, " rows"]:
-    """Crop the texts that have said all, and tell which these are."""
-    found = torch.zeros_like(going)
-    for place in going.nonzero()[:, 0].tolist():
-        row = int(rows[place])
-        length = told(written.tokens(row))
-        if length is not None:
-            written.crop(row, length)
-            found[place] = True
-    return found
 
 
 def _drawing(seeds: Sequence[int | None]) -> Callable[[Tensor, Sequence[int]], Tensor]:

@@ -33,7 +33,7 @@ from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plots import heatmap
-from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
+from superscopes_tl.prompts import PAPER_PROMPTS, crop_description, description_is_over
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import HookKind
 from superscopes_tl.sweep import sweep
@@ -184,7 +184,10 @@ def count_right(
         prompts' facts, the mean over all of them).
     """
     generator = PatchedGenerator(
-        model, max_new_tokens=_longest(model, facts, prompts), batch_size=COUNT_BATCH_SIZE
+        model,
+        max_new_tokens=_longest(model, facts, prompts),
+        batch_size=COUNT_BATCH_SIZE,
+        until=description_is_over,
     )
     real = _readings(generator, prompts, scale)
     random = _readings(generator, prompts, random_direction(0))

@@ -22,7 +22,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import PatchedGenerator
-from superscopes_tl.prompts import as_target_prompt
+from superscopes_tl.prompts import as_target_prompt, description_is_over
 from superscopes_tl.scoring import Scorer, SentenceEmbeddingScorer, as_scorer, scorer_name
 from superscopes_tl.sites import Site, check_kinds, check_layers
 from superscopes_tl.tokens import TokenizedText, check_text, resolve_positions, tokenize
@@ -225,6 +225,7 @@ def plan_sweep(
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             chat=config.chat,
+            until=description_is_over if config.score_on == "description" else None,
         ),
         scorer=scorer,
         config=config,

@@ -226,6 +226,9 @@ def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:
     return TargetPrompt(target_prompt)
 
 
+_NEXT_ENTRY = re.compile(r",[^,:]{1,80}:")
+
+
 def crop_description(text: str) -> str:
     """Crop a generated text to the description of the placeholder.
 
@@ -238,5 +241,21 @@ def crop_description(text: str) -> str:
     >>> crop_description(": Ancient Greek king, ruler of Macedon")
     'Ancient Greek king, ruler of Macedon'
     """
-    first_line = text.strip().removeprefix(":").strip().split("\n", 1)[0]
-    return re.split(r",[^,:]{1,80}:", first_line, maxsplit=1)[0].strip().rstrip(",").strip()
+    first_line = _entry(text).split("\n", 1)[0]
+    return _NEXT_ENTRY.split(first_line, maxsplit=1)[0].strip().rstrip(",").strip()
+
+
+def description_is_over(text: str) -> bool:
+    """Tell whether `crop_description` gives the same for this text however it goes on.
+
+    >>> description_is_over(": American rock band, Adele")
+    False
+    >>> description_is_over(": American rock band, Adele:")
+    True
+    """
+    entry = _entry(text)
+    return "\n" in entry or _NEXT_ENTRY.search(entry) is not None
+
+
+def _entry(text: str) -> str:
+    return text.strip().removeprefix(":").strip()
