@@ -67,16 +67,20 @@ def evaluate(
     keeps the file; the table is the same but for the order of its rows. Each worker loads the model
     once and runs one task at a time: a batch, filled across prompts, or, of a run with fewer than
     eight batches, an eighth of the cells; a smaller `batch_size` makes more tasks. An executor with
-    one worker per GPU is what to aim at. On a machine with a SLURM queue (`dask-jobqueue`), where
-    all machines see the model's directory or the hub:
+    one worker per GPU, with one thread for tasks, is what to aim at. With a SLURM queue
+    (`dask-jobqueue`), where all machines find the model under the same name:
 
-        cluster = dask_jobqueue.SLURMCluster(cores=4, processes=1, memory="64GB")
+        cluster = dask_jobqueue.SLURMCluster(
+            cores=1, job_cpu=4, memory="64GB", job_extra_directives=["--gres=gpu:1"]
+        )
         cluster.scale(jobs=8)
         evaluate("org/name", path="run.sqlite", executor=cluster.get_client().get_executor())
 
     Dask replaces a worker that dies and does its task again, three times unless its setting
-    `distributed.scheduler.allowed-failures` says otherwise. For Ray, pass an object of your own
-    whose `submit(function, *arguments)` returns
+    `distributed.scheduler.allowed-failures` says otherwise; it gives its workers one thread for
+    arithmetic unless `distributed.nanny.pre-spawn-environ` does.
+
+    For Ray, pass an object of your own whose `submit(function, *arguments)` returns
     `ray.remote(function).remote(*arguments).future()`; such a task of Ray's may land in another
     process each time, with the model to load again. A model that is larger than one GPU is loaded
     by `partial(load_model, name, backend="bridge", device_map="auto")`: `load_model` hands a
