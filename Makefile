@@ -56,14 +56,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "superscopes_tl needs Python 3.11 or newer; got $$($(PYTHON) --version). Fix: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,cluster,dev]"
 	@touch $@
 
 $(VENV_TL4)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_TL4)
 	sed -e 's/^transformer-lens==.*/transformer-lens==$(TL4)/' -e 's/^ipykernel==.*/ipykernel==$(IPYKERNEL6)/' \
 		constraints.txt > $(VENV_TL4)/constraints.txt
-	$(VENV_TL4)/bin/python $(PIP_INSTALL) -c $(VENV_TL4)/constraints.txt -e ".[offline,notebook,app,dev]"
+	$(VENV_TL4)/bin/python $(PIP_INSTALL) -c $(VENV_TL4)/constraints.txt -e ".[offline,notebook,app,cluster,dev]"
 	@touch $@
 
 clean:

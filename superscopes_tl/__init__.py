@@ -74,6 +74,7 @@ from superscopes_tl.scoring import PAPER_THRESHOLD, Scorer, SentenceEmbeddingSco
 from superscopes_tl.selfie import SELFIE_PROMPT, add, at_layers, both, interpolate
 from superscopes_tl.sites import KINDS, PAPER_KINDS, HookKind, Site
 from superscopes_tl.sources import accumulated, head, sum_of, window
+from superscopes_tl.spread import local_workers
 from superscopes_tl.sweep import SweepError, SweepInterrupted, iter_sweep, sweep
 from superscopes_tl.tokens import TokenizedText, resolve_positions, tokenize
 from superscopes_tl.tuned_lens import TunedLens, train_tuned_lens
@@ -170,6 +171,7 @@ __all__ = [
     "load_maps",
     "load_model",
     "load_vectors",
+    "local_workers",
     "logit_lens",
     "mapped",
     "mean_activation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,10 @@ def evaluate(
     backend: options.Backend = "auto",
     dtype: options.DType = "float32",
     device: options.Device = "",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read, each with the model. This one alone unless given."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The file that readings are added to; run again to go on.")
     ] = Path("evaluation.sqlite"),
@@ -97,7 +102,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Run the paper's experiments (section 4) over many prompts, and count."""
-    from superscopes_tl import HIDDEN_STATES, MLP_OUTPUTS, PAPER_PROMPTS
+    from superscopes_tl import HIDDEN_STATES, MLP_OUTPUTS, PAPER_PROMPTS, local_workers
     from superscopes_tl import evaluate as run_evaluate
 
     with explained():
@@ -115,11 +120,12 @@ def evaluate(
         if alphas:
             changed["alphas"] = parse_numbers(alphas, "--alphas")
         found = run_evaluate(
-            options.load(model, backend, dtype, device),
+            partial(options.load, model, backend, dtype, device),
             PAPER_PROMPTS if prompts is None else read_prompts(prompts),
             out,
             config,
             draws=draws,
+            executor=None if workers is None else local_workers(workers),
             **changed,
             target_layer=into,
             target_prompt=options.target_prompt(target_prompt, placeholder, answer),

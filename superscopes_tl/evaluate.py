@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from superscopes_tl.amplify import PAPER_MAPPING
@@ -25,10 +27,12 @@ from superscopes_tl.config import CONTROLS, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.plan import SweepPlan, plan_sweep
+from superscopes_tl.plan import plan_sweep
 from superscopes_tl.prompts import PAPER_PROMPTS
-from superscopes_tl.scoring import scorer_name
-from superscopes_tl.sweep import run_plans
+from superscopes_tl.results import Reading
+from superscopes_tl.shares import Outline, Share, outline, read_shares
+from superscopes_tl.spread import Spread, Workers
+from superscopes_tl.workers import Loader
 
 MLP_OUTPUTS = SweepConfig(layers=range(1, 8), kinds="mlp_out", target_layer="same", score_on="text")
 """Section 4.1: MLP outputs of layers 1 to 7, patched into the same layer; the default."""
@@ -42,12 +46,13 @@ HIDDEN_STATES = SweepConfig(
 
 
 def evaluate(
-    model: LanguageModel | Any,
+    model: LanguageModel | Loader | Any,
     prompts: Sequence[str] = PAPER_PROMPTS,
     path: str | os.PathLike[str] | None = None,
     config: SweepConfig = MLP_OUTPUTS,
     *,
     draws: int | None = None,
+    executor: Workers | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Evaluation:
@@ -58,46 +63,100 @@ def evaluate(
     prompts, layers, α or mappings to extend it. The result holds everything in the file. The file
     knows mappings, bases and scorers by their names: give your own ones names that tell them apart.
 
+    With an `executor`, other processes read the cells, on this machine or on others, and this one
+    keeps the file; the table is the same but for the order of its rows. Each worker loads the model
+    once and runs one task at a time: a batch, filled across prompts, or, of a run with fewer than
+    eight batches, an eighth of the cells; a smaller `batch_size` makes more tasks. An executor with
+    one worker per GPU, with one thread for tasks, is what to aim at. With a SLURM queue
+    (`dask-jobqueue`), where all machines find the model under the same name:
+
+        cluster = dask_jobqueue.SLURMCluster(
+            cores=1, job_cpu=4, memory="64GB", job_extra_directives=["--gres=gpu:1"]
+        )
+        cluster.scale(jobs=8)
+        evaluate("org/name", path="run.sqlite", executor=cluster.get_client().get_executor())
+
+    Dask replaces a worker that dies and does its task again, three times unless its setting
+    `distributed.scheduler.allowed-failures` says otherwise; it gives its workers one thread for
+    arithmetic unless `distributed.nanny.pre-spawn-environ` does.
+
+    For Ray, pass an object of your own whose `submit(function, *arguments)` returns
+    `ray.remote(function).remote(*arguments).future()`; such a task of Ray's may land in another
+    process each time, with the model to load again. A model that is larger than one GPU is loaded
+    by `partial(load_model, name, backend="bridge", device_map="auto")`: `load_model` hands a
+    `device_map` to Hugging Face and leaves the parts where that put them.
+
     Example:
         >>> found = evaluate("mini", PAPER_PROMPTS[:8])  # doctest: +SKIP
         >>> compare(methods(found)).lines()  # doctest: +SKIP
 
     Args:
-        model: from `load_model`, or anything that it takes.
+        model: from `load_model`, or anything that it takes, or a function of no arguments that
+            returns one of these. With an `executor`, what every worker can load for itself: a name,
+            a directory, what `load_model` made of one, or such a function of a module.
         prompts: the source prompts; the paper's 48 unless given.
         path: the file of the experiment; kept in memory alone unless given.
         config: the settings; those of section 4.1 unless given.
         draws: that many more readings of α = 1, drawn at temperature 1: the equal-budget baseline.
             As many as give α = 1 the budget of all other α of the file, unless given; 0 for none.
             Another mapping than the paper's has none.
+        executor: a `concurrent.futures.Executor`, or what acts like one, or a function that starts
+            one, such as `local_workers(2)`, which is called anew when its workers have died. A
+            script that starts processes needs `if __name__ == "__main__":`.
         progress: whether to show a progress bar.
         **settings: fields of `SweepConfig` to change in `config`.
 
     Raises:
         ValueError, TypeError: a bad setting, or a file of another experiment.
         OSError: the file cannot be written; what it holds is kept.
+        ChildProcessError: the executor's workers died, again and again where a function starts it.
+            What is finished is in the file: call once more to go on.
     """
     several = check_prompts(prompts)
     check_names(settings)
     if draws is not None:
         check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
-    first = plan_sweep(model, several[0], replace(config, **settings))
-    _check_file_settings(first, path)
-    with contextlib.closing(EvaluationFile(path, first)) as file:
-        if draws is None:
-            draws = _equal_budget(first, file)
-        plans = [
-            replace(plan, finished=file.finished(plan))
-            for prompt in several
-            for plan in _plans(first, prompt, draws)
-        ]
-        left = sum(len(plan.cells) for plan in plans)
-        done = sum(len(plan.all_cells) for plan in plans) - left
-        with tqdm(total=left + done, initial=done, unit="cell", disable=not progress) as bar:
-            for readings in run_plans(plans):
-                file.add(readings)
-                bar.update(len(readings))
+    config = replace(config, **settings)
+    with contextlib.ExitStack() as stack:
+        if executor is None:
+            first = plan_sweep(_loaded(model), several[0], config)
+            there, read = outline(first, several), partial(read_shares, first)
+        else:
+            workers = stack.enter_context(Spread(executor, model, several, config))
+            there = workers.outline()
+            read = partial(workers.read, there)
+        _check_file_settings(there, config, path)
+        file = stack.enter_context(contextlib.closing(EvaluationFile(path, there.provenance)))
+        _fill(file, there, _equal_budget(there, file) if draws is None else draws, read, progress)
         return file.evaluation()
+
+
+def _fill(
+    file: EvaluationFile,
+    there: Outline,
+    draws: int,
+    read: Callable[[Sequence[Share]], Generator[list[Reading], None, None]],
+    progress: bool,
+) -> None:
+    """Read what the file does not hold, and add it as it is finished."""
+    every = list(there.shares(draws))
+    left = []
+    for share in every:
+        finished = file.finished(share.prompt, there.mapping, share.draw)
+        left.append(replace(share, cells=tuple(c for c in share.cells if c not in finished)))
+    total, new = (sum(len(share.cells) for share in shares) for shares in (every, left))
+    with (
+        tqdm(total=total, initial=total - new, unit="cell", disable=not progress) as bar,
+        contextlib.closing(read(left)) as batches,  # an error here ends the work there
+    ):
+        for readings in batches:
+            file.add(readings)
+            bar.update(len(readings))
+
+
+def _loaded(model: Any) -> Any:
+    """Return what a function gives, where one stands for the model; anything else as it is."""
+    return model() if callable(model) and not isinstance(model, torch.nn.Module) else model
 
 
 def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -116,14 +175,14 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     return several
 
 
-def _check_file_settings(plan: SweepPlan, path: object) -> None:
+def _check_file_settings(there: Outline, config: SweepConfig, path: object) -> None:
     """Refuse what a table of many readings could not tell apart."""
-    if plan.config.draw:
+    if config.draw:
         raise bad_value(
-            "draw", expected="0, the greedy texts", got=plan.config.draw,
+            "draw", expected="0, the greedy texts", got=config.draw,
             fix="pass draws=4 for more readings of α = 1",
         )  # fmt: skip
-    named = f"{plan.mapping_name}, {scorer_name(plan.scorer)}"
+    named = f"{there.mapping}, {there.scorer}"
     if path is not None and "<lambda>" in named:
         raise bad_value(
             "mapping, base or scorer", expected="functions with names of their own", got=named,
@@ -131,20 +190,12 @@ def _check_file_settings(plan: SweepPlan, path: object) -> None:
         )  # fmt: skip
 
 
-def _equal_budget(plan: SweepPlan, file: EvaluationFile) -> int:
+def _equal_budget(there: Outline, file: EvaluationFile) -> int:
     """Return how many draws of α = 1 make, with the greedy one, as many as there are other α."""
-    if plan.mapping_name != PAPER_MAPPING or 1 not in plan.alphas:
+    if there.mapping != PAPER_MAPPING or 1 not in there.alphas:
         return 0
-    others = {*plan.alphas, *file.alphas(PAPER_MAPPING)} - {1}
+    others = {*there.alphas, *file.alphas(PAPER_MAPPING)} - {1}
     return max(0, len(others) - 1)
-
-
-def _plans(first: SweepPlan, prompt: str, draws: int) -> Iterator[SweepPlan]:
-    """Yield what is to be read of one prompt: the sweep, and the draws of α = 1."""
-    plan = first.at_prompt(prompt)
-    yield plan
-    for draw in range(1, draws + 1):
-        yield replace(plan, alphas=(1.0,), config=replace(plan.config, draw=draw))
 
 
 def methods(

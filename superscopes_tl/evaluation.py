@@ -128,7 +128,7 @@ class EvaluationFile:
 
     Args:
         path: the file; made if it is not there. `None` keeps the experiment in memory.
-        plan: any plan of the experiment: what must not differ is taken from it.
+        ours: what must not differ within the experiment, from `common_provenance`.
 
     Raises:
         RunFileError: the file is something else.
@@ -136,17 +136,17 @@ class EvaluationFile:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, plan: SweepPlan) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, ours: dict[str, Any]) -> None:
         self._path = path or "memory"
         with _explained(self._path):
             self._database = _open(path, "rwc")
             try:
-                self._begin(plan)
+                self._begin(ours)
             except BaseException:
                 self._database.close()
                 raise
 
-    def _begin(self, plan: SweepPlan) -> None:
+    def _begin(self, ours: dict[str, Any]) -> None:
         """Make the tables, or check that this is their experiment."""
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")  # all tables at once, by one process
@@ -155,10 +155,10 @@ class EvaluationFile:
                 self._database.execute(f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))")
                 self._database.execute("CREATE TABLE provenance (text TEXT)")
                 header = {"format": FORMAT, "version": FORMAT_VERSION}
-                header |= {"provenance": common_provenance(plan)}
+                header |= {"provenance": ours}
                 self._database.execute("INSERT INTO provenance VALUES (?)", [json.dumps(header)])
         theirs = _provenance(self._database, self._path)
-        ours = json.loads(json.dumps(common_provenance(plan)))
+        ours = json.loads(json.dumps(ours))
         for part, name in _CONSTANT:
             # What an older file does not have was not there yet: no target model of its own.
             our, their = (
@@ -172,15 +172,16 @@ class EvaluationFile:
                     fix="choose another file, or the settings of this one",
                 )
 
-    def finished(self, plan: SweepPlan) -> frozenset[Cell]:
-        """Return which cells of a plan the file holds."""
+    def finished(self, prompt: str, mapping: str, draw: int) -> frozenset[Cell]:
+        """Return which cells of a source prompt the file holds."""
         rows = self._database.execute(
             "SELECT kind, source_layer, position, target_layer, alpha FROM readings "
             "WHERE prompt = ? AND mapping = ? AND draw = ?",
-            [plan.source.text, plan.mapping_name, plan.config.draw],
+            [prompt, mapping, draw],
         )
-        found = {(Site(kind, layer, at), into, alpha) for kind, layer, at, into, alpha in rows}
-        return frozenset(found.intersection(plan.all_cells))
+        return frozenset(
+            (Site(kind, layer, at), into, alpha) for kind, layer, at, into, alpha in rows
+        )
 
     def alphas(self, mapping: str) -> set[float]:
         """Return the α of a mapping that the file holds."""

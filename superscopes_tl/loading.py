@@ -11,6 +11,7 @@ vector that the Hugging Face model computes.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def load_model(
             fix="leave one of the two out",
         )
     number_type, place = _dtype(dtype), _device(device)
+    origin = None
+    if isinstance(model, str | Path) and tokenizer is None:
+        options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
+        origin = partial(load_model, absolute(model), backend=backend, **options)
     with quiet(bars=isinstance(model, str) and model != BUNDLED_MODEL):
         if isinstance(model, str | Path):
             hf, tokenizer, name = _from_pretrained(
@@ -116,7 +121,14 @@ def load_model(
         bos=_bos_policy(tokenizer, prepend_bos, default=_prepends_bos(tokenizer)),
         processing="none",
         fingerprint=fingerprint,
+        origin=origin,
     )
+
+
+def absolute(model: str | Path) -> str:
+    """Return a model's name as every folder understands it: a directory by its full path."""
+    is_name = str(model) == BUNDLED_MODEL or not Path(model).is_dir()
+    return str(model) if is_name else str(Path(model).resolve())
 
 
 def _check_hugging_face(model: Any, tokenizer: Any) -> str:

@@ -50,6 +50,7 @@ class LanguageModel:
         processing: what was done to the weights; "none" is the raw model.
         fingerprint: a hash of the weights (of every parameter its name, shape and first values).
         revision: the hub commit, where there is one.
+        origin: loads the same model in another process; `None` of one that was made in memory.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LanguageModel:
     processing: str
     fingerprint: str
     revision: str | None
+    origin: Callable[[], LanguageModel] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +129,15 @@ class LanguageModel:
 
 
 def describe_model(
-    lens: Any, tokenizer: Any, *, name: str, hf: Any, bos: bool, processing: str, fingerprint: str
+    lens: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    hf: Any,
+    bos: bool,
+    processing: str,
+    fingerprint: str,
+    origin: Callable[[], LanguageModel] | None = None,
 ) -> LanguageModel:
     """Read off a TransformerLens object what a `LanguageModel` states.
 
@@ -139,6 +149,7 @@ def describe_model(
         bos: whether prompts start with the BOS token.
         processing: what was done to the weights.
         fingerprint: from `weight_fingerprint`.
+        origin: what loads it again.
     """
     cfg = lens.cfg
     last = cfg.n_layers - 1
@@ -159,6 +170,7 @@ def describe_model(
         processing=processing,
         fingerprint=fingerprint,
         revision=getattr(getattr(hf, "config", None), "_commit_hash", None),
+        origin=origin,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,6 +29,23 @@ from superscopes_tl.tokens import TokenizedText, check_text, resolve_positions, 
 
 Cell: TypeAlias = tuple[Site, int, float]
 """What one reading takes: a site, a target layer and an α."""
+
+
+def target_layers(site: Site, target_layer: Literal["same"] | tuple[int, ...]) -> tuple[int, ...]:
+    """Return where the vector of a site is patched."""
+    return (site.layer,) if target_layer == "same" else target_layer
+
+
+def lay_out(
+    sites: Sequence[Site], target_layer: Literal["same"] | tuple[int, ...], alphas: Sequence[float]
+) -> tuple[Cell, ...]:
+    """Return every cell of some sites: site, target layer, α."""
+    return tuple(
+        (site, into, alpha)
+        for site in sites
+        for into in target_layers(site, target_layer)
+        for alpha in alphas
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +76,12 @@ class SweepPlan:
 
     def target_layers(self, site: Site) -> tuple[int, ...]:
         """Return where the vector of `site` is patched."""
-        return (site.layer,) if self.target_layer == "same" else self.target_layer
+        return target_layers(site, self.target_layer)
 
     @cached_property
     def all_cells(self) -> tuple[Cell, ...]:
         """Every cell: site, target layer, α."""
-        return tuple(
-            (site, target_layer, alpha)
-            for site in self.sites
-            for target_layer in self.target_layers(site)
-            for alpha in self.alphas
-        )
+        return lay_out(self.sites, self.target_layer, self.alphas)
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:

@@ -241,6 +241,28 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> Non
     assert len(Evaluation.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
 
 
+def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
+    """Two processes read and count what one does."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Pearl Jam\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
+    key, found = ["prompt", "source_layer", "alpha"], []
+    for name, extra in (("several", ["--workers", "2"]), ("alone", [])):
+        out = tmp_path / f"{name}.sqlite"
+        run = CliRunner().invoke(
+            app,
+            ["evaluate", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+             "--max-new-tokens", "3", "--backend", "bridge", "--draws", "0", "--out", str(out),
+             *extra],
+        )  # fmt: skip
+        assert run.exit_code == 0, run.output
+        table = Evaluation.load(out).table.sort_values(key, ignore_index=True)
+        found.append((table, run.stdout.replace(name, "")))
+    (several, said), (alone, also) = found
+    assert len(several) == 3 * 2 * 2
+    pd.testing.assert_frame_equal(several, alone, rtol=1e-4)
+    assert said == also
+
+
 def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> None:
     """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
     run = CliRunner().invoke(
@@ -263,6 +285,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
         (["--target", "x"], "--target-layer: expected numbers such as 0-5,8, got x"),
         (["--controls", "luck"], "controls: expected controls out of"),
         (["--out", "nowhere/run.sqlite"], "--out: expected a file in a folder that exists"),
+        (["--workers", "0"], "workers: expected 1 or more, got 0"),
     ],
 )
 def test_bad_options_of_evaluate_end_with_2(
