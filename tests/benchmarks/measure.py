@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from tests.benchmarks.ways import Run, Tokens
@@ -87,5 +87,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the most memory that was ever taken, in bytes: the device's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # there is none on Windows
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most

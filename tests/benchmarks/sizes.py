@@ -79,7 +79,7 @@ SIZES = {
         4,
     ),
     "1b": Size(
-        "a 1B Llama, random weights", lambda dtype: with_random_weights(_llama_1b(), dtype), 64, 2
+        "a 1B Llama, random weights", lambda dtype: with_random_weights(_llama_1b(), dtype), 64, 1
     ),
 }
 
