@@ -259,7 +259,7 @@ def test_the_figure_has_a_bar_per_way() -> None:
     assert list(figure.data[0].x) == [2.0, 8.0]
     assert list(figure.data[0].text) == ["2 (1.0x)", "8 (4.0x)"]
     assert figure.layout.shapes[0].x0 == 30
-    assert "1 thread" in figure.layout.title.text
+    assert ", 1 thread, median of 5 rounds" in figure.layout.title.text
 
 
 def test_without_a_clone_the_command_says_what_it_needs(tmp_path: Path) -> None:

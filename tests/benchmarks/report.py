@@ -63,7 +63,8 @@ class Report:
     @property
     def setting(self) -> str:
         """What was measured where, in a line."""
-        where = f"{self.threads} threads" if self.device == "cpu" else self.device
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        where = threads if self.device == "cpu" else self.device
         return f"{self.title}, {self.dtype}, {where}, median of {self.rounds} rounds"
 
     def as_json(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _llama_1b() -> LlamaConfig:
 
 
 SIZES = {
-    "mini": Size("the bundled model", bundled, 192, 12),
+    "mini": Size("the bundled model", bundled, 128, 6),
     "gpt2": Size(
         "GPT-2 small, random weights",
         lambda dtype: with_random_weights(GPT2Config(), dtype),
