@@ -3,7 +3,7 @@
 # make check     linter, formatter and type checker alone
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
-# make bench     cells per second beside the one-cell-at-a-time way
+# make bench     cells per second beside other ways, on the bundled model
 # make picture   draw the README's pictures anew
 # make clean     remove what the above made
 
@@ -47,7 +47,7 @@ app: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes app
 
 bench: $(VENV)/ready
-	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks.cells_per_second
+	$(OFFLINE) $(VENV)/bin/superscopes bench --size mini
 
 picture: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.readme_picture
@@ -56,7 +56,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "superscopes_tl needs Python 3.11 or newer; got $$($(PYTHON) --version). Fix: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,cluster,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,cluster,bench,dev]"
 	@touch $@
 
 $(VENV_TL4)/ready: pyproject.toml constraints.txt

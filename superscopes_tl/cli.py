@@ -8,6 +8,8 @@ saves its finished cells if a file was asked for and ends with 130.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from rich.markup import escape
 
 from superscopes_tl import cli_experiments, cli_neighbours
 from superscopes_tl import cli_options as options
+from superscopes_tl.errors import bad_value
 from superscopes_tl.shell import (
     ERRORS,
     OUTPUT,
@@ -189,6 +192,58 @@ def models(
         "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
         "meta-llama/Llama-2-13b-chat-hf) or a local directory."
     )
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        str, typer.Option(help="mini (bundled), gpt2 or 1b, these with random weights.")
+    ] = "mini",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the CPU. As torch chooses unless given.")
+    ] = None,
+    device: options.Device = "",
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the figure to this page (opens offline).")
+    ] = None,
+) -> None:
+    """Measure cells per second beside other ways to compute the same cells (needs a clone)."""
+    with explained():
+        check_folder(json, "--json")
+        check_folder(html, "--html")
+        benchmark = benchmark_in(Path(__file__).parent.parent)
+        report = benchmark.run_bench(
+            size, dtype=dtype, rounds=rounds, threads=threads, device=device or None
+        )
+        for file in benchmark.show(report, OUTPUT, json=json, html=html):
+            OUTPUT.print(f"Written: {file}", markup=False)
+
+
+def benchmark_in(root: Path) -> Any:
+    """Return the benchmark, which lives beside the tests of a clone.
+
+    Args:
+        root: the folder that holds the package; it is on the import path for this import alone.
+
+    Raises:
+        ValueError: there are no tests beside the package.
+    """
+    folder = root / "tests" / "benchmarks"
+    if not folder.is_dir():
+        raise bad_value(
+            "bench",
+            expected="a clone of the repository, with tests/benchmarks beside the package",
+            got="an installed package without its tests",
+            fix="clone the repository, run pip install -e . there, then superscopes bench",
+        )
+    sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module("tests.benchmarks.bench")
+    finally:
+        sys.path.remove(str(root))
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def load_model(
             got=device,
             fix="leave one of the two out",
         )
-    number_type, place = _dtype(dtype), _device(device)
+    number_type, place = _dtype(dtype), device_of(device)
     origin = None
     if isinstance(model, str | Path) and tokenizer is None:
         options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
@@ -181,7 +181,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
+    """Return the device of a name: cuda, else mps, else cpu unless given.
+
+    Raises:
+        ValueError: this torch or this machine lacks it.
+    """
     if device is not None:
         try:
             torch.empty(0, device=device)  # fails where this torch or this machine lacks it

@@ -1,0 +1,185 @@
+"""Cells per second of the engine beside the other ways to compute the same cells.
+
+1. Build one Hugging Face model (`sizes`) and the ways around it (`ways`, `limit`). A way that
+   cannot be had is left out, and a note says why.
+2. Compare what they write, then time them in turns (`measure`), on the same cells (`work`).
+3. Hold the rates against each other and against what arithmetic alone would allow (`roofline`,
+   `report`).
+
+    superscopes bench --size mini
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from superscopes_tl import LanguageModel, PatchedGenerator, load_model
+from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.loading import device_of
+from superscopes_tl.patching import NEAR_TIE
+from tests.benchmarks import measure, ways
+from tests.benchmarks.limit import fastest
+from tests.benchmarks.measure import Way
+from tests.benchmarks.report import Report, show
+from tests.benchmarks.roofline import roofline
+from tests.benchmarks.sizes import Size, over_the_same_weights, size_of, tokenizer, weight_bytes
+from tests.benchmarks.work import Cell, make_cells, spread
+
+ONE_BY_ONE = "Hugging Face generate, one cell at a time"
+HOOKED_ONE_BY_ONE = "HookedTransformer.generate, one cell at a time"
+NNTERP = "nnterp patchscope_generate"
+HOOKED = "superscopes_tl on HookedTransformer"
+BRIDGE = "superscopes_tl on TransformerBridge"
+LIMIT = "limit: batched Hugging Face loop"
+
+__all__ = ["run_bench", "show"]
+
+COPIES = 2.5
+"""Weights that a conversion to `HookedTransformer` holds for a moment, beside the original's."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The ways of one model, and why others are absent."""
+
+    generator: PatchedGenerator
+    ways: Sequence[Way]
+    notes: Sequence[str]
+
+
+def run_bench(
+    size: str = "mini",
+    *,
+    dtype: str = "float32",
+    rounds: int = 5,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Report:
+    """Measure every way on a model.
+
+    Args:
+        size: a name of `sizes.SIZES`.
+        dtype: float32 or bfloat16.
+        rounds: of which the median counts.
+        threads: of a CPU; as torch chooses unless given.
+        device: where to run; the best there is unless given.
+
+    Raises:
+        ValueError: a bad setting.
+        RuntimeError: in float32, two ways write different texts.
+    """
+    chosen = size_of(size)
+    if dtype not in ("float32", "bfloat16"):
+        raise bad_value(
+            "dtype", expected="float32 or bfloat16", got=dtype, fix="leave it out for float32"
+        )
+    check_count("rounds", rounds, least=1, fix="5 is the default")
+    if threads is not None:
+        torch.set_num_threads(check_count("threads", threads, least=1, fix="leave it out"))
+    place = device_of(device)
+    hf = chosen.build(getattr(torch, dtype)).to(place)
+    return measured(size, chosen, hf, rounds)
+
+
+def measured(name: str, size: Size, hf: Any, rounds: int) -> Report:
+    """Compare and time the ways around a model, and return what came of it."""
+    bench = prepare(hf, tokenizer(), size)
+    texts = measure.write_all(bench.ways)
+    if hf.dtype == torch.float32:
+        measure.check_equal(texts, lambda cell: _margin(bench.generator, cell), NEAR_TIE)
+    generator = bench.generator
+    (first,) = generator.target.positions
+    return Report(
+        size=name,
+        title=size.title,
+        rates=measure.cells_per_second(bench.ways, rounds),
+        limit=LIMIT,
+        roofline=roofline(
+            hf,
+            prefix=first,
+            tail=len(generator.target.tokens) - first,
+            # A text that ends early chose its end too.
+            lengths=[min(len(ids) + 1, generator.max_new_tokens) for ids in texts[BRIDGE].values()],
+            rows=generator.batch_size,
+        ),
+        dtype=str(hf.dtype).removeprefix("torch."),
+        device=hf.device.type,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        batch_size=generator.batch_size,
+        peak_memory=measure.peak_memory(hf.device),
+        equal=measure.share_equal(texts),
+        notes=bench.notes,
+    )
+
+
+def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
+    """Return the ways around a model, in the order of the table."""
+    notes: list[str] = []
+    bridge = _load(hf, tokens, "bridge")
+    generator = PatchedGenerator(bridge)
+    cells = make_cells(bridge, size.cells)
+    few = spread(cells, size.slow)
+    hooked = None if (absent := _why_not_hooked(hf)) else _load(hf, tokens, "hooked")
+    found = [Way(ONE_BY_ONE, ways.one_generate_per_cell(hf, generator), few)]
+    if hooked is None:
+        notes += [f"{name} is left out: {absent}" for name in (HOOKED_ONE_BY_ONE, HOOKED)]
+    else:
+        one = ways.one_hooked_generate_per_cell(hooked.lens, generator)
+        found.append(Way(HOOKED_ONE_BY_ONE, one, few))
+    found += _nnterp(hf, tokens, generator, cells, notes)
+    if hooked is not None:
+        found.append(Way(HOOKED, ways.engine(PatchedGenerator(hooked)), cells))
+    found.append(Way(BRIDGE, ways.engine(generator), cells))
+    bound = fastest(hf, generator, cells)
+    found.append(Way(LIMIT, bound.run, cells))
+    notes.append(f"Rows per batch: {generator.batch_size}; of the limit, {bound.rows}.")
+    return Bench(generator, found, notes)
+
+
+def _load(hf: Any, tokens: Any, backend: Any) -> LanguageModel:
+    """Load a model for the engine; where no end of text is declared there is none."""
+    own = over_the_same_weights(hf)
+    own.set_attn_implementation("eager")  # as `load_model` loads a model by its name
+    model = load_model(own, tokens, backend=backend)
+    endless = hf.generation_config.eos_token_id is None
+    return replace(model, eos_token_ids=()) if endless else model
+
+
+def _why_not_hooked(hf: Any) -> str:
+    """Return why there can be no `HookedTransformer`, or an empty string."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError as error:
+        return f"this TransformerLens has no such class ({error})"
+    needed = COPIES * weight_bytes(hf)
+    if hf.device.type == "cuda":
+        free = torch.cuda.mem_get_info(hf.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if free < needed:
+        return f"its copy of the weights needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+    return ""
+
+
+def _nnterp(
+    hf: Any, tokens: Any, generator: PatchedGenerator, cells: Sequence[Cell], notes: list[str]
+) -> Iterator[Way]:
+    """Yield nnterp's way with the cells that it can express, or note why it is absent."""
+    try:
+        own = copy.deepcopy(tokens)  # which side it pads is changed
+        run = ways.nnterp_patchscope(over_the_same_weights(hf), own, generator)
+    except ImportError as error:
+        notes.append(f"{NNTERP} is left out: {error}. It is in the extra `bench`.")
+        return
+    yield Way(NNTERP, run, [cell for cell in cells if cell.same_layer])
+
+
+def _margin(generator: PatchedGenerator, cell: Cell) -> float:
+    return generator.generate([cell.patch])[0].margin

@@ -1,0 +1,289 @@
+"""The benchmark: every way writes the same, and the numbers mean what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from superscopes_tl import PatchedGenerator, load_model
+from superscopes_tl.cli import app, benchmark_in
+from tests.benchmarks import bench, measure
+from tests.benchmarks.limit import Limit
+from tests.benchmarks.measure import Way
+from tests.benchmarks.report import Report, rate_figure
+from tests.benchmarks.roofline import Roofline, flop_of_cell, flop_per_second, shape_of
+from tests.benchmarks.sizes import (
+    SIZES,
+    Size,
+    over_the_same_weights,
+    tokenizer,
+    weight_bytes,
+    with_random_weights,
+)
+from tests.benchmarks.work import make_cells, spread
+from tests.conftest import BACKENDS
+from tests.tiny_models import tiny_hf, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = Size("a tiny model", lambda dtype: tiny_hf("llama").to(dtype), 30, 3)
+
+CONFIG = LlamaConfig(
+    vocab_size=1280,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+)
+ENDLESS = Size("no end of text", lambda dtype: with_random_weights(CONFIG, dtype), 8, 2)
+
+
+@pytest.fixture(autouse=True)
+def without_nnterp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts methods on every object of the process while it runs; see its own test."""
+    monkeypatch.setitem(sys.modules, "nnterp", None)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def tiny_bench(request: pytest.FixtureRequest) -> bench.Bench:
+    """The ways around a tiny model."""
+    return bench.prepare(tiny_hf(request.param), tiny_tokenizer(), TINY)
+
+
+def test_all_ways_write_the_same_texts(tiny_bench: bench.Bench) -> None:
+    """Token for token, on the same cells; and the texts differ from cell to cell."""
+    texts = measure.write_all(tiny_bench.ways)
+    hooked = [bench.HOOKED_ONE_BY_ONE, bench.HOOKED] if "hooked" in BACKENDS else []
+    assert set(texts) == {bench.ONE_BY_ONE, bench.BRIDGE, bench.LIMIT, *hooked}
+    assert not measure.differing(texts)
+    assert measure.share_equal(texts) == 1
+    assert len(texts[bench.ONE_BY_ONE]) == TINY.slow
+    written = texts[bench.BRIDGE]
+    assert len(written) == TINY.cells
+    assert len(set(written.values())) >= 5
+
+
+@pytest.mark.skipif(find_spec("nnterp") is None, reason="the extra `bench` is not installed")
+def test_nnterp_writes_the_same_texts_where_it_can_express_the_cell() -> None:
+    """In a process of its own: nnsight changes what every object can do while it runs."""
+    code = (
+        "from tests.benchmarks import bench, measure\n"
+        "from tests.test_bench import TINY, tiny_hf, tiny_tokenizer\n"
+        "for name in ('llama', 'gpt2'):\n"
+        "    made = bench.prepare(tiny_hf(name), tiny_tokenizer(), TINY)\n"
+        "    texts = measure.write_all(made.ways)\n"
+        "    print(len(texts[bench.NNTERP]), len(measure.differing(texts)))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.split("\n")[:2] == ["20 0", "20 0"]
+
+
+def test_random_weights_are_those_of_a_seed_and_write_to_the_longest_text() -> None:
+    """Each cell takes the same work; building a model leaves the caller's draws alone."""
+    state = torch.random.get_rng_state()
+    one, other = (ENDLESS.build(torch.bfloat16) for _ in range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    for first, second in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(first, second)
+    made = bench.prepare(one, tokenizer(), ENDLESS)
+    for written in measure.write_all(made.ways).values():
+        assert {len(tokens) for tokens in written.values()} == {10}
+
+
+def test_a_way_that_writes_something_else_is_an_error(tiny_bench: bench.Bench) -> None:
+    """The message names both ways and the cell; a near tie is none."""
+    ways = list(tiny_bench.ways)
+    wrong = Way("wrong", lambda cells: [(1, 2, 3) for _ in cells], ways[0].cells)
+    texts = measure.write_all([ways[0], wrong])
+    assert measure.share_equal(texts) == 0
+    with pytest.raises(RuntimeError, match="wrong does not write what Hugging Face generate"):
+        measure.check_equal(texts, lambda cell: 1.0, near_tie=1e-4)
+    measure.check_equal(texts, lambda cell: 1e-5, near_tie=1e-4)
+
+
+def test_the_cells_are_those_that_every_way_can_express_and_others() -> None:
+    """α = 1 goes into its own layer; the others into all but the last; no two are alike."""
+    model = load_model(tiny_hf("llama"), tiny_tokenizer(), backend="bridge")
+    cells = make_cells(model, 100)
+    plain = [cell for cell in cells if cell.alpha == 1]
+    assert plain
+    assert all(cell.same_layer for cell in plain)
+    assert not any(cell.same_layer for cell in cells if cell.alpha != 1)
+    assert {cell.target_layer for cell in cells} == set(range(model.n_layers - 1))
+    assert {cell.alpha for cell in cells} == {1, 3, 6, 9, 12, 15}
+    assert len({cell.patch.key for cell in cells}) == len(cells)
+    few = spread(cells, 4)
+    assert len(few) == 4
+    assert few[0] is cells[0]
+    assert few[-1] is cells[-1]
+
+
+def test_a_way_that_memory_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`HookedTransformer` copies the weights; a note says what that would take."""
+    hf = tiny_hf("llama")
+
+    class Memory:
+        available = weight_bytes(hf)
+
+    monkeypatch.setattr(bench.psutil, "virtual_memory", Memory)
+    with pytest.MonkeyPatch.context() as later:
+        # The engine asks too, for its batch; that much there is.
+        later.setattr("superscopes_tl.patching.rows_that_fit", lambda model, length: 64)
+        made = bench.prepare(hf, tiny_tokenizer(), TINY)
+    assert [way.name for way in made.ways] == [bench.ONE_BY_ONE, bench.BRIDGE, bench.LIMIT]
+    if "hooked" in BACKENDS:
+        said = [note for note in made.notes if "its copy of the weights needs" in note]
+        assert [note.split(" is left out")[0] for note in said] == [
+            bench.HOOKED_ONE_BY_ONE,
+            bench.HOOKED,
+        ]
+
+
+def test_ways_share_the_weights_and_nothing_else() -> None:
+    """A twin costs no memory, and a hook on it does not run in the original."""
+    hf = tiny_hf("gpt2")
+    twin = over_the_same_weights(hf)
+    for one, other in zip(hf.parameters(), twin.parameters(), strict=True):
+        assert one is other
+    assert not set(map(id, hf.modules())) & set(map(id, twin.modules()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_arithmetic_is_counted_as_torch_counts_it(architecture: str) -> None:
+    """The formula against every product that the limit really computes for a batch."""
+    hf = tiny_hf(architecture)  # eager attention: each product is one that is counted
+    generator = PatchedGenerator(
+        load_model(over_the_same_weights(hf), tiny_tokenizer(), backend="bridge"),
+        max_new_tokens=7,
+    )
+    cells = make_cells(generator.model, 5)
+    loop = Limit(hf, generator, rows=5)
+    with FlopCounterMode(display=False) as counter:
+        loop.run(cells)
+    (first,) = generator.target.positions
+    tail = len(generator.target.tokens) - first
+    per_cell = flop_of_cell(shape_of(hf), first, tail, 7)
+    rotary = counter.get_total_flops() - 5 * per_cell
+    assert 0 <= rotary <= 0.001 * counter.get_total_flops()
+
+
+def test_a_cell_that_chooses_one_token_reads_the_prompt_alone() -> None:
+    """By hand: 2·(body·tail + head) and, per pair of tokens, 4 per number of a head."""
+    shape = shape_of(tiny_hf("llama"))
+    assert shape.d_mlp == 64
+    assert shape.attention == 6 * 32
+    assert shape.head == 32 * len(tiny_tokenizer())
+    assert shape.body == 6 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64)
+    once = flop_of_cell(shape, prefix=10, tail=2, new=1)
+    assert once == 2 * shape.body * 2 + 2 * shape.head + 4 * shape.attention * 2 * 12
+    twice = flop_of_cell(shape, prefix=10, tail=2, new=2)
+    assert twice - once == 2 * shape.body + 2 * shape.head + 4 * shape.attention * 13
+
+
+def test_the_speed_of_a_product_is_measured() -> None:
+    """Positive, finite, and what this machine could do."""
+    speed = flop_per_second(shape_of(tiny_hf("llama")), 64, torch.float32, torch.device("cpu"))
+    assert 1e6 < speed < 1e16
+    assert Roofline(2e9, 1e10).cells_per_second == 5
+
+
+def test_the_command_measures_and_writes_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has all ways, the JSON its promised form, the page the figure."""
+    monkeypatch.setitem(SIZES, "mini", ENDLESS)
+    numbers, page = tmp_path / "bench.json", tmp_path / "bench.html"
+    done = CliRunner().invoke(
+        app,
+        ["bench", "--rounds", "1", "--json", str(numbers), "--html", str(page)],
+        env={"COLUMNS": "160"},
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    names = [row["name"] for row in found["rows"]]
+    assert names[0] == bench.ONE_BY_ONE
+    assert names[-2:] == [bench.BRIDGE, bench.LIMIT]
+    assert all(name in done.output for name in names)
+    assert found["rows"][0]["ratio"] == 1
+    first = found["rows"][0]["cells_per_second"]
+    for row in found["rows"]:
+        assert set(row) == {"name", "cells_per_second", "ratio"}
+        assert row["ratio"] == pytest.approx(row["cells_per_second"] / first)
+    assert (found["size"], found["dtype"], found["rounds"]) == ("mini", "float32", 1)
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert set(found["versions"]) == {"torch", "transformers", "transformer_lens"}
+    assert found["peak_memory_bytes"] > 10**8
+    roof = found["roofline"]
+    assert roof["cells_per_second"] == pytest.approx(
+        roof["flop_per_second"] / roof["flop_per_cell"]
+    )
+    assert roof["flop_per_cell"] > 0
+    assert found["equal_texts"] == 1
+    assert "nnterp patchscope_generate is left out" in " ".join(done.output.split())
+    assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
+
+
+def test_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the fastest nor a disturbed round; and ways take turns."""
+    moments = iter([0.0, 1.0, 1.0, 3.0, 3.0, 3.25, 4.0, 54.0, 54.0, 56.0, 56.0, 58.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(moments))
+    calls: list[str] = []
+
+    def way(name: str) -> Way:
+        return Way(name, lambda cells: calls.append(name) or [], [Any, Any])  # type: ignore[list-item]
+
+    assert measure.cells_per_second([way("a"), way("b")], 3) == {"a": 2.0, "b": 1.0}
+    assert calls == ["a", "b"] * 3
+
+
+def test_the_figure_has_a_bar_per_way() -> None:
+    """With its rate and ratio, and the limit of arithmetic as a line."""
+    report = Report(
+        "mini", "a model", {"one": 2.0, "limit": 8.0}, "limit", Roofline(1e9, 3e10), "float32",
+        "cpu", 1, 5, 64, 10**9, 1.0,
+    )  # fmt: skip
+    figure = rate_figure(report)
+    assert list(figure.data[0].x) == [2.0, 8.0]
+    assert list(figure.data[0].text) == ["2 (1.0x)", "8 (4.0x)"]
+    assert figure.layout.shapes[0].x0 == 30
+    assert ", 1 thread, median of 5 rounds" in figure.layout.title.text
+
+
+def test_without_a_clone_the_command_says_what_it_needs(tmp_path: Path) -> None:
+    """An installed package has no tests beside it; the import path stays as it was."""
+    with pytest.raises(ValueError, match="bench: expected a clone of the repository"):
+        benchmark_in(tmp_path)
+    before = list(sys.path)
+    assert benchmark_in(ROOT) is bench
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "7b"], "size: expected one of mini, gpt2, 1b, got 7b"),
+        (["--dtype", "int8"], "dtype: expected float32 or bfloat16, got int8"),
+        (["--rounds", "0"], "rounds: expected 1 or more, got 0"),
+        (["--threads", "0"], "threads: expected 1 or more, got 0"),
+        (["--json", "nowhere/x.json"], "--json: expected a file in a folder that exists"),
+        (["--device", "abacus"], "device: expected"),
+    ],
+)
+def test_bad_options_end_with_2(arguments: list[str], message: str) -> None:
+    """Before any model is built."""
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
