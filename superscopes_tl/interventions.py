@@ -26,10 +26,9 @@ from torch import Tensor
 
 from superscopes_tl.decoding import Batch, decode
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.memory import rows_that_fit
+from superscopes_tl.memory import default_batch_size
 from superscopes_tl.models import Hook, LanguageModel
 from superscopes_tl.patches import cast_for
-from superscopes_tl.patching import DEFAULT_BATCH_SIZE
 from superscopes_tl.sites import KINDS, Site, hook_name
 from superscopes_tl.tokens import TokenizedText, tokenize
 
@@ -91,7 +90,7 @@ def follow(
         ValueError: a vector that overflows the model's number type.
     """
     length = len(rows[0].ids) + len(continuation)
-    size = min(DEFAULT_BATCH_SIZE, rows_that_fit(model, length))
+    size = default_batch_size(model, length)
     if batch_size is not None:
         size = check_count("batch_size", batch_size, least=1, fix="leave it out")
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]

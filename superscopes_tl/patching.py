@@ -2,7 +2,7 @@
 
 1. Run the target prompt up to its first placeholder token once; keep the keys and values. Every
    cell of a sweep has these tokens in common.
-2. Give each row of a batch a copy of them. All rows have the same length: no padding, no mask.
+2. Let every row of a batch begin with them. All rows have the same length: no padding, no mask.
 3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
    placeholder (`patches`); they are on the model during this step alone.
 4. Go on, one token per step, until every row has ended (`decoding`). At the last block the patch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from superscopes_tl.decoding import Batch, Generation, decode
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.memory import free_memory, out_of_memory, rows_that_fit
+from superscopes_tl.memory import default_batch_size, free_memory, out_of_memory
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch, check_patch, patch_hooks
 from superscopes_tl.prompts import (
@@ -39,7 +39,6 @@ from superscopes_tl.prompts import (
 )
 from superscopes_tl.sites import hook_name
 
-DEFAULT_BATCH_SIZE = 64
 LONGEST_DEFAULT = 64
 """A model that asks for longer texts than this means conversation, not descriptions."""
 NEAR_TIE = 5e-5
@@ -57,7 +56,8 @@ class PatchedGenerator:
         target_prompt: the prompt with the placeholder.
         max_new_tokens: the longest text; the model's own default if it states one of at most 64
             (`generation_config.json`, as the bundled model does), else the paper's 10.
-        batch_size: rows per batch; 64, or fewer where memory is short, unless given.
+        batch_size: rows per batch; 64 to 256 by the model's size, or fewer where memory is short,
+            unless given.
         chat: whether the target prompt is a message of a user in the model's chat template.
         until: tells whether a text, so far, has said all that is asked for: it ends there. It must
             not change its mind when the text goes on, and rows are written to their end, or their
@@ -92,7 +92,7 @@ class PatchedGenerator:
         target = as_target_prompt(target_prompt)
         self.target = target.locate(model, self.max_new_tokens, chat=chat)
         self.batch_size = _at_least_one(
-            "batch_size", batch_size, min(DEFAULT_BATCH_SIZE, rows_that_fit(model, self._length))
+            "batch_size", batch_size, default_batch_size(model, self.row_length)
         )
 
     def generate(self, patches: Sequence[Patch]) -> list[Generation]:
@@ -202,9 +202,9 @@ class PatchedGenerator:
         return norms
 
     @property
-    def _length(self) -> int:
-        """The most tokens that a row can have."""
-        return len(self.target.tokens) + self.max_new_tokens
+    def row_length(self) -> int:
+        """The most tokens that a row keeps for itself: from the placeholder on."""
+        return len(self.target.tokens) - self._first + self.max_new_tokens
 
     @property
     def _tokens(self) -> Int[Tensor, "1 pos"]:
@@ -326,8 +326,7 @@ class PatchedGenerator:
 
     def _start(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
-        room = len(self.target.tokens) - self._first + self.max_new_tokens
-        return self.model.decoder.expand(self._prefix, rows, room)
+        return self.model.decoder.expand(self._prefix, rows, self.row_length)
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """Run `tokens` behind `cache` and return the float32 logits of the last one."""

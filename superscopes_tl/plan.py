@@ -15,11 +15,14 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
 
+import torch
+
 from superscopes_tl.amplify import family_name
 from superscopes_tl.chat import check_answer
 from superscopes_tl.config import SweepConfig, check_alphas, check_config, check_target_layer
 from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import load_model
+from superscopes_tl.memory import bytes_per_row, free_bytes
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.prompts import as_target_prompt, description_is_over
@@ -46,6 +49,25 @@ def lay_out(
         for into in target_layers(site, target_layer)
         for alpha in alphas
     )
+
+
+READING_BYTES = 2000
+"""What a reading takes in memory, with its texts; measured on finished sweeps."""
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """What a sweep will keep in memory at a time, in bytes.
+
+    Attributes:
+        vectors: v and α·v of every site, in float32, in this machine's memory.
+        keys_values: of one batch, on the model's device.
+        readings: the finished table; `evaluate` with a path keeps it on disk instead.
+    """
+
+    vectors: int
+    keys_values: int
+    readings: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +138,42 @@ class SweepPlan:
         positions = resolve_positions(source, self.config.positions)
         places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
         sites = tuple(Site(kind, layer, p) for p in positions for kind, layer in places)
-        return replace(self, source=source, sites=sites, finished=frozenset())
+        plan = replace(self, source=source, sites=sites, finished=frozenset())
+        plan.check_memory()
+        return plan
 
     @property
     def n_batches(self) -> int:
         """How many batches the cells make."""
         return math.ceil(len(self.cells) / self.generator.batch_size)
+
+    @cached_property
+    def memory(self) -> PlannedMemory:
+        """What the sweep will take, known before it starts."""
+        generator, places = self.generator, len(self.all_cells) // len(self.alphas)
+        # As they are read, less their base, and mapped by one α after the other.
+        copies = 3 + len(self.alphas)
+        rows = min(generator.batch_size, max(1, len(self.cells)))
+        return PlannedMemory(
+            vectors=4 * places * copies * generator.model.d_model,
+            keys_values=rows * bytes_per_row(generator.model, generator.row_length),
+            readings=READING_BYTES * len(self.cells),
+        )
+
+    def check_memory(self) -> None:
+        """Refuse a sweep that cannot fit, before any work.
+
+        Raises:
+            ValueError: its vectors need more memory than is free.
+        """
+        needed, free = self.memory.vectors, free_bytes(torch.device("cpu"))
+        if needed > free:
+            raise bad_value(
+                "positions, layers, kinds, alphas",
+                expected=f"vectors of at most {free / 1e9:.1f} GB, which are free",
+                got=f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
+                fix="read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
+            )
 
     def estimate_seconds(self) -> float:
         """Return the expected duration of generating all cells, from one timed batch.
@@ -242,6 +294,7 @@ def plan_sweep(
         scorer=scorer,
         config=config,
     )
+    plan.check_memory()
     if isinstance(scorer, SentenceEmbeddingScorer):
         scorer.load()  # last, because it takes seconds; but before anything is generated
     return plan

@@ -12,9 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
+from superscopes_tl import (
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    TargetPrompt,
+    crop_description,
+    sweep,
+)
 from superscopes_tl.cells import tokens_told
 from superscopes_tl.decoding import Batch, decode, guide
+from superscopes_tl.prompts import description_is_over
 from tests import plain_hf
 from tests.tiny_models import tiny_hf
 
@@ -168,3 +176,87 @@ def test_tokens_told_ends_with_the_description(mini: LanguageModel) -> None:
     assert description not in mini.tokenizer.decode(list(generation.token_ids[: told - 1]))
     assert tokens_told(mini.tokenizer, generation, "") == 0
     assert table.table["entropy"].between(0, 8).all()
+
+
+def test_texts_that_end_with_their_description_change_no_result(mini: LanguageModel) -> None:
+    """Readings, scores and flags are those of whole texts; the shorter ones are their start."""
+    settings: dict[str, Any] = {
+        "layers": (5, 2), "kinds": ("mlp_out", "resid_post"), "progress": False,
+        "scorer": lambda references, candidates: [len(text) for text in candidates],
+    }  # fmt: skip
+    short = sweep(mini, "Alexander the Great", **settings).table
+    whole = sweep(mini, "Alexander the Great", score_on="text", **settings).table
+    same = ["position", "kind", "source_layer", "alpha", "description", "few_shot_copy"]
+    assert short[same].equals(whole[same])
+    lengths = whole["description"].str.len().replace(0, float("nan"))
+    assert short["score"].to_numpy() == pytest.approx(lengths.to_numpy(), nan_ok=True)
+    assert whole["entropy"].to_numpy() == pytest.approx(short["entropy"].to_numpy(), abs=1e-5)
+    pairs = list(zip(short["text"], whole["text"], strict=True))
+    assert all(full.startswith(text) for text, full in pairs)
+    ended = [text for text, full in pairs if text != full]
+    assert len(ended) > len(pairs) / 2
+    for text in ended:
+        assert description_is_over(text)
+        assert text.endswith(":"), "and not a token later"
+
+
+@given(
+    text=st.text(alphabet=":,\n ab", max_size=30),
+    more=st.text(alphabet=":,\n ab", max_size=30),
+)
+def test_a_description_that_is_over_stays_as_it_is(text: str, more: str) -> None:
+    """However the text goes on, its description is the same, and it stays over."""
+    if description_is_over(text):
+        assert crop_description(text + more) == crop_description(text)
+        assert description_is_over(text + more)
+
+
+def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch shrinks as texts end, and every text is the one that its row writes alone."""
+    model = tiny("llama", "bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=12, until=lambda t: len(t) > 9)
+    vectors = torch.randn(12, model.d_model, generator=torch.Generator().manual_seed(2))
+    patches = [Patch(20 * vector, 2) for vector in vectors]
+    patches += [Patch(vector, 3, guidance=2.0, seed=5) for vector in vectors[:3]]
+    sizes: list[int] = []
+    step = generator.step
+
+    def spy(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return step(tokens, cache)
+
+    monkeypatch.setattr(generator, "step", spy)
+    together = generator.generate(patches)
+    assert sizes[0] == 15 + 3, "every row, and the unpatched twins of the guided ones"
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    for patch, generation in zip(patches, together, strict=True):
+        alone = generator.generate([patch])[0]
+        if min(alone.margin, generation.margin) > 1e-3:
+            assert generation.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("until", [None, lambda text: len(text) > 4])
+def test_at_the_last_layer_one_row_writes_for_those_that_begin_alike(
+    until: Callable[[str], bool] | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first token as many rows go on as there are first tokens; texts are unchanged."""
+    model = tiny("gpt2", "bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, until=until)
+    vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(0))
+    patches = [Patch(alpha * v, 5) for v in vectors for alpha in (0.5, 1, 3, 15)]
+    sizes: list[int] = []
+    step = generator.step
+
+    def spy(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return step(tokens, cache)
+
+    monkeypatch.setattr(generator, "step", spy)
+    together = generator.generate(patches)
+    firsts = {generation.token_ids[:1] for generation in together}
+    assert sizes[0] == 12
+    assert sizes[1] <= len(firsts) <= 3
+    assert [g.token_ids for g in together] == [
+        generator.generate([p])[0].token_ids for p in patches
+    ]
