@@ -88,7 +88,7 @@ def save_as(
             result.table.to_csv(fresh, index=False)
     elif target.suffix == ".parquet":
         with written_whole(target) as fresh:
-            result.table.to_parquet(fresh, index=False)
+            fresh.write_bytes(result.table.to_parquet(index=False))
     else:
         at = int(max(result.table["position"])) if position is None else position
         drawn = _at(result, at, target_layer)
