@@ -152,9 +152,10 @@ def test_only_the_product_of_alpha_and_length_counts(
     """α·(c·v) and (α·c)·v are one patch."""
     model = small(chosen)
     layer, v = at(share, model.n_layers), vector(model, seed)
-    one, other = generator(chosen).generate(
-        [Patch(scale(alpha)(factor * v), layer), Patch(scale(alpha * factor)(v), layer)]
-    )
+    patches = [Patch(scale(alpha)(factor * v), layer), Patch(scale(alpha * factor)(v), layer)]
+    one, other = generator(chosen).generate(patches)
+    likely = generator(chosen).next_token(patches)
+    torch.testing.assert_close(likely[0], likely[1], rtol=1e-3, atol=1e-3)
     assert same_text(one, other)
 
 
