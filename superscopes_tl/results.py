@@ -242,7 +242,7 @@ class SweepResult:
             _parsed(text, buffer.getvalue())
         except ValueError as error:
             raise bad_value(
-                "result", expected="a table and provenance that can be read again", got=reason(error),
+                "result", expected="a table and provenance to read again", got=reason(error),
                 fix="keep result.table as the sweep made it; save your own table with pandas",
             ) from error  # fmt: skip
         with (

@@ -46,7 +46,7 @@ def hostile(attack: str) -> SweepResult:
     """Return a result whose every text is the attack."""
     texts = {"prompt": attack, "token": attack, "text": attack, "description": attack}
     cells = [
-        replace(reading(layer, alpha, alpha / 10, kind=kind), **texts)  # type: ignore[arg-type]
+        replace(reading(layer, alpha, alpha / 10, kind=kind, target_layer=layer), **texts)  # type: ignore[arg-type]
         for kind in ("resid_mid", "mlp_out", "resid_post")
         for layer in (5, 2)
         for alpha in (1, 3)
@@ -68,7 +68,7 @@ def pages(result: SweepResult, folder: Path) -> Iterator[Path]:
         yield write_html(draw(result), folder / "figure.html", title=attack)
     yield save_as(result, folder / "all.html")
     explorer = Explorer.from_result(result)
-    explorer.select("mlp_out", 5, alpha=3)
+    explorer.select(kind="mlp_out", layer=5, alpha=3)
     explorer.pin()
     yield explorer.export(folder / "export.html")
     view = explorer.view
