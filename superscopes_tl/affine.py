@@ -28,14 +28,15 @@ from torch import Tensor
 from superscopes_tl.capture import site_vectors
 from superscopes_tl.config import PlaceVectors
 from superscopes_tl.errors import RunFileError, bad_value, describe
-from superscopes_tl.files import written_whole
+from superscopes_tl.files import write_tensors
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan
-from superscopes_tl.results import MAX_FILE_BYTES
 from superscopes_tl.sites import Site
+from superscopes_tl.untrusted import unfit
 
 FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1
+MAX_FILE_BYTES = 4 * 2**30
 
 Place: TypeAlias = tuple[str, int, int]
 """What a map is for: a kind, a source layer and a target layer."""
@@ -175,9 +176,8 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: no maps.
+        OSError: the file cannot be written; an older one of that name stays.
     """
-    from safetensors.torch import save_file
-
     chosen, target = tuple(maps), Path(path)
     if not chosen:
         raise bad_value(
@@ -193,8 +193,7 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
         "version": str(FORMAT_VERSION),
         "maps": json.dumps([one.provenance() for one in chosen], allow_nan=False),
     }
-    with written_whole(target) as fresh:
-        save_file(tensors, fresh, metadata=header)
+    write_tensors(target, tensors, header)
     return target
 
 
@@ -207,8 +206,8 @@ def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
     """
     from safetensors import safe_open
 
-    if Path(path).stat().st_size > MAX_FILE_BYTES:
-        raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes")
+    if reason := unfit(path, MAX_FILE_BYTES):
+        raise _unreadable(path, reason)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -15,6 +15,7 @@ from superscopes_tl import cli_options as options
 from superscopes_tl.contextualization import reveals_earlier
 from superscopes_tl.errors import bad_value
 from superscopes_tl.export import write_html
+from superscopes_tl.files import written_whole
 from superscopes_tl.scoring import PAPER_THRESHOLD
 from superscopes_tl.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
 from superscopes_tl.significance import FEWEST_PROMPTS
@@ -49,7 +50,8 @@ def replay(
         )
         print_comparison(comparison)
         if csv:
-            comparison.cells.to_csv(csv, index=False)
+            with written_whole(csv) as fresh:
+                comparison.cells.to_csv(fresh, index=False)
             _say(f"Cells: {csv}")
         if html:
             title = f"Recorded generations: {baseline.stem}, {amplified.stem}"

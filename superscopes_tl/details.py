@@ -187,7 +187,9 @@ def code_for(result: SweepResult, selection: Selection) -> str:
     own, imported = _amplifier(config)
     settings.update(own)
     names += imported
-    notes += [f"# {v}: the sweep's own, {config[k]}" for k, v in own.items() if v in _UNKNOWN]
+    notes += [
+        f"# {v}: the sweep's own, {_line(config[k])}" for k, v in own.items() if v in _UNKNOWN
+    ]
     if prompt := _target_prompt(provenance.get("target_prompt", {})):
         names.append("TargetPrompt")
         settings["target_prompt"] = _Verbatim(prompt)
@@ -218,6 +220,11 @@ def code_for(result: SweepResult, selection: Selection) -> str:
             f"{selection.source_layer}) & (table.position == {selection.position})]"
         )
     return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
+
+
+def _line(said: object) -> str:
+    """Return what a provenance says, which may come from anyone, as one line of a comment."""
+    return " ".join(str(said).split())
 
 
 def _target_prompt(target: dict[str, Any]) -> str:
@@ -254,7 +261,8 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         code = str(config.get(name) or usual)
         if code != usual:
             functions = set(re.findall(r"[A-Za-z_]\w*\b(?!=)", code))
-            known = functions <= _KNOWN
+            # Python reads ｅｖａｌ as eval, and a line break as the end of what was checked.
+            known = functions <= _KNOWN and code.isascii() and code.isprintable()
             imported += sorted(functions) if known else []
             settings[name] = _Verbatim(code if known else f"my_{name}")
     return settings, imported

@@ -41,6 +41,11 @@ def describe(argument: str, *, expected: str, got: object, fix: str) -> str:
     return f"{argument}: expected {expected}, got {shown}. Fix: {fix}."
 
 
+def reason(error: Exception) -> str:
+    """Return why something could not be read: in our own words, or in those of a library."""
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
 def bad_value(argument: str, *, expected: str, got: object, fix: str) -> ValueError:
     """Return (not raise) the `ValueError` for a bad value of `argument`."""
     return ValueError(describe(argument, expected=expected, got=got, fix=fix))

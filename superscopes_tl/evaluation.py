@@ -6,9 +6,9 @@
 3. What must not differ within one experiment (model, target prompt, length, scorer, controls) is
    written once; another run that differs there is refused. Prompts, layers, α, mappings and draws
    may be added.
-4. `Evaluation.load` reads the file without a model. A file is data alone: its size is bounded, only
-   its two tables are read, and it is opened read-only, unless a killed run left a journal beside
-   it: then the batch in flight is undone first.
+4. `Evaluation.load` reads the file without a model. A file is data alone: its size is bounded, its
+   tables are those that are made here to the letter, and it is opened read-only, unless a killed
+   run left a journal beside it: then the batch in flight is undone first.
 """
 
 from __future__ import annotations
@@ -18,29 +18,52 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 
 from superscopes_tl.amplify import PAPER_MAPPING
-from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.errors import RunFileError, bad_value, describe, reason
+from superscopes_tl.files import unwritable
 from superscopes_tl.plan import Cell, SweepPlan
-from superscopes_tl.results import COLUMNS, MAX_FILE_BYTES, Reading, SweepResult
+from superscopes_tl.results import COLUMNS, TYPES, Reading, SweepResult
 from superscopes_tl.sites import Site
+from superscopes_tl.untrusted import checked_provenance, checked_rows, read_json, unfit
 
 FORMAT = "superscopes_tl.evaluation"
 FORMAT_VERSION = 1
+MAX_FILE_BYTES = 4 * 2**30
+"""A file that holds more than this is refused."""
+MAX_TEXT_BYTES = 64 * 2**20
+"""And so is one with a longer text."""
 
 BUSY_SECONDS = 60
 """How long to wait for another process that is writing to the same file."""
 
-_FIELDS = tuple(f for f in fields(Reading) if f.name in COLUMNS)
 _SQL = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL", "str": "TEXT"}
 _PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
-_COLUMNS = ", ".join([*(f"{f.name} {_SQL[str(f.type)]}" for f in _FIELDS), "controls TEXT"])
+_PYTHON: dict[str, set[type]] = {
+    "int": {int},
+    "bool": {int},
+    "float": {float, int, type(None)},
+    "str": {str},
+}
+"""What SQLite gives back: it knows no bool and keeps NaN as NULL."""
+_COLUMNS = ", ".join([*(f"{name} {_SQL[type_]}" for name, type_ in TYPES.items()), "controls TEXT"])
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
+_TABLES = {
+    "readings": f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))",
+    "provenance": "CREATE TABLE provenance (text TEXT)",
+}
+_REFUSED = {
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS,
+}  # fmt: skip
+"""What the disk, the folder or another process may answer; all else is about the content."""
+_JOURNAL_OF_SEVERAL = bytes.fromhex("d9d505f920a163d7")
+"""How a journal ends that names a file for SQLite to read, and to delete."""
 _CONSTANT = (
     *(
         (model, name)
@@ -74,18 +97,15 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: there is no such file.
-            RunFileError: it is corrupt, foreign, or of a newer format.
+            RunFileError: it is corrupt, foreign, too large, of a newer format, or empty.
             OSError: it cannot be read.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(path)
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes")
+        if why := unfit(path, MAX_FILE_BYTES):
+            raise _unreadable(path, why)
         # A journal is what a killed writer left: undoing the batch in flight needs to write.
-        mode = "rw" if Path(f"{path}-journal").exists() else "ro"
+        mode = "rw" if _journal(path).exists() else "ro"
         with _explained(path), contextlib.closing(_open(path, mode)) as database:
-            provenance = _provenance(database, path)  # first: is this such a file at all?
-            return cls(_table(database), provenance)
+            return cls(*_content(database, path))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -152,8 +172,8 @@ class EvaluationFile:
             self._database.execute("BEGIN IMMEDIATE")  # all tables at once, by one process
             tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if not tables[0]:
-                self._database.execute(f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))")
-                self._database.execute("CREATE TABLE provenance (text TEXT)")
+                for table in _TABLES.values():
+                    self._database.execute(table)
                 header = {"format": FORMAT, "version": FORMAT_VERSION}
                 header |= {"provenance": ours}
                 self._database.execute("INSERT INTO provenance VALUES (?)", [json.dumps(header)])
@@ -204,7 +224,8 @@ class EvaluationFile:
 
     def evaluation(self) -> Evaluation:
         """Return what the file holds."""
-        return Evaluation(_table(self._database), _provenance(self._database, self._path))
+        with _explained(self._path):
+            return Evaluation(*_content(self._database, self._path))
 
     def close(self) -> None:
         """Close the file."""
@@ -221,31 +242,77 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     }
 
 
+def _journal(path: str | os.PathLike[str]) -> Path:
+    """Return where SQLite keeps what it may have to undo: beside the file, not beside a link."""
+    return Path(f"{Path(path).resolve()}-journal")
+
+
 def _open(path: str | os.PathLike[str] | None, mode: str) -> sqlite3.Connection:
+    if path is not None and _journal(path).is_file():
+        with _journal(path).open("rb") as journal:
+            journal.seek(-min(8, _journal(path).stat().st_size), os.SEEK_END)
+            if journal.read() == _JOURNAL_OF_SEVERAL:
+                raise _unreadable(path, "a journal that names other files")
     where = ":memory:" if path is None else f"{Path(path).absolute().as_uri()}?mode={mode}"
     database = sqlite3.connect(where, uri=path is not None, timeout=BUSY_SECONDS)
     database.execute("PRAGMA trusted_schema = OFF")  # a file may come from anyone
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_TEXT_BYTES)
     return database
+
+
+def _content(database: sqlite3.Connection, path: object) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the readings and the provenance."""
+    provenance = _provenance(database, path)  # first: is this such a file at all?
+    with _read(path):
+        return _table(database), provenance
 
 
 def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
     """Return the provenance, after checking that the file is an evaluation."""
-    kinds = dict(database.execute("SELECT name, type FROM sqlite_master WHERE type != 'index'"))
-    if kinds != {"readings": "table", "provenance": "table"}:
-        raise _unreadable(path, f"the tables {sorted(kinds)}")
-    header = json.loads(database.execute("SELECT text FROM provenance").fetchone()[0])
-    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise _unreadable(path, f"format {header.get('format')!r} {header.get('version')!r}")
-    provenance: dict[str, Any] = header["provenance"]
-    return provenance
+    with _read(path):
+        # A view, a trigger, a column that is computed: whatever else is there is not read.
+        tables = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
+        if not tables:
+            raise ValueError("nothing yet: its run was stopped before the first line")
+        if tables != _TABLES:
+            raise ValueError(f"the tables {sorted(tables)}, not made by evaluate")
+        header = read_json(database.execute("SELECT text FROM provenance").fetchone()[0])
+        if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+            raise ValueError(f"format {header.get('format')!r} {header.get('version')!r}")
+        return checked_provenance(header.get("provenance"))
 
 
 def _table(database: sqlite3.Connection) -> pd.DataFrame:
-    frame = pd.read_sql_query("SELECT * FROM readings ORDER BY rowid", database)
-    controls = pd.DataFrame([json.loads(text) for text in frame["controls"]], index=frame.index)
-    # Types are those of `Reading`: SQLite knows no bool and keeps NaN as NULL.
-    readings = frame[list(COLUMNS)].astype({f.name: _PANDAS[str(f.type)] for f in _FIELDS})
-    return pd.concat([readings, controls], axis="columns")
+    """Return the readings in the types of `Reading`, and the controls beside them."""
+    names = [*TYPES, "controls"]
+    rows, size = [], 0
+    for row in database.execute(f"SELECT {', '.join(names)} FROM readings ORDER BY rowid"):
+        # Counted, for a damaged file may lead SQLite to one page again and again.
+        size += 8 * len(row) + sum(len(v) for v in row if isinstance(v, str | bytes))
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes of content")
+        rows.append(row)
+    for (name, type_), values in zip(TYPES.items(), zip(*rows, strict=True), strict=False):
+        if not set(map(type, values)) <= _PYTHON[type_]:
+            raise ValueError(f"a column {name!r} that does not hold {type_}")
+    frame = pd.DataFrame(rows, columns=names)
+    several = [read_json(text, nan=True) for text in frame["controls"]]
+    if len(set().union(*several)) * 8 * len(rows) > MAX_FILE_BYTES:
+        raise ValueError(f"more than {MAX_FILE_BYTES} bytes of controls")
+    controls = pd.DataFrame(several, index=frame.index)
+    readings = frame[list(COLUMNS)].astype({name: _PANDAS[type_] for name, type_ in TYPES.items()})
+    return checked_rows(pd.concat([readings, controls], axis="columns"), TYPES)
+
+
+@contextlib.contextmanager
+def _read(path: object) -> Iterator[None]:
+    """Say of whatever the content makes SQLite, JSON and pandas raise that this is no such file."""
+    try:
+        yield
+    except sqlite3.Error:  # see `_explained`
+        raise
+    except Exception as error:
+        raise _unreadable(path, reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -253,15 +320,11 @@ def _explained(path: object) -> Iterator[None]:
     """Say which file it was and what to do when the database refuses."""
     try:
         yield
-    except sqlite3.OperationalError as error:  # no folder, read-only, disk full, locked
-        raise OSError(
-            describe("path", expected="a file that can be opened and written",
-                     got=f"{path} ({error})",
-                     fix="check folder, rights, free space and other runs on this file")
-        ) from error  # fmt: skip
-    except (sqlite3.DatabaseError, pd.errors.DatabaseError, json.JSONDecodeError, KeyError,
-            TypeError) as error:  # fmt: skip
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    except sqlite3.Error as error:
+        # The lowest byte is the kind of error. No code at all: a text that is no text.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REFUSED:
+            raise unwritable(path, error) from error
+        raise _unreadable(path, reason(error)) from error
 
 
 def _unreadable(path: object, got: str) -> RunFileError:

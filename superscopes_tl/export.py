@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.figures import at_target, best_table, decomposition
+from superscopes_tl.files import written_whole
 from superscopes_tl.plots import alpha_curve, heatmap
 from superscopes_tl.results import SweepResult
 from superscopes_tl.snapshot import heatmap_png
@@ -24,18 +25,23 @@ def write_html(
     *,
     title: str = "Superscopes",
 ) -> Path:
-    """Write one or several figures to one HTML file that opens offline; return its path."""
+    """Write one or several figures to one HTML file that opens offline; return its path.
+
+    Raises:
+        OSError: the file cannot be written; an older one of that name stays.
+    """
     several = [figures] if isinstance(figures, go.Figure) else list(figures)
     parts = [
         figure.to_html(full_html=False, include_plotlyjs=index == 0)
         for index, figure in enumerate(several)
     ]
     target = Path(path)
-    target.write_text(
+    page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title></head><body>{''.join(parts)}</body></html>",
-        encoding="utf-8",
+        f"<title>{html.escape(title)}</title></head><body>{''.join(parts)}</body></html>"
     )
+    with written_whole(target) as fresh:
+        fresh.write_text(page, encoding="utf-8")
     return target
 
 
@@ -47,7 +53,7 @@ def save_as(
     target_layer: int | None = None,
     layer: int | None = None,
 ) -> Path:
-    """Write a result in the format that the file's suffix names; return its path.
+    """Write a result in the format that the file's suffix names, whole or not; return its path.
 
     Args:
         result: the sweep.
@@ -59,6 +65,7 @@ def save_as(
 
     Raises:
         ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
+        OSError: the file cannot be written; an older one of that name stays.
     """
     target = Path(path)
     if target.suffix not in SUFFIXES:
@@ -77,14 +84,18 @@ def save_as(
     if target.suffix == ".zip":
         return result.save(target)
     if target.suffix == ".csv":
-        result.table.to_csv(target, index=False)
+        with written_whole(target) as fresh:
+            result.table.to_csv(fresh, index=False)
     elif target.suffix == ".parquet":
-        result.table.to_parquet(target, index=False)
+        with written_whole(target) as fresh:
+            fresh.write_bytes(result.table.to_parquet(index=False))
     else:
         at = int(max(result.table["position"])) if position is None else position
         drawn = _at(result, at, target_layer)
         if target.suffix == ".png":
-            target.write_bytes(heatmap_png(drawn, position=at, target_layer=target_layer))
+            picture = heatmap_png(drawn, position=at, target_layer=target_layer)
+            with written_whole(target) as fresh:
+                fresh.write_bytes(picture)
         else:
             title = f"Superscopes: {result.provenance.get('prompt', '')}"
             write_html(_figures(drawn, layer), target, title=title)

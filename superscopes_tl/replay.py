@@ -24,8 +24,8 @@ import pandas as pd
 from superscopes_tl.comparison import Comparison, compare
 from superscopes_tl.errors import bad_value
 
-MAX_FILE_BYTES = 256 * 2**20
-"""A larger recording is refused."""
+MAX_FILE_BYTES = 32 * 2**20
+"""A larger recording is refused: as rows it takes up to a hundred times the memory."""
 
 HIGHEST_LAYER = 9_999
 
@@ -62,28 +62,27 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is larger than 256 MB, no CSV file, without one of the columns or without
+        ValueError: it is larger than 32 MiB, no CSV file, without one of the columns or without
             rows, or a line of it has no layer, α or prompt.
     """
     text, notes = _decoded(Path(path))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        names = {str(name).strip(): name for name in reader.fieldnames or ()}
+        heads = next(reader, [])
+        names = {name.strip(): at for at, name in enumerate(heads)}
         missing = [column for column in COLUMNS if column not in names]
         if missing:
             raise _bad(
                 path, expected=f"the columns {', '.join(COLUMNS)}", got=f"no {', '.join(missing)}"
             )
-        if len(names) < len(reader.fieldnames or ()):
+        if len(names) < len(heads):
             raise _bad(path, expected="each column once", got="two columns of one name")
         table = pd.DataFrame(
-            [_row(path, reader.line_num, {c: row[names[c]] for c in COLUMNS}) for row in reader],
+            [_row(path, reader.line_num, _cells(row, names)) for row in reader if row],
             columns=list(COLUMNS.values()),
         )
     except csv.Error as error:
-        raise _bad(
-            path, expected="a CSV file", got=f"{error} at line {reader.reader.line_num}"
-        ) from error
+        raise _bad(path, expected="a CSV file", got=f"{error} at line {reader.line_num}") from error
     if table.empty:
         raise _bad(path, expected="at least one generated text", got="a header alone")
     extra = [name for name in names if name not in COLUMNS]
@@ -172,6 +171,11 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
     if encoding != "utf-8-sig":
         notes.append(f"The file is not UTF-8: read as {encoding}.")
     return text, notes
+
+
+def _cells(row: list[str], names: dict[str, int]) -> dict[str, str | None]:
+    """Return the cells of a line that count; `None` where the line ends before them."""
+    return {c: row[names[c]] if names[c] < len(row) else None for c in COLUMNS}
 
 
 def _row(path: object, line: int, cells: dict[str, str | None]) -> dict[str, Any]:

@@ -22,13 +22,21 @@ from typing import Any, Self
 
 import pandas as pd
 
-from superscopes_tl.errors import RunFileError, bad_value, describe
+from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.files import written_whole
 from superscopes_tl.scoring import PAPER_THRESHOLD
+from superscopes_tl.untrusted import (
+    checked_provenance,
+    checked_rows,
+    read_json,
+    read_parquet,
+    read_zip,
+)
 
 FORMAT = "superscopes_tl.sweep"
 FORMAT_VERSION = 1
-MAX_FILE_BYTES = 4 * 2**30
+ENTRIES = ("provenance.json", "table.parquet")
+MAX_FILE_BYTES = 2**30
 """A run file that unpacks to more than this is refused."""
 
 SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
@@ -89,6 +97,7 @@ class Reading:
 _SHOWN = ("reading", "alpha", "score", "target_layer")
 
 COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
+TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
 _LATER = {f.name: f.default for f in fields(Reading) if f.default is not MISSING}
 
 
@@ -218,18 +227,30 @@ class SweepResult:
         return None if layers.empty else int(layers.min())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write table and provenance to one file, whole or not at all; return its path."""
+        """Write table and provenance to one file, whole or not at all; return its path.
+
+        Raises:
+            ValueError, TypeError: a table or provenance that `load` would refuse.
+            OSError: the file cannot be written; an older one of that name stays.
+        """
         target = Path(path)
         buffer = io.BytesIO()
-        self.table.to_parquet(buffer, index=False)
+        self.table.to_parquet(buffer, index=False, compression="snappy")
         header = {"format": FORMAT, "version": FORMAT_VERSION, "provenance": self.provenance}
+        text = json.dumps(header, indent=1, ensure_ascii=False).encode()
+        try:
+            _parsed(text, buffer.getvalue())
+        except ValueError as error:
+            raise bad_value(
+                "result", expected="a table and provenance to read again", got=reason(error),
+                fix="keep result.table as the sweep made it; save your own table with pandas",
+            ) from error  # fmt: skip
         with (
             written_whole(target) as fresh,
             zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
         ):
-            text = json.dumps(header, indent=1, ensure_ascii=False)
-            archive.writestr("provenance.json", text)
-            archive.writestr("table.parquet", buffer.getvalue())
+            for name, data in zip(ENTRIES, (text, buffer.getvalue()), strict=True):
+                archive.writestr(name, data)
         return target
 
     @classmethod
@@ -238,30 +259,14 @@ class SweepResult:
 
         Raises:
             FileNotFoundError: there is no such file.
-            RunFileError: it is corrupt, foreign, or of a newer format.
+            RunFileError: it is corrupt, foreign, too large, or of a newer format.
         """
         try:
-            with zipfile.ZipFile(path) as archive:
-                if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
-                    raise _unreadable(path, f"more than {MAX_FILE_BYTES} bytes of content")
-                header = json.loads(archive.read("provenance.json"))
-                table = pd.read_parquet(io.BytesIO(archive.read("table.parquet")))
+            return cls(*_parsed(*read_zip(path, ENTRIES, MAX_FILE_BYTES)))
         except FileNotFoundError:
             raise
-        except RunFileError:
-            raise
         except Exception as error:  # whatever zip, JSON and Parquet readers raise on bad bytes
-            raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise _unreadable(path, "a zip that is not a sweep")
-        if header.get("version") != FORMAT_VERSION:
-            raise _unreadable(path, f"format version {header.get('version')!r}")
-        # A column with a default came later than the first files.
-        table = table.assign(**{c: v for c, v in _LATER.items() if c not in table.columns})
-        missing = [c for c in COLUMNS if c not in table.columns]
-        if missing or not isinstance(header.get("provenance"), dict):
-            raise _unreadable(path, f"no column {missing}" if missing else "no provenance")
-        return cls(table, header["provenance"])
+            raise _unreadable(path, reason(error)) from error
 
     def _at(self, position: int | None) -> pd.DataFrame:
         if self.table.empty:
@@ -307,6 +312,21 @@ class SweepResult:
             f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>"
         )
+
+
+def _parsed(text: bytes, data: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the table and the provenance that the two entries of a run file hold."""
+    header = read_json(text)
+    if header.get("format") != FORMAT:
+        raise ValueError("a zip that is not a sweep")
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(f"format version {header.get('version')!r}")
+    table = read_parquet(data, MAX_FILE_BYTES)
+    # A column with a default came later than the first files.
+    table = table.assign(**{c: v for c, v in _LATER.items() if c not in table.columns})
+    if missing := [c for c in COLUMNS if c not in table.columns]:
+        raise ValueError(f"no column {missing}")
+    return checked_rows(table, TYPES), checked_provenance(header.get("provenance"))
 
 
 def _html_cell(cell: pd.Series) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import html
 import http.client
 import importlib.util
+import ipaddress
 import json
 import secrets
 import signal
@@ -164,10 +165,22 @@ def _settings(folder: Path, ip: str, port: int, token: str, proof: str) -> dict[
             "token": token,
             "open_browser": False,  # it would open the page without the token
             "connection_dir_root": str(folder),  # the kernels' keys go when the folder goes
-            "tornado_settings": {"headers": {PROOF: proof}},
+            "tornado_settings": {
+                "headers": {PROOF: proof},
+                # A page of elsewhere whose name is made to lead here sends its own name.
+                "allow_remote_access": not _is_loopback(ip),
+            },
         },
         "VoilaConfiguration": {"show_tracebacks": True},
     }
+
+
+def _is_loopback(ip: str) -> bool:
+    """Return whether only this machine reaches the address."""
+    try:
+        return ip == "localhost" or ipaddress.ip_address(ip).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _in_folder(folder: Path, cell: str) -> str:

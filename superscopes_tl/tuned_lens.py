@@ -33,10 +33,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
-from superscopes_tl.files import written_whole
+from superscopes_tl.files import write_tensors
 from superscopes_tl.lenses import Place, divergence, token_states
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.sites import Site
+from superscopes_tl.untrusted import unfit
 
 FORMAT = "superscopes_tl tuned lens 1"
 """What a file's header begins with."""
@@ -99,15 +100,15 @@ class TunedLens:
         return result
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write matrices, biases and header to a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
+        """Write matrices, biases and header to a safetensors file, whole or not at all.
 
+        Raises:
+            OSError: the file cannot be written; an older one of that name stays.
+        """
         target = Path(path)
         header = {"model": self.model, "fingerprint": self.fingerprint}
         header |= {"format": FORMAT, "training": json.dumps(dict(self.training))}
-        with written_whole(target) as fresh:
-            tensors = {"matrices": self.matrices, "biases": self.biases}
-            save_file(tensors, fresh, metadata=header)
+        write_tensors(target, {"matrices": self.matrices, "biases": self.biases}, header)
         return target
 
     @classmethod
@@ -123,6 +124,8 @@ class TunedLens:
         from safetensors import safe_open
 
         lens = cls.untrained(model)
+        if reason := unfit(path, None):
+            raise _no_lens(path, reason)
         try:
             with safe_open(path, framework="pt") as file:
                 header, names = file.metadata() or {}, sorted(file.keys())

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.untrusted import check_member
 
 MAX_BYTES = 4 * 2**30
 """More than this, counted in float32, is not read at once."""
@@ -141,10 +142,13 @@ def _npz(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
                     np.lib.format.read_array_header_2_0)  # fmt: skip
             return tuple(read(member)[0])
 
-    return {
-        name: _lazy(shape(name), lambda name, rows: _rows_of(opened[name], rows), name, whole=True)
-        for name in opened.files
-    }
+    def take(name: str, rows: Rows) -> np.ndarray:
+        # The shape is known to fit, but each number of it may be of any size: float64 has twice
+        # that of float32, and a header takes some.
+        check_member(archive.getinfo(f"{name}.npy"), 2 * MAX_BYTES + 2**16)
+        return _rows_of(opened[name], rows)
+
+    return {name: _lazy(shape(name), take, name, whole=True) for name in opened.files}
 
 
 def _lazy(

@@ -110,7 +110,7 @@ def test_repeated_conditions_and_other_columns_are_named(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "expected a file of 1 to 268435456 bytes, got 0 bytes"),
+        (b"", f"expected a file of 1 to {MAX_FILE_BYTES} bytes, got 0 bytes"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "expected a CSV file, got binary data"),
         (b"PK\x03\x04\0\0", "expected a CSV file, got binary data"),
         ("hello\nworld\n", "expected the columns source prompt, .* got no source prompt, token"),

@@ -494,7 +494,7 @@ def test_a_rewritten_good_file_loads(tmp_path: Path) -> None:
         pytest.param({"table": None}, "table.parquet", id="no-table"),
         pytest.param({"provenance": b"{"}, "JSONDecodeError", id="broken-json"),
         pytest.param({"provenance": b"\xff\xfe\x00"}, "Error", id="not-even-text"),
-        pytest.param({"provenance": b"[1]"}, "a zip that is not a sweep", id="json-list"),
+        pytest.param({"provenance": b"[1]"}, "JSON that is no object but list", id="json-list"),
         pytest.param({"provenance": b"{}"}, "a zip that is not a sweep", id="no-format"),
         pytest.param({"provenance": header(format="x")}, "zip that is not a sweep", id="format"),
         pytest.param({"provenance": header(version=2)}, "format version 2", id="newer"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import http.server
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 
 from superscopes_tl.cli import app
 from superscopes_tl.serve import explorer_cell, notebook, serve
+from tests.browser import ROOT
 
 
 class Recorded:
@@ -260,6 +263,87 @@ def test_a_real_server_heeds_no_settings_of_the_folder_and_leaves_nothing(
     assert process.returncode == 143
     assert list(kept.glob("superscopes-*")) == []
     assert not reachable("127.0.0.1", port)
+
+
+@contextlib.contextmanager
+def real(port: int, work: Path) -> Iterator[None]:
+    """Serve the Explorer until the block ends."""
+    command = "import sys; sys.path.remove(''); from superscopes_tl.cli import app; app()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "app", f"--port={port}", "--token=s3cret", "--no-browser"],
+        cwd=work, env={**os.environ, "TMPDIR": str(work), "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout is not None
+            assert "Open" in process.stdout.readline()
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def asked(
+    port: int, path: str, *, method: str = "GET", **headers: str
+) -> tuple[int, http.client.HTTPResponse, str]:
+    """Return the status of an answer, the answer and its text."""
+    page = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    page.request(method, path, headers={name.replace("_", "-"): v for name, v in headers.items()})
+    answer = page.getresponse()
+    # A page that was let through to a kernel's channel stays open: it has no text.
+    text = "" if answer.status == 101 else answer.read().decode(errors="replace")
+    page.close()
+    return answer.status, answer, text
+
+
+UPGRADE = {
+    "Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "MDAwMDAwMDAwMDAwMDAwMA==",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
+def test_a_real_server_lets_nobody_in_but_who_has_the_token(tmp_path: Path, port: int) -> None:
+    """Neither to the page nor to a kernel, from no other site and under no other name."""
+    with real(port, tmp_path):
+        for wrong in ({}, {"Authorization": "token wrong"}):
+            for path in ("/", "/?token=wrong", "/voila/render/superscopes.ipynb", "/api/kernels"):
+                status, answer, _ = asked(port, path, **wrong)
+                assert status == 302
+                assert str(answer.getheader("Location")).startswith("/login")
+            for path in ("/api/kernels", "/api/shutdown/x"):
+                assert asked(port, path, method="POST", **wrong)[0] == 403
+        for name in ("voila.json", "superscopes.ipynb"):  # with the token, too
+            path = f"/voila/files/{name}?token=s3cret"
+            assert asked(port, path)[0] == 403
+        for host in ("evil.example", f"evil.example:{port}"):
+            assert asked(port, "/?token=s3cret", Host=host)[0] == 403
+            assert asked(port, "/login", Host=host)[0] == 403
+        status, answer, page = asked(port, "/?token=s3cret")
+        assert status == 200
+        cookie = str(answer.getheader("Set-Cookie")).split(";")[0]
+        kernel = re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", page)[0]
+        own, evil = f"http://127.0.0.1:{port}", "http://evil.example"
+        for headers, expected in (
+            ({}, 403),
+            ({"Authorization": "token wrong"}, 403),
+            ({"Cookie": cookie, "Origin": evil}, 403),
+            ({"Cookie": cookie, "Origin": evil, "Host": "evil.example"}, 403),
+            ({"Cookie": cookie, "Origin": own}, 101),
+        ):
+            channel = f"/api/kernels/{kernel}/channels"
+            assert asked(port, channel, **UPGRADE, **headers)[0] == expected, headers
+
+
+@pytest.mark.parametrize(
+    ("ip", "remote"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("", True),
+     ("192.0.2.1", True), ("some.host", True)],
+)  # fmt: skip
+def test_other_names_are_served_only_where_others_are(recorded: Any, ip: str, remote: bool) -> None:
+    """A name that is made to lead to this machine is no way in; a server for others has any."""
+    serve("1", ip=ip, announce=lambda url: None)
+    assert recorded.settings["tornado_settings"]["allow_remote_access"] is remote
 
 
 def test_the_notebook_is_valid() -> None:

@@ -42,6 +42,19 @@ def tiny_tokenizer() -> Any:
 
 def tiny_hf(architecture: str, seed: int = 0) -> Any:
     """Return a random-weight Hugging Face model with 6 layers of width 32."""
+    return random_hf(architecture, seed)
+
+
+def random_hf(
+    architecture: str,
+    seed: int = 0,
+    *,
+    n_layers: int = N_LAYERS,
+    width: int = D_MODEL,
+    heads: int = 4,
+) -> Any:
+    """Return a random-weight Hugging Face model of any size."""
+    per_head = width // heads
     vocabulary = len(tiny_tokenizer())
     shared: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -51,31 +64,35 @@ def tiny_hf(architecture: str, seed: int = 0) -> Any:
     }
     llama = {
         **shared,
-        "hidden_size": D_MODEL,
-        "intermediate_size": 64,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
     }
     gpt2 = {
         "vocab_size": vocabulary,
-        "n_embd": D_MODEL,
-        "n_layer": N_LAYERS,
-        "n_head": 4,
+        "n_embd": width,
+        "n_layer": n_layers,
+        "n_head": heads,
         "n_positions": 256,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    neox = {**llama, "intermediate_size": 4 * D_MODEL}
+    neox = {**llama, "intermediate_size": 4 * width}
     del neox["num_key_value_heads"]
     config = {
         "llama": lambda: transformers.LlamaConfig(**llama),
         "gpt2": lambda: transformers.GPT2Config(**gpt2),
         "neox": lambda: transformers.GPTNeoXConfig(**neox),
         "qwen2": lambda: transformers.Qwen2Config(**llama),
-        "qwen3": lambda: transformers.Qwen3Config(**llama, head_dim=8),
+        "qwen3": lambda: transformers.Qwen3Config(**llama, head_dim=per_head),
         "gemma2": lambda: transformers.Gemma2Config(
-            **llama, head_dim=8, pad_token_id=0, query_pre_attn_scalar=8, sliding_window=16
+            **llama,
+            head_dim=per_head,
+            pad_token_id=0,
+            query_pre_attn_scalar=per_head,
+            sliding_window=16,
         ),
         "mistral": lambda: transformers.MistralConfig(**llama, sliding_window=12),
     }[architecture]()
