@@ -24,6 +24,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.cells import make_patches
 from superscopes_tl.controls import make_control, rescored
+from superscopes_tl.prompts import description_is_over
 
 PROMPT = "Red Hot Chili Peppers"
 SETTINGS: dict[str, Any] = {
@@ -53,12 +54,18 @@ def test_controls_are_columns_beside_the_same_readings(
 
 def test_unpatched_is_the_prompt_s_own_text(controlled: SweepResult, mini: LanguageModel) -> None:
     """One text for all cells: what the model writes when nothing is patched."""
-    assert set(controlled.table["unpatched_text"]) == {PatchedGenerator(mini).unpatched().text}
+    assert set(controlled.table["unpatched_text"]) == {
+        PatchedGenerator(mini, until=description_is_over).unpatched().text
+    }
 
 
 def test_alpha_zero_is_a_patched_zero_vector(controlled: SweepResult, mini: LanguageModel) -> None:
     """With the paper's α·v, α = 0 writes zeros over the placeholder."""
-    zero = PatchedGenerator(mini).generate([Patch(torch.zeros(mini.d_model), 0)])[0].text
+    zero = (
+        PatchedGenerator(mini, until=description_is_over)
+        .generate([Patch(torch.zeros(mini.d_model), 0)])[0]
+        .text
+    )
     assert set(controlled.table["alpha_zero_text"]) == {zero}
 
 
