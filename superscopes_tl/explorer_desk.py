@@ -32,6 +32,9 @@ from superscopes_tl.results import Reading
 from superscopes_tl.scoring import no_scores
 from superscopes_tl.tokens import TokenizedText, check_text, tokenize
 
+WATCHED_ROWS = 256
+"""The largest batch of a run on the screen: larger ones are faster, and fill in less often."""
+
 
 class Desk:
     """Where a sweep is set up and run.
@@ -127,7 +130,7 @@ class Desk:
             view.progress.value, view.progress.bar_style = 0, "info"
             self._say("Preparing", "running")
             self._sweep = BackgroundSweep(
-                lambda: plan_sweep(model, prompt, config),
+                lambda: _watched(model, prompt, config),
                 store=self._store,
                 on_plan=self._opened,
                 on_batch=self._filled,
@@ -227,7 +230,7 @@ class Desk:
         view, model = self._view, self._model
         try:
             config = replace(self.config, scorer=no_scores)
-            plan = plan_sweep(model, self.prompt, config)
+            plan = _watched(model, self.prompt, config)
         except (ValueError, TypeError) as error:
             view.estimate.value = markup.note(str(error))
             return
@@ -261,6 +264,14 @@ class Desk:
 
     def _say(self, text: str, state: str) -> None:
         self._view.status.value = markup.status(text, state=state, run=self._guard.run)
+
+
+def _watched(model: LanguageModel, prompt: str, config: SweepConfig) -> SweepPlan:
+    """Return the plan of a sweep that somebody watches: the map fills in batch by batch."""
+    plan = plan_sweep(model, prompt, config)
+    if config.batch_size is None:
+        plan.generator.batch_size = min(plan.generator.batch_size, WATCHED_ROWS)
+    return plan
 
 
 def _cost(plan: SweepPlan, seconds: float | None) -> str:

@@ -12,7 +12,7 @@ from superscopes_tl.models import LanguageModel
 CACHE_SHARE = 0.25
 """Share of the free memory that the keys and values of one batch may take."""
 
-FEWEST_ROWS, MOST_ROWS = 64, 256
+FEWEST_ROWS, MOST_ROWS = 64, 1024
 WORK_PER_STEP = 2**35
 """Rows times parameters of a step on a CPU: progress and cancel wait for a batch."""
 

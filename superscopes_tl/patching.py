@@ -56,7 +56,7 @@ class PatchedGenerator:
         target_prompt: the prompt with the placeholder.
         max_new_tokens: the longest text; the model's own default if it states one of at most 64
             (`generation_config.json`, as the bundled model does), else the paper's 10.
-        batch_size: rows per batch; 64 to 256 by the model's size, or fewer where memory is short,
+        batch_size: rows per batch; 64 to 1,024 by the model's size, or fewer where memory is short,
             unless given.
         chat: whether the target prompt is a message of a user in the model's chat template.
         until: tells whether a text, so far, has said all that is asked for: it ends there. It must

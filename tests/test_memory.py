@@ -66,12 +66,12 @@ def test_a_sweep_that_cannot_fit_is_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("parameters", "rows"),
-    [(6e6, 256), (1.24e8, 256), (2.5e8, 137), (1e9, 64)],
+    [(6e6, 1024), (1.24e8, 277), (2.5e8, 137), (1e9, 64)],
 )
 def test_small_models_get_larger_batches(
     parameters: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of a batch stays within 2^35 weights times rows, between 64 and 256 rows."""
+    """A step of a batch stays within 2^35 weights times rows, between 64 and 1,024 rows."""
 
     class Model:
         device = torch.device("cpu")
