@@ -24,7 +24,7 @@ from superscopes_tl import (
     load_model,
 )
 from superscopes_tl.mini import MODEL_DIR, train
-from superscopes_tl.mini.corpus import Corpus, train_tokenizer
+from superscopes_tl.mini.corpus import Corpus, EncodedFact, train_tokenizer
 from superscopes_tl.mini.facts import FEW_SHOT, Fact, held_out, load_facts
 from superscopes_tl.mini.measure import (
     Curves,
@@ -38,11 +38,24 @@ from superscopes_tl.mini.net import Llama, NetConfig, causal_mask
 from superscopes_tl.mini.optim import Muon, OptimConfig
 from superscopes_tl.mini.reader import Reader
 from superscopes_tl.mini.report import above, bars, headline, load_figures
-from superscopes_tl.mini.train import TrainConfig
+from superscopes_tl.mini.train import TrainConfig, earliest_layer
 from tests.conftest import BACKENDS
 
 FACTS = load_facts()
 SMALL = TrainConfig(steps=6, batch=4, length=48, first_layer=1, text_noise=1.0)
+
+
+def test_longer_names_are_read_later_if_asked() -> None:
+    """At most four tokens: one block earlier; eight or more: one later; words: from block 0."""
+    config = TrainConfig(first_layer=6, spread=1)
+
+    def first(kind: str, tokens: int, config: TrainConfig = config) -> int:
+        fact = EncodedFact(kind, "name", tuple(range(tokens)), (1,), self_described=True)
+        return earliest_layer(fact, config)
+
+    assert [first("band", n) for n in (2, 4, 5, 7, 8, 12)] == [5, 5, 6, 6, 7, 7]
+    assert first("word", 3) == 0
+    assert first("band", 2, TrainConfig(first_layer=6)) == 6
 
 
 @pytest.fixture(scope="module")

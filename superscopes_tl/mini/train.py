@@ -38,6 +38,7 @@ from superscopes_tl.mini.net import Llama, NetConfig, Writes, causal_mask
 from superscopes_tl.mini.optim import Muon, OptimConfig
 
 IGNORE = -100
+SHORT_NAME, LONG_NAME = 4, 8  # tokens; most names have five to seven
 CHECKPOINT = "checkpoint.safetensors"
 
 Config = TypeVar("Config", "TrainConfig", NetConfig, OptimConfig)
@@ -58,6 +59,8 @@ class TrainConfig:
         bottleneck: Share of rows whose names are visible through their last token only.
         first_layer: Earliest layer that a name's self-description reads (words: layer 0), so
             that nothing asks a name's meaning to be complete before.
+        spread: So many layers earlier for names of at most four tokens, and later for those of
+            eight or more: a longer name may take longer.
         noise: Largest noise on the vectors of self-description, relative to their norm.
         text_noise: Largest noise on block outputs of the last tokens of names in plain text,
             relative to their norm; half of the names get it, each at one layer, so that the
@@ -74,6 +77,7 @@ class TrainConfig:
     sentences: float = 0.15
     bottleneck: float = 0.5
     first_layer: int = 5
+    spread: int = 0
     noise: float = 2.5
     text_noise: float = 1.5
     same: float = 0.25
@@ -150,6 +154,14 @@ def unit_gaussian(count: int, width: int, generator: torch.Generator) -> Float[T
     return direction
 
 
+def earliest_layer(fact: EncodedFact, config: TrainConfig) -> int:
+    """Return the earliest layer whose block output training asks to tell the fact."""
+    if fact.kind == "word":
+        return 0
+    tokens = len(fact.name_ids)
+    return config.first_layer + config.spread * ((tokens >= LONG_NAME) - (tokens <= SHORT_NAME))
+
+
 def draw_patches(
     model: Llama, corpus: Corpus, batch: Batch, config: TrainConfig, rng: random.Random
 ) -> Writes | None:
@@ -160,9 +172,8 @@ def draw_patches(
     depth = model.config.n_layers
     sources, targets = [], []
     for _, _, fact in batch.places:
-        first = 0 if fact.kind == "word" else config.first_layer
         # The last block's output is neither: it speaks of the next token, and no block reads it.
-        sources.append(rng.randrange(first, depth - 1))
+        sources.append(rng.randrange(earliest_layer(fact, config), depth - 1))
         targets.append(0 if rng.random() >= config.same else sources[-1])
     vectors = states[sources, torch.arange(len(sources))]
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -287,8 +298,16 @@ def parse_arguments() -> tuple[Path, TrainConfig, NetConfig, OptimConfig]:
     if unknown := settings.keys() - known:
         parser.error(f"unknown settings: {', '.join(sorted(unknown))}")
     train, net = override(TrainConfig(), settings), override(NetConfig(), settings)
-    if train.first_layer >= net.n_layers:
-        parser.error(f"first_layer={train.first_layer}, but there are {net.n_layers} layers")
+    if (
+        not 0
+        <= train.first_layer - train.spread
+        <= train.first_layer + train.spread
+        < net.n_layers - 1
+    ):
+        parser.error(
+            f"first_layer={train.first_layer}, spread={train.spread}: expected blocks from 0 to "
+            f"{net.n_layers - 2}"
+        )
     return args.out, train, net, override(OptimConfig(), settings)
 
 
