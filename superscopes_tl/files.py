@@ -21,7 +21,8 @@ from superscopes_tl.errors import describe
 def written_whole(target: Path) -> Iterator[Path]:
     """Give a path to write to, beside `target`, which replaces it when all went well.
 
-    A writer that fails, or is stopped, leaves what was there before and nothing else.
+    A writer that fails leaves what was there before and nothing else; one that is killed may also
+    leave its hidden new file.
 
     Raises:
         OSError: the folder is missing or read-only, the disk is full, or `target` is a folder.

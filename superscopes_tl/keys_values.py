@@ -199,6 +199,7 @@ class RowBuffer:
     ) -> tuple[SharedPrefix, SharedPrefix]:
         """Store what a step adds, and return all keys and all values."""
         end = self._added + keys.shape[2]
+        assert end <= self._own[0].shape[2], "more tokens than there is room for"
         for buffer, new in zip(self._own, (keys, values), strict=True):
             buffer[:, :, self._added : end] = new
         self._added = end

@@ -170,7 +170,7 @@ class PatchedGenerator:
     def _time_batch(self, rows: int) -> float:
         token = torch.zeros((rows, 1), dtype=torch.long, device=self.model.device)
         with self.model.lock, torch.no_grad():
-            cache = self._start(rows)
+            cache = self._start(rows, new=2)
             moments = [time.perf_counter()]
             for tokens in (self._tail(rows), token, token):
                 float(self.step(tokens, cache)[0, 0])  # to a number: waits for the device
@@ -195,8 +195,7 @@ class PatchedGenerator:
     def placeholder_norms(self) -> Float[Tensor, " n_layers"]:
         """The norm of the residual stream at the placeholder, after each block, unpatched.
 
-        The yardstick for ||α·v||: where it is about 1, the vector weighs as much as what it
-        replaces. With several placeholder tokens, their mean.
+        The yardstick for ||α·v||: an equal one weighs as much. With several tokens, their mean.
         """
         norms: Tensor = self.placeholder_states.norm(dim=-1).mean(dim=-1)
         return norms
@@ -302,7 +301,7 @@ class PatchedGenerator:
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         found: list[Tensor] = []
         with self.model.lock, torch.no_grad():
-            batch, logits = self._begin(patches)
+            batch, logits = self._begin(patches, new=longest)
             for step in range(longest):
                 if step:
                     logits = batch.advance(ids[:, step - 1].to(self.model.device))
@@ -311,22 +310,25 @@ class PatchedGenerator:
         table = torch.stack(found, dim=1).tolist() if found else [[] for _ in texts]
         return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
-    def _begin(self, patches: Sequence[Patch]) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
+    def _begin(
+        self, patches: Sequence[Patch], new: int = 0
+    ) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
         """Return a batch that has read the patched prompt, and the logits behind it.
 
-        Guided rows have an unpatched twin, which reads the same text.
+        Guided rows have an unpatched twin, which reads the same text. There is room for `new` tokens.
         """
         twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
         rows = [*patches, *twins]
         weights = torch.tensor([patch.guidance for patch in patches])
-        batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows)), weights)
+        batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows), new), weights)
         places = [position - self._first for position in self.target.positions]
         with self.model.hooks(patch_hooks(self.model, rows, places)):
             return batch, batch.run(self._tail(len(rows)))
 
-    def _start(self, rows: int) -> Any:
+    def _start(self, rows: int, new: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
-        return self.model.decoder.expand(self._prefix, rows, self.row_length)
+        room = self.row_length + max(0, new - self.max_new_tokens)
+        return self.model.decoder.expand(self._prefix, rows, room)
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """Run `tokens` behind `cache` and return the float32 logits of the last one."""

@@ -62,7 +62,7 @@ class PlannedMemory:
     Attributes:
         vectors: v and α·v of every site, in float32, in this machine's memory.
         keys_values: of one batch, on the model's device.
-        readings: the finished table; `evaluate` with a path keeps it on disk instead.
+        readings: the finished table; `evaluate` with a path keeps it on disk until the end.
     """
 
     vectors: int
@@ -138,9 +138,7 @@ class SweepPlan:
         positions = resolve_positions(source, self.config.positions)
         places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
         sites = tuple(Site(kind, layer, p) for p in positions for kind, layer in places)
-        plan = replace(self, source=source, sites=sites, finished=frozenset())
-        plan.check_memory()
-        return plan
+        return replace(self, source=source, sites=sites, finished=frozenset())
 
     @property
     def n_batches(self) -> int:
@@ -164,13 +162,16 @@ class SweepPlan:
         """Refuse a sweep that cannot fit, before any work.
 
         Raises:
-            ValueError: its vectors need more memory than is free.
+            ValueError: it needs more memory than is free.
         """
-        needed, free = self.memory.vectors, free_bytes(torch.device("cpu"))
+        planned, free = self.memory, free_bytes(torch.device("cpu"))
+        needed = planned.vectors + planned.readings
+        if self.generator.model.device.type == "cpu":
+            needed += planned.keys_values
         if needed > free:
             raise bad_value(
                 "positions, layers, kinds, alphas",
-                expected=f"vectors of at most {free / 1e9:.1f} GB, which are free",
+                expected=f"a sweep that takes at most {free / 1e9:.1f} GB, which are free",
                 got=f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
                 fix="read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
             )

@@ -83,8 +83,14 @@ def outline(first: SweepPlan, prompts: Sequence[str]) -> Outline:
         alphas=first.alphas,
         target_layer=first.target_layer,
         batch_size=first.generator.batch_size,
-        sites={prompt: first.at_prompt(prompt).sites for prompt in prompts},
+        sites={prompt: _checked(first.at_prompt(prompt)).sites for prompt in prompts},
     )
+
+
+def _checked(plan: SweepPlan) -> SweepPlan:
+    """Return the plan; refuse one that cannot fit into memory, before any work."""
+    plan.check_memory()
+    return plan
 
 
 def portions(shares: Iterable[Share], size: int) -> Iterator[tuple[Share, ...]]:

@@ -3,7 +3,7 @@
 1. The parent has no model. It asks a worker (`workers`) for the experiment's outline, then hands
    out tasks, at most `IN_FLIGHT` at a time, and yields what comes back, whichever is finished.
 2. When workers die and the executor breaks, it is started anew, and the tasks that were in flight
-   are done again; after `MOST_BREAKAGES` in a row without one finished task, an error says so.
+   are done again; a task that was there more than `MOST_BREAKAGES` times ends it with an error.
 
 A task is one batch, filled across prompts as in one process. A run of fewer than `LEAST_TASKS`
 batches is cut into that many tasks, so that a few cells, or one prompt with many, are spread too.
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
 from dataclasses import fields, replace
@@ -108,7 +108,7 @@ class Spread:
         self._prompts = prompts
         self._start = _starter(executor)
         self._pool: Any = self._start() if self._start else executor
-        self._breakages = 0
+        self._deaths: Counter[int] = Counter()  # breakages that each task saw, by its id
         try:
             _check_sendable(self._pool, self._experiment)
         except ValueError:
@@ -166,13 +166,14 @@ class Spread:
         try:
             while waiting or flying:
                 if broken and not flying:
-                    self._replace(broken)
+                    self._replace(broken, max(self._deaths.values()))
                     broken = None
                 while waiting and not broken and len(flying) < IN_FLIGHT:
                     try:
                         future = self._pool.submit(function, self._experiment, *waiting[0])
                     except BrokenExecutor as error:
                         broken = error
+                        self._deaths[id(waiting[0])] += 1
                     else:
                         flying[future] = waiting.popleft()
                         future.add_done_callback(landed.put)
@@ -184,24 +185,24 @@ class Spread:
                     found = future.result()
                 except (BrokenExecutor, CancelledError) as error:
                     broken = error
+                    self._deaths[id(task)] += 1
                     waiting.appendleft(task)
                 else:
-                    self._breakages = 0
+                    del self._deaths[id(task)]
                     yield found
         finally:
             for future in flying:
                 future.cancel()
 
-    def _replace(self, why: BaseException) -> None:
-        """Start the executor anew, if that can be done and may help."""
-        self._breakages += 1
-        if self._start is None or self._breakages > MOST_BREAKAGES:
+    def _replace(self, why: BaseException, deaths: int) -> None:
+        """Start the executor anew, if that may help the task that saw most deaths."""
+        if self._start is None or deaths > MOST_BREAKAGES:
             raise ChildProcessError(
                 describe(
                     "executor",
                     expected="workers that live until their task is done",
                     got=f"{type(why).__name__} ({why})"
-                    + (f", {self._breakages} times in a row" if self._start else ""),
+                    + (f", {deaths} times at one task" if self._start else ""),
                     fix="read what the workers wrote last (memory? a script without "
                     "if __name__ == '__main__'?) and run again: a file goes on where it was"
                     + ("" if self._start else "; or pass a function that starts the executor"),

@@ -62,6 +62,12 @@ def _key(load: Any) -> str:
     return f"{load.__module__}.{name}" if callable(load) and name else object.__repr__(load)
 
 
+def kept_under(load: Loader, run: str) -> str:
+    """Return what a worker keeps a model under: a notebook's function may be another by then."""
+    key = _key(load)
+    return f"{key} {run}" if "__main__." in key else key
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What a worker is told.
@@ -91,7 +97,7 @@ def _first_plan(experiment: Experiment) -> SweepPlan:
     if experiment.run not in _PLANS:
         _PLANS.clear()  # it holds a model: the last experiment's has to go first
         loaders = [load for load in (experiment.load, experiment.load_target) if load]
-        keys = [_key(load) for load in loaders]
+        keys = [kept_under(load, experiment.run) for load in loaders]
         for key in set(_MODELS).difference(keys):
             del _MODELS[key]
         for key, load in zip(keys, loaders, strict=True):

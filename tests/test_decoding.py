@@ -24,6 +24,7 @@ from superscopes_tl.cells import tokens_told
 from superscopes_tl.decoding import Batch, decode, guide
 from superscopes_tl.prompts import description_is_over
 from tests import plain_hf
+from tests.conftest import BACKENDS
 from tests.tiny_models import tiny_hf
 
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
@@ -212,13 +213,72 @@ def test_a_description_that_is_over_stays_as_it_is(text: str, more: str) -> None
         assert description_is_over(text + more)
 
 
-def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch shrinks as texts end, and every text is the one that its row writes alone."""
+def test_a_kept_row_keeps_its_twin() -> None:
+    """Rows 1, 3 and 4 of five are guided: their twins are rows 5, 6 and 7 of the cache."""
+    kept: list[list[int]] = []
+    batch = Batch(
+        lambda tokens, cache: torch.zeros(len(tokens), 3),
+        lambda cache, rows: kept.append(rows.tolist()),
+        None,
+        torch.tensor([1.0, 2.0, 1.0, 3.0, 0.5]),
+    )
+    batch.keep(torch.tensor([0, 3, 4]))
+    batch.keep(torch.tensor([0, 2]))
+    assert kept == [[0, 3, 4, 6, 7], [0, 2, 4]]
+    assert batch.advance(torch.tensor([5, 6])).shape == (2, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_longer_than_those_of_the_generator_can_be_followed(backend: str, tiny: Tiny) -> None:
+    """Log-probabilities of twelve tokens do not depend on `max_new_tokens`."""
+    model = tiny("llama", backend)
+    patch, ids = Patch(10 * torch.ones(model.d_model), 2), [list(range(5, 17))]
+    short, long = (
+        PatchedGenerator(model, TARGET, max_new_tokens=n).log_probabilities([patch], ids)
+        for n in (3, 20)
+    )
+    assert short[0] == pytest.approx(long[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_of_one_token_has_an_estimate(backend: str, tiny: Tiny, word_overlap: Any) -> None:
+    """With a progress bar, which times a batch first, it is what it is without one."""
+    settings: dict[str, Any] = {
+        "layers": (5, 2), "target_prompt": TARGET, "max_new_tokens": 1, "scorer": word_overlap,
+    }  # fmt: skip
+    model = tiny("llama", backend)
+    shown, quiet = (sweep(model, "Red Hot", progress=p, **settings) for p in (True, False))
+    assert shown.table["text"].equals(quiet.table["text"])
+
+
+@pytest.mark.parametrize("patches", ["two layers", "drawn", "kept", "guided"])
+def test_what_else_decides_a_text_keeps_rows_apart(
+    patches: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patch at the last layer and an earlier one, or a drawn or guided row, writes for itself.
+
+    A row that keeps a share of the residual stream at the last layer alone need not.
+    """
     model = tiny("llama", "bridge")
-    generator = PatchedGenerator(model, TARGET, max_new_tokens=12, until=lambda t: len(t) > 9)
-    vectors = torch.randn(12, model.d_model, generator=torch.Generator().manual_seed(2))
-    patches = [Patch(20 * vector, 2) for vector in vectors]
-    patches += [Patch(vector, 3, guidance=2.0, seed=5) for vector in vectors[:3]]
+    generator = PatchedGenerator(model, TargetPrompt("x, x: Adele, x"), max_new_tokens=N_NEW)
+    v = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    rows = {
+        "two layers": [Patch(a * v, (2, 5)) for a in (1.0, 1.01, 1.02)],
+        "drawn": [Patch(v, 5, seed=seed) for seed in (1, 2, 3)],
+        "kept": [Patch(a * v, 5, keep=1.0) for a in (1.0, 1.01, 1.02)],
+        "guided": [Patch(v, 5, guidance=w) for w in (2.0, 2.1, 2.2)],
+    }[patches]
+    monkeypatch.setattr("superscopes_tl.decoding.LIVE_SHARE", 1)
+    sizes = _batch_sizes(generator, monkeypatch)
+    together = generator.generate(rows)
+    firsts = {generation.token_ids[0] for generation in together}
+    assert sizes[1] == {"guided": 6, "kept": len(firsts)}.get(patches, 3)
+    assert len(firsts) < 3 or patches == "drawn"
+    assert [g.token_ids for g in together] == [generator.generate([p])[0].token_ids for p in rows]
+
+
+def _batch_sizes(generator: PatchedGenerator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of rows of every step."""
     sizes: list[int] = []
     step = generator.step
 
@@ -227,6 +287,17 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.Mo
         return step(tokens, cache)
 
     monkeypatch.setattr(generator, "step", spy)
+    return sizes
+
+
+def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch shrinks as texts end, and every text is the one that its row writes alone."""
+    model = tiny("llama", "bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=12, until=lambda t: len(t) > 9)
+    vectors = torch.randn(12, model.d_model, generator=torch.Generator().manual_seed(2))
+    patches = [Patch(20 * vector, 2) for vector in vectors]
+    patches += [Patch(vector, 3, guidance=2.0, seed=5) for vector in vectors[:3]]
+    sizes = _batch_sizes(generator, monkeypatch)
     together = generator.generate(patches)
     assert sizes[0] == 15 + 3, "every row, and the unpatched twins of the guided ones"
     assert sizes == sorted(sizes, reverse=True)
@@ -246,14 +317,7 @@ def test_at_the_last_layer_one_row_writes_for_those_that_begin_alike(
     generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, until=until)
     vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(0))
     patches = [Patch(alpha * v, 5) for v in vectors for alpha in (0.5, 1, 3, 15)]
-    sizes: list[int] = []
-    step = generator.step
-
-    def spy(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        sizes.append(len(tokens))
-        return step(tokens, cache)
-
-    monkeypatch.setattr(generator, "step", spy)
+    sizes = _batch_sizes(generator, monkeypatch)
     together = generator.generate(patches)
     firsts = {generation.token_ids[:1] for generation in together}
     assert sizes[0] == 12

@@ -256,11 +256,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     start = PatchedGenerator._start
     sizes: list[int] = []
 
-    def small_only(self: PatchedGenerator, rows: int) -> Any:
+    def small_only(self: PatchedGenerator, rows: int, new: int) -> Any:
         sizes.append(rows)
         if rows > 3:
             raise error
-        return start(self, rows)
+        return start(self, rows, new)
 
     monkeypatch.setattr(PatchedGenerator, "_start", small_only)
     table = sweep(model, SOURCE, batch_size=12, **quick(progress=progress)).table
@@ -275,7 +275,7 @@ def test_out_of_memory_for_one_row_is_an_error_that_says_so(
     """Where not even one row fits there is nothing left to halve."""
     generator = PatchedGenerator(tiny("llama", "bridge"), TARGET, batch_size=2)
 
-    def never(rows: int) -> Any:
+    def never(rows: int, new: int) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(generator, "_start", never)

@@ -91,6 +91,17 @@ def test_a_buffer_grows_and_shrinks_like_a_list_of_rows(
         expected = [part[kept] for part in expected]
 
 
+def test_a_full_buffer_takes_no_more() -> None:
+    """More tokens than there is room for are an error, not numbers that get lost."""
+    part = torch.zeros(1, 2, 3, 5)
+    buffer = RowBuffer((part, part), 4, 2)
+    new = torch.ones(4, 2, 1, 5)
+    buffer.append(new, new)
+    buffer.append(new, new)
+    with pytest.raises(AssertionError, match="room"):
+        buffer.append(new, new)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_prefix_is_stored_once_for_all_rows(

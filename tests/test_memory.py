@@ -59,7 +59,9 @@ def test_a_sweep_that_cannot_fit_is_refused_before_any_work(
     """The message says what is free, what was asked, and that fewer tokens go into one file."""
     model = tiny("llama", "bridge")
     monkeypatch.setattr("superscopes_tl.plan.free_bytes", lambda device: 1000)
-    expected = r"vectors of at most 0.0 GB.* for 3 sites x 6 α. Fix: .*evaluate\(\.\.\., path="
+    expected = (
+        r"a sweep that takes at most 0.0 GB.* for 3 sites x 6 α. Fix: .*evaluate\(\.\.\., path="
+    )
     with pytest.raises(ValueError, match=expected):
         plan_sweep(model, PROMPT, layers=2, scorer=_no_scores)
 

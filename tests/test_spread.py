@@ -24,7 +24,7 @@ from superscopes_tl.config import SweepConfig
 from superscopes_tl.evaluation import EvaluationFile
 from superscopes_tl.shares import Share, portions
 from superscopes_tl.sites import Site
-from superscopes_tl.workers import as_loader
+from superscopes_tl.workers import as_loader, kept_under
 from tests import workers
 from tests.tiny_models import tiny_hf, tiny_tokenizer
 
@@ -226,7 +226,7 @@ class Breaking(Here):
 def test_an_executor_is_started_anew_a_bounded_number_of_times(
     folder: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Three replacements without one finished task, then an error; with some, on and on."""
+    """Three replacements at one task, then an error; while tasks are finished, on and on."""
     path = tmp_path / "run.sqlite"
     asked = {**settings, "draws": 0, "batch_size": 1}
     started: list[int | None] = []
@@ -238,7 +238,7 @@ def test_an_executor_is_started_anew_a_bounded_number_of_times(
     with pytest.raises(
         ChildProcessError,
         match=r"executor: expected workers that live .*BrokenProcessPool \(terminated abruptly\), "
-        r"4 times in a row\. Fix: .*run again: a file goes on where it was\.$",
+        r"4 times at one task\. Fix: .*run again: a file goes on where it was\.$",
     ):
         evaluate(folder, PROMPTS, path, executor=lambda: start(lambda n: 0 if n else 3), **asked)
     assert started == [3, 0, 0, 0]
@@ -247,6 +247,46 @@ def test_an_executor_is_started_anew_a_bounded_number_of_times(
     found = evaluate(folder, PROMPTS, path, executor=lambda: start(lambda n: 2), **asked)
     assert len(started) > 2 * spread.MOST_BREAKAGES
     same(found, evaluate(folder, PROMPTS, **asked))
+
+
+class Poisoned(Here):
+    """An executor that breaks whenever it is given a certain prompt."""
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        if any(getattr(share, "prompt", "") == "Pearl Jam" for share in arguments[1]):
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            return future
+        return super().submit(function, *arguments, **named)
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up(
+    folder: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """However many other tasks are finished meanwhile; their cells are in the file."""
+    path, started = tmp_path / "run.sqlite", []
+
+    def start() -> Here:
+        started.append(1)
+        return Poisoned()
+
+    with pytest.raises(ChildProcessError, match="4 times at one task"):
+        evaluate(folder, PROMPTS, path, executor=start, **settings, draws=0, batch_size=1)
+    assert len(started) == 1 + spread.MOST_BREAKAGES
+    assert "Pearl Jam" not in set(Evaluation.load(path).table["prompt"])
+
+
+def test_a_notebook_s_function_is_asked_again_for_every_run() -> None:
+    """It may be another one by now; what is imported from a module stays."""
+
+    def load() -> Any:
+        raise NotImplementedError
+
+    load.__module__, load.__qualname__ = "__main__", "load"
+    assert kept_under(load, "one") != kept_under(load, "two")
+    assert kept_under(partial(load, 3), "one") != kept_under(partial(load, 3), "two")
+    fixed = partial(load_model, "mini")
+    assert kept_under(fixed, "one") == kept_under(fixed, "two")
 
 
 def test_an_executor_that_breaks_for_good_says_what_to_do(

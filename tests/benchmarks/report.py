@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.export import write_html
+from superscopes_tl.files import written_whole
 from tests.benchmarks.roofline import Roofline
 
 LIBRARIES = ("torch", "transformers", "transformer_lens")
@@ -160,7 +161,8 @@ def show(
     for line in lines_of(report):
         console.print(line, markup=False)
     if json:
-        json.write_text(json_format.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        with written_whole(json) as fresh:
+            fresh.write_text(json_format.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     if html:
         write_html(rate_figure(report), html, title="Cells per second")
     return [file for file in (json, html) if file]
