@@ -315,7 +315,7 @@ class PatchedGenerator:
     ) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
         """Return a batch that has read the patched prompt, and the logits behind it.
 
-        Guided rows have an unpatched twin, which reads the same text. There is room for `new` tokens.
+        Guided rows have an unpatched twin, which reads the same text. There is room for `new` more.
         """
         twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
         rows = [*patches, *twins]
