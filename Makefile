@@ -27,7 +27,8 @@ test: check $(VENV)/ready $(VENV_TL4)/ready browser
 	$(OFFLINE) $(VENV)/bin/python -m pytest
 	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py \
 		tests/test_loading.py tests/test_patches.py tests/test_sources.py tests/test_causal.py \
-		tests/test_lenses.py tests/test_vectors.py tests/test_explorer_browser.py
+		tests/test_lenses.py tests/test_vectors.py tests/test_keys_values.py tests/test_decoding.py \
+		tests/test_explorer_browser.py
 
 # The browser tests drive Debian's Chromium; where it cannot be installed they are skipped.
 browser:
