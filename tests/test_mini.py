@@ -267,8 +267,10 @@ def test_under_the_null_the_corrected_count_is_five_per_cent() -> None:
 def test_a_curve_is_above_when_it_is_nowhere_below(
     ours: list[int], theirs: list[int], met: bool
 ) -> None:
-    """Above at most layers, below at none."""
-    assert above(Curves(theirs, ours, theirs), "alpha_1").met is met
+    """Above at most layers, below at none of those that are asked about."""
+    ours, theirs = [0, *ours, 0], [9, *theirs, 9]
+    assert above(Curves(theirs, ours, theirs), "alpha_1", range(1, 4)).met is met
+    assert not above(Curves(theirs, ours, theirs), "alpha_1", range(5)).met
 
 
 def test_the_shipped_figures_are_of_the_shipped_weights() -> None:
