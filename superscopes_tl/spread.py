@@ -43,6 +43,10 @@ MOST_BREAKAGES = 3
 """How often in a row an executor is started anew without one finished task."""
 
 
+_GIVEN_UP = "KilledWorker"
+"""Dask's error for a task that it has tried often enough; Dask need not be installed here."""
+
+
 class Executor(Protocol):
     """Calls functions elsewhere: any `concurrent.futures.Executor`, or what acts like one."""
 
@@ -187,6 +191,10 @@ class Spread:
                     broken = error
                     self._deaths[id(task)] += 1
                     waiting.appendleft(task)
+                except Exception as error:
+                    if type(error).__name__ == _GIVEN_UP:
+                        raise _dead(error) from error
+                    raise
                 else:
                     del self._deaths[id(task)]
                     yield found
@@ -196,20 +204,25 @@ class Spread:
 
     def _replace(self, why: BaseException, deaths: int) -> None:
         """Start the executor anew, if that may help the task that saw most deaths."""
-        if self._start is None or deaths > MOST_BREAKAGES:
-            raise ChildProcessError(
-                describe(
-                    "executor",
-                    expected="workers that live until their task is done",
-                    got=f"{type(why).__name__} ({why})"
-                    + (f", {deaths} times at one task" if self._start else ""),
-                    fix="read what the workers wrote last (memory? a script without "
-                    "if __name__ == '__main__'?) and run again: a file goes on where it was"
-                    + ("" if self._start else "; or pass a function that starts the executor"),
-                )
-            ) from why
+        if self._start is None:
+            raise _dead(why, fix="; or pass a function that starts the executor") from why
+        if deaths > MOST_BREAKAGES:
+            raise _dead(why, f", {deaths} times at one task") from why
         self._pool.shutdown(wait=False)
         self._pool = self._start()
+
+
+def _dead(why: BaseException, often: str = "", fix: str = "") -> ChildProcessError:
+    """Return the error that ends a run whose workers die."""
+    return ChildProcessError(
+        describe(
+            "executor",
+            expected="workers that live until their task is done",
+            got=f"{type(why).__name__} ({why}){often}",
+            fix="read what the workers wrote last (memory? a script without "
+            f"if __name__ == '__main__'?) and run again: a file goes on where it was{fix}",
+        )
+    )
 
 
 def _starter(executor: Any) -> Callable[[], Any] | None:

@@ -144,6 +144,28 @@ def test_dask_replaces_a_killed_worker(
     same(found, evaluate(load, PROMPTS, **asked))
 
 
+def test_a_task_that_dask_gives_up_says_what_to_do(
+    folder: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its own error speaks of Dask's keys; ours of workers and files, and theirs is the cause."""
+    distributed = pytest.importorskip("distributed")
+    dask_module = pytest.importorskip("dask")
+    deadly = workers.Deadly(str(tmp_path), "Pearl Jam", times=9)
+    asked = {**settings, "scorer": deadly, "draws": 0}
+    with (
+        dask_module.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+        pytest.raises(
+            ChildProcessError, match=r"executor: expected workers that live.*KilledWorker"
+        ) as caught,
+    ):
+        evaluate(folder, PROMPTS[1:2], executor=client.get_executor(), **asked)
+    assert type(caught.value.__cause__).__name__ == "KilledWorker"
+
+
 def test_an_error_in_a_worker_reaches_the_caller(
     pool: Any, folder: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
