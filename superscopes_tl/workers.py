@@ -63,8 +63,15 @@ def _key(load: Any) -> str:
 
 
 def kept_under(load: Loader, run: str) -> str:
-    """Return what a worker keeps a model under: a notebook's function may be another by then."""
+    """Return what a worker keeps a model under.
+
+    By the next run a notebook's function may be another one, and a directory may hold other files.
+    """
     key = _key(load)
+    named = (*load.args, *load.keywords.values()) if isinstance(load, partial) else ()
+    for folder in (Path(part) for part in named if isinstance(part, str | Path)):
+        if folder.is_dir():
+            key += f" {max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0)}"
     return f"{key} {run}" if "__main__." in key else key
 
 

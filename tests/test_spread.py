@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -309,6 +310,20 @@ def test_a_notebook_s_function_is_asked_again_for_every_run() -> None:
     assert kept_under(partial(load, 3), "one") != kept_under(partial(load, 3), "two")
     fixed = partial(load_model, "mini")
     assert kept_under(fixed, "one") == kept_under(fixed, "two")
+
+
+def test_a_directory_with_new_weights_is_loaded_anew(folder: str, tmp_path: Path) -> None:
+    """A worker keeps a model as long as the files that it came from."""
+    path = shutil.copytree(folder, tmp_path / "model")
+    for load in (as_loader(path), partial(load_model, model=str(path))):
+        first = kept_under(load, "one")
+        assert kept_under(load, "two") == first
+        later = 1 + path.joinpath("model.safetensors").stat().st_mtime
+        os.utime(path / "model.safetensors", (later, later))
+        assert kept_under(load, "one") != first
+    assert kept_under(partial(load_model, "mini"), "one") == kept_under(
+        partial(load_model, "mini"), "two"
+    )
 
 
 def test_an_executor_that_breaks_for_good_says_what_to_do(
