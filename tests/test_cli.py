@@ -259,7 +259,7 @@ def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
         found.append((table, run.stdout.replace(name, "")))
     (several, said), (alone, also) = found
     assert len(several) == 3 * 2 * 2
-    pd.testing.assert_frame_equal(several, alone, rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(several, alone, rtol=1e-4)
     assert said == also
 
 

@@ -57,7 +57,7 @@ explorer = Explorer(
 explorer"""
 SCORES = """() => document.querySelector('.ssx-map .js-plotly-plot').data
   .filter(t => t.type === 'heatmap').map(t => t.z)"""
-# Again while the notebook changes: its picture may be drawn anew after the first time.
+# Saves until nothing is left to save: once is not enough where the notebook still changes.
 SAVED = """async () => {
   const { context } = window.jupyterapp.shell.currentWidget;
   if (context.model.dirty) await context.save();

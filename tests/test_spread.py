@@ -80,7 +80,7 @@ def in_order(evaluation: Evaluation) -> pd.DataFrame:
 
 def same(one: Evaluation, other: Evaluation) -> None:
     """Check that two tables hold the same rows."""
-    pd.testing.assert_frame_equal(in_order(one), in_order(other), rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(in_order(one), in_order(other), rtol=1e-4)
 
 
 class Here(ThreadPoolExecutor):
