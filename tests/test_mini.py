@@ -46,14 +46,14 @@ SMALL = TrainConfig(steps=6, batch=4, length=48, first_layer=1, text_noise=1.0)
 
 
 def test_longer_names_are_read_later_if_asked() -> None:
-    """At most four tokens: one block earlier; eight or more: one later; words: from block 0."""
-    config = TrainConfig(first_layer=6, spread=1)
+    """At most four tokens: some blocks earlier; eight or more: later; words: from block 0."""
+    config = TrainConfig(first_layer=6, earlier=2, later=1)
 
     def first(kind: str, tokens: int, config: TrainConfig = config) -> int:
         fact = EncodedFact(kind, "name", tuple(range(tokens)), (1,), self_described=True)
         return earliest_layer(fact, config)
 
-    assert [first("band", n) for n in (2, 4, 5, 7, 8, 12)] == [5, 5, 6, 6, 7, 7]
+    assert [first("band", n) for n in (2, 4, 5, 7, 8, 12)] == [4, 4, 6, 6, 7, 7]
     assert first("word", 3) == 0
     assert first("band", 2, TrainConfig(first_layer=6)) == 6
 

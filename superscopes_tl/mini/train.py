@@ -59,8 +59,8 @@ class TrainConfig:
         bottleneck: Share of rows whose names are visible through their last token only.
         first_layer: Earliest layer that a name's self-description reads (words: layer 0), so
             that nothing asks a name's meaning to be complete before.
-        spread: So many layers earlier for names of at most four tokens, and later for those of
-            eight or more: a longer name may take longer.
+        earlier: So many layers earlier for names of at most four tokens.
+        later: So many layers later for those of eight or more: a longer name may take longer.
         noise: Largest noise on the vectors of self-description, relative to their norm.
         text_noise: Largest noise on block outputs of the last tokens of names in plain text,
             relative to their norm; half of the names get it, each at one layer, so that the
@@ -77,7 +77,8 @@ class TrainConfig:
     sentences: float = 0.15
     bottleneck: float = 0.5
     first_layer: int = 5
-    spread: int = 0
+    earlier: int = 0
+    later: int = 0
     noise: float = 2.5
     text_noise: float = 1.5
     same: float = 0.25
@@ -159,7 +160,9 @@ def earliest_layer(fact: EncodedFact, config: TrainConfig) -> int:
     if fact.kind == "word":
         return 0
     tokens = len(fact.name_ids)
-    return config.first_layer + config.spread * ((tokens >= LONG_NAME) - (tokens <= SHORT_NAME))
+    if tokens <= SHORT_NAME:
+        return config.first_layer - config.earlier
+    return config.first_layer + (config.later if tokens >= LONG_NAME else 0)
 
 
 def draw_patches(
@@ -298,15 +301,11 @@ def parse_arguments() -> tuple[Path, TrainConfig, NetConfig, OptimConfig]:
     if unknown := settings.keys() - known:
         parser.error(f"unknown settings: {', '.join(sorted(unknown))}")
     train, net = override(TrainConfig(), settings), override(NetConfig(), settings)
-    if (
-        not 0
-        <= train.first_layer - train.spread
-        <= train.first_layer + train.spread
-        < net.n_layers - 1
-    ):
+    first = (train.first_layer - train.earlier, train.first_layer, train.first_layer + train.later)
+    if not all(0 <= layer < net.n_layers - 1 for layer in first):
         parser.error(
-            f"first_layer={train.first_layer}, spread={train.spread}: expected blocks from 0 to "
-            f"{net.n_layers - 2}"
+            f"first_layer, earlier, later: expected blocks from 0 to {net.n_layers - 2}, "
+            f"got {', '.join(map(str, first))}"
         )
     return args.out, train, net, override(OptimConfig(), settings)
 
