@@ -214,8 +214,5 @@ class RowBuffer:
         return keys, values
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Drop all rows but these, in place; the room behind what was added is not copied."""
-        for own in self._own:
-            added = own[:, :, : self._added]
-            added[: len(rows)] = added.index_select(0, rows)
-        self._own = tuple(own[: len(rows)] for own in self._own)
+        """Drop all rows but these."""
+        self._own = tuple(own[rows] for own in self._own)
