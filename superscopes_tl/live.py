@@ -20,11 +20,11 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.graph_objects import FigureWidget  # here, not at the first display: it is slow
 from plotly.subplots import make_subplots
 
 from superscopes_tl.details import Selection
 from superscopes_tl.plan import SweepPlan
+from superscopes_tl.plotly_widget import SharedFigureWidget
 from superscopes_tl.plots import COLOR_SCALE, LABEL_LIMIT, TITLES, hover_text
 from superscopes_tl.results import SweepResult
 
@@ -116,7 +116,7 @@ class LiveMap:
         self._axes, self._on_click = axes, on_click
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
-        self.widget = FigureWidget(
+        self.widget = SharedFigureWidget(
             make_subplots(
                 cols=len(axes.kinds),
                 shared_yaxes=True,
@@ -253,7 +253,7 @@ class LiveCurve:
     """
 
     def __init__(self) -> None:
-        self.widget = FigureWidget(
+        self.widget = SharedFigureWidget(
             go.Scatter(
                 mode="lines+markers",
                 line={"color": "#8a8a8a", "width": 2},

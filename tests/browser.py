@@ -182,6 +182,18 @@ def chromium(playwright: Any, *, width: int = 1280, height: int = 1000) -> Itera
             context.close()
 
 
+@contextlib.contextmanager
+def slowed(page: Any, times: float) -> Iterator[None]:
+    """Let the page compute several times more slowly than the machine."""
+    session = page.context.new_cdp_session(page)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": times})
+    try:
+        yield
+    finally:
+        session.send("Emulation.setCPUThrottlingRate", {"rate": 1})
+        session.detach()
+
+
 def open_notebook(page: Any, server: Server, name: str) -> None:
     """Open a notebook alone on the page and wait for its kernel."""
     page.goto(f"{server.url}/doc/tree/{name}?token={server.token}&reset")

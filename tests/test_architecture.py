@@ -22,7 +22,7 @@ FLOW = """
     comparison replay config selfie replacements causal plan sources affine affine_fit cells
     controls next_token sweep vectors refine guided evaluation shares workers spread evaluate
     plots figures lens_figures causal_figures paper_figures grid_figures metric_figures
-    neighbours snapshot export background relevancy details live markup explorer_view
+    neighbours snapshot export background relevancy details plotly_widget live markup explorer_view
     explorer_config explorer_panel
     explorer_desk explorer serve demo shell cli_options cli_neighbours cli_experiments cli
 """

@@ -25,6 +25,7 @@ from tests.browser import (
     open_notebook,
     run_all,
     serve,
+    slowed,
     wait_for_state,
 )
 
@@ -157,15 +158,20 @@ def test_copy_as_python_fills_the_clipboard(page: Any) -> None:
 
 
 def test_a_reload_shows_the_same_picture(page: Any) -> None:
-    """With a live kernel: the same scores, outline and panel, and clicks still work."""
+    """With a live kernel: the same scores, outline and panel, and clicks still work.
+
+    The browser is slowed down: a figure that takes seconds to begin is given up by anywidget, and
+    then it does not come or does not answer.
+    """
     click_cell(page, 0, 0, 1)
     before_text = detail(page, "resid_mid/1/1").inner_text()
     page.wait_for_selector(".ssx-probe [data-probe='done']")
     before, shapes = page.evaluate(SCORES), page.evaluate(SHAPES)
     assert any(score is not None for panel in before for row in panel for score in row)
     page.wait_for_function(SAVED)
-    page.reload()
-    page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    with slowed(page, 3):
+        page.reload()
+        page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
     assert page.evaluate(SCORES) == before
     assert page.evaluate(SHAPES) == shapes
     assert detail(page, "resid_mid/1/1").inner_text() == before_text

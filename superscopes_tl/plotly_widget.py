@@ -1,0 +1,74 @@
+"""Plotly's widget, loaded once per page instead of once per figure.
+
+1. Plotly's own `FigureWidget` sends its script of 5 MB with every figure, and a page imports it
+   for every figure: seconds each on a slow machine, and anywidget gives up a widget that takes
+   longer than two seconds to begin.
+2. `SharedFigureWidget` sends the same script compressed, beside a short one that begins at once.
+3. The short one unpacks and imports the long one when the first figure is drawn; all figures of
+   the page wait for that one import.
+
+Nothing changes in Python: it is a `FigureWidget`.
+"""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from importlib.resources import files
+
+import traitlets
+from plotly.graph_objects import FigureWidget  # here, not at the first display: it is slow
+
+# Model and view of one figure share what the long script's factory made for it; what plotly's
+# model would have missed until then it reads from the widget's state when it begins.
+_BEGIN = """
+const page = Symbol.for("superscopes_tl.plotly");
+function unpacked(packed) {
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+async function load(packed) {
+  const script = new Blob([await unpacked(packed)], { type: "text/javascript" });
+  const url = URL.createObjectURL(script);
+  try {
+    return (await import(url)).default;
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+export default () => {
+  let figure;
+  async function begin(model) {
+    globalThis[page] ??= load(model.get("_script")).catch((error) => {
+      delete globalThis[page];  // the next figure tries again
+      throw error;
+    });
+    const found = await globalThis[page];
+    const made = typeof found === "function" ? await found() : found;
+    await made.initialize?.({ model });
+    return made;
+  }
+  return {
+    initialize({ model }) { figure = begin(model); },
+    async render(context) { return (await figure).render(context); },
+  };
+};
+"""
+
+
+@cache
+def packed_script() -> bytes:
+    """Return plotly's script for widgets, compressed with gzip; the same bytes every time."""
+    script = files("plotly").joinpath("package_data", "widgetbundle.js").read_bytes()
+    return gzip.compress(script, compresslevel=6, mtime=0)
+
+
+class SharedFigureWidget(FigureWidget):  # type: ignore[misc]  # plotly's widgets are untyped
+    """A plotly figure as a widget, quick to begin on the page."""
+
+    _esm = _BEGIN
+    _script = traitlets.Bytes().tag(sync=True)
+
+    @traitlets.default("_script")
+    def _packed(self) -> bytes:
+        return packed_script()
