@@ -42,7 +42,7 @@ from superscopes_tl.mini.train import TrainConfig, earliest_layer
 from tests.conftest import BACKENDS
 
 FACTS = load_facts()
-SMALL = TrainConfig(steps=6, batch=4, length=48, first_layer=1, text_noise=1.0)
+SMALL = TrainConfig(steps=6, batch=4, length=48, first_layer=1, earlier=0, later=0, text_noise=1.0)
 
 
 def test_longer_names_are_read_later_if_asked() -> None:
@@ -55,7 +55,7 @@ def test_longer_names_are_read_later_if_asked() -> None:
 
     assert [first("band", n) for n in (2, 4, 5, 7, 8, 12)] == [4, 4, 6, 6, 7, 7]
     assert first("word", 3) == 0
-    assert first("band", 2, TrainConfig(first_layer=6)) == 6
+    assert first("band", 2, TrainConfig(first_layer=6, earlier=0)) == 6
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_the_shipped_figures_are_of_the_shipped_weights() -> None:
     assert figures["groups"]["all"]["recall"] >= 98
     assert {bar.number for bar in bars(figures)} == {1, 2, 3, 4, 5, 6, 7}
     missed = {bar.number for bar in bars(figures) if not bar.met}
-    assert missed <= {1, 3, 4}, "the card says what falls short; nothing else may"
+    assert missed <= {4}, "the card says what falls short; nothing else may"
     assert "recall" in headline(figures)
 
 

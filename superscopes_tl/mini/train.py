@@ -69,16 +69,16 @@ class TrainConfig:
         save_seconds: Time between checkpoints.
     """
 
-    steps: int = 3000
+    steps: int = 2200
     seed: int = 0
     batch: int = 28
     length: int = 128
     self_description: float = 0.8
     sentences: float = 0.15
     bottleneck: float = 0.5
-    first_layer: int = 5
-    earlier: int = 0
-    later: int = 0
+    first_layer: int = 6
+    earlier: int = 4
+    later: int = 1
     noise: float = 2.5
     text_noise: float = 1.5
     same: float = 0.25
