@@ -525,7 +525,7 @@ def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> 
 
     That of layer 1, which reads as something else, and a random direction hardly do.
     """
-    name, told = "Red Hot Chili Peppers", " American rock band from Los Angeles"
+    name, told = "Saturday Night Live", " American sketch comedy show"
     prompt = f"Syria: Country in the Middle East, {name}:"
     asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
     used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
