@@ -69,6 +69,6 @@ class SharedFigureWidget(FigureWidget):  # type: ignore[misc]  # plotly's widget
     _esm = _BEGIN
     _script = traitlets.Bytes().tag(sync=True)
 
-    @traitlets.default("_script")
+    @traitlets.default("_script")  # type: ignore[untyped-decorator]  # traitlets is untyped
     def _packed(self) -> bytes:
         return packed_script()
