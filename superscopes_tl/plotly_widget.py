@@ -4,10 +4,11 @@
    for every figure: seconds each on a slow machine, and anywidget gives up a widget that takes
    longer than two seconds to begin.
 2. `SharedFigureWidget` sends the same script compressed, beside a short one that begins at once.
-3. The short one unpacks and imports the long one when the first figure is drawn; all figures of
-   the page wait for that one import.
+3. The short one unpacks and imports the long one when the page learns of the first figure; all
+   figures of the page, of the same plotly, wait for that one import.
+4. What Python changes meanwhile is kept and done when the long one is there.
 
-Nothing changes in Python: it is a `FigureWidget`.
+In Python it is a `FigureWidget`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ import gzip
 from functools import cache
 from importlib.resources import files
 
+import plotly
 import traitlets
 from plotly.graph_objects import FigureWidget  # here, not at the first display: it is slow
 
-# Model and view of one figure share what the long script's factory made for it; what plotly's
-# model would have missed until then it reads from the widget's state when it begins.
+# Model and view of one figure share what the long script's factory made for it. Plotly's model
+# hears of a change as a message, which is null again a moment later: those that come before there
+# is a model are noted and handed to it, in their order.
 _BEGIN = """
-const page = Symbol.for("superscopes_tl.plotly");
+const messages = [
+  "addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate",
+  "removeLayoutProps", "removeTraceProps",
+].map((name) => `_py2js_${name}`);
+const page = Symbol.for("superscopes_tl.plotly VERSION");
 function unpacked(packed) {
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
@@ -39,6 +46,12 @@ async function load(packed) {
 export default () => {
   let figure;
   async function begin(model) {
+    const missed = [];
+    const notes = messages.map((name) => [`change:${name}`, () => {
+      const message = model.get(name);
+      if (message) missed.push([name, message]);
+    }]);
+    for (const [event, note] of notes) model.on(event, note);
     globalThis[page] ??= load(model.get("_script")).catch((error) => {
       delete globalThis[page];  // the next figure tries again
       throw error;
@@ -46,14 +59,22 @@ export default () => {
     const found = await globalThis[page];
     const made = typeof found === "function" ? await found() : found;
     await made.initialize?.({ model });
+    for (const [event, note] of notes) model.off(event, note);
+    for (const [name, message] of missed) {
+      model.set(name, message);
+      model.set(name, null);
+    }
     return made;
   }
   return {
     initialize({ model }) { figure = begin(model); },
-    async render(context) { return (await figure).render(context); },
+    async render(context) {
+      const made = await figure;
+      if (!context.signal?.aborted) return made.render(context);  // else nobody looks any more
+    },
   };
 };
-"""
+""".replace("VERSION", plotly.__version__)
 
 
 @cache
