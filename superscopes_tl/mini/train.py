@@ -57,8 +57,8 @@ class TrainConfig:
         self_description: Share of rows with placeholders.
         sentences: Share of the other rows that are sentences.
         bottleneck: Share of rows whose names are visible through their last token only.
-        first_layer: Earliest layer that a name's self-description reads (words: layer 0), so
-            that nothing asks a name's meaning to be complete before.
+        first_layer: Earliest layer that the self-description of a name of five to seven tokens
+            reads (words: layer 0), so that nothing asks its meaning to be complete before.
         earlier: So many layers earlier for names of at most four tokens.
         later: So many layers later for those of eight or more: a longer name may take longer.
         noise: Largest noise on the vectors of self-description, relative to their norm.
