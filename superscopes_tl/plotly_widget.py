@@ -7,6 +7,8 @@
 3. The short one unpacks and imports the long one when the page learns of the first figure; all
    figures of the page, of the same plotly, wait for that one import.
 4. What Python changes meanwhile is kept and done when the long one is there.
+5. When a view of a figure is taken off the page, so is what it listens to: plotly leaves it, and
+   the next view would never hear of a change because the old one fails at it.
 
 In Python it is a `FigureWidget`.
 """
@@ -44,7 +46,7 @@ async function load(packed) {
   }
 }
 export default () => {
-  let figure;
+  let figure, heard, forget;
   async function begin(model) {
     const missed = [];
     const notes = messages.map((name) => [`change:${name}`, () => {
@@ -58,8 +60,12 @@ export default () => {
     });
     const found = await globalThis[page];
     const made = typeof found === "function" ? await found() : found;
-    await made.initialize?.({ model });
-    for (const [event, note] of notes) model.off(event, note);
+    forget = (listeners) => listeners.forEach(([event, listener]) => model.off(event, listener));
+    const listened = Object.assign(Object.create(model), {
+      on(event, listener) { heard?.push([event, listener]); model.on(event, listener); },
+    });
+    await made.initialize?.({ model: listened });
+    forget(notes);
     for (const [name, message] of missed) {
       model.set(name, message);
       model.set(name, null);
@@ -70,7 +76,15 @@ export default () => {
     initialize({ model }) { figure = begin(model); },
     async render(context) {
       const made = await figure;
-      if (!context.signal?.aborted) return made.render(context);  // else nobody looks any more
+      if (context.signal?.aborted) return;  // taken off the page meanwhile
+      const own = heard = [];
+      let end;
+      try {
+        end = made.render(context);
+      } finally {
+        heard = undefined;
+      }
+      return () => { forget(own); end?.(); };
     },
   };
 };

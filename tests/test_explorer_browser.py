@@ -179,6 +179,16 @@ def test_a_reload_shows_the_same_picture(page: Any) -> None:
     detail(page, "resid_post/5/1")
 
 
+def test_a_map_that_comes_back_answers(page: Any) -> None:
+    """Another view takes the map off the page; when it is back, a click is outlined again."""
+    page.get_by_text("Best α", exact=True).first.click()
+    page.wait_for_selector(".ssx-map .js-plotly-plot", state="detached")
+    page.get_by_text("All α", exact=True).first.click()
+    page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    click_cell(page, 1, 1, 3)
+    detail(page, "mlp_out/3/3")
+
+
 def test_a_saved_notebook_has_a_picture_without_javascript(
     page: Any, server: Server, tmp_path: Any
 ) -> None:

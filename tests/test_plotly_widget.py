@@ -21,7 +21,7 @@ def test_a_figure_sends_plotlys_own_script_at_a_third_of_its_size() -> None:
 
 def test_what_begins_a_figure_is_short() -> None:
     """The script that anywidget waits for holds no plotly."""
-    assert len(SharedFigureWidget().get_state(["_esm"])["_esm"]) < 2500
+    assert len(SharedFigureWidget().get_state(["_esm"])["_esm"]) < 3500
     assert isinstance(LiveCurve().widget, SharedFigureWidget)
 
 
