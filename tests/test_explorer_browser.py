@@ -64,6 +64,14 @@ SAVED = """async () => {
   if (context.model.dirty) await context.save();
   return !context.model.dirty;
 }"""
+# A page imports a script that it was sent through an address of its own for it.
+COUNT_LARGE_SCRIPTS = """
+  window.largeScripts = 0;
+  const create = URL.createObjectURL;
+  URL.createObjectURL = (part) => {
+    if (part.size > 1e6) window.largeScripts += 1;
+    return create(part);
+  };"""
 SHAPES = """() => document.querySelector('.ssx-map .js-plotly-plot').layout.shapes
   .map(s => [s.xref, s.x0, s.y0])"""
 
@@ -169,9 +177,11 @@ def test_a_reload_shows_the_same_picture(page: Any) -> None:
     before, shapes = page.evaluate(SCORES), page.evaluate(SHAPES)
     assert any(score is not None for panel in before for row in panel for score in row)
     page.wait_for_function(SAVED)
+    page.add_init_script(COUNT_LARGE_SCRIPTS)
     with slowed(page, 3):
         page.reload()
         page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    assert page.evaluate("() => largeScripts") == 1, "map and curve share one import"
     assert page.evaluate(SCORES) == before
     assert page.evaluate(SHAPES) == shapes
     assert detail(page, "resid_mid/1/1").inner_text() == before_text
