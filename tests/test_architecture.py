@@ -49,14 +49,14 @@ def test_imports_point_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
 def test_modules_and_functions_stay_small(path: Path) -> None:
-    """At most 350 lines a module; at most 50 a function, docstring and signature aside."""
+    """At most 600 lines a module; at most 60 a function, docstring and signature aside."""
     source = path.read_text(encoding="utf-8")
-    assert source.count("\n") <= 350
+    assert source.count("\n") <= 600
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             first = node.body[1 if ast.get_docstring(node) else 0 :]
             lines = (node.end_lineno or 0) - first[0].lineno + 1 if first else 0
-            assert lines <= 50, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
+            assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
 
 
 def test_everything_exported_exists_and_is_documented() -> None:
