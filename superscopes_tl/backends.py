@@ -6,7 +6,8 @@ a `Decoder` hides that difference in three steps:
 
 1. `prefill` runs the tokens that all rows share once, and keeps their keys and values.
 2. `expand` makes a cache of many rows that all begin with those, stored once (`keys_values`).
-3. `step` runs some more tokens of every row and returns the logits of the last one.
+3. `step` runs some more tokens of every row and returns the logits of the last one; `logits`
+   returns those of the last few.
 
 All rows have the same length, so no padding and no mask has to be thought of.
 """
@@ -42,6 +43,11 @@ class Decoder(Protocol):
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """Run `tokens` behind `cache`, which grows, and return the last token's logits."""
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], cache: Any, last: int
+    ) -> Float[Tensor, "batch last vocab"]:
+        """Run `tokens` behind `cache`, which grows, and return the logits of the `last` tokens."""
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Return the logits of block outputs: final norm, W_U, b_U, soft cap; float32.
@@ -92,6 +98,12 @@ class HookedDecoder:
         alone: `HookedTransformer` would copy the whole matrix W_U at every call.
         """
         return self.unembed(self._run(tokens, cache)[:, -1])
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], cache: Any, last: int
+    ) -> Float[Tensor, "batch last vocab"]:
+        """See `Decoder.logits`."""
+        return self.unembed(self._run(tokens, cache)[:, -last:])
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """See `Decoder.unembed`."""
@@ -189,7 +201,7 @@ class BridgeDecoder:
     def __init__(self, lens: Any) -> None:
         self._lens = lens
         accepted = inspect.signature(type(lens.original_model).forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._can_keep_few = "logits_to_keep" in accepted
 
     def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         """See `Decoder.prefill`."""
@@ -217,10 +229,15 @@ class BridgeDecoder:
 
     def step(self, tokens: Int[Tensor, "batch pos"], cache: Any) -> Float[Tensor, "batch vocab"]:
         """See `Decoder.step`."""
-        logits: Tensor = self._lens(
-            tokens, past_key_values=cache, use_cache=True, **self._last_only
-        )
-        return logits[:, -1].float()
+        return self.logits(tokens, cache, 1)[:, -1]
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], cache: Any, last: int
+    ) -> Float[Tensor, "batch last vocab"]:
+        """See `Decoder.logits`."""
+        few = {"logits_to_keep": last} if self._can_keep_few else {}
+        logits: Tensor = self._lens(tokens, past_key_values=cache, use_cache=True, **few)
+        return logits[:, -last:].float()
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """See `Decoder.unembed`."""

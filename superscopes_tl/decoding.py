@@ -170,8 +170,8 @@ def _guided(weights: Float[Tensor, " batch"]) -> Int[Tensor, " guided"]:
 
 
 def guide(
-    logits: Float[Tensor, "rows vocab"], weights: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch vocab"]:
+    logits: Float[Tensor, "rows *pos vocab"], weights: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch *pos vocab"]:
     """Return u + w·(c − u) for the guided rows, and the others as they are.
 
     Args:
@@ -183,7 +183,7 @@ def guide(
     if not len(guided):
         return batch
     mixed = batch.clone()
-    w = weights[guided, None].to(logits.device)
+    w = weights[guided].view(-1, *[1] * (logits.ndim - 1)).to(logits.device)
     rows = guided.to(logits.device)
     mixed[rows] = unpatched + w * (batch[rows] - unpatched)
     return mixed

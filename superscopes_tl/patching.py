@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.decoding import Batch, Generation, decode
+from superscopes_tl.decoding import Batch, Generation, decode, guide
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.memory import default_batch_size, free_memory, out_of_memory
-from superscopes_tl.models import LanguageModel
+from superscopes_tl.models import Hook, LanguageModel
 from superscopes_tl.patches import Patch, check_patch, patch_hooks
 from superscopes_tl.prompts import (
     DESCRIPTION_PROMPT,
@@ -43,6 +43,8 @@ LONGEST_DEFAULT = 64
 """A model that asks for longer texts than this means conversation, not descriptions."""
 NEAR_TIE = 5e-5
 """Float32 logits nearer to each other than this may change places with the batch size."""
+MOST_LOGITS = 2**26
+"""How many logits a pass over known texts may hold at a time: 256 MB of them."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -129,12 +131,13 @@ class PatchedGenerator:
             check_patch(self.model, patch)
 
     def _in_batches(
-        self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T]
+        self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T], most: int | None = None
     ) -> Iterator[list[U]]:
-        """Yield what `work` makes of the rows, batch by batch."""
+        """Yield what `work` makes of the rows, batch by batch; at most `most` at a time."""
         start = 0
         while start < len(rows):
-            batch = rows[start : start + self.batch_size]
+            size = self.batch_size if most is None else min(self.batch_size, most)
+            batch = rows[start : start + size]
             found = self._unless_memory_runs_out(partial(work, batch), batch)
             if found is not None:
                 yield found
@@ -277,16 +280,28 @@ class PatchedGenerator:
     ) -> list[list[float]]:
         """Return, in nats, how likely each token of each text is behind its patch.
 
+        The texts are known, so one forward pass takes all of their tokens (teacher forcing); a
+        text that stands twice behind the same patch is run once.
+
         Args:
             patches: one per text.
             texts: token ids, one behind the other; lengths may differ.
 
         Raises:
+            ValueError: a vector that overflows the model's number type, or a layer out of range.
             MemoryError: not even one row fits.
         """
         self._check(patches)
-        rows = list(zip(patches, texts, strict=True))
-        return [row for batch in self._in_batches(self._follow, rows) for row in batch]
+        keys = [(patch.key, tuple(text)) for patch, text in zip(patches, texts, strict=True)]
+        distinct: dict[Any, tuple[Patch, Sequence[int]]] = {}
+        for key, patch, text in zip(keys, patches, texts, strict=True):
+            distinct.setdefault(key, (patch, text))
+        longest = max((len(text) for text in texts), default=0)
+        vocab = self.model.lens.cfg.d_vocab
+        rows = max(1, MOST_LOGITS // (max(1, longest) * vocab))
+        batches = self._in_batches(self._follow, list(distinct.values()), rows)
+        found = dict(zip(distinct, (row for batch in batches for row in batch), strict=True))
+        return [found[key] for key in keys]
 
     def _first_choice(self, patches: Sequence[Patch]) -> list[Float[Tensor, " vocab"]]:
         """Return what `next_token` does, for the rows of one batch."""
@@ -298,16 +313,21 @@ class PatchedGenerator:
         """Return what `log_probabilities` does, for the rows of one batch."""
         patches, texts = zip(*rows, strict=True)
         longest = max(len(text) for text in texts)
-        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-        found: list[Tensor] = []
+        if not longest:
+            return [[] for _ in texts]
+        # What stands behind a shorter text is never looked at, by it or by anyone.
+        padded = [[*text, *[0] * (longest - len(text))] for text in texts]
+        ids = torch.tensor(padded, device=self.model.device)
+        patches, weights = _with_twins(patches)
+        read = torch.cat([ids, ids[(weights != 1).nonzero()[:, 0]]])[:, :-1]
+        tokens = torch.cat([self._tail(len(patches)), read], dim=1)
         with self.model.lock, torch.no_grad():
-            batch, logits = self._begin(patches, new=longest)
-            for step in range(longest):
-                if step:
-                    logits = batch.advance(ids[:, step - 1].to(self.model.device))
-                likely = logits.log_softmax(dim=-1).cpu()
-                found.append(likely.gather(1, ids[:, step : step + 1])[:, 0])
-        table = torch.stack(found, dim=1).tolist() if found else [[] for _ in texts]
+            cache = self._start(len(patches), longest)
+            with self.model.hooks(self._hooks(patches)):
+                logits = self.model.decoder.logits(tokens, cache, longest)
+            logits = guide(logits, weights)
+            likely = logits.gather(2, ids[:, :, None])[..., 0] - logits.logsumexp(dim=-1)
+        table = likely.tolist()
         return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
     def _begin(
@@ -315,15 +335,17 @@ class PatchedGenerator:
     ) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
         """Return a batch that has read the patched prompt, and the logits behind it.
 
-        Guided rows have an unpatched twin, which reads the same text. There is room for `new` more.
+        There is room for `new` more tokens.
         """
-        twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
-        rows = [*patches, *twins]
-        weights = torch.tensor([patch.guidance for patch in patches])
+        rows, weights = _with_twins(patches)
         batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows), new), weights)
-        places = [position - self._first for position in self.target.positions]
-        with self.model.hooks(patch_hooks(self.model, rows, places)):
+        with self.model.hooks(self._hooks(rows)):
             return batch, batch.run(self._tail(len(rows)))
+
+    def _hooks(self, rows: Sequence[Patch]) -> list[tuple[str, Hook]]:
+        """Return the hooks that patch the rows of a batch at the placeholder's tokens."""
+        places = [position - self._first for position in self.target.positions]
+        return patch_hooks(self.model, rows, places)
 
     def _start(self, rows: int, new: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
@@ -336,6 +358,14 @@ class PatchedGenerator:
 
     def _tail(self, rows: int) -> Int[Tensor, "batch pos"]:
         return self._tokens[:, self._first :].expand(rows, -1)
+
+
+def _with_twins(
+    patches: Sequence[Patch],
+) -> tuple[list[Patch], Float[Tensor, " patches"]]:
+    """Return the patches with the unpatched twin of each guided row behind, and all w."""
+    twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
+    return [*patches, *twins], torch.tensor([patch.guidance for patch in patches])
 
 
 def default_new_tokens(model: LanguageModel) -> int:
