@@ -25,11 +25,11 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 from superscopes_tl.amplify import scale
+from superscopes_tl.cells import cell_of, finished_cells
 from superscopes_tl.controls import rescored
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import Scorer
-from superscopes_tl.sites import Site
 from superscopes_tl.sweep import run_batches
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
@@ -90,7 +90,7 @@ class CellStore:
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return the cells of `plan` that are there, scored as the plan has it."""
         there, scored = self._kept.get(_text_key(plan), {}), _scored_by(plan)
-        wanted = {cell: there[cell] for cell in plan.all_cells if cell in there}
+        wanted = {cell: there[cell] for cell in plan.all_cells if cell in self.cells(plan)}
         others = [kept.reading for kept in wanted.values() if kept.scored != scored]
         if others:
             self.add(plan, rescored(plan, others))
@@ -99,7 +99,8 @@ class CellStore:
     def cells(self, plan: SweepPlan) -> frozenset[Cell]:
         """Return which cells of `plan` are there, whatever they were scored by."""
         there = self._kept.get(_text_key(plan), {})
-        return frozenset(cell for cell in plan.all_cells if cell in there)
+        written = {c: there[c].reading.written for c in plan.all_cells if c in there}
+        return finished_cells(written, plan.config.generate)
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
@@ -116,6 +117,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         (id(plan.model.lens), id(plan.generator.model.lens)),
         plan.source.ids,
         plan.source.text,
+        (tuple(plan.abouts.items()), plan.config.reference_of(plan.source.text)),
         plan.generator.target,
         (plan.generator.max_new_tokens, plan.generator.until),
         (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
@@ -130,13 +132,6 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
 
 def _scored_by(plan: SweepPlan) -> tuple[Scorer, str]:
     return plan.scorer, plan.config.score_on
-
-
-def cell_of(reading: Reading) -> Cell:
-    """Return the cell that a reading fills."""
-    kind: Any = reading.kind
-    site = Site(kind, reading.source_layer, reading.position)
-    return site, reading.target_layer, reading.alpha
 
 
 class BackgroundSweep:
@@ -207,7 +202,7 @@ class BackgroundSweep:
         with self._lock:
             found = [self._readings[c] for c in self.plan.all_cells if c in self._readings]
         provenance = self.plan.provenance()
-        provenance["complete"] = len(found) == len(self.plan.all_cells)
+        provenance["complete"] = self._complete()
         provenance["seconds"] = round(self._seconds, 3)
         return SweepResult.from_readings(found, provenance)
 
@@ -215,8 +210,7 @@ class BackgroundSweep:
         state: State = "failed"
         try:
             self._run()
-            complete = self.plan and len(self._readings) == len(self.plan.all_cells)
-            state = "done" if complete else "cancelled"
+            state = "done" if self._complete() else "cancelled"
         except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
             self.error = error
         with self._lock:
@@ -245,6 +239,13 @@ class BackgroundSweep:
                     break
         finally:  # what was finished before an error is shown too
             self._hand_on(fresh)
+
+    def _complete(self) -> bool:
+        """Tell whether nothing is left to do."""
+        if self.plan is None:
+            return False
+        written = {cell: reading.written for cell, reading in self._readings.items()}
+        return len(finished_cells(written, self.plan.config.generate)) == len(self.plan.all_cells)
 
     def _hand_on(self, readings: list[Reading]) -> None:
         if readings:

@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import bisect
+import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.capture import site_vectors
-from superscopes_tl.config import PlaceVectors
+from superscopes_tl.config import Generate, PlaceVectors
 from superscopes_tl.decoding import Generation
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.patches import Patch
+from superscopes_tl.patching import tokens_told
 from superscopes_tl.plan import Cell, SweepPlan
-from superscopes_tl.prompts import crop_description
+from superscopes_tl.prompts import crop_description, is_echo
 from superscopes_tl.results import Reading
 from superscopes_tl.scoring import score_texts
 from superscopes_tl.sites import Site
@@ -176,15 +177,41 @@ def read(part: Part) -> list[Reading]:
     plan = part.plan
     descriptions = [crop_description(generation.text) for generation in part.generations]
     texts = [generation.text for generation in part.generations]
-    scores = score_readings(plan, texts, descriptions)
+    scores = score_readings(plan, part.cells, texts, descriptions)
     names = plan.generator.target.prompt.few_shot_names
+    rows = []
+    for empty, generation, description, score in zip(
+        unwritten(plan, part.cells, part.patches),
+        part.generations,
+        descriptions,
+        scores,
+        strict=True,
+    ):
+        told = tokens_told(plan.generator.model.tokenizer, generation, description)
+        rows.append(
+            replace(
+                empty,
+                text=generation.text,
+                description=description,
+                score=score,
+                few_shot_copy=any(name.lower() in description.lower() for name in names),
+                n_tokens=len(generation.token_ids),
+                margin=generation.margin,
+                entropy=mean(generation.entropies[:told]),
+                log_probability=mean(generation.log_probabilities[:told]),
+                written=True,
+                echo=is_echo(description, empty.about),
+            )
+        )
+    return rows
+
+
+def unwritten(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Reading]:
+    """Return the rows of some cells without what the model writes there."""
     norms = plan.generator.placeholder_norms
     rows = []
-    for (site, target_layer, alpha), patch, generation, description, score in zip(
-        part.cells, part.patches, part.generations, descriptions, scores, strict=True
-    ):
+    for (site, target_layer, alpha), patch in zip(cells, patches, strict=True):
         norm = patch.norm
-        told = tokens_told(plan.generator.model.tokenizer, generation, description)
         rows.append(
             Reading(
                 prompt=plan.source.text,
@@ -197,35 +224,40 @@ def read(part: Part) -> list[Reading]:
                 alpha=alpha,
                 vector_norm=norm,
                 norm_ratio=norm / float(norms[target_layer]),
-                text=generation.text,
-                description=description,
-                score=score,
-                few_shot_copy=any(name.lower() in description.lower() for name in names),
-                n_tokens=len(generation.token_ids),
-                margin=generation.margin,
+                text="",
+                description="",
+                score=math.nan,
+                few_shot_copy=False,
+                n_tokens=0,
+                margin=math.nan,
                 draw=plan.config.draw,
-                entropy=mean(generation.entropies[:told]),
-                log_probability=mean(generation.log_probabilities[:told]),
+                written=False,
+                about=plan.about(site.position),
             )
         )
     return rows
 
 
-def tokens_told(tokenizer: Any, generation: Generation, description: str) -> int:
-    """Return how many tokens a text takes up to the end of its description; 0 without one."""
-    if not description:
-        return 0
-    ids, end = generation.token_ids, generation.text.index(description) + len(description)
+def cell_of(reading: Reading) -> Cell:
+    """Return the cell that a reading fills."""
+    kind: Any = reading.kind
+    site = Site(kind, reading.source_layer, reading.position)
+    return site, reading.target_layer, reading.alpha
 
-    def length(count: int) -> int:
-        return len(
-            tokenizer.decode(
-                list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
 
-    # A text grows with its tokens, so the first count that is long enough is found by halves.
-    return bisect.bisect_left(range(len(ids)), end, key=length)
+def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozenset[Cell]:
+    """Return the cells that need no more work.
+
+    Args:
+        written: the cells of one prompt that are there, and whether each is written out.
+        generate: which cells are to be, as in `SweepConfig`.
+    """
+    if generate == "none":
+        return frozenset(written)
+    if generate == "all":
+        return frozenset(cell for cell, there in written.items() if there)
+    sites = {cell[:2] for cell, there in written.items() if there}
+    return frozenset(cell for cell in written if cell[:2] in sites)
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -234,8 +266,8 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def score_readings(
-    plan: SweepPlan, texts: Sequence[str], descriptions: Sequence[str]
+    plan: SweepPlan, cells: Sequence[Cell], texts: Sequence[str], descriptions: Sequence[str]
 ) -> list[float]:
-    """Score what was written, whole or cropped as the plan has it, against the source prompt."""
+    """Score what was written in some cells, whole or cropped, against what each is about."""
     judged = descriptions if plan.config.score_on == "description" else texts
-    return score_texts(plan.scorer, plan.source.text, judged)
+    return score_texts(plan.scorer, [plan.about(site.position) for site, _, _ in cells], judged)

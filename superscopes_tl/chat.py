@@ -39,6 +39,13 @@ class Framed:
     end: int
     skipped: int = 0
 
+    def within(self, before: str, after: str) -> Framed:
+        """Return the frame of what stands between `before` and `after` in the text."""
+        inner = self.end - self.start + self.skipped - len(before) - len(after)
+        skipped = max(0, self.skipped - len(before))
+        start = self.start + max(0, len(before) - self.skipped)
+        return Framed(self.whole, start, start + max(0, inner - skipped), skipped)
+
 
 def check_answer(answer: str, *, chat: bool, argument: str) -> None:
     """Raise where an answer is begun without a template that says where answers begin.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,15 +14,16 @@ from superscopes_tl.amplify import MappingFamily, scale
 from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
-from superscopes_tl.prompts import DESCRIPTION_PROMPT, PAPER_ALPHAS, TargetPrompt
+from superscopes_tl.prompts import PAPER_ALPHAS, TargetPrompt, default_target_prompt
 from superscopes_tl.scoring import Scorer
 from superscopes_tl.sites import PAPER_KINDS, Site, check_layers
-from superscopes_tl.tokens import Positions
+from superscopes_tl.tokens import Positions, check_text
 
 TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 """A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
 
 ScoreOn = Literal["description", "text"]
+Generate = Literal["all", "best", "none"]
 
 PlaceVectors: TypeAlias = Callable[
     [Any, Sequence[tuple[Site, int]]], Float[Tensor, "places d_model"]
@@ -51,7 +52,9 @@ class SweepConfig:
     """The settings of a sweep; the defaults are the paper's (sections 4.1 and 5.1).
 
     With two exceptions: the description is scored without what follows it (`score_on="text"` is
-    the paper's protocol), and a model may state its own length of a text.
+    the paper's protocol), and a model may state its own length of a text. Of the paper's two
+    target layers, 0 and "same", the default is the one that `readability` finds to read both
+    SmolLM2-135M and Gemma-3-270M with the paper's prompt.
 
     Attributes:
         layers: source layers, counted from 0; every layer unless given.
@@ -59,8 +62,16 @@ class SweepConfig:
         alphas: amplifiers; 0 and negative numbers are legal.
         positions: tokens of the source prompt: an index, a substring, a slice (`slice(None)` is
             every token but the BOS) or a sequence of these. The last token unless given.
+        source_template: what stands around the source prompt, such as `"Tell me about {}"`:
+            positions are still those of the prompt. A name of one token needs it where a model
+            puts no BOS in front: the first token of a text is the attention sink.
+        about: what a reading is scored against; unless given the substring that chose its
+            position, else the source prompt up to that token.
+        reference: a text, such as a true fact, in place of the model's own words (`own_words`);
+            or several, by source prompt.
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
+            Unless given `DESCRIPTION_PROMPT`, the paper's, or with `chat` `CHAT_PROMPT`.
         mapping: gives the mapping function of each α.
         vectors: what v is, where it is not the site's own activation: `head(3)`, `window(3)`,
             `mapped(maps)`, or any `PlaceVectors`.
@@ -77,7 +88,10 @@ class SweepConfig:
             chat template of the model that gets them (see `tokens`).
         draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
-        max_new_tokens: the longest text; the paper's 10, or the model's own (`PatchedGenerator`).
+        max_new_tokens: the longest text; the paper's 10, with `chat` 24, or the model's own
+            (`PatchedGenerator`).
+        generate: which cells to write out: "all"; "best", of each site the α that recovers most;
+            or "none": then there is `recovered` alone, a whole map in the time of a few texts.
         batch_size: rows per batch; chosen by memory unless given.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_on: score the cropped "description", or as the paper did the whole "text". Texts end
@@ -88,8 +102,11 @@ class SweepConfig:
     kinds: str | Sequence[str] = PAPER_KINDS
     alphas: float | Sequence[float] = PAPER_ALPHAS
     positions: Positions = -1
-    target_layer: TargetLayer = 0
-    target_prompt: TargetPrompt | str = DESCRIPTION_PROMPT
+    source_template: str = "{}"
+    about: str | None = None
+    reference: str | Mapping[str, str] | None = None
+    target_layer: TargetLayer = "same"
+    target_prompt: TargetPrompt | str | None = None
     mapping: MappingFamily = scale
     vectors: PlaceVectors | None = None
     base: PlaceVectors | None = None
@@ -101,9 +118,20 @@ class SweepConfig:
     draw: int = 0
     controls: str | Sequence[str] = ()
     max_new_tokens: int | None = None
+    generate: Generate = "all"
     batch_size: int | None = None
     scorer: Scorer | str | None = None
     score_on: ScoreOn = "description"
+
+    @property
+    def asked(self) -> TargetPrompt:
+        """The target prompt, the default one filled in."""
+        return default_target_prompt(self.target_prompt, chat=self.chat)
+
+    def reference_of(self, prompt: str) -> str | None:
+        """Return the text that takes the place of the own words of a source prompt."""
+        given = self.reference
+        return given.get(prompt) if isinstance(given, Mapping) else given
 
 
 _PLACES = "a callable from a plan and its places to vectors"
@@ -146,14 +174,19 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
             got=config.score_on,
             fix="'text' is the paper's protocol",
         )
-    for name, choices in (("unit", ("vector", "residual")), ("guide", ("vector", "logits"))):
+    for name, choices in (
+        ("unit", ("vector", "residual")),
+        ("guide", ("vector", "logits")),
+        ("generate", ("all", "best", "none")),
+    ):
         if getattr(config, name) not in choices:
             raise bad_value(
                 name,
                 expected=" or ".join(map(repr, choices)),
                 got=getattr(config, name),
-                fix="leave it out for the paper's way",
+                fix="leave it out for the default",
             )
+    _check_source(config)
     if not isinstance(config.chat, bool):
         raise bad_type("chat", expected="True or False", got=config.chat, fix="chat=True")
     asked = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
@@ -175,6 +208,24 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
             fix="see superscopes_tl.amplify",
         )
     return config
+
+
+def _check_source(config: SweepConfig) -> None:
+    """Check what stands around a source prompt, and what its readings are held against."""
+    template = config.source_template
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise bad_value(
+            "source_template",
+            expected="a text with one {} in it, where the source prompt goes",
+            got=template,
+            fix="source_template='Tell me about {}', for example",
+        )
+    references = config.reference
+    if config.about is not None:
+        check_text(config.about, "about")
+    for text in references.values() if isinstance(references, Mapping) else [references]:
+        if text is not None:
+            check_text(text, "reference")
 
 
 def check_alphas(alphas: Any) -> tuple[float, ...]:

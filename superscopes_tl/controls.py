@@ -1,7 +1,8 @@
 """Controls: what a cell's place would say without the cell's meaning.
 
 1. A control makes, for each cell, another patch: same place, same model, but a vector that cannot
-   know what the source token means (`make_control`).
+   know what the source token means (`make_control`). Other prompts are those of which the model
+   itself says something else.
 2. All controls of a batch are generated together, across prompts, identical ones once.
 3. Their scores and texts become columns of the table: `random_direction` is the score, and
    `random_direction_text` what was written. `unpatched_log_probability` has no text of its own:
@@ -14,22 +15,30 @@ similarity to most prompts.
 from __future__ import annotations
 
 import math
+import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from superscopes_tl.cells import Part, make_patches, mean, score_readings, tokens_told
+from superscopes_tl.cells import Part, cell_of, make_patches, mean, score_readings
+from superscopes_tl.own_words import words_of
 from superscopes_tl.patches import Patch
+from superscopes_tl.patching import tokens_told
 from superscopes_tl.plan import Cell, SweepPlan
-from superscopes_tl.prompts import PAPER_PROMPTS, crop_description
+from superscopes_tl.prompts import MANY_KINDS, PAPER_PROMPTS, crop_description
 from superscopes_tl.results import Reading
 
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""
+OTHERS = 3
+"""How many other prompts' vectors stand beside `recovered`: a single one is a noisy control."""
+OTHER_PROMPTS = (*PAPER_PROMPTS, *MANY_KINDS)
+"""What the other prompts are chosen from."""
 
 
 def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
@@ -69,20 +78,57 @@ def _shuffled_dimensions(
 
 
 def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
-    """Patch the last token's vector of another prompt of the paper's 48, same kind and layer."""
-    others = [prompt for prompt in PAPER_PROMPTS if prompt != plan.source.text]
-    other = others[_seed(plan) % len(others)]
-    there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
-    last = there.sites[0].position
-    wanted = [(replace(site, position=last), layer, alpha) for site, layer, alpha in cells]
-    return _found(there, wanted, patches)
+    """Patch the last token's vector of another prompt, same kind and layer."""
+    return other_patches(plan, cells, patches, 0)
+
+
+def other_patches(
+    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch], number: int
+) -> list[Patch]:
+    """Patch the last token's vector of another prompt, same kind and layer.
+
+    Args:
+        plan: the sweep.
+        cells: some of its cells.
+        patches: what these cells patch.
+        number: which of the `OTHERS` other prompts.
+    """
+    made: list[Patch] = []
+    for position, group in groupby(
+        zip(cells, patches, strict=True), key=lambda pair: pair[0][0].position
+    ):
+        mine, given = zip(*group, strict=True)
+        other = _other_names(plan, position)[number]
+        there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
+        last = there.sites[0].position
+        wanted = [(replace(site, position=last), layer, alpha) for site, layer, alpha in mine]
+        made += _found(there, wanted, given)
+    return made
+
+
+def _other_names(plan: SweepPlan, position: int) -> list[str]:
+    """Return `OTHERS` other prompts of which the model says something else; chosen by a seed.
+
+    Where the model says the same of two names, the vector of one is no control for the other.
+    """
+    pool = [name for name in OTHER_PROMPTS if name != plan.source.text]
+    random.Random(_seed(plan)).shuffle(pool)
+    mine = plan.own_words(position).text
+    found: list[str] = []
+    for start in range(0, len(pool), 2 * OTHERS):
+        names = pool[start : start + 2 * OTHERS]
+        words = words_of(plan.generator, names)
+        found += [name for name, own in zip(names, words, strict=True) if own.text != mine]
+        if len(found) >= OTHERS:
+            return found[:OTHERS]
+    return (found + pool)[:OTHERS]  # it says the same of almost everything
 
 
 _LIKELY = "unpatched_log_probability"
 
 Control = Callable[[SweepPlan, Sequence[Cell], Sequence[Patch]], list[Patch]]
 
-_PATCHES: Mapping[str, Control] = {
+PATCH_CONTROLS: Mapping[str, Control] = {
     "unpatched": _unpatched,
     "alpha_zero": _alpha_zero,
     "random_direction": _random_direction,
@@ -102,7 +148,7 @@ def make_control(
         cells: some of its cells.
         patches: what these cells patch.
     """
-    return _PATCHES[name](plan, cells, patches)
+    return PATCH_CONTROLS[name](plan, cells, patches)
 
 
 def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Reading]:
@@ -113,7 +159,7 @@ def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Rea
         readings: those of all parts, one behind the other.
     """
     asked = parts[0].plan.config.controls
-    names = [name for name in asked if name in _PATCHES]
+    names = [name for name in asked if name in PATCH_CONTROLS]
     made = [
         patch
         for part in parts
@@ -127,7 +173,8 @@ def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Rea
         columns: dict[str, Sequence[Any]] = {}
         for name in names:
             texts = [next(written).text for _ in part.cells]
-            columns[name] = score_readings(part.plan, texts, list(map(crop_description, texts)))
+            cropped = list(map(crop_description, texts))
+            columns[name] = score_readings(part.plan, part.cells, texts, cropped)
             columns[f"{name}_text"] = texts
         if _LIKELY in asked:
             columns[_LIKELY] = [next(likely) for _ in part.cells]
@@ -139,15 +186,16 @@ def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Rea
 
 def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
     """Return the readings, their controls included, as the plan's scorer judges them."""
+    cells = [cell_of(reading) for reading in readings]
 
     def scores(texts: Sequence[str]) -> list[float]:
-        return score_readings(plan, texts, [crop_description(text) for text in texts])
+        return score_readings(plan, cells, texts, [crop_description(text) for text in texts])
 
     own = scores([reading.text for reading in readings])
     columns = {
-        name: scores([str(reading.controls[f"{name}_text"]) for reading in readings])
+        name: scores([str(reading.controls.get(f"{name}_text", "")) for reading in readings])
         for name in plan.config.controls
-        if name in _PATCHES
+        if name in PATCH_CONTROLS
     }
     return [
         replace(

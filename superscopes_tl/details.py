@@ -18,8 +18,7 @@ import pandas as pd
 import torch
 
 from superscopes_tl.amplify import PAPER_MAPPING, random_direction
-from superscopes_tl.background import cell_of
-from superscopes_tl.cells import make_patches, score_readings
+from superscopes_tl.cells import cell_of, make_patches, score_readings
 from superscopes_tl.errors import bad_value
 from superscopes_tl.lenses import LENSES, Lens, lens_table
 from superscopes_tl.loading import BUNDLED_MODEL
@@ -142,7 +141,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     written, *others = generator.generate([patch, *controls.values()])
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
-    scores = score_readings(plan, texts, descriptions)
+    scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
     return Probe(
         tokens=token_effects(generator, [patch], [written.token_ids])[0],
         controls=tuple(map(Control, controls, texts, descriptions, scores)),

@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from superscopes_tl.amplify import PAPER_MAPPING
-from superscopes_tl.config import CONTROLS, SweepConfig, check_names
+from superscopes_tl.config import CONTROLS, Generate, SweepConfig, check_names
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.evaluation import Evaluation, EvaluationFile
 from superscopes_tl.models import LanguageModel
@@ -127,7 +127,9 @@ def evaluate(
             read = partial(workers.read, there)
         _check_file_settings(there, config, path)
         file = stack.enter_context(contextlib.closing(EvaluationFile(path, there.provenance)))
-        _fill(file, there, _equal_budget(there, file) if draws is None else draws, read, progress)
+        if draws is None:
+            draws = _equal_budget(there, file)
+        _fill(file, there, draws, read, progress, config.generate)
         return file.evaluation()
 
 
@@ -137,12 +139,13 @@ def _fill(
     draws: int,
     read: Callable[[Sequence[Share]], Generator[list[Reading], None, None]],
     progress: bool,
+    generate: Generate,
 ) -> None:
     """Read what the file does not hold, and add it as it is finished."""
     every = list(there.shares(draws))
     left = []
     for share in every:
-        finished = file.finished(share.prompt, there.mapping, share.draw)
+        finished = file.finished(share.prompt, there.mapping, share.draw, generate)
         left.append(replace(share, cells=tuple(c for c in share.cells if c not in finished)))
     total, new = (sum(len(share.cells) for share in shares) for shares in (every, left))
     with (
@@ -177,6 +180,11 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
 
 def _check_file_settings(there: Outline, config: SweepConfig, path: object) -> None:
     """Refuse what a table of many readings could not tell apart."""
+    if config.about is not None:
+        raise bad_value(
+            "about", expected="nothing: each prompt is scored against itself", got=config.about,
+            fix="leave it out, or write what stands around the prompts as source_template=",
+        )  # fmt: skip
     if config.draw:
         raise bad_value(
             "draw", expected="0, the greedy texts", got=config.draw,

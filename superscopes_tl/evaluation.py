@@ -25,6 +25,8 @@ from typing import Any, Self
 import pandas as pd
 
 from superscopes_tl.amplify import PAPER_MAPPING
+from superscopes_tl.cells import finished_cells
+from superscopes_tl.config import Generate
 from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.files import unwritable
 from superscopes_tl.plan import Cell, SweepPlan
@@ -53,6 +55,7 @@ _PYTHON: dict[str, set[type]] = {
 """What SQLite gives back: it knows no bool and keeps NaN as NULL."""
 _COLUMNS = ", ".join([*(f"{name} {_SQL[type_]}" for name, type_ in TYPES.items()), "controls TEXT"])
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
+_UPDATE = ", ".join(f"{name} = excluded.{name}" for name in (*TYPES, "controls"))
 _TABLES = {
     "readings": f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))",
     "provenance": "CREATE TABLE provenance (text TEXT)",
@@ -71,7 +74,10 @@ _CONSTANT = (
         for name in ("fingerprint", "dtype", "prepend_bos", "weight_processing")
     ),
     *(("target_prompt", name) for name in ("text", "placeholder", "answer")),
-    *(("config", name) for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat")),
+    *(
+        ("config", name)
+        for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat", "source_template")
+    ),
 )
 """What must be the same for every reading of a file."""
 
@@ -192,16 +198,18 @@ class EvaluationFile:
                     fix="choose another file, or the settings of this one",
                 )
 
-    def finished(self, prompt: str, mapping: str, draw: int) -> frozenset[Cell]:
-        """Return which cells of a source prompt the file holds."""
+    def finished(self, prompt: str, mapping: str, draw: int, generate: Generate) -> frozenset[Cell]:
+        """Return the cells of a source prompt that need no more work (see `finished_cells`)."""
         rows = self._database.execute(
-            "SELECT kind, source_layer, position, target_layer, alpha FROM readings "
+            "SELECT kind, source_layer, position, target_layer, alpha, written FROM readings "
             "WHERE prompt = ? AND mapping = ? AND draw = ?",
             [prompt, mapping, draw],
         )
-        return frozenset(
-            (Site(kind, layer, at), into, alpha) for kind, layer, at, into, alpha in rows
-        )
+        written = {
+            (Site(kind, layer, at), into, alpha): bool(there)
+            for kind, layer, at, into, alpha, there in rows
+        }
+        return finished_cells(written, generate)
 
     def alphas(self, mapping: str) -> set[float]:
         """Return the α of a mapping that the file holds."""
@@ -220,7 +228,12 @@ class EvaluationFile:
         ]
         places = ", ".join("?" for _ in (*COLUMNS, "controls"))
         with _explained(self._path), self._database:
-            self._database.executemany(f"INSERT OR IGNORE INTO readings VALUES ({places})", rows)
+            self._database.executemany(
+                # A cell that is there stays, unless a text comes for one that had none.
+                f"INSERT INTO readings VALUES ({places}) ON CONFLICT ({_KEY}) DO UPDATE SET "
+                f"{_UPDATE} WHERE excluded.written AND NOT readings.written",
+                rows,
+            )
 
     def evaluation(self) -> Evaluation:
         """Return what the file holds."""
@@ -236,7 +249,8 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     """Return what the provenance of a plan says of every plan of its experiment."""
     provenance = plan.provenance()
     names = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
-    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat")
+    settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat",
+                "source_template")  # fmt: skip
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}
     }

@@ -19,7 +19,7 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
-from superscopes_tl.prompts import TargetPrompt, as_target_prompt
+from superscopes_tl.prompts import TargetPrompt
 from superscopes_tl.scoring import PAPER_SCORER, as_scorer, no_scores, scorer_name
 from superscopes_tl.tokens import TokenizedText
 
@@ -45,7 +45,7 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
     target_prompt = TARGET_PRESETS.get(preset) or TargetPrompt(
         view.target_text.value,
         view.placeholder.value.strip(),
-        as_target_prompt(base.target_prompt).answer,
+        base.asked.answer,
     )
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
     mapping = scale if _units(base.mapping) else base.mapping

@@ -69,7 +69,7 @@ def decomposition(
         if kind in readings.columns.get_level_values(0):
             cell = readings[kind].loc[layer].to_dict()
             if not math.isnan(cell["alpha"]):
-                text = text_lines(str(cell["reading"]) or "no description", 26)
+                text = text_lines(str(cell["description"]) or "no description", 26)
                 text += f"<br><br><i>α = {cell['alpha']:g}, {_score(cell, 'score ')}</i>"
         figure.add_annotation(x=column, y=0.5, text=f"<b>{kind}</b><br><br>{text}", showarrow=False)
         figure.add_shape(type="rect", x0=column - 0.4, x1=column + 0.4, y0=0, y1=1, opacity=0.5)
@@ -138,7 +138,7 @@ def table_height(columns: list[list[str]]) -> int:
 def _entry(cell: dict[Any, Any]) -> str:
     if math.isnan(cell["alpha"]):
         return "not computed"
-    return f"{text_lines(str(cell['reading']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
+    return f"{text_lines(str(cell['description']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
 
 
 def _score(cell: dict[Any, Any], name: str = "") -> str:

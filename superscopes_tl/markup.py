@@ -221,7 +221,7 @@ def _best_cell(cell: pd.Series, colours: Range) -> str:
         return "<td class='ssx-note'>not computed</td>"
     return (
         f"<td>{chip(float(cell['score']), colours)} <small>α {cell['alpha']:g}</small><br>"
-        f"<bdi>{html.escape(str(cell['reading'])) or '<i>no description</i>'}</bdi></td>"
+        f"<bdi>{html.escape(str(cell['description'])) or '<i>no description</i>'}</bdi></td>"
     )
 
 

@@ -36,13 +36,19 @@ from superscopes_tl.prompts import (
     PAPER_MAX_NEW_TOKENS,
     TargetPrompt,
     as_target_prompt,
+    description_is_over,
 )
 from superscopes_tl.sites import hook_name
+from superscopes_tl.tokens import tokenize
 
 LONGEST_DEFAULT = 64
 """A model that asks for longer texts than this means conversation, not descriptions."""
+CHAT_NEW_TOKENS = 24
+"""An answer in a conversation is a sentence: the paper's 10 tokens would cut it."""
 NEAR_TIE = 5e-5
 """Float32 logits nearer to each other than this may change places with the batch size."""
+LOOK_AHEAD = 16
+"""How many more tokens it may take to see that another entry has begun."""
 MOST_LOGITS = 2**26
 """How many logits a pass over known texts may hold at a time: 256 MB of them."""
 
@@ -57,7 +63,8 @@ class PatchedGenerator:
         model: from `load_model`.
         target_prompt: the prompt with the placeholder.
         max_new_tokens: the longest text; the model's own default if it states one of at most 64
-            (`generation_config.json`, as the bundled model does), else the paper's 10.
+            (`generation_config.json`, as the bundled model does), else the paper's 10, with
+            `chat` 24.
         batch_size: rows per batch; 64 to 1,024 by the model's size, or fewer where memory is short,
             unless given.
         chat: whether the target prompt is a message of a user in the model's chat template.
@@ -80,9 +87,9 @@ class PatchedGenerator:
         chat: bool = False,
         until: Callable[[str], bool] | None = None,
     ) -> None:
-        self.model, self.until = model, until
+        self.model, self.until, self.chat = model, until, chat
         self.max_new_tokens = _at_least_one(
-            "max_new_tokens", max_new_tokens, default_new_tokens(model)
+            "max_new_tokens", max_new_tokens, default_new_tokens(model, chat=chat)
         )
         if self.max_new_tokens >= model.n_ctx:
             raise bad_value(
@@ -231,19 +238,18 @@ class PatchedGenerator:
                 max_new_tokens=self.max_new_tokens,
                 eos=self.model.eos_token_ids,
                 seeds=[patch.seed for patch in patches],
-                told=self._told if self.until else None,
+                told=partial(self._told, until=self.until) if self.until else None,
                 alike=[self._alike(patch) for patch in patches],
-            ).generations(self._text)
+            ).generations(self.text_of)
 
-    def _told(self, token_ids: list[int]) -> int | None:
+    def _told(self, token_ids: list[int], until: Callable[[str], bool]) -> int | None:
         """Return how many tokens it took to say all; `None` before that."""
-        until = self.until
-        if until is None or not until(self._text(token_ids)):
+        if not until(self.text_of(token_ids)):
             return None
         counts = range(1, len(token_ids) + 1)
         # What was said stays said, so the first such count is found by halves.
         return counts[
-            bisect.bisect_left(counts, True, key=lambda n: until(self._text(token_ids[:n])))
+            bisect.bisect_left(counts, True, key=lambda n: until(self.text_of(token_ids[:n])))
         ]
 
     def _alike(self, patch: Patch) -> str | None:
@@ -255,9 +261,10 @@ class PatchedGenerator:
         last = all(layer % self.model.n_layers == self.model.n_layers - 1 for layer in patch.layers)
         return "as unpatched" if last and patch.seed is None and patch.guidance == 1 else None
 
-    def _text(self, token_ids: list[int]) -> str:
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return generated tokens as text."""
         text: str = self.model.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -303,6 +310,93 @@ class PatchedGenerator:
         found = dict(zip(distinct, (row for batch in batches for row in batch), strict=True))
         return [found[key] for key in keys]
 
+    def written_for(self, names: Sequence[str]) -> list[Generation]:
+        """Return what the model writes where each name itself stands in the placeholder's place.
+
+        Nothing is patched. Each text ends where its description does, or where it is longest: a
+        few-shot prompt's own words may be followed by `LOOK_AHEAD` more tokens, which tell
+        whether a comma goes on with the description or begins another entry.
+
+        Raises:
+            ValueError: a name that does not fit into the context.
+        """
+        longest = self.max_new_tokens + (LOOK_AHEAD if self.target.prompt.few_shot_names else 0)
+        rows = [self._named(name) for name in names]
+        found: dict[int, Generation] = {}
+        for places in self._equally_long(rows):
+            cache, ids = self._start_named([rows[p] for p in places], new=longest)
+            weights = torch.ones(len(places))
+            with self.model.lock, torch.no_grad():
+                batch = Batch(self.step, self.model.decoder.keep, cache, weights)
+                written = decode(
+                    batch,
+                    batch.run(ids),
+                    max_new_tokens=longest,
+                    eos=self.model.eos_token_ids,
+                    seeds=[None] * len(places),
+                    told=partial(self._told, until=description_is_over),
+                ).generations(self.text_of)
+            found.update(zip(places, written, strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def named_log_probabilities(
+        self, names: Sequence[str], texts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return, in nats, how likely each token of each text is behind the prompt with a name.
+
+        Args:
+            names: what stands in the placeholder's place; nothing is patched.
+            texts: token ids, one text per name.
+
+        Raises:
+            ValueError: a name that does not fit into the context.
+        """
+        found = []
+        for name, text in zip(names, texts, strict=True):
+            cache, ids = self._start_named([self._named(name)], new=len(text))
+            wanted = torch.tensor([text], device=self.model.device)
+            with self.model.lock, torch.no_grad():
+                read = torch.cat([ids, wanted[:, :-1]], dim=1)
+                likely = self.model.decoder.logits(read, cache, len(text)).log_softmax(dim=-1)
+            found.append(likely.gather(2, wanted[:, :, None])[0, :, 0].tolist())
+        return found
+
+    def _named(self, name: str) -> tuple[int, ...]:
+        """Return the tokens of the target prompt with a name in the placeholder's place."""
+        prompt = self.target.prompt
+        return tokenize(
+            self.model,
+            prompt.filled(name),
+            argument="target_prompt",
+            room=self.max_new_tokens + LOOK_AHEAD,
+            chat=self.chat,
+            answer=prompt.answer,
+        ).ids
+
+    def _equally_long(self, rows: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Yield the places of rows that fit into one batch: as long, and with the same prefix."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for place, row in enumerate(rows):
+            groups.setdefault((len(row), self._has_prefix(row)), []).append(place)
+        for places in groups.values():
+            for start in range(0, len(places), self.batch_size):
+                yield places[start : start + self.batch_size]
+
+    def _has_prefix(self, row: tuple[int, ...]) -> bool:
+        """Tell whether a row begins with what the target prompt has up to the placeholder."""
+        first = self._first
+        return len(row) > first and row[:first] == self.target.tokens.ids[:first]
+
+    def _start_named(
+        self, rows: Sequence[tuple[int, ...]], new: int
+    ) -> tuple[Any, Int[Tensor, "rows pos"]]:
+        """Return a cache for some rows of equal length, and the tokens that it does not hold."""
+        decoder, ids = self.model.decoder, torch.tensor(rows, device=self.model.device)
+        shared = self._first if self._has_prefix(rows[0]) else 0
+        with self.model.lock, torch.no_grad():
+            prefix = self._prefix if shared else decoder.prefill(ids[:1, :0])
+        return decoder.expand(prefix, len(rows), ids.shape[1] - shared + new), ids[:, shared:]
+
     def _first_choice(self, patches: Sequence[Patch]) -> list[Float[Tensor, " vocab"]]:
         """Return what `next_token` does, for the rows of one batch."""
         with self.model.lock, torch.no_grad():
@@ -318,12 +412,12 @@ class PatchedGenerator:
         # What stands behind a shorter text is never looked at, by it or by anyone.
         padded = [[*text, *[0] * (longest - len(text))] for text in texts]
         ids = torch.tensor(padded, device=self.model.device)
-        patches, weights = _with_twins(patches)
+        every, weights = _with_twins(patches)
         read = torch.cat([ids, ids[(weights != 1).nonzero()[:, 0]]])[:, :-1]
-        tokens = torch.cat([self._tail(len(patches)), read], dim=1)
+        tokens = torch.cat([self._tail(len(every)), read], dim=1)
         with self.model.lock, torch.no_grad():
-            cache = self._start(len(patches), longest)
-            with self.model.hooks(self._hooks(patches)):
+            cache = self._start(len(every), longest)
+            with self.model.hooks(self._hooks(every)):
                 logits = self.model.decoder.logits(tokens, cache, longest)
             logits = guide(logits, weights)
             likely = logits.gather(2, ids[:, :, None])[..., 0] - logits.logsumexp(dim=-1)
@@ -368,10 +462,28 @@ def _with_twins(
     return [*patches, *twins], torch.tensor([patch.guidance for patch in patches])
 
 
-def default_new_tokens(model: LanguageModel) -> int:
+def default_new_tokens(model: LanguageModel, *, chat: bool = False) -> int:
     """Return the length of a text if none is asked for (see `PatchedGenerator`)."""
     own = model.max_new_tokens
-    return own if own is not None and 1 <= own <= LONGEST_DEFAULT else PAPER_MAX_NEW_TOKENS
+    usual = CHAT_NEW_TOKENS if chat else PAPER_MAX_NEW_TOKENS
+    return own if own is not None and 1 <= own <= LONGEST_DEFAULT else usual
+
+
+def tokens_told(tokenizer: Any, generation: Generation, description: str) -> int:
+    """Return how many tokens a text takes up to the end of its description; 0 without one."""
+    if not description:
+        return 0
+    ids, end = generation.token_ids, generation.text.index(description) + len(description)
+
+    def length(count: int) -> int:
+        return len(
+            tokenizer.decode(
+                list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    # A text grows with its tokens, so the first count that is long enough is found by halves.
+    return bisect.bisect_left(range(len(ids)), end, key=length)
 
 
 def _at_least_one(argument: str, value: int | None, default: int) -> int:

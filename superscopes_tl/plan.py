@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -24,11 +24,18 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.loading import load_model
 from superscopes_tl.memory import bytes_per_row, free_bytes
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.own_words import OwnWords, words_of
 from superscopes_tl.patching import PatchedGenerator
-from superscopes_tl.prompts import as_target_prompt, description_is_over
-from superscopes_tl.scoring import Scorer, SentenceEmbeddingScorer, as_scorer, scorer_name
+from superscopes_tl.prompts import description_is_over
+from superscopes_tl.scoring import (
+    Scorer,
+    SentenceEmbeddingScorer,
+    as_scorer,
+    no_scores,
+    scorer_name,
+)
 from superscopes_tl.sites import Site, check_kinds, check_layers
-from superscopes_tl.tokens import TokenizedText, check_text, resolve_positions, tokenize
+from superscopes_tl.tokens import TokenizedText, check_text, named_positions, tokenize
 
 Cell: TypeAlias = tuple[Site, int, float]
 """What one reading takes: a site, a target layer and an α."""
@@ -84,6 +91,7 @@ class SweepPlan:
         scorer: scores.
         config: the settings that this plan was made from.
         finished: cells that need not be computed again.
+        abouts: what a reading at each position is scored against.
     """
 
     model: LanguageModel
@@ -95,6 +103,16 @@ class SweepPlan:
     scorer: Scorer
     config: SweepConfig
     finished: frozenset[Cell] = frozenset()
+    abouts: Mapping[int, str] = field(default_factory=dict)
+
+    def about(self, position: int) -> str:
+        """Return what a reading at a position is scored against: the source text unless known."""
+        return self.abouts.get(position, self.source.text)
+
+    def own_words(self, position: int) -> OwnWords:
+        """Return what the model says of that when it reads it as it stands."""
+        reference = self.config.reference_of(self.source.text)
+        return words_of(self.generator, [self.about(position)], reference)[0]
 
     def target_layers(self, site: Site) -> tuple[int, ...]:
         """Return where the vector of `site` is patched."""
@@ -134,11 +152,10 @@ class SweepPlan:
         Raises:
             ValueError, TypeError: a bad prompt, or one without the tokens to read.
         """
-        source = tokenize(self.model, prompt, chat=self.config.chat)
-        positions = resolve_positions(source, self.config.positions)
+        source, abouts = _read_source(self.model, prompt, self.config)
         places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
-        sites = tuple(Site(kind, layer, p) for p in positions for kind, layer in places)
-        return replace(self, source=source, sites=sites, finished=frozenset())
+        sites = tuple(Site(kind, layer, p) for p in abouts for kind, layer in places)
+        return replace(self, source=source, sites=sites, finished=frozenset(), abouts=abouts)
 
     @property
     def n_batches(self) -> int:
@@ -222,6 +239,10 @@ class SweepPlan:
                 "guide": self.config.guide,
                 "write": _name(self.config.write),
                 "chat": self.config.chat,
+                "source_template": self.config.source_template,
+                "about": self.config.about,
+                "reference": self.config.reference_of(self.source.text),
+                "generate": self.config.generate,
                 "draw": self.config.draw,
                 "controls": list(self.config.controls),
                 "max_new_tokens": self.generator.max_new_tokens,
@@ -235,6 +256,17 @@ class SweepPlan:
             },
             "planned_cells": len(self.all_cells),
         }
+
+
+def _read_source(
+    model: LanguageModel, prompt: str, config: SweepConfig
+) -> tuple[TokenizedText, dict[int, str]]:
+    """Return a source prompt's tokens, and what a reading at each chosen position is about."""
+    source = tokenize(model, prompt, chat=config.chat, template=config.source_template)
+    abouts = named_positions(source, config.positions)
+    if config.about is not None:
+        abouts = dict.fromkeys(abouts, config.about)
+    return source, abouts
 
 
 def _name(setting: Callable[..., object] | None) -> str | None:
@@ -258,17 +290,16 @@ def plan_sweep(
     config = check_config(config, settings)
     # First what needs no model: a bad setting should not cost a download.
     alphas = check_alphas(config.alphas)
-    target_prompt = as_target_prompt(config.target_prompt)
+    target_prompt = config.asked
     check_answer(target_prompt.answer, chat=config.chat, argument="target_prompt")
-    scorer = as_scorer(config.scorer)
+    scorer = as_scorer(no_scores if config.generate == "none" else config.scorer)
     check_text(prompt, "prompt")
     model = load_model(model)
     asked = model if config.target_model is None else load_model(config.target_model)
     target_layer = check_target_layer(config.target_layer, asked.n_layers)
-    source = tokenize(model, prompt, chat=config.chat)
+    source, abouts = _read_source(model, prompt, config)
     kinds = check_kinds(config.kinds, model.kinds, model.name)
     layers = check_layers(config.layers, model.n_layers)
-    positions = resolve_positions(source, config.positions)
     if target_layer == "same":
         check_layers(layers, asked.n_layers, "target_layer")
     if asked.d_model != model.d_model and config.vectors is None:
@@ -281,7 +312,7 @@ def plan_sweep(
     plan = SweepPlan(
         model=model,
         source=source,
-        sites=tuple(Site(k, layer, p) for p in positions for k in kinds for layer in layers),
+        sites=tuple(Site(k, layer, p) for p in abouts for k in kinds for layer in layers),
         alphas=alphas,
         target_layer=target_layer,
         generator=PatchedGenerator(
@@ -294,6 +325,7 @@ def plan_sweep(
         ),
         scorer=scorer,
         config=config,
+        abouts=abouts,
     )
     plan.check_memory()
     if isinstance(scorer, SentenceEmbeddingScorer):

@@ -71,6 +71,35 @@ PAPER_PROMPTS: tuple[str, ...] = (
 )
 """The 48 source prompts of the paper's Figure 3 (section 4.1; the authors' recordings)."""
 
+MANY_KINDS: tuple[str, ...] = (
+    "Paris",
+    "Albert Einstein",
+    "Microsoft",
+    "Amazon River",
+    "Diabetes",
+    "Violin",
+    "Star Wars",
+    "Napoleon",
+    "Photosynthesis",
+    "The Beatles",
+    "Kangaroo",
+    "Basketball",
+    "Mount Everest",
+    "Coca-Cola",
+    "Jupiter",
+    "Gold",
+    "Toyota",
+    "Japan",
+    "William Shakespeare",
+    "Harvard University",
+    "Pizza",
+    "Python",
+    "Penicillin",
+    "Christmas",
+)
+"""Names of as many kinds, of which a model says different things: 40 of the paper's are bands or
+films. `readability` reads the first dozen."""
+
 PAPER_MAX_NEW_TOKENS = 10
 """How many tokens the authors' code generates."""
 
@@ -138,6 +167,10 @@ class TargetPrompt:
         """The names that the prompt itself describes (`Syria`, ...): not to be read back."""
         names = re.findall(r"(?:^|,|\n)\s*([^,:\n]+):", self.text)
         return tuple(n.strip() for n in names if not re.search(self._word, n))
+
+    def filled(self, name: str) -> str:
+        """Return the text with a name in place of every placeholder."""
+        return re.sub(self._word, lambda _: name, self.text)
 
     def locate(
         self, model: LanguageModel, max_new_tokens: int, *, chat: bool = False
@@ -214,6 +247,17 @@ The wording is this package's own: try others, and give controls beside what com
 """
 
 
+def default_target_prompt(target_prompt: TargetPrompt | str | None, *, chat: bool) -> TargetPrompt:
+    """Return a target prompt; of none, `CHAT_PROMPT` with `chat`, else `DESCRIPTION_PROMPT`.
+
+    Raises:
+        TypeError, PlaceholderError: as `as_target_prompt`.
+    """
+    if target_prompt is None:
+        return CHAT_PROMPT if chat else DESCRIPTION_PROMPT
+    return as_target_prompt(target_prompt)
+
+
 def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:
     """Return a `TargetPrompt`; a plain text has the placeholder `x`.
 
@@ -255,6 +299,23 @@ def description_is_over(text: str) -> bool:
     """
     entry = _entry(text)
     return "\n" in entry or _NEXT_ENTRY.search(entry) is not None
+
+
+def is_echo(description: str, about: str) -> bool:
+    """Tell whether a description repeats the name instead of saying anything of it.
+
+    It does where it has the whole name in it, or where half of its words are words of the name.
+
+    >>> is_echo("-great-great-great", "Alexander the Great")
+    True
+    >>> is_echo("King of the Roman Empire", "Alexander the Great")
+    False
+    """
+    said, name = (re.findall(r"\w+", text.lower()) for text in (description, about))
+    if not said or not name:
+        return False
+    whole = f" {' '.join(name)} " in f" {' '.join(said)} "
+    return whole or 2 * sum(word in name for word in said) >= len(said)
 
 
 def _entry(text: str) -> str:

@@ -18,8 +18,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from superscopes_tl.background import cell_of
-from superscopes_tl.cells import make_patches
+from superscopes_tl.cells import cell_of, make_patches
 from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator

@@ -22,9 +22,10 @@ from typing import Any, Self
 
 import pandas as pd
 
+from superscopes_tl.contextualization import By, Contextualization, contextualization
+from superscopes_tl.doubts import doubts
 from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.files import written_whole
-from superscopes_tl.scoring import PAPER_THRESHOLD
 from superscopes_tl.untrusted import (
     checked_provenance,
     checked_rows,
@@ -68,6 +69,14 @@ class Reading:
         entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
             description.
         log_probability: how likely these tokens were, in nats per token.
+        written: whether the cell was written out; if not, all that a text gives is empty or NaN.
+        echo: whether the description repeats the name that it should be about.
+        about: what the reading is scored against.
+        recovered: the share of the model's own words that the patch recovers (see `own_words`);
+            NaN where it is not defined.
+        own_words: what the model says of `about` when it reads it as it stands.
+        plain_nats: how likely that is behind the target prompt with the name, in nats.
+        unpatched_nats: and behind the unpatched target prompt.
         controls: what was written and scored in the cell's place without its meaning, where that
             was asked for; each is a column of the table (see `controls`).
     """
@@ -91,10 +100,17 @@ class Reading:
     draw: int = 0
     entropy: float = math.nan
     log_probability: float = math.nan
+    written: bool = True
+    echo: bool = False
+    about: str = ""
+    recovered: float = math.nan
+    own_words: str = ""
+    plain_nats: float = math.nan
+    unpatched_nats: float = math.nan
     controls: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
 
-_SHOWN = ("reading", "alpha", "score", "target_layer")
+_SHOWN = ("description", "alpha", "score", "recovered", "target_layer")
 
 COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
 TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
@@ -124,41 +140,50 @@ class SweepResult:
     def __len__(self) -> int:
         return len(self.table)
 
-    def best(self) -> pd.DataFrame:
-        """Return the best-scoring cell of every site: the automatic amplifier.
+    def best(self, *, by: By | None = None) -> pd.DataFrame:
+        """Return the best cell of every site: the automatic amplifier.
 
-        This is the paper's "Show Best Results" (section 5.1). The α is chosen by the same score
-        that judges it, so a best score is an upper bound, to be compared with equal draws of a
-        control. Among equal scores the smallest |α| wins; a site without any score keeps its
+        This is the paper's "Show Best Results" (section 5.1). The α is chosen by the same number
+        that judges it, so a best one is an upper bound, to be compared with equal draws of a
+        control. Among equal numbers the smallest |α| wins; a site without any keeps its
         smallest |α|.
+
+        Args:
+            by: "score" or "recovered"; unless given the score, or what is recovered where not
+                all cells were written out.
         """
+        column = self._by(by)
         order = self.table.assign(_size=self.table["alpha"].abs()).sort_values(
-            ["score", "_size"], ascending=[False, True], na_position="last", kind="stable"
+            [column, "_size"], ascending=[False, True], na_position="last", kind="stable"
         )
         first = order.drop_duplicates(SITE).drop(columns="_size")
         return first.sort_index().reset_index(drop=True)
 
-    def by_layer(self, *, alpha: float | None = None, position: int | None = None) -> pd.DataFrame:
+    def by_layer(
+        self, *, alpha: float | None = None, position: int | None = None, by: By | None = None
+    ) -> pd.DataFrame:
         """Return the readings of one token as the paper shows them: a row per source layer.
 
-        Where a source layer was patched at several target layers, the best-scoring one counts.
+        Where a source layer was patched at several target layers, the best one counts.
 
         Args:
             alpha: this α for all (the paper's Figure 5 has α = 1); the best of each site unless
                 given (Figure 6).
             position: the token; the rightmost one of the sweep unless given.
+            by: what the best is judged by, as in `best`.
 
         Returns:
             A table with the source layer as index and, for every kind, the columns
-            `(kind, "reading")`, `(kind, "alpha")`, `(kind, "score")` and
-            `(kind, "target_layer")`.
+            `(kind, "description")`, `(kind, "alpha")`, `(kind, "score")`, `(kind, "recovered")`
+            and `(kind, "target_layer")`.
 
         Raises:
             ValueError: an α or position that the sweep does not have.
         """
+        column = self._by(by)
         chosen = self._at(position)
         if alpha is None:
-            chosen = SweepResult(chosen, self.provenance).best()
+            chosen = SweepResult(chosen, self.provenance).best(by=by)
         else:
             chosen = chosen[chosen["alpha"] == alpha]
             if chosen.empty:
@@ -168,11 +193,9 @@ class SweepResult:
                     got=alpha,
                     fix="choose an α of this sweep, or sweep over it",
                 )
-        order = chosen.sort_values("score", ascending=False, kind="stable")
+        order = chosen.sort_values(column, ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
-        wide = one.rename(columns={"description": "reading"}).pivot(
-            index="source_layer", columns="kind", values=list(_SHOWN)
-        )
+        wide = one.pivot(index="source_layer", columns="kind", values=list(_SHOWN))
         kinds = list(dict.fromkeys(chosen["kind"]))
         columns = [(column, kind) for kind in kinds for column in _SHOWN]
         return wide[columns].swaplevel(axis="columns")
@@ -180,24 +203,30 @@ class SweepResult:
     def contextualization_layer(
         self,
         *,
-        threshold: float = PAPER_THRESHOLD,
+        by: By | None = None,
+        threshold: float | None = None,
         reads: Callable[[str], bool] | None = None,
         position: int | None = None,
         target_layer: int | None = None,
-    ) -> int | None:
+    ) -> Contextualization:
         """Return ℓ_c: the first layer at which unamplified Patchscopes reads the entity.
 
         That is, the first source layer whose `resid_post` at α = 1 reads it (paper, section 4.1).
+        The answer comes with what is read there: a number alone misleads.
 
         Args:
-            threshold: the score from which a description counts as reading the entity.
-            reads: judges a description instead of the threshold, for example
-                `lambda text: "rock band" in text`.
+            by: "recovered" (as unless given, where that is defined): the first layer that
+                recovers at least half of what the best one does, less what other prompts'
+                vectors recover where the sweep has them (`controls="other_prompt"`). "score": the
+                paper's threshold.
+            threshold: with the score, from which a description counts as reading the entity;
+                the paper's 0.3 unless given.
+            reads: judges a description instead, for example `lambda text: "rock band" in text`.
             position: the token; the rightmost one of the sweep unless given.
             target_layer: which target layer, if the sweep patched several per source layer.
 
         Returns:
-            The layer, or `None` if no layer of the sweep reads it.
+            The layer (`None` if no layer of the sweep reads it) with its text, score and shares.
 
         Raises:
             ValueError: the sweep has no `resid_post` at α = 1, or several target layers.
@@ -222,9 +251,20 @@ class SweepResult:
                 got=target_layer,
                 fix="say which one to read, or tell the mappings of this result apart",
             )
-        judged = rows["score"] >= threshold if reads is None else rows["description"].map(reads)
-        layers = rows.loc[judged.astype(bool), "source_layer"]
-        return None if layers.empty else int(layers.min())
+        return contextualization(rows, by=by, threshold=threshold, reads=reads)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What makes this result doubtful, and what to try: at most three lines."""
+        return doubts(self.table, self.provenance)
+
+    def _by(self, by: By | None) -> By:
+        """Return the column that judges."""
+        if by is None:
+            return "score" if self.table["written"].all() else "recovered"
+        if by not in ("score", "recovered"):
+            raise bad_value("by", expected="'score' or 'recovered'", got=by, fix="leave it out")
+        return by
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write table and provenance to one file, whole or not at all; return its path.
@@ -308,9 +348,10 @@ class SweepResult:
             rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
         token = html.escape(str(self._at(None)["token"].iloc[0]))
         caption = f"{html.escape(repr(self))}: best reading of token <bdi>{token}</bdi> per layer"
+        lines = "".join(f"<p>Doubtful: {html.escape(line)}</p>" for line in self.doubts)
         return (
             f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>"
+            f"<tbody>{''.join(rows)}</tbody></table>{lines}"
         )
 
 
@@ -333,9 +374,10 @@ def _html_cell(cell: pd.Series) -> str:
     if pd.isna(cell["alpha"]):
         return "<td>not computed</td>"
     score = "no description" if pd.isna(cell["score"]) else f"{cell['score']:.2f}"
+    share = "" if pd.isna(cell["recovered"]) else f", recovers {cell['recovered']:.2f}"
     return (
-        f"<td style='text-align:left'><bdi>{html.escape(cell['reading'])}</bdi> "
-        f"<small>α = {cell['alpha']:g}, {score}</small></td>"
+        f"<td style='text-align:left'><bdi>{html.escape(cell['description'])}</bdi> "
+        f"<small>α = {cell['alpha']:g}, {score}{share}</small></td>"
     )
 
 

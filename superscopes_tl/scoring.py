@@ -218,18 +218,21 @@ def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[floa
     return [0.0 for _ in candidates]
 
 
-def score_texts(scorer: Scorer, reference: str, texts: Sequence[str]) -> list[float]:
-    """Score every text against one reference; empty texts are NaN.
+def score_texts(
+    scorer: Scorer, reference: str | Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """Score every text against one reference, or each against its own; empty texts are NaN.
 
     Raises:
         ValueError: the scorer returned another number of scores than it got texts, or an
             infinite one.
     """
+    references = [reference] * len(texts) if isinstance(reference, str) else reference
     there = [i for i, text in enumerate(texts) if text.strip()]
     scores = [math.nan] * len(texts)
     if there:
         candidates = [texts[i] for i in there]
-        found = [float(s) for s in scorer([reference] * len(there), candidates)]
+        found = [float(s) for s in scorer([references[i] for i in there], candidates)]
         if len(found) != len(there):
             raise bad_value(
                 "scorer",

@@ -2,8 +2,9 @@
 
 1. Check every setting (`plan`): bad input ends here, before any work.
 2. Read the source prompt once and map the vectors, one f(v) per cell (`cells`).
-3. Generate the cells in batches (`patching`), score each batch's texts (`scoring`), and hand the
-   readings over as they are finished.
+3. Generate the cells in batches (`patching`), score each batch's texts (`scoring`), take what
+   each cell recovers (`recovery`), and hand the readings over as they are finished.
+   Where not all cells are written out, what they recover comes first and chooses those that are.
 
 The order of the cells, and so of the table's rows, is position, kind, source layer, target layer,
 α, as they were given.
@@ -11,20 +12,25 @@ The order of the cells, and so of the table's rows, is position, kind, source la
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from dataclasses import replace
+from itertools import chain, groupby
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from superscopes_tl.cells import Part, make_patches, read
+from superscopes_tl.cells import Part, cell_of, make_patches, read, unwritten
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.controls import add_controls
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
 from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
+from superscopes_tl.recovery import add_recovered
 from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.sites import Site
 
 Work = tuple[SweepPlan, Cell, Patch]
 
@@ -90,7 +96,8 @@ def sweep(
         model: from `load_model`, or anything that it takes (`"mini"`, a hub name, ...).
         prompt: the source prompt.
         config: the settings; or give them one by one as keyword arguments.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar and, at the end, what makes the result doubtful
+            (`SweepResult.doubts`).
         **settings: the fields of `SweepConfig`.
 
     Raises:
@@ -99,7 +106,11 @@ def sweep(
             `partial`.
         SweepError: broke off; finished cells are in its `partial`.
     """
-    return collect([plan_sweep(model, prompt, config, **settings)], progress=progress)
+    result = collect([plan_sweep(model, prompt, config, **settings)], progress=progress)
+    if progress:
+        for line in result.doubts:
+            tqdm.write(f"Doubtful: {line}", file=sys.stderr)
+    return result
 
 
 def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult:
@@ -117,9 +128,12 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
     """
     started = time.perf_counter()
     planned = sum(len(plan.cells) for plan in plans)
-    readings: list[Reading] = []
+    found: dict[tuple[str, int, Cell], Reading] = {}
 
-    def result() -> SweepResult:
+    def add(batch: Iterable[Reading]) -> None:
+        found.update({(r.prompt, r.draw, cell_of(r)): r for r in batch})
+
+    def result(*, complete: bool) -> SweepResult:
         several = [plan.provenance() for plan in plans]
         provenance = several[0]
         for name in ("layers", "kinds", "positions"):
@@ -128,31 +142,33 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
         if len(several) > 1:
             provenance["prompts"] = list(dict.fromkeys(one["prompt"] for one in several))
         provenance["planned_cells"] = sum(one["planned_cells"] for one in several)
-        provenance["complete"] = len(readings) == planned
+        provenance["complete"] = complete
         provenance["seconds"] = round(time.perf_counter() - started, 3)
-        return SweepResult.from_readings(readings, provenance)
+        return SweepResult.from_readings(found.values(), provenance)
 
     def broke_off(why: str) -> str:
         return (
-            f"{why} after {len(readings)} of {planned} cells; the finished ones are in "
+            f"{why} after {len(found)} of {planned} cells; the finished ones are in "
             "this exception's .partial"
         )
 
     try:
         if len(plans) == 1:
-            readings.extend(run_plan(plans[0], progress=progress))
+            for batch in run_batches(plans[0], progress=progress):
+                add(batch)
         else:
             with tqdm(total=planned, unit="cell", disable=not progress) as bar:
                 for batch in run_plans(plans):
-                    readings += batch
+                    add(batch)
                     bar.update(len(batch))
     except KeyboardInterrupt as error:
-        raise SweepInterrupted(broke_off("stopped"), result()) from error
+        raise SweepInterrupted(broke_off("stopped"), result(complete=False)) from error
     except Exception as error:
-        if not readings:
+        if not found:
             raise
-        raise SweepError(broke_off(f"{type(error).__name__}: {error}"), result()) from error
-    return result()
+        why = broke_off(f"{type(error).__name__}: {error}")
+        raise SweepError(why, result(complete=False)) from error
+    return result(complete=True)
 
 
 def run_plan(plan: SweepPlan, *, progress: bool = False) -> Iterator[Reading]:
@@ -162,20 +178,85 @@ def run_plan(plan: SweepPlan, *, progress: bool = False) -> Iterator[Reading]:
 
 
 def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Reading]]:
-    """Yield the readings of a plan's cells, each batch when it is finished and scored."""
+    """Yield the readings of a plan's cells, each batch when it is finished and scored.
+
+    Unless all cells are written out, they come without a text first, and those that are written
+    come once more with it.
+    """
     patches = make_patches(plan)
     with _progress_bar(plan, progress) as bar:
-        done = 0
-        for generations in plan.generator.batches(patches):
-            end = done + len(generations)
-            yield read_batch([Part(plan, plan.cells[done:end], patches[done:end], generations)])
-            done = end
-            bar.update(len(generations))
+        batches = _written(plan, patches) if plan.config.generate == "all" else _map(plan, patches)
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+def _written(plan: SweepPlan, patches: Sequence[Patch]) -> Iterator[list[Reading]]:
+    """Yield every cell, written out."""
+    done = 0
+    for generations in plan.generator.batches(patches):
+        end = done + len(generations)
+        yield read_batch([Part(plan, plan.cells[done:end], patches[done:end], generations)])
+        done = end
+
+
+def _map(plan: SweepPlan, patches: Sequence[Patch]) -> Iterator[list[Reading]]:
+    """Yield what every cell recovers, then the best cell of each site with its text."""
+    size, cells = plan.generator.batch_size, plan.cells
+    there: list[Reading] = []
+    for start in range(0, len(cells), size):
+        part = Part(plan, cells[start : start + size], patches[start : start + size], ())
+        found = add_recovered([part], unwritten(plan, part.cells, part.patches))
+        there += found
+        yield found
+    chosen = _best_of_sites(there) if plan.config.generate == "best" else []
+    done = 0
+    for generations in plan.generator.batches([patches[place] for place in chosen]):
+        places = chosen[done : done + len(generations)]
+        done += len(generations)
+        part = Part(plan, [cells[p] for p in places], [patches[p] for p in places], generations)
+        texts = add_controls([part], read(part)) if plan.config.controls else read(part)
+        yield [_joined(there[place], text) for place, text in zip(places, texts, strict=True)]
+
+
+def _best_of_sites(readings: Sequence[Reading]) -> list[int]:
+    """Return the places of the cells that recover most of each site, the best sites first."""
+
+    def worth(place: int) -> tuple[float, float]:
+        share = readings[place].recovered
+        return -math.inf if math.isnan(share) else share, -abs(readings[place].alpha)
+
+    best: dict[tuple[Site, int], int] = {}
+    for place, reading in enumerate(readings):
+        site = cell_of(reading)[:2]
+        if site not in best or worth(place) > worth(best[site]):
+            best[site] = place
+    return sorted(best.values(), key=worth, reverse=True)
+
+
+def _joined(shares: Reading, text: Reading) -> Reading:
+    """Return a written cell with what it recovers, which is known already."""
+    return replace(
+        text,
+        recovered=shares.recovered,
+        own_words=shares.own_words,
+        plain_nats=shares.plain_nats,
+        unpatched_nats=shares.unpatched_nats,
+        controls={**shares.controls, **text.controls},
+    )
 
 
 def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
     """Yield the readings of all plans, batch by batch; a batch may hold several plans' cells."""
-    for batch in _batches(plans):
+    several = iter(plans)
+    first = next(several, None)
+    if first is None:
+        return
+    if first.config.generate != "all":
+        for plan in chain([first], several):
+            yield from run_batches(plan)
+        return
+    for batch in _batches(chain([first], several)):
         generator = batch[0][0].generator
         generations = iter(generator.generate([patch for _, _, patch in batch]))
         parts = []
@@ -200,14 +281,19 @@ def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:
 
 
 def read_batch(parts: Sequence[Part]) -> list[Reading]:
-    """Return the rows of a batch, with the controls that its plans ask for."""
+    """Return the rows of a batch: texts, the controls that its plans ask for, shares recovered."""
     readings = [reading for part in parts for reading in read(part)]
-    return add_controls(parts, readings) if parts[0].plan.config.controls else readings
+    if parts[0].plan.config.controls:
+        readings = add_controls(parts, readings)
+    return add_recovered(parts, readings)
 
 
 def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:
     if not progress:
         return tqdm(disable=True)
+    if plan.config.generate != "all":
+        texts = len(plan.sites) if plan.config.generate == "best" else 0
+        return tqdm(total=len(plan.cells) + texts, unit="cell")
     seconds = plan.estimate_seconds()
     expected = f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
     title = f"{len(plan.cells)} cells in {plan.n_batches} batches, {expected}"

@@ -84,6 +84,7 @@ def tokenize(
     room: int = 0,
     chat: bool = False,
     answer: str = "",
+    template: str = "{}",
 ) -> TokenizedText:
     """Tokenise `text` for `model`.
 
@@ -95,6 +96,8 @@ def tokenize(
         chat: whether the text is a user's message in the model's chat template, which goes on
             behind it up to where the model's answer begins.
         answer: with `chat`, how that answer begins.
+        template: what stands around the text, with `{}` for the text itself, such as
+            `"Tell me about {}"`. Spans and positions are still those of the text.
 
     Raises:
         TypeError: `text` is no string.
@@ -103,11 +106,14 @@ def tokenize(
     """
     check_text(text, argument)
     check_answer(answer, chat=chat, argument=argument)
+    before, after = template.split("{}")
+    message = f"{before}{text}{after}"
     framed = (
-        in_chat(model, text, answer=answer, argument=argument)
+        in_chat(model, message, answer=answer, argument=argument)
         if chat
-        else Framed(text, 0, len(text))
+        else Framed(message, 0, len(message))
     )
+    framed = framed.within(before, after)
     ids, spans, labels = _encode(model, framed.whole)
     bos = model.tokenizer.bos_token_id if chat else model.bos_token_id
     if not chat and bos is not None and ids[:1] != [bos]:
@@ -123,7 +129,7 @@ def tokenize(
         )
     has_bos = bos is not None and ids[0] == bos
     found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), has_bos)
-    if not chat:
+    if not chat and template == "{}":
         return TokenizedText(*found, own=range(int(has_bos), len(ids)))
     return TokenizedText(*found, *_in_template(framed, spans, argument))
 
@@ -240,6 +246,21 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
             fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def named_positions(tokens: TokenizedText, positions: Positions) -> dict[int, str]:
+    """Return what each chosen position is about: the text that a reading there can know.
+
+    That is the substring that chose it, else the text up to the token.
+
+    Raises:
+        ValueError, TypeError: as `resolve_positions`.
+    """
+    found = {p: tokens.text[: tokens.spans[p][1]] for p in resolve_positions(tokens, positions)}
+    several = [positions] if isinstance(positions, str) else positions
+    if not isinstance(several, slice) and isinstance(several, Iterable):
+        found |= {_resolve(tokens, part): part for part in several if isinstance(part, str)}
+    return found
 
 
 def _position_type_error(got: object) -> TypeError:

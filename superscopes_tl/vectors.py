@@ -27,7 +27,7 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
-from superscopes_tl.prompts import as_target_prompt
+from superscopes_tl.prompts import default_target_prompt
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import Site, check_layers
 from superscopes_tl.sweep import collect
@@ -77,7 +77,8 @@ def plan_vectors(
     shown = _names(names, len(rows))
     resize = unit == "residual" and settings.get("base") is not None
     config: dict[str, Any] = {
-        "vectors": _given(rows, resize=resize), "unit": "vector" if resize else unit, **settings
+        "vectors": _given(rows, resize=resize), "unit": "vector" if resize else unit,
+        "target_layer": 0, **settings,
     }  # fmt: skip
     sources = _sources(layers, len(rows), model)
     if NO_LAYER in sources and config.get("target_layer") == "same":
@@ -92,7 +93,8 @@ def plan_vectors(
     if not any(meanings):
         config["scorer"] = unscored
     # A plan wants a source prompt; any will do, since it is replaced at once.
-    text = as_target_prompt(config.get("target_prompt", "x")).text
+    asked = config.get("target_prompt")
+    text = default_target_prompt(asked, chat=bool(config.get("chat"))).text
     first = plan_sweep(model, text, layers=0, kinds=model.kinds[0], **config)
     return [
         replace(
@@ -102,6 +104,7 @@ def plan_vectors(
                 Site(KIND, sources[i], i) for i in range(len(rows)) if meanings[i] == meaning
             ),
             scorer=first.scorer if meaning else unscored,
+            abouts={},
         )
         # Known meanings first: the provenance of the whole has the first plan's scorer.
         for meaning in sorted(dict.fromkeys(meanings), key=lambda meaning: meaning is None)
@@ -249,7 +252,7 @@ def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:
     return several
 
 
-_OF_A_PROMPT = ("kinds", "positions", "vectors", "target_model")
+_OF_A_PROMPT = ("kinds", "positions", "source_template", "about", "vectors", "target_model")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

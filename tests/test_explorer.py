@@ -29,8 +29,7 @@ from superscopes_tl import (
     random_direction,
     sweep,
 )
-from superscopes_tl.background import cell_of
-from superscopes_tl.cells import make_patches
+from superscopes_tl.cells import cell_of, make_patches
 from superscopes_tl.details import (
     Control,
     LensReading,
