@@ -1,267 +1,219 @@
-"""The main job on the bundled model, with its controls: what `make demo` runs.
+"""The main job on a real model, with its controls: what `make demo` runs.
 
-1. Sweep the prompts that the paper shows in its tables and figures over every layer, three kinds
-   and the paper's alphas; print the best reading per layer and kind, write the heatmaps.
-2. The bundled model's facts are known, so a reading is right when it is the fact, word for word.
-   List the MLP outputs that read wrong at α = 1 and right when amplified.
-3. Count right readings over all 48 prompts of the paper, beside three controls at the same
-   sites and alphas: random vectors of equal norm, the readings of the other prompts, and the
-   unpatched target prompt.
+1. Read a handful of names of many kinds on SmolLM2-135M-Instruct, in the setting that reads it
+   best: each name in a sentence, CHAT_PROMPT, target layer 0.
+2. Per name and layer print what the block outputs and the MLP outputs say at α = 1 and at the α
+   that recovers most, beside the model's own words and what other names' vectors recover.
+3. List the MLP outputs that only amplification reads, and those that it does not read either.
+4. Write the heatmaps of what is recovered, and end with what was found and what was not.
 """
 
 from __future__ import annotations
 
-import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from superscopes_tl.amplify import MappingFamily, random_direction, scale
-from superscopes_tl.capture import capture
+from superscopes_tl.config import SweepConfig
+from superscopes_tl.evaluate import evaluate
 from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
-from superscopes_tl.metric import exact
-from superscopes_tl.mini.facts import load_facts
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.patches import Patch
-from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plots import heatmap
-from superscopes_tl.prompts import PAPER_PROMPTS, crop_description, description_is_over
-from superscopes_tl.results import SweepResult
-from superscopes_tl.sites import HookKind
-from superscopes_tl.sweep import sweep
+from superscopes_tl.readability import SENTENCE
+from superscopes_tl.scoring import no_scores
 
-SHOWN_PROMPTS = (
-    "Red Hot Chili Peppers",
-    "Saturday Night Live",
-    "Back to the Future",
-    "Alexander the Great",
-    "Diana, Princess of Wales",
+NAMES = ("Paris", "Albert Einstein", "Amazon River", "Microsoft", "Pink Floyd", "Titanic")
+"""Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
+a demonstration that shows hits alone shows nothing."""
+LAYERS = (4, 8, 12, 20)
+ALPHAS = (1.0, 3.0, 6.0, 15.0)
+HEADLINE = (8, 6.0)
+"""The layer and α at which this model's MLP outputs were found to be read; fixed beforehand."""
+READ = 0.3
+"""A cell reads its name where it recovers this much of the model's own words more than the mean of
+other names' vectors does, or than nothing where those recover less than nothing."""
+
+CONFIG = SweepConfig(
+    layers=LAYERS,
+    kinds=("resid_post", "mlp_out"),
+    alphas=ALPHAS,
+    source_template=SENTENCE,
+    chat=True,
+    target_layer=0,
+    max_new_tokens=16,
+    controls=("other_prompt",),
+    scorer=no_scores,
 )
-"""The prompts of the paper's Tables 1 to 3, Figures 1, 5 and 6 and section 3.5."""
-
-
-@dataclass(frozen=True)
-class Rescue:
-    """An MLP output that reads wrong at α = 1 and right when amplified.
-
-    Attributes:
-        prompt: the source prompt.
-        layer: the source layer.
-        before: the reading at α = 1.
-        alpha: the smallest α that reads the fact.
-        after: the reading there, which is the fact.
-    """
-
-    prompt: str
-    layer: int
-    before: str
-    alpha: float
-    after: str
-
-
-def known_facts() -> dict[str, str]:
-    """Return what the bundled model was trained to say of each name."""
-    return {fact.name: fact.description for fact in load_facts()}
-
-
-def rescues(table: pd.DataFrame, facts: Mapping[str, str]) -> Iterator[Rescue]:
-    """Yield the MLP outputs that amplification alone makes readable."""
-    mlp = table[table["kind"] == "mlp_out"]
-    for _, site in mlp.groupby(["prompt", "source_layer"], sort=False):
-        hits = site[exact(site, facts) & (site["alpha"] > 1)].sort_values("alpha")
-        plain = site[site["alpha"] == 1]
-        if len(hits) and not exact(plain, facts).any():
-            first = hits.iloc[0]
-            prompt, before = first["prompt"], str(plain["description"].iloc[0])
-            yield Rescue(prompt, first["source_layer"], before, first["alpha"], facts[prompt])
 
 
 def run_demo(
     model: LanguageModel | None = None,
     output: Path = Path("output"),
-    prompts: Sequence[str] = PAPER_PROMPTS,
+    names: Sequence[str] = NAMES,
     console: Console | None = None,
+    config: SweepConfig = CONFIG,
 ) -> Path:
     """Run the demo and return the path of the page with the heatmaps.
 
     Args:
-        model: the bundled model unless given; another one needs to know the same facts.
+        model: SmolLM2-135M-Instruct unless given.
         output: the folder for the page and the run files; made if missing.
-        prompts: the prompts that are counted.
+        names: what is read.
         console: where to print.
+        config: the settings.
     """
     console = console or Console(emoji=False)
     started = time.perf_counter()
     model = model or load_model(backend="bridge")
-    facts = known_facts()
     output.mkdir(parents=True, exist_ok=True)
-    console.print(f"[bold]{model!r}[/bold]\n")
-    figures, tables = [], []
-    for prompt in SHOWN_PROMPTS:
-        result = sweep(model, prompt)
-        result.save(output / f"{_file_name(prompt)}.zip")
-        console.print(reading_table(result, facts))
-        figures.append(heatmap(result))
-        tables.append(result.table)
-    page = write_html(figures, output / "demo.html", title="Superscopes on the bundled model")
-    _print_rescues(console, list(rescues(pd.concat(tables), facts)))
-    _print_counts(console, model, facts, prompts)
+    _print_model(console, model)
+    found = evaluate(model, names, None, config, draws=0)
+    figures = []
+    for name in names:
+        result = found.of(name)
+        result.save(output / f"{_file_name(name)}.zip")
+        console.print(name_table(result.table))
+        figures.append(heatmap(result, value="recovered", color_range=(0.0, 1.0)))
+    page = write_html(figures, output / "demo.html", title=f"What {model.name} says of its layers")
+    mlp = found.table[found.table["kind"] == "mlp_out"]
+    console.print(rescue_table(mlp))
+    console.print(headline_table(found.table))
     console.print(f"\nHeatmaps: [bold]{page}[/bold] (run files beside it)")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+    console.print(_conclusion(found.table), highlight=False)
     return page
 
 
-def reading_table(result: SweepResult, facts: Mapping[str, str] | None = None) -> Table:
-    """Return the best reading per layer and kind as a table for the terminal.
+def read_share(table: pd.DataFrame) -> pd.Series[float]:
+    """Return what each cell recovers above other names' vectors, or above nothing."""
+    others: Any = table["other_prompt_recovered"].clip(lower=0)
+    return table["recovered"] - others
 
-    Args:
-        result: the sweep.
-        facts: what each prompt is known to mean; readings that say it are marked.
-    """
-    wide = result.by_layer()
-    kinds = list(wide.columns.get_level_values(0).unique())
-    prompt, token = str(result.provenance["prompt"]), result.table["token"].iloc[-1]
-    shown = textwrap.shorten(prompt, 60, placeholder=" …")
-    legend = "α, similarity" + ("; ✓: the fact, word for word" if facts else "")
-    fact = (facts or {}).get(prompt)
-    token = result.table["token"].iloc[-1]
-    table = Table(title=escape(f"{shown} · token {token!r} · best reading ({legend})"))
-    table.add_column("layer", justify="right")
-    for kind in kinds:
-        table.add_column(kind, overflow="fold")
-    for layer, row in wide.iterrows():
+
+def best_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the cell of each site that recovers most; among equals the smallest α."""
+    order = table.sort_values(["recovered", "alpha"], ascending=[False, True], kind="stable")
+    return order.drop_duplicates(["prompt", "kind", "source_layer"])
+
+
+def name_table(table: pd.DataFrame) -> Table:
+    """Return what the layers say of one name, as a table for the terminal."""
+    first = table.iloc[0]
+    shown = Table(
+        title=escape(f"{first['prompt']} · the model itself says: {first['own_words']!r}"),
+        caption="in brackets: α; share of the model's own words recovered / by other names",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown.add_column("layer", justify="right")
+    columns = [
+        ("block output, α = 1", "resid_post", table[table["alpha"] == 1]),
+        ("MLP output, α = 1", "mlp_out", table[table["alpha"] == 1]),
+        ("MLP output, best α", "mlp_out", best_of(table)),
+    ]
+    for header, _, _ in columns:
+        shown.add_column(header, overflow="fold", ratio=1)
+    for layer in sorted(table["source_layer"].unique()):
         cells = []
-        for kind in kinds:
-            reading, alpha, score = (row[kind, c] for c in ("reading", "alpha", "score"))
-            mark = "[green]✓[/green] " if fact and reading.split(",")[0].strip() == fact else ""
-            cells.append(f"{mark}{escape(reading)} [dim]({alpha:g}, {score:.2f})[/dim]")
-        table.add_row(str(layer), *cells)
-    return table
+        for _, kind, rows in columns:
+            row = rows[(rows["kind"] == kind) & (rows["source_layer"] == layer)].iloc[0]
+            cells.append(_cell(row))
+        shown.add_row(str(layer), *cells)
+    return shown
 
 
-def _print_rescues(console: Console, found: Sequence[Rescue]) -> None:
-    table = Table(title="MLP outputs that only amplification reads")
-    for column in ("prompt", "layer", "α = 1 reads", "α", "reads"):
-        table.add_column(column, overflow="fold")
-    for rescue in found:
-        table.add_row(
-            escape(rescue.prompt),
-            str(rescue.layer),
-            escape(rescue.before),
-            f"{rescue.alpha:g}",
-            escape(rescue.after),
-        )
-    console.print(table if found else "No MLP output was read by amplification alone.")
+def _cell(row: Any) -> str:
+    share = f"{row['recovered']:.2f} / {row['other_prompt_recovered']:.2f}"
+    said = escape(str(row["description"]) or "(nothing)")
+    return f"{said} [dim]({row['alpha']:g}; {share})[/dim]"
 
 
-COUNTED: tuple[tuple[HookKind, tuple[float, ...]], ...] = (
-    ("resid_post", (1,)),
-    ("mlp_out", (1,)),
-    ("mlp_out", (1, 3, 9)),
-)
-"""What is counted over all prompts: a kind and the alphas of which one may read the fact."""
-
-COUNT_BATCH_SIZE = 256
-"""A model as small as the bundled one is faster in larger batches."""
-
-
-def count_right(
-    model: LanguageModel, facts: Mapping[str, str], prompts: Sequence[str]
-) -> pd.DataFrame:
-    """Count the prompts whose fact is read at some layer, beside two controls.
-
-    Returns:
-        A row per entry of `COUNTED` with the columns `right`, `random vector` (vectors of equal
-        norm at the same sites) and `other prompt` (the same readings judged by the other
-        prompts' facts, the mean over all of them).
-    """
-    generator = PatchedGenerator(
-        model,
-        max_new_tokens=_longest(model, facts, prompts),
-        batch_size=COUNT_BATCH_SIZE,
-        until=description_is_over,
+def rescue_table(mlp: pd.DataFrame) -> Table:
+    """Return the MLP outputs that only amplification reads, and those that nothing reads."""
+    plain = mlp[mlp["alpha"] == 1].set_index(["prompt", "source_layer"])
+    best = best_of(mlp[mlp["alpha"] != 1]).set_index(["prompt", "source_layer"])
+    silent = plain[read_share(plain) < READ]
+    read = best[read_share(best) >= READ].index
+    shown = Table(
+        title=f"MLP outputs that are not read at α = 1 ({len(silent)} of {len(plain)}), amplified",
+        title_justify="left",
+        caption=f"read: recovers at least {READ:g} more of the own words than other names do",
+        caption_justify="left",
     )
-    real = _readings(generator, prompts, scale)
-    random = _readings(generator, prompts, random_direction(0))
-    rows = []
-    for kind, alphas in COUNTED:
-        mine, null = (
-            table[(table["kind"] == kind) & table["alpha"].isin(alphas)] for table in (real, random)
-        )
-        rows.append(
-            {
-                "cells": f"{kind}, α = {' or '.join(f'{a:g}' for a in alphas)}",
-                "right": _prompts_right(mine, facts),
-                "random vector": _prompts_right(null, facts),
-                "other prompt": f"{_others_right(mine, facts, prompts):.2f}",
-            }
-        )
-    return pd.DataFrame(rows)
+    for column in ("", "name", "layer", "α = 1 says", "α", "says"):
+        shown.add_column(column, overflow="fold")
+    rows = sorted(silent.index, key=lambda place: (place not in read, -best.at[place, "recovered"]))
+    for place in rows:
+        if place in read or place[1] == HEADLINE[0]:
+            shown.add_row(
+                "[green]read[/green]" if place in read else "[red]not read[/red]",
+                escape(str(place[0])),
+                str(place[1]),
+                escape(str(silent.at[place, "description"])),
+                f"{best.at[place, 'alpha']:g}",
+                escape(str(best.at[place, "description"])),
+            )
+    return shown
 
 
-def _readings(
-    generator: PatchedGenerator, prompts: Sequence[str], family: MappingFamily
-) -> pd.DataFrame:
-    """Return what the last token of every prompt reads, at every layer, in one run."""
-    alphas_of: dict[HookKind, set[float]] = {}
-    for kind, alphas in COUNTED:
-        alphas_of.setdefault(kind, set()).update(alphas)
-    activations = [capture(generator.model, prompt, kinds=alphas_of) for prompt in prompts]
-    rows, patches = [], []
-    for kind, wanted in alphas_of.items():
-        names, vectors = [], []
-        for prompt, seen in zip(prompts, activations, strict=True):
-            for layer in range(generator.model.n_layers):
-                names.append(prompt)
-                vectors.append(seen[kind, layer][-1])
-        for alpha in sorted(wanted):
-            rows += [{"prompt": name, "kind": kind, "alpha": alpha} for name in names]
-            patches += [Patch(vector, 0) for vector in family(alpha)(torch.stack(vectors))]
-    texts = [crop_description(generation.text) for generation in generator.generate(patches)]
-    return pd.DataFrame(rows).assign(description=texts)
+def headline_table(table: pd.DataFrame) -> Table:
+    """Return means over names per layer: own words recovered, and by other names' vectors."""
+    shown = Table(
+        title=f"Mean over {table['prompt'].nunique()} names: recovered / by other names' vectors",
+        title_justify="left",
+    )
+    shown.add_column("layer", justify="right")
+    columns = [("resid_post", 1.0), *(("mlp_out", a) for a in sorted(table["alpha"].unique()))]
+    for kind, alpha in columns:
+        name = "block output" if kind == "resid_post" else "MLP output"
+        shown.add_column(f"{name}, α = {alpha:g}", justify="right")
+    for layer, rows in table.groupby("source_layer"):
+        cells = []
+        for kind, alpha in columns:
+            there = rows[(rows["kind"] == kind) & (rows["alpha"] == alpha)]
+            own, others = there["recovered"].mean(), there["other_prompt_recovered"].mean()
+            cells.append(f"{own:.2f} / {others:.2f}")
+        shown.add_row(str(layer), *cells)
+    return shown
 
 
-def _longest(model: LanguageModel, facts: Mapping[str, str], prompts: Sequence[str]) -> int:
-    """Return how many tokens the longest fact takes, with the colon and the comma around it."""
-    texts = [f": {facts[prompt]}," for prompt in prompts]
-    return max(len(ids) for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"])
+def _conclusion(table: pd.DataFrame) -> str:
+    """Return what was found and what was not, in one line."""
+    names = table["prompt"].nunique()
+    outputs = table[(table["kind"] == "resid_post") & (table["alpha"] == 1)]
+    best = outputs.groupby("source_layer")["recovered"].mean()
+    layer, alpha = HEADLINE
+    mlp = table[(table["kind"] == "mlp_out") & (table["source_layer"] == layer)]
+    plain, loud = (mlp[mlp["alpha"] == a] for a in (1.0, alpha))
+    if plain.empty or loud.empty:
+        return f"Found: block outputs of layer {best.idxmax()} recover {best.max():.2f}."
+    hits = [int((read_share(rows) >= READ).sum()) for rows in (plain, loud)]
+    missed = loud.loc[read_share(loud) < READ, "prompt"]
+    return (
+        f"Found: block outputs of layer {best.idxmax()} recover {best.max():.2f} of the model's "
+        f"own words at α = 1; MLP outputs of layer {layer} read {hits[0]} of {names} names at "
+        f"α = 1 and {hits[1]} at α = {alpha:g}. Not found: "
+        + (f"{', '.join(missed)} there, and " if len(missed) else "")
+        + f"any claim about names in general, which {names} of them cannot carry."
+    )
 
 
-def _print_counts(
-    console: Console, model: LanguageModel, facts: Mapping[str, str], prompts: Sequence[str]
-) -> None:
-    counts = count_right(model, facts, prompts)
-    table = Table(title=f"Prompts read right at some layer, of the paper's {len(prompts)}")
-    for column in counts.columns:
-        table.add_column(column, justify="left" if column == "cells" else "right")
-    for row in counts.astype(str).to_dict("records"):
-        table.add_row(*row.values())
-    console.print(table)
-    unpatched = crop_description(PatchedGenerator(model).unpatched().text)
+def _print_model(console: Console, model: LanguageModel) -> None:
+    console.print(f"[bold]{escape(repr(model))}[/bold]")
+    source = model.provenance().get("source") or {}
+    if source:
+        console.print(escape(", ".join(f"{key}: {value}" for key, value in source.items())))
     console.print(
-        f"Control, nothing patched: the model writes [italic]{escape(unpatched)}[/italic]"
+        "Each name is read at its last token in 'Tell me about NAME', amplified by α, and written "
+        "over x in 'What is x?' at layer 0; the model goes on from 'It is'.\n"
     )
-
-
-def _others_right(table: pd.DataFrame, facts: Mapping[str, str], prompts: Sequence[str]) -> float:
-    """Return how many prompts are read as another prompt's fact, the mean over the others."""
-    shifts = range(1, len(prompts))
-    others = (
-        {p: facts[prompts[(i + k) % len(prompts)]] for i, p in enumerate(prompts)} for k in shifts
-    )
-    return sum(_prompts_right(table, other) for other in others) / len(shifts)
-
-
-def _prompts_right(table: pd.DataFrame, facts: Mapping[str, str]) -> int:
-    return int(exact(table, facts).groupby(table["prompt"]).any().sum())
 
 
 def _file_name(prompt: str) -> str:

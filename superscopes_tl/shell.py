@@ -7,11 +7,15 @@ refuses ends with 1.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from superscopes_tl.errors import bad_value
 
@@ -74,6 +78,36 @@ def explained() -> Iterator[None]:
     except (OSError, MemoryError) as error:
         ERRORS.print(f"Error: {type(error).__name__}: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
+
+
+def reading_table(result: Any) -> Table:
+    """Return the best reading per layer and kind of a `SweepResult` as a table.
+
+    Where a source layer was patched at several target layers, the cell names the one that counts.
+    """
+    wide = result.by_layer()
+    kinds = list(wide.columns.get_level_values(0).unique())
+    prompt, token = str(result.provenance["prompt"]), result.table["token"].iloc[-1]
+    several = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
+    shown = textwrap.shorten(prompt, 60, placeholder=" …")
+    legend = "α, similarity, recovered" + (", → target layer" if several else "")
+    table = Table(title=escape(f"{shown} · token {token!r} · best reading ({legend})"))
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for layer, row in wide.iterrows():
+        table.add_row(str(layer), *(_best_cell(row[kind], several=several) for kind in kinds))
+    return table
+
+
+def _best_cell(cell: Any, *, several: bool) -> str:
+    """Return a reading with the numbers that it has."""
+    if cell.isna()["alpha"]:
+        return "[dim]not computed[/dim]"
+    numbers = [f"{cell['alpha']:g}"]
+    numbers += [f"{cell[name]:.2f}" for name in ("score", "recovered") if not cell.isna()[name]]
+    into = f" → {cell['target_layer']:.0f}" if several else ""
+    return f"{escape(str(cell['description']))} [dim]({', '.join(numbers)}{into})[/dim]"
 
 
 def check_folder(path: Path | None, option: str = "--out or --html") -> None:

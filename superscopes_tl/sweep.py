@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any
@@ -128,10 +128,7 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
     """
     started = time.perf_counter()
     planned = sum(len(plan.cells) for plan in plans)
-    found: dict[tuple[str, int, Cell], Reading] = {}
-
-    def add(batch: Iterable[Reading]) -> None:
-        found.update({(r.prompt, r.draw, cell_of(r)): r for r in batch})
+    found: dict[Hashable, Reading] = {}
 
     def result(*, complete: bool) -> SweepResult:
         several = [plan.provenance() for plan in plans]
@@ -153,13 +150,15 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
         )
 
     try:
-        if len(plans) == 1:
-            for batch in run_batches(plans[0], progress=progress):
-                add(batch)
+        if len(plans) == 1 or plans[0].config.generate != "all":
+            for number, plan in enumerate(plans):
+                for batch in run_batches(plan, progress=progress):
+                    # A cell that comes once more, with its text, takes its own place.
+                    found.update({(number, cell_of(reading)): reading for reading in batch})
         else:
             with tqdm(total=planned, unit="cell", disable=not progress) as bar:
                 for batch in run_plans(plans):
-                    add(batch)
+                    found.update(enumerate(batch, start=len(found)))
                     bar.update(len(batch))
     except KeyboardInterrupt as error:
         raise SweepInterrupted(broke_off("stopped"), result(complete=False)) from error
