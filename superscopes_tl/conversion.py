@@ -116,13 +116,8 @@ def _hooked(hf: Any, tokenizer: Any) -> Any:
             str(folder), cfg, hf, dtype=hf.dtype
         )
         lens = HookedTransformer(cfg, copy, move_to_device=False)
-    lens.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
+    # Its own loader walks the whole model once per weight and copies each of them.
+    lens.load_state_dict(state, strict=False, assign=True)
     lens.move_model_modules_to_device()
     lens.eval()
     _compare_logits(hf, lens)
