@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,8 +83,8 @@ def _list() -> None:
         OUTPUT.print(name, style="bold", markup=False)
         for fact, value in facts.items():
             OUTPUT.print(f"  {fact:<10}{value}", markup=False, soft_wrap=True)
-    OUTPUT.print("\nsuperscopes models NAME shows what a model is.", markup=False, end="")
-    OUTPUT.print(_OTHERS)
+    OUTPUT.print("\nsuperscopes models NAME shows what a model is.", markup=False)
+    OUTPUT.print(_OTHERS.strip())
 
 
 def _show(name: str) -> None:
@@ -94,9 +94,9 @@ def _show(name: str) -> None:
     from superscopes_tl.mini.report import headline, load_figures
 
     loaded = load_model(name)
-    facts = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
-    facts.update(loaded.provenance())
-    source = facts.pop("source") or {}
+    facts: dict[str, Any] = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
+    facts |= loaded.provenance()
+    source: dict[str, str] = facts.pop("source") or {}
     OUTPUT.print(repr(loaded), style="bold", markup=False)
     for fact, value in {**facts, **source}.items():
         if fact not in ("name", "n_layers", "d_model"):
