@@ -54,7 +54,8 @@ def to_transformer_lens(hf: Any, tokenizer: Any, backend: Backend, name: str) ->
     """Return the TransformerLens object of a Hugging Face model.
 
     Args:
-        hf: a causal language model; `TransformerBridge` wraps it in place.
+        hf: a causal language model; `TransformerBridge` wraps it in place, `HookedTransformer`
+            shares weights with it.
         tokenizer: its fast tokenizer, which is left as it is.
         backend: which class, or "auto".
         name: how to call the model in messages.
@@ -116,7 +117,7 @@ def _hooked(hf: Any, tokenizer: Any) -> Any:
             str(folder), cfg, hf, dtype=hf.dtype
         )
         lens = HookedTransformer(cfg, copy, move_to_device=False)
-    # Its own loader walks the whole model once per weight and copies each of them.
+    # Its own loader walks the whole model once per weight and copies each.
     lens.load_state_dict(state, strict=False, assign=True)
     lens.move_model_modules_to_device()
     lens.eval()

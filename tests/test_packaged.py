@@ -206,6 +206,18 @@ def test_an_index_without_the_wheels_is_no_connection(offered: Offered) -> None:
     assert kept(offered.cache) == []
 
 
+def test_no_network_is_said_as_such(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens where the index should be."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    message = refused(lambda: fetch("tiny", progress=False), ConnectionError, "name")
+    assert "no connection" in message
+    assert kept(offered.cache) == []
+
+
 def test_a_python_without_pip_says_so(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Environments of some tools have none."""
     real = importlib.util.find_spec
