@@ -292,8 +292,12 @@ def test_an_interrupted_download_ends_pip(
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
         return started[0]
 
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
+    real, pauses = time.sleep, iter([KeyboardInterrupt])
+
+    def interrupt(seconds: float) -> None:
+        for error in pauses:  # once: waiting for the child's end sleeps too
+            raise error
+        real(seconds)
 
     monkeypatch.setattr(packaged, "_start_pip", endless)
     monkeypatch.setattr(time, "sleep", interrupt)
