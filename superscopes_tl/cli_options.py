@@ -10,7 +10,8 @@ import typer
 from superscopes_tl.shell import parse_layers
 
 Model: TypeAlias = Annotated[
-    str, typer.Option(help="'mini' (bundled), a local directory or a hub name.")
+    str,
+    typer.Option(help="'mini' (bundled), a fetched model, a directory, a GGUF file, a hub name."),
 ]
 Layers: TypeAlias = Annotated[
     str, typer.Option(help="Source layers, such as 0-5,8. Every layer if empty.")

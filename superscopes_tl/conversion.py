@@ -54,7 +54,8 @@ def to_transformer_lens(hf: Any, tokenizer: Any, backend: Backend, name: str) ->
     """Return the TransformerLens object of a Hugging Face model.
 
     Args:
-        hf: a causal language model; `TransformerBridge` wraps it in place.
+        hf: a causal language model; `TransformerBridge` wraps it in place, `HookedTransformer`
+            shares weights with it.
         tokenizer: its fast tokenizer, which is left as it is.
         backend: which class, or "auto".
         name: how to call the model in messages.
@@ -116,13 +117,8 @@ def _hooked(hf: Any, tokenizer: Any) -> Any:
             str(folder), cfg, hf, dtype=hf.dtype
         )
         lens = HookedTransformer(cfg, copy, move_to_device=False)
-    lens.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
+    # Its own loader walks the whole model once per weight and copies each.
+    lens.load_state_dict(state, strict=False, assign=True)
     lens.move_model_modules_to_device()
     lens.eval()
     _compare_logits(hf, lens)

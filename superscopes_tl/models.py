@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -51,6 +51,7 @@ class LanguageModel:
         fingerprint: a hash of the weights (of every parameter its name, shape and first values).
         revision: the hub commit, where there is one.
         origin: loads the same model in another process; `None` of one that was made in memory.
+        source: of weights from a file that was quantized: the file, its hash, how it stored them.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LanguageModel:
     fingerprint: str
     revision: str | None
     origin: Callable[[], LanguageModel] | None = None
+    source: Mapping[str, str] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,6 +110,7 @@ class LanguageModel:
             "name": self.name,
             "backend": self.decoder.name,
             "revision": self.revision,
+            "source": dict(self.source) if self.source else None,
             "fingerprint": self.fingerprint,
             "weight_processing": self.processing,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -138,6 +141,7 @@ def describe_model(
     processing: str,
     fingerprint: str,
     origin: Callable[[], LanguageModel] | None = None,
+    source: Mapping[str, str] | None = None,
 ) -> LanguageModel:
     """Read off a TransformerLens object what a `LanguageModel` states.
 
@@ -150,6 +154,7 @@ def describe_model(
         processing: what was done to the weights.
         fingerprint: from `weight_fingerprint`.
         origin: what loads it again.
+        source: the file that the weights were dequantized from.
     """
     cfg = lens.cfg
     last = cfg.n_layers - 1
@@ -171,6 +176,7 @@ def describe_model(
         fingerprint=fingerprint,
         revision=getattr(getattr(hf, "config", None), "_commit_hash", None),
         origin=origin,
+        source=source,
     )
 
 

