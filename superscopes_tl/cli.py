@@ -20,7 +20,9 @@ from rich.markup import escape
 
 from superscopes_tl import cli_experiments, cli_models, cli_neighbours
 from superscopes_tl import cli_options as options
+from superscopes_tl.config import check_config
 from superscopes_tl.errors import bad_value
+from superscopes_tl.loading import DEFAULT_MODEL
 from superscopes_tl.shell import (
     ERRORS,
     OUTPUT,
@@ -28,6 +30,7 @@ from superscopes_tl.shell import (
     explained,
     parse_layers,
     parse_numbers,
+    reading_table,
 )
 
 app = typer.Typer(
@@ -37,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(cli_models.check)
 app.command()(cli_experiments.evaluate)
 app.command()(cli_experiments.replay)
 app.command()(cli_neighbours.side_by_side)
@@ -48,17 +52,29 @@ app.command()(cli_models.fetch)
 @app.command()
 def sweep(
     prompt: Annotated[str, typer.Argument(help="The source prompt whose activations are read.")],
-    model: options.Model = "mini",
+    model: options.Model = DEFAULT_MODEL,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Prompts and target layer that read this model best (check)."),
+    ] = False,
     layers: options.Layers = "",
     kinds: options.Kinds = "resid_mid,mlp_out,resid_post",
     alphas: options.Alphas = "1,3,6,9,12,15",
     token: options.Token = "-1",
-    target_layer: options.Target = "0",
+    source_template: options.Template = "{}",
+    about: Annotated[
+        str, typer.Option(help="What readings are scored against. The prompt up to the token.")
+    ] = "",
+    reference: Annotated[
+        str, typer.Option(help="A true fact, in place of the model's own words.")
+    ] = "",
+    target_layer: options.Target = "same",
     target_prompt: options.TargetText = None,
     placeholder: options.Placeholder = "x",
     chat: options.Chat = False,
     answer: options.Answer = "",
     max_new_tokens: options.MaxNewTokens = None,
+    generate: options.Generate = "all",
     batch_size: options.BatchSize = None,
     scorer: options.ScorerName = "",
     score_on: options.ScoreOn = "description",
@@ -83,23 +99,30 @@ def sweep(
     with explained(), _stopped_sweep_saved_to(out):
         for path in (out, html):
             check_folder(path)
-        target = options.target_prompt(target_prompt, placeholder, answer)
-        result = run_sweep(
-            options.load(model, backend, dtype, device),
-            prompt,
-            layers=parse_layers(layers, "--layers") if layers else None,
-            kinds=options.names(kinds),
-            alphas=parse_numbers(alphas, "--alphas"),
-            positions=options.parse_token(token),
-            target_layer=options.parse_target(target_layer),
-            target_prompt=target,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            scorer=scorer or None,
-            score_on=score_on,
-            controls=options.names(controls),
-        )
+        # Everything that needs no model first: a slip of the pen should not cost a load.
+        settings: dict[str, Any] = {
+            "layers": parse_layers(layers, "--layers") if layers else None,
+            "kinds": options.names(kinds),
+            "alphas": parse_numbers(alphas, "--alphas"),
+            "positions": options.parse_token(token),
+            "source_template": source_template,
+            "about": about or None,
+            "reference": reference or None,
+            "target_layer": options.parse_target(target_layer),
+            "target_prompt": options.target_prompt(target_prompt, placeholder, answer, chat),
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "generate": generate,
+            "batch_size": batch_size,
+            "scorer": scorer or None,
+            "score_on": score_on,
+            "controls": options.names(controls),
+        }
+        check_config(None, settings)
+        loaded = options.load(model, backend, dtype, device)
+        if auto:
+            settings |= _auto_settings(loaded)
+        result = run_sweep(loaded, prompt, **settings)
         _print_result(result, show_all=show_all)
         if out:
             OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
@@ -107,7 +130,8 @@ def sweep(
             grid = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
             x: Literal["alpha", "target_layer"] = "target_layer" if grid else "alpha"
             positions = dict.fromkeys(result.table["position"])
-            figures = [heatmap(result, x=x, position=position) for position in positions]
+            value = "score" if result.table["written"].all() else "recovered"
+            figures = [heatmap(result, x=x, value=value, position=p) for p in positions]
             OUTPUT.print(f"Heatmap: {write_html(figures, html)}", markup=False)
 
 
@@ -118,16 +142,16 @@ def demo(
     ),
     backend: options.Backend = "bridge",
 ) -> None:
-    """Run the paper's prompts on the bundled model, with controls, and draw the heatmaps."""
+    """Read names of many kinds on SmolLM2-135M-Instruct, with controls, and draw the heatmaps."""
     from superscopes_tl.demo import run_demo
 
     with explained():
-        run_demo(options.load("mini", backend), output)
+        run_demo(options.load(DEFAULT_MODEL, backend), output)
 
 
 @app.command("app")
 def page(
-    model: options.Model = "mini",
+    model: options.Model = DEFAULT_MODEL,
     prompt: Annotated[str, typer.Option(help="The source prompt to begin with.")] = "",
     result: Annotated[
         Path | None, typer.Option(help="Show this run file (.zip); no model is loaded.")
@@ -231,15 +255,28 @@ def _stopped_sweep_saved_to(out: Path | None) -> Iterator[None]:
         raise typer.Exit(130 if isinstance(stopped, SweepInterrupted) else 1) from stopped
 
 
+def _auto_settings(model: Any) -> dict[str, Any]:
+    """Return the settings that read a model best, and say where they come from."""
+    from superscopes_tl.readability import kept_readability
+
+    check = kept_readability(model)
+    OUTPUT.print(check.verdict, markup=False, highlight=False)
+    return {
+        "target_prompt": check.config.target_prompt,
+        "target_layer": check.config.target_layer,
+        "source_template": check.config.source_template,
+        "chat": check.config.chat,
+    }
+
+
 def _print_result(result: Any, *, show_all: bool) -> None:
     from rich.table import Table
-
-    from superscopes_tl.demo import reading_table
 
     if not show_all:
         for position in dict.fromkeys(result.table["position"]):
             chosen = result.table[result.table["position"] == position]
             OUTPUT.print(reading_table(type(result)(chosen, result.provenance)))
+            _print_contextualization(result, int(position))
         return
     columns = {
         "token": "token",
@@ -248,7 +285,8 @@ def _print_result(result: Any, *, show_all: bool) -> None:
         "target_layer": "into",
         "alpha": "α",
         "score": "score",
-        "description": "reading",
+        "recovered": "recovered",
+        "description": "description",
     }
     table = Table(title=escape(textwrap.shorten(str(result.provenance["prompt"]), 60)))
     for header in columns.values():
@@ -257,6 +295,19 @@ def _print_result(result: Any, *, show_all: bool) -> None:
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         table.add_row(*map(escape, cells))
     OUTPUT.print(table)
+
+
+def _print_contextualization(result: Any, position: int) -> None:
+    """Print where the model resolves the text, of each target layer that was swept."""
+    table = result.table
+    here = table[
+        (table["position"] == position) & (table["alpha"] == 1) & (table["kind"] == "resid_post")
+    ]
+    same = (here["source_layer"] == here["target_layer"]).all()
+    for into in [None] if same else sorted(here["target_layer"].unique()):
+        found = result.contextualization_layer(position=position, target_layer=into)
+        where = "" if same else f" [target layer {into}]"
+        OUTPUT.print(f"{found}{where}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

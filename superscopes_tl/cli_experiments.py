@@ -16,8 +16,16 @@ from superscopes_tl.contextualization import reveals_earlier
 from superscopes_tl.errors import bad_value
 from superscopes_tl.export import write_html
 from superscopes_tl.files import written_whole
+from superscopes_tl.loading import DEFAULT_MODEL
 from superscopes_tl.scoring import PAPER_THRESHOLD
-from superscopes_tl.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
+from superscopes_tl.shell import (
+    OUTPUT,
+    check_folder,
+    explained,
+    parse_layers,
+    parse_numbers,
+    read_lines,
+)
 from superscopes_tl.significance import FEWEST_PROMPTS
 
 
@@ -60,7 +68,7 @@ def replay(
 
 
 def evaluate(
-    model: options.Model = "mini",
+    model: options.Model = DEFAULT_MODEL,
     prompts: Annotated[
         Path | None,
         typer.Option(help="A text file, a source prompt per line. The paper's 48 unless given."),
@@ -81,11 +89,13 @@ def evaluate(
         typer.Option(help="More readings of α = 1, drawn. To the same budget unless given."),
     ] = None,
     controls: options.Controls = "",
+    source_template: options.Template = "{}",
     target_prompt: options.TargetText = None,
     placeholder: options.Placeholder = "x",
     chat: options.Chat = False,
     answer: options.Answer = "",
     max_new_tokens: options.MaxNewTokens = None,
+    generate: options.Generate = "all",
     batch_size: options.BatchSize = None,
     scorer: options.ScorerName = "",
     score_on: options.ScoreOn = "text",
@@ -123,17 +133,19 @@ def evaluate(
             changed["alphas"] = parse_numbers(alphas, "--alphas")
         found = run_evaluate(
             partial(options.load, model, backend, dtype, device),
-            PAPER_PROMPTS if prompts is None else read_prompts(prompts),
+            PAPER_PROMPTS if prompts is None else read_lines(prompts, "--prompts"),
             out,
             config,
             draws=draws,
             executor=None if workers is None else local_workers(workers),
             **changed,
             target_layer=into,
-            target_prompt=options.target_prompt(target_prompt, placeholder, answer),
+            source_template=source_template,
+            target_prompt=options.target_prompt(target_prompt, placeholder, answer, chat),
             chat=chat,
             controls=options.names(controls),
             max_new_tokens=max_new_tokens,
+            generate=generate,
             batch_size=batch_size,
             scorer=scorer or None,
             score_on=score_on,
@@ -150,32 +162,6 @@ def _one_target(text: str) -> Any:
     if into != "same" and len(into) != 1:
         raise bad_value("--target", expected="'same' or one layer", got=text, fix="run it twice")
     return into if into == "same" else into[0]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
-
-    Raises:
-        ValueError: there is no such file, or nothing in it.
-    """
-    if not path.is_file():
-        raise bad_value(
-            "--prompts", expected="a text file with a prompt per line", got=str(path),
-            fix="leave it out for the paper's 48",
-        )  # fmt: skip
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise bad_value(
-            "--prompts", expected="a text in UTF-8", got=f"{path} ({error.reason})",
-            fix="save it as UTF-8",
-        ) from error  # fmt: skip
-    lines = [line.strip() for line in text.splitlines()]
-    if not any(lines):
-        raise bad_value(
-            "--prompts", expected="at least one line", got=f"nothing in {path}", fix="add prompts"
-        )
-    return [line for line in lines if line]
 
 
 def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) -> list[Any]:

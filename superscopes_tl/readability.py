@@ -4,10 +4,12 @@
    shorter and a longer one, and the chat form where the model has a template), target layers
    (0, 1, 2, a middle one, and the same as the source), and what stands in front of a text.
 2. Screen: for a few names and every few layers, take what block outputs recover at α = 1 of the
-   model's own words, and what other names' vectors recover there. Nothing is generated but the
-   own words. The BOS is tried the other way on the best prompt alone.
+   model's own words, and what another name's vectors recover there. Nothing is generated but the
+   own words. Every prompt is tried at target layer 0 and at the same as the source; the best one
+   also at the other layers, and with the BOS the other way.
 3. The setting that recovers most above other names (or above nothing, where those recover less
-   than nothing), over its best third of layers, is measured on all names and all layers.
+   than nothing), over its best third of layers, is measured on all names and on up to
+   `MEASURED_LAYERS` layers.
 4. The verdict: readable where own is above others by more than a bootstrap interval over names.
 
 The setting is chosen on some of the names that it is then measured on, so its share is a little
@@ -21,7 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -36,6 +38,7 @@ from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.own_words import OwnWords, words_of
 from superscopes_tl.patches import Patch
+from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import plan_sweep
 from superscopes_tl.prompts import CHAT_PROMPT, DESCRIPTION_PROMPT, MANY_KINDS, TargetPrompt
 from superscopes_tl.scoring import no_scores
@@ -50,9 +53,10 @@ SENTENCE = "Tell me about {}"
 """What stands around a name so that its first token is no attention sink."""
 
 NAMES = MANY_KINDS[:12]
-SCREENED_NAMES = 4
+SCREENED_NAMES = 3
 SCREENED_LAYERS = 7
-OTHERS = 2
+MEASURED_LAYERS = 18
+SCREENED_OTHERS, MEASURED_OTHERS = 1, 2
 """How many other names' vectors stand beside each own one."""
 CHAT_TOKENS = 12
 """How many tokens of a chat model's own words are looked at."""
@@ -63,6 +67,7 @@ LEAST_SHARE = 0.2
 FORMAT = "superscopes_tl.readability 1"
 
 Target: TypeAlias = int | Literal["same"]
+Generators: TypeAlias = dict[tuple[str, str], PatchedGenerator]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,7 @@ class Setting:
     @property
     def target_layer(self) -> Target:
         """Where it patches."""
-        into: Any = self.config.target_layer
-        return into
+        return cast("Target", self.config.target_layer)
 
     def __str__(self) -> str:
         into = "same layer" if self.target_layer == "same" else f"layer {self.target_layer}"
@@ -173,7 +177,7 @@ def readability(
 
     Args:
         model: from `load_model`, or anything that it takes.
-        names: what the model should know, of different kinds; at least four.
+        names: what the model should know, of different kinds; at least three.
         prompts: target prompts to try beside the built-in ones, by name.
         progress: whether to show a progress bar.
 
@@ -187,20 +191,28 @@ def readability(
             "names", expected=f"at least {SCREENED_NAMES} names of different kinds", got=names,
             fix="leave it out for a dozen of ours",
         )  # fmt: skip
-    layers = _spread(model.n_layers, SCREENED_LAYERS)
     few = several[:SCREENED_NAMES]
-    tried = list(_settings(model, prompts or {}))
-    with tqdm(total=len(tried) + 2, unit="setting", disable=not progress) as bar:
-        screened = []
-        for setting in tried:
-            screened.append(_screen(model, setting, few, layers))
+    first = list(_settings(model, prompts or {}))
+    more = [layer for layer in dict.fromkeys((1, 2, model.n_layers // 2)) if layer]
+    steps = len(first) + len(more) + 2
+    known: Generators = {}
+    with tqdm(total=steps, unit="setting", desc="reading", disable=not progress) as bar:
+        screened: list[dict[str, Any]] = []
+
+        def screen(model: LanguageModel, setting: Setting) -> None:
+            screened.append(_screen(model, setting, few, known))
             bar.update()
+
+        for setting in first:
+            screen(model, setting)
+        prompt = max(screened, key=_worth)["setting"]
+        for layer in more:
+            screen(model, replace(prompt, config=replace(prompt.config, target_layer=layer)))
         best = max(screened, key=_worth)["setting"]
         if (other := _other_bos(model)) is not None:
-            screened.append(_screen(other, replace(best, bos="other"), few, layers))
-        bar.update()
-        table, words = _measure(model, best, several)
-        bar.update()
+            screen(other, replace(best, bos="other"))
+        table, words = _measure(model, best, several, known)
+        bar.update(steps - bar.n)
     rows = sorted(screened, key=_worth, reverse=True)
     settings = pd.DataFrame([_plain(row) for row in rows])
     readable, verdict = _verdict(model, best, table, words, settings)
@@ -250,9 +262,9 @@ def _kept_at(model: LanguageModel) -> Path:
 
 
 def _settings(model: LanguageModel, more: dict[str, TargetPrompt]) -> Iterator[Setting]:
-    """Yield the settings to screen."""
+    """Yield the settings to screen first."""
     prompts = {"paper's": DESCRIPTION_PROMPT, "short": SHORT_PROMPT, "long": LONG_PROMPT, **more}
-    targets: list[Target] = ["same", *dict.fromkeys((0, 1, 2, model.n_layers // 2))]
+    targets: list[Target] = ["same", 0]
     for name, prompt in prompts.items():
         for into in targets:
             config = SweepConfig(target_prompt=prompt, target_layer=into)
@@ -277,15 +289,16 @@ def _other_bos(model: LanguageModel) -> LanguageModel | None:
 
 
 def _spread(n_layers: int, count: int) -> tuple[int, ...]:
-    """Return some layers, evenly spaced, without the last, of which a patch says one token."""
-    return tuple(dict.fromkeys(int(i) for i in np.linspace(0, max(0, n_layers - 2), count)))
+    """Return some layers, evenly spaced; not the last, where a patch decides one token alone."""
+    return tuple(dict.fromkeys(round(i) for i in np.linspace(0, max(0, n_layers - 2), count)))
 
 
 def _screen(
-    model: LanguageModel, setting: Setting, names: Sequence[str], layers: Sequence[int]
+    model: LanguageModel, setting: Setting, names: Sequence[str], known: Generators
 ) -> dict[str, Any]:
     """Return what a setting recovers over its best third of layers."""
-    own, others, _ = _shares(model, setting, names, layers)
+    layers = _spread(model.n_layers, SCREENED_LAYERS)
+    own, others, _ = _shares(model, setting, names, layers, SCREENED_OTHERS, known)
     table = _per_layer(own, others, layers)
     best = table.sort_values("worth", ascending=False).head(math.ceil(len(layers) / 3))
     return {"setting": setting, **best[["recovered", "others", "specific", "worth"]].mean()}
@@ -307,11 +320,11 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(
-    model: LanguageModel, setting: Setting, names: Sequence[str]
+    model: LanguageModel, setting: Setting, names: Sequence[str], known: Generators
 ) -> tuple[pd.DataFrame, list[OwnWords]]:
     """Return what a setting recovers at every layer, over all names, with intervals."""
-    layers = range(model.n_layers)
-    own, others, words = _shares(model, setting, names, layers)
+    layers = _spread(model.n_layers, min(MEASURED_LAYERS, model.n_layers))
+    own, others, words = _shares(model, setting, names, layers, MEASURED_OTHERS, known)
     table = _per_layer(own, others, layers)
     there = ~np.isnan(own[:, 0])
     if there.any():
@@ -342,7 +355,12 @@ def _per_layer(own: np.ndarray, others: np.ndarray, layers: Sequence[int]) -> pd
 
 
 def _shares(
-    model: LanguageModel, setting: Setting, names: Sequence[str], layers: Sequence[int]
+    model: LanguageModel,
+    setting: Setting,
+    names: Sequence[str],
+    layers: Sequence[int],
+    beside: int,
+    known: Generators,
 ) -> tuple[np.ndarray, np.ndarray, list[OwnWords]]:
     """Return what each name's own vectors recover, and the mean of other names': name x layer.
 
@@ -352,12 +370,15 @@ def _shares(
         setting.config, layers=tuple(layers), kinds="resid_post", alphas=1.0, scorer=no_scores
     )
     first = plan_sweep(model, names[0], config)
+    # One per prompt, whatever the target layer: the own words are the same.
+    key = (setting.bos, setting.prompt)
+    first = replace(first, generator=known.setdefault(key, first.generator))
     plans = [first, *map(first.at_prompt, names[1:])]
     words = words_of(first.generator, names)
     made = [make_patches(plan) for plan in plans]
     rows: list[tuple[int, int, list[Patch]]] = []  # whose words, whose vectors
     for i, one in enumerate(words):
-        different = [j for j in _after(i, len(names)) if words[j].text != one.text][:OTHERS]
+        different = [j for j in _after(i, len(names)) if words[j].text != one.text][:beside]
         if not one.undefined and different:
             rows += [(i, j, made[j]) for j in (i, *different)]
     likely = iter(
@@ -367,15 +388,15 @@ def _shares(
         )
     )
     own = np.full((len(names), len(layers)), np.nan)
-    beside: dict[int, list[list[float]]] = {}
+    theirs: dict[int, list[list[float]]] = {}
     for i, j, patches in rows:
         shares = [words[i].recovered(sum(next(likely))) for _ in patches]
         if i == j:
             own[i] = shares
         else:
-            beside.setdefault(i, []).append(shares)
+            theirs.setdefault(i, []).append(shares)
     others = np.full_like(own, np.nan)
-    for i, several in beside.items():
+    for i, several in theirs.items():
         others[i] = [mean(column) for column in zip(*several, strict=True)]
     return own, others, words
 
@@ -396,9 +417,8 @@ def _verdict(
     sure = table[(table["specific_low"] > 0) & (table["recovered"] >= LEAST_SHARE)]
     named = sum(not one.undefined for one in words)
     if sure.empty:
-        top: Any = (
-            table.loc[table["specific"].idxmax()] if table["specific"].notna().any() else None
-        )
+        order = table.sort_values("specific", ascending=False)
+        top: Any = order.iloc[0] if table["specific"].notna().any() else None
         best_said = "nothing could be recovered" if top is None else (
             f"at best layer {top['source_layer']:.0f} recovers {top['recovered']:.2f} of the "
             f"model's own words, other names' vectors {top['others']:.2f} (specific "

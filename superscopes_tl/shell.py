@@ -110,6 +110,32 @@ def _best_cell(cell: Any, *, several: bool) -> str:
     return f"{escape(str(cell['description']))} [dim]({', '.join(numbers)}{into})[/dim]"
 
 
+def read_lines(path: Path, option: str) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    if not path.is_file():
+        raise bad_value(
+            option, expected="a text file with one entry per line", got=str(path),
+            fix="leave it out for the default",
+        )  # fmt: skip
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad_value(
+            option, expected="a text in UTF-8", got=f"{path} ({error.reason})",
+            fix="save it as UTF-8",
+        ) from error  # fmt: skip
+    lines = [line.strip() for line in text.splitlines()]
+    if not any(lines):
+        raise bad_value(
+            option, expected="at least one line", got=f"nothing in {path}", fix="add prompts"
+        )
+    return [line for line in lines if line]
+
+
 def check_folder(path: Path | None, option: str = "--out or --html") -> None:
     """Find out before a long sweep that its result would have no place."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -31,6 +32,11 @@ def cell(
         "draw": 0,
         "entropy": 1.0,
         "log_probability": -1.0,
+        "written": True,
+        "echo": False,
+        "about": prompt,
+        "recovered": math.nan,
+        "own_words": "",
     }
     return row | others
 

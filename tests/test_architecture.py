@@ -22,10 +22,10 @@ FLOW = """
     results selectors metric significance comparison replay config selfie replacements causal
     plan sources affine affine_fit cells controls recovery readability next_token sweep vectors
     refine guided evaluation shares workers spread evaluate plots figures lens_figures
-    causal_figures paper_figures grid_figures metric_figures neighbours snapshot export
-    background relevancy details plotly_widget live markup explorer_view explorer_config
-    explorer_panel explorer_desk explorer serve demo shell cli_options cli_neighbours
-    cli_experiments cli_models cli
+    causal_figures paper_figures grid_figures metric_figures readability_figure neighbours
+    snapshot export background relevancy details plotly_widget live markup explorer_view
+    explorer_config explorer_panel explorer_desk explorer serve demo shell cli_options
+    cli_neighbours cli_experiments cli_models cli
 """
 ORDER = FLOW.split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")

@@ -431,7 +431,7 @@ def test_another_prompt_is_read_in_the_template_too(
     model: LanguageModel, word_overlap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both `at_prompt` and the control of another prompt read the last token of its name."""
-    monkeypatch.setattr("superscopes_tl.controls.PAPER_PROMPTS", (SOURCE, "Pearl Jam"))
+    monkeypatch.setattr("superscopes_tl.controls.OTHER_PROMPTS", (SOURCE, "Pearl Jam"))
     plan = plan_sweep(model, SOURCE, scorer=word_overlap, **FAST)
     there = plan.at_prompt("Syria")
     assert list(there.source.ids) == by_hugging_face(model.tokenizer, "Syria")

@@ -97,7 +97,7 @@ def test_it_agrees_with_the_result_of_one_prompt(
 ) -> None:
     """`SweepResult.contextualization_layer` answers the same."""
     table = table_of(*(cell(SHOW, layer, 1, score) for layer, score in scores.items()))
-    expected = SweepResult(table, {}).contextualization_layer(threshold=threshold)
+    expected = SweepResult(table, {}).contextualization_layer(threshold=threshold).layer
     found = contextualization_layers(table, threshold=threshold)[SHOW]
     assert (None if found is pd.NA else found) == expected
 

@@ -24,7 +24,7 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.cells import make_patches
-from superscopes_tl.controls import make_control, rescored
+from superscopes_tl.controls import OTHER_PROMPTS, make_control, rescored
 from superscopes_tl.prompts import description_is_over
 
 PROMPT = "Red Hot Chili Peppers"
@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "layers": (5, 2),
     "kinds": ("mlp_out", "resid_post"),
     "alphas": (1, 3, 9),
+    "target_layer": 0,
 }
 
 
@@ -107,9 +108,10 @@ def test_other_prompt_is_a_vector_of_another_of_the_paper_s_prompts(
     texts = list(controlled.table["other_prompt_text"])
     found = [
         prompt
-        for prompt in PAPER_PROMPTS
+        for prompt in OTHER_PROMPTS
         if texts[0] == sweep(
-            mini, prompt, layers=5, kinds="mlp_out", alphas=1, scorer=word_overlap, progress=False
+            mini, prompt, layers=5, kinds="mlp_out", alphas=1, target_layer=0,
+            scorer=word_overlap, progress=False,
         ).table["text"][0]
     ]  # fmt: skip
     assert PROMPT not in found

@@ -99,7 +99,7 @@ def test_an_affine_map_is_one_more_method(mini: LanguageModel) -> None:
         methods={"Patchscopes": {"alphas": 1}}, progress=False,
     )  # fmt: skip
     assert found["method"].tolist()[:2] == ["Patchscopes", "affine map"]
-    assert found["target_layer"].tolist()[:2] == [0, 2]
+    assert found["target_layer"].tolist()[:2] == [5, 2]
 
 
 def test_where_to_read_is_said_once(mini: LanguageModel) -> None:

@@ -178,20 +178,20 @@ def test_by_layer_shows_the_best_reading_per_layer_and_kind() -> None:
     assert list(wide.columns) == [
         (kind, column)
         for kind in ("resid_post", "mlp_out")
-        for column in ("reading", "alpha", "score", "target_layer")
+        for column in ("description", "alpha", "score", "recovered", "target_layer")
     ]
     assert list(wide["resid_post", "alpha"]) == [9, 3]
-    assert list(wide["resid_post", "reading"]) == ["resid_post 2 x 9", "resid_post 5 x 3"]
+    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 9", "resid_post 5 x 3"]
     assert list(wide["resid_post", "score"]) == [0.30, 0.70]
     assert list(wide["mlp_out", "alpha"]) == [1, 1]
-    assert list(wide["mlp_out", "reading"]) == ["", "mlp_out 5 x 1"]
+    assert list(wide["mlp_out", "description"]) == ["", "mlp_out 5 x 1"]
     assert pd.isna(wide["mlp_out", "score"].loc[2])
 
 
 def test_by_layer_at_one_alpha_shows_patchscopes() -> None:
     """Figure 5's table has α = 1 throughout, whatever another α would read."""
     wide = LADDER.by_layer(alpha=1)
-    assert list(wide["resid_post", "reading"]) == ["resid_post 2 x 1", "resid_post 5 x 1"]
+    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 1", "resid_post 5 x 1"]
     assert list(wide["resid_post", "score"]) == [0.10, 0.20]
     assert set(wide["resid_post", "alpha"]) == set(wide["mlp_out", "alpha"]) == {1}
 
@@ -204,7 +204,7 @@ def test_by_layer_takes_the_best_of_several_target_layers() -> None:
         reading(2, 1, NAN, target_layer=5),
         reading(2, 1, 0.1, target_layer=2, description="low"),
     )
-    assert list(result.by_layer()["resid_post", "reading"]) == ["low", "from two"]
+    assert list(result.by_layer()["resid_post", "description"]) == ["low", "from two"]
 
 
 def test_by_layer_shows_the_last_token_or_the_one_asked_for() -> None:
@@ -214,16 +214,16 @@ def test_by_layer_shows_the_last_token_or_the_one_asked_for() -> None:
         reading(5, 1, 0.1, position=6, description="of Peppers"),
         reading(5, 3, 0.2, position=4, description="no"),
     )
-    assert list(result.by_layer()["resid_post", "reading"]) == ["of Peppers"]
-    assert list(result.by_layer(position=4)["resid_post", "reading"]) == ["of Chili"]
+    assert list(result.by_layer()["resid_post", "description"]) == ["of Peppers"]
+    assert list(result.by_layer(position=4)["resid_post", "description"]) == ["of Chili"]
 
 
 def test_by_layer_leaves_holes_where_a_layer_was_not_read() -> None:
     """A kind that was read at fewer layers has a hole there, and no other layer's reading."""
     result = result_of(reading(5), reading(2), reading(5, kind="mlp_out"))
     wide = result.by_layer()
-    assert list(wide["mlp_out", "reading"].isna()) == [True, False]
-    assert list(wide["resid_post", "reading"].isna()) == [False, False]
+    assert list(wide["mlp_out", "description"].isna()) == [True, False]
+    assert list(wide["resid_post", "description"].isna()) == [False, False]
 
 
 def test_by_layer_of_an_interrupted_sweep() -> None:
@@ -233,7 +233,7 @@ def test_by_layer_of_an_interrupted_sweep() -> None:
         reading(5, position=4, kind="mlp_out"),
         reading(5, position=6),
     )
-    assert list(result.by_layer()["resid_post", "reading"]) == ["resid_post 5 x 1"]
+    assert list(result.by_layer()["resid_post", "description"]) == ["resid_post 5 x 1"]
     assert "resid_post 5 x 1" in result._repr_html_()
 
 
@@ -287,14 +287,14 @@ def test_the_contextualization_layer_is_the_first_that_reads(
     scores: tuple[float, ...], threshold: float, layer: int | None
 ) -> None:
     """The lowest layer whose score reaches the threshold counts, in whatever order they come."""
-    found = result_of(*climb(*scores)).contextualization_layer(threshold=threshold)
+    found = result_of(*climb(*scores)).contextualization_layer(threshold=threshold).layer
     assert found == layer
     assert found is None or type(found) is int
 
 
 def test_the_default_threshold_is_the_papers() -> None:
     """A score of 0.3 reads the entity, 0.299 does not."""
-    assert result_of(*climb(0.3, 0.299)).contextualization_layer() == 5
+    assert result_of(*climb(0.3, 0.299)).contextualization_layer().layer == 5
 
 
 def test_other_kinds_and_amplifiers_do_not_count() -> None:
@@ -305,7 +305,7 @@ def test_other_kinds_and_amplifiers_do_not_count() -> None:
         reading(2, 1, 0.1),
         reading(0, 1, 0.9, kind="mlp_out"),
     )
-    assert result.contextualization_layer() == 5
+    assert result.contextualization_layer().layer == 5
 
 
 def test_a_judge_replaces_the_threshold() -> None:
@@ -314,16 +314,16 @@ def test_a_judge_replaces_the_threshold() -> None:
         reading(5, 1, NAN, description="American rock band"),
         reading(2, 1, 0.9, description="country in Europe"),
     )
-    assert result.contextualization_layer(reads=lambda text: "rock band" in text) == 5
-    assert result.contextualization_layer(reads=lambda text: "Europe" in text) == 2
-    assert result.contextualization_layer(reads=lambda text: "singer" in text) is None
+    assert result.contextualization_layer(reads=lambda text: "rock band" in text).layer == 5
+    assert result.contextualization_layer(reads=lambda text: "Europe" in text).layer == 2
+    assert result.contextualization_layer(reads=lambda text: "singer" in text).layer is None
 
 
 def test_the_contextualization_layer_is_that_of_one_token() -> None:
     """Each token has its own layer; the last is meant unless a position is given."""
     result = result_of(*climb(0.9, 0.9, 0.1, position=4), *climb(0.9, 0.1, 0.1, position=6))
-    assert result.contextualization_layer() == 5
-    assert result.contextualization_layer(position=4) == 4
+    assert result.contextualization_layer().layer == 5
+    assert result.contextualization_layer(position=4).layer == 4
     with pytest.raises(ValueError, match=r"^position: expected one of \[4, 6\], got 3\. Fix"):
         result.contextualization_layer(position=3)
 
@@ -335,8 +335,8 @@ def test_several_target_layers_need_a_choice() -> None:
         ValueError, match=r"^target_layer: expected one of \[0, 3\], got None\. Fix"
     ):
         result.contextualization_layer()
-    assert result.contextualization_layer(target_layer=0) == 4
-    assert result.contextualization_layer(target_layer=3) == 5
+    assert result.contextualization_layer(target_layer=0).layer == 4
+    assert result.contextualization_layer(target_layer=3).layer == 5
 
 
 def test_the_same_target_layer_as_the_source_needs_no_choice() -> None:
@@ -346,7 +346,7 @@ def test_the_same_target_layer_as_the_source_needs_no_choice() -> None:
         reading(2, 1, 0.1, target_layer=2),
         reading(3, 1, 0.4, target_layer=3),
     )
-    assert result.contextualization_layer() == 3
+    assert result.contextualization_layer().layer == 3
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_file_holds_the_whole_result(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(loaded.table, LADDER.table)
     assert_same(loaded, LADDER)
     assert columns(loaded.best(), "alpha") == columns(LADDER.best(), "alpha")
-    assert loaded.contextualization_layer(threshold=0.2) == 5
+    assert loaded.contextualization_layer(threshold=0.2).layer == 5
 
 
 def test_an_empty_result_can_be_saved(tmp_path: Path) -> None:
