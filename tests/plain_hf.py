@@ -25,7 +25,7 @@ def blocks_of(hf: Any) -> Any:
 
 def _mlp_branch(block: Any) -> Any:
     """Return the module whose output is added to the residual stream as the MLP's."""
-    if type(block).__name__.startswith("Gemma2"):
+    if type(block).__name__.startswith(("Gemma2", "Gemma3")):
         return block.post_feedforward_layernorm
     return block.mlp
 
@@ -69,6 +69,59 @@ def patched_logits(
 
     with _hook(blocks_of(hf)[layer], write), torch.no_grad():
         return hf(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def log_probability(
+    hf: Any,
+    ids: list[int],
+    text: list[int],
+    patch: tuple[tuple[int, ...], Tensor, int] | None = None,
+) -> float:
+    """Return log p(text) behind a prompt in nats, from one whole forward pass.
+
+    `patch` holds positions, a vector and the layer whose output it replaces there.
+    """
+    whole = [*ids, *text]
+    if patch is None:
+        with torch.no_grad():
+            logits = hf(torch.tensor([whole]), use_cache=False).logits[0]
+    else:
+        logits = patched_logits(hf, whole, *patch)
+    likely = logits.float().log_softmax(-1)
+    return sum(float(likely[len(ids) - 1 + i, token]) for i, token in enumerate(text))
+
+
+def generate_cached(
+    hf: Any,
+    ids: list[int],
+    patch: tuple[tuple[int, ...], Tensor, int] | None,
+    *,
+    n_new: int,
+    eos: tuple[int, ...],
+) -> list[int]:
+    """Return greedy tokens as `generate` does, with Hugging Face's own cache: for real models."""
+    new: list[int] = []
+    context: Any = contextlib.nullcontext()
+    if patch is not None:
+        positions, vector, layer = patch
+
+        def write(module: Any, inputs: Any, output: Any) -> Any:
+            patched = _tensor(output).clone()
+            patched[0, list(positions)] = vector.to(patched.dtype)
+            return (patched, *output[1:]) if isinstance(output, tuple) else patched
+
+        context = _hook(blocks_of(hf)[layer], write)
+    with torch.no_grad():
+        with context:
+            out = hf(torch.tensor([ids]), use_cache=True)
+        for _ in range(n_new):
+            token = int(out.logits[0, -1].argmax())
+            if token in eos:
+                break
+            new.append(token)
+            cache = out.past_key_values
+            out = hf(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    return new
 
 
 def generate(
