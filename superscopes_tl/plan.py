@@ -266,7 +266,7 @@ def plan_sweep(
     asked = model if config.target_model is None else load_model(config.target_model)
     target_layer = check_target_layer(config.target_layer, asked.n_layers)
     source = tokenize(model, prompt, chat=config.chat)
-    kinds = check_kinds(config.kinds, model.kinds, model.name)
+    kinds = check_kinds(config.kinds, model.kinds, model.name, model.absent)
     layers = check_layers(config.layers, model.n_layers)
     positions = resolve_positions(source, config.positions)
     if target_layer == "same":

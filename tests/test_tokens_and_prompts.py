@@ -28,10 +28,13 @@ PIECES = ("Red", " Hot", " Ch", "ili", " Pe", "ppers", " x", " in", " the", "\n\
 
 
 class ReadsOnly:
-    """What `tokenize` needs of a model: tokenizer, BOS policy, context and name."""
+    """What `tokenize` needs of a model: tokenizer, what prompts start with, sizes and name."""
 
-    def __init__(self, tokenizer: Any, *, bos: int | None = 0, n_ctx: int = 4000) -> None:
-        self.tokenizer, self.bos_token_id, self.n_ctx, self.name = tokenizer, bos, n_ctx, "hand"
+    def __init__(
+        self, tokenizer: Any, *, prefix: tuple[int, ...] = (0,), n_ctx: int = 4000
+    ) -> None:
+        self.tokenizer, self.prefix_ids, self.n_ctx, self.name = tokenizer, prefix, n_ctx, "hand"
+        self.n_vocab = len(tokenizer)
 
 
 def by_hand(
@@ -72,7 +75,7 @@ def by_hand(
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-    return ReadsOnly(fast, bos=0 if bos else None, n_ctx=n_ctx)
+    return ReadsOnly(fast, prefix=(0,) if bos else (), n_ctx=n_ctx)
 
 
 HAND = by_hand()
