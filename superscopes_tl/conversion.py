@@ -138,7 +138,8 @@ def to_transformer_lens(
     Raises:
         ModelLoadError: `backend` cannot hold the model, or computes something else.
     """
-    called = f"{brief(name, 60)} ({type(hf).__name__})"
+    kind = type(hf).__name__
+    called = kind if kind == name else f"{brief(name, 60)} ({kind})"
     given = None
     if check:
         try:

@@ -182,7 +182,7 @@ def describe_model(
         name=name,
         lens=lens,
         tokenizer=tokenizer,
-        decoder=decoder_for(lens),
+        decoder=decoder_for(lens, unembeds=seen.unembeds),
         kinds=seen.kinds,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,

@@ -12,7 +12,7 @@ few tokens when it is loaded:
    with several tokens, with one, and with one when a row is dropped. The logits must be the same.
 4. What the hooks saw must add up: `resid_mid = resid_pre + attn_out` and
    `resid_post = resid_mid + mlp_out`. A kind that does not is not offered, and `Seen.absent` says
-   why.
+   why. The last block's output must give the logits, or nothing is read through the unembedding.
 
 Logits are compared by the root mean square of their difference over the vocabulary, relative to
 that of the logits themselves, each taken from its mean at the position (a common shift changes no
@@ -79,10 +79,12 @@ class Seen:
     Attributes:
         kinds: the kinds that are there at every layer.
         absent: why each of the others is not.
+        unembeds: whether the final norm and W_U make logits of the last block's outputs.
     """
 
     kinds: tuple[HookKind, ...]
     absent: Mapping[HookKind, str] = field(default_factory=lambda: MappingProxyType({}))
+    unembeds: bool = True
 
 
 def probe(tokenizer: Any, n_vocab: int, n_ctx: int, device: torch.device, hf: Any = None) -> Probe:
@@ -136,7 +138,18 @@ def verify(lens: Any, decoder: Decoder, given: Probe) -> Seen:
         _compare("the logits of a whole pass", expected, whole, allowed)
         with _said("a pass behind a cached prompt"):
             _check_cached(decoder, given.tokens, expected, allowed)
-    return _offered(lens, found, dtype)
+        kinds, absent = _offered(lens, found, dtype)
+        last = found["resid_post", lens.cfg.n_layers - 1]
+        return Seen(kinds, absent, _unembeds(decoder, last, whole[:, -_LOOKED_AT:], allowed))
+
+
+def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) -> bool:
+    """Tell whether the last block's outputs give the logits (a post-norm model has more to do)."""
+    try:
+        got = decoder.unembed(last).cpu()
+    except Exception:  # noqa: BLE001  # a part that the wrapper does not have
+        return False
+    return got.shape == expected.shape and distance(expected, got) <= allowed
 
 
 @contextlib.contextmanager
@@ -234,7 +247,9 @@ def _whole(lens: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
     return logits.float().cpu(), found
 
 
-def _offered(lens: Any, found: Mapping[Place, Tensor], dtype: torch.dtype) -> Seen:
+def _offered(
+    lens: Any, found: Mapping[Place, Tensor], dtype: torch.dtype
+) -> tuple[tuple[HookKind, ...], Mapping[HookKind, str]]:
     """Return the kinds that are at every layer and add up, and why the others are not there.
 
     Raises:
@@ -277,7 +292,7 @@ def _offered(lens: Any, found: Mapping[Place, Tensor], dtype: torch.dtype) -> Se
             absent[kind] = PARALLEL
         else:
             absent[kind] = NOT_ADDED if kind in at else UNSEEN
-    return Seen(tuple(kind for kind in at if kind not in absent), MappingProxyType(absent))
+    return tuple(kind for kind in at if kind not in absent), MappingProxyType(absent)
 
 
 def _equal(total: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "superscopes_tl"
 FLOW = """
     errors files untrusted vector_files sites keys_values backends verification models chat repairs
     conversion mini loading tokens prompts capture directions amplify lenses tuned_lens memory
-    decoding patches patching interventions scoring contextualization results selectors metric significance
+    decoding patches patching interventions scoring contextualization results selectors metric
+    significance
     comparison replay config selfie replacements causal plan sources affine affine_fit cells
     controls next_token sweep vectors refine guided evaluation shares workers spread evaluate
     plots figures lens_figures causal_figures paper_figures grid_figures metric_figures

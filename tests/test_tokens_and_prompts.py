@@ -274,6 +274,38 @@ def test_a_prompt_begins_with_bos_exactly_once(
     assert tokens.has_bos is has_bos
 
 
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("Red", ("</s>", "<s>", "Red")),
+        ("<s>Red", ("</s>", "<s>", "Red")),
+        ("</s><s>Red", ("</s>", "<s>", "Red")),
+        ("</s>Red", ("</s>", "<s>", "</s>", "Red")),
+    ],
+)
+def test_a_prefix_of_several_tokens_stands_in_front_once(
+    text: str, labels: tuple[str, ...]
+) -> None:
+    """Whatever of it the text already begins with is not put there again."""
+    hand = by_hand()
+    hand.prefix_ids = (1, 0)
+    tokens = tokenize(hand, text)
+    assert tokens.labels == labels
+    assert (tokens.prefix, tokens.own) == (2, range(2, len(labels)))
+    assert resolve_positions(tokens, slice(None)) == tuple(range(2, len(labels)))
+    if text == "Red":
+        assert tokens.spans == ((0, 0), (0, 0), (0, 3))
+
+
+def test_a_token_without_an_embedding_is_named() -> None:
+    """The tokenizer may have got tokens that the model was never resized for."""
+    hand = by_hand()
+    hand.tokenizer.add_tokens(["<new>"], special_tokens=True)
+    assert hand.n_vocab == len(hand.tokenizer) - 1
+    with pytest.raises(ValueError, match=r"^prompt: expected .*got '<new>', token \d+\. Fix: "):
+        tokenize(hand, "Red <new> Hot")
+
+
 def test_no_bos_where_the_model_wants_none() -> None:
     """The tokenizer's own special tokens never sneak in."""
     tokens = tokenize(by_hand(bos=False), "Red")
