@@ -38,10 +38,10 @@ from superscopes_tl.sites import KINDS, HookKind, hook_name
 Place: TypeAlias = tuple[HookKind, int]
 """A kind at a layer."""
 
-TOKENS = 18
+TOKENS = 14
 """How many tokens a row of the probe has: more would cost time, fewer would show less."""
 
-_SINGLE = 3  # of these, the last ones are run one by one
+_SINGLE = 2  # of these, the last ones are run one by one
 _LOOKED_AT = 3  # positions of each row whose activations are added up
 
 _FLOAT32 = 1e-3
@@ -236,14 +236,17 @@ def _whole(lens: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
 
         return record
 
-    hooks = [
-        (hook_name(kind, layer), record_at((kind, layer)))
-        for kind in KINDS
-        for layer in range(lens.cfg.n_layers)
-        if hook_name(kind, layer) in lens.hook_dict
-    ]
-    with lens.hooks(fwd_hooks=hooks):
+    # Not through `lens.hooks`, which collects all points of a bridge anew for every hook.
+    points, level = lens.hook_dict, lens.context_level + 1
+    wanted = {(kind, layer) for kind in KINDS for layer in range(lens.cfg.n_layers)}
+    at = {place: points[hook_name(*place)] for place in wanted if hook_name(*place) in points}
+    try:
+        for place, point in at.items():
+            point.add_hook(record_at(place), level=level)
         logits = lens(tokens)
+    finally:
+        for point in at.values():
+            point.remove_hooks(level=level)
     return logits.float().cpu(), found
 
 
