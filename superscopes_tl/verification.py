@@ -45,7 +45,7 @@ _SINGLE = 2  # of these, the last ones are run one by one
 _LOOKED_AT = 3  # positions of each row whose activations are added up
 
 _FLOAT32 = 1e-3
-_HALF = {torch.bfloat16: 0.1, torch.float16: 0.02}
+_HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 NO_MLP = "this model has no MLP"
 PARALLEL = (
@@ -137,7 +137,7 @@ def verify(lens: Any, decoder: Decoder, given: Probe) -> Seen:
         expected = whole if given.logits is None else given.logits
         _compare("the logits of a whole pass", expected, whole, allowed)
         with _said("a pass behind a cached prompt"):
-            _check_cached(decoder, given.tokens, expected, allowed)
+            _check_cached(decoder, given.tokens, expected, tolerance(dtype, cached=True))
         kinds, absent = _offered(lens, found, dtype)
         last = found["resid_post", lens.cfg.n_layers - 1]
         return Seen(kinds, absent, _unembeds(decoder, last, whole[:, -_LOOKED_AT:], allowed))
@@ -163,14 +163,21 @@ def _said(what: str) -> Iterator[None]:
         raise ValueError(f"{what} raises {reason(error)}") from error
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype, *, cached: bool = False) -> float:
     """Return how far logits may differ, as a share of their spread.
 
-    Float noise of float32 was below 2e-5 in every model that was tried, that of half precision
-    below a third of what is allowed here.
+    Float noise of float32 was below 3e-5 in every model that was tried. In bfloat16 a whole pass
+    was off by up to 1 %, a pass behind a cached prompt by 4 % (SmolLM2) and 11 % (GPT-Neo, which
+    does not scale its attention scores); float16 has an eighth of that.
+
+    Args:
+        dtype: the number type of the weights.
+        cached: for a pass behind a cached prompt, whose sums come in another order.
     """
     exact = torch.get_float32_matmul_precision() == "highest"  # else products are less than that
-    return _FLOAT32 if exact and dtype not in _HALF else _HALF.get(dtype, _HALF[torch.float16])
+    if exact and dtype not in _HALF:
+        return _FLOAT32
+    return _HALF.get(dtype, _HALF[torch.float16]) * (4 if cached else 1)
 
 
 def distance(expected: Float[Tensor, "*pos vocab"], got: Float[Tensor, "*pos vocab"]) -> float:
