@@ -9,7 +9,7 @@ A first look:
 
     from superscopes_tl import heatmap, load_model, sweep
 
-    result = sweep(load_model("mini"), "Red Hot Chili Peppers")
+    result = sweep(load_model(), "Red Hot Chili Peppers")
     heatmap(result)
 """
 
@@ -30,7 +30,11 @@ from superscopes_tl.causal import beside, causal_effects, causal_trace
 from superscopes_tl.causal_figures import effect_heatmap
 from superscopes_tl.comparison import Comparison, compare
 from superscopes_tl.config import CONTROLS, SweepConfig
-from superscopes_tl.contextualization import contextualization_layers, reveals_earlier
+from superscopes_tl.contextualization import (
+    Contextualization,
+    contextualization_layers,
+    reveals_earlier,
+)
 from superscopes_tl.decoding import Generation
 from superscopes_tl.directions import difference_of_means, mlp_keys, mlp_values
 from superscopes_tl.errors import (
@@ -51,6 +55,8 @@ from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.neighbours import NEIGHBOURS, side_by_side, side_by_side_figure
 from superscopes_tl.next_token import NextTokens, next_tokens
+from superscopes_tl.own_words import OwnWords, own_words
+from superscopes_tl.packaged import fetch
 from superscopes_tl.paper_figures import alpha_ladder, figure_1, figure_3, figure_5, figure_6
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
@@ -65,6 +71,8 @@ from superscopes_tl.prompts import (
     TargetPrompt,
     crop_description,
 )
+from superscopes_tl.readability import Readability, best_config, readability
+from superscopes_tl.readability_figure import readability_figure
 from superscopes_tl.refine import refine
 from superscopes_tl.relevancy import relevancy, relevancy_figure
 from superscopes_tl.replacements import amplified, noise, other_tokens, resampled, without, zero
@@ -105,6 +113,7 @@ __all__ = [
     "Activations",
     "AffineMap",
     "Comparison",
+    "Contextualization",
     "Evaluation",
     "Explorer",
     "Generation",
@@ -114,9 +123,11 @@ __all__ = [
     "MappingFunction",
     "ModelLoadError",
     "NextTokens",
+    "OwnWords",
     "Patch",
     "PatchedGenerator",
     "PlaceholderError",
+    "Readability",
     "Reading",
     "Recording",
     "RunFileError",
@@ -140,6 +151,7 @@ __all__ = [
     "amplified",
     "at_layers",
     "beside",
+    "best_config",
     "best_table",
     "both",
     "capture",
@@ -153,6 +165,7 @@ __all__ = [
     "difference_of_means",
     "effect_heatmap",
     "evaluate",
+    "fetch",
     "figure_1",
     "figure_3",
     "figure_5",
@@ -183,6 +196,7 @@ __all__ = [
     "next_tokens",
     "noise",
     "other_tokens",
+    "own_words",
     "placeholder_state",
     "plan_sweep",
     "plan_vectors",
@@ -190,6 +204,8 @@ __all__ = [
     "read_recording",
     "read_vector",
     "read_vectors",
+    "readability",
+    "readability_figure",
     "refine",
     "relevancy",
     "relevancy_figure",

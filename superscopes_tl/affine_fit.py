@@ -70,7 +70,7 @@ def fit_affine(
         ValueError, TypeError: bad texts, layers, kinds or ridge; tokens that nowhere meet.
     """
     target = target_model or model
-    wanted = check_kinds(kinds, model.kinds, model.name)
+    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
     layers = _check_pairs(pairs, model, target)
     distinct = _check_texts(texts)
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
@@ -182,7 +182,7 @@ class _Vectors:
         """Read a text, in one forward pass if the two models are one."""
         source, target = self._capture(text)
         if source is target:
-            met = [(p, p) for p in range(int(source.tokens.has_bos), len(source.tokens))]
+            met = [(p, p) for p in range(source.tokens.prefix, len(source.tokens))]
         else:
             met = matched(source.tokens, target.tokens)
         fresh: list[tuple[int, int]] = []

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from superscopes_tl.errors import bad_value
 from superscopes_tl.keys_values import Prefix, RowBuffer, SharedPrefix
 
 
@@ -198,8 +199,8 @@ class BridgeDecoder:
 
     name = "bridge"
 
-    def __init__(self, lens: Any) -> None:
-        self._lens = lens
+    def __init__(self, lens: Any, *, unembeds: bool = True) -> None:
+        self._lens, self._unembeds = lens, unembeds
         accepted = inspect.signature(type(lens.original_model).forward).parameters
         self._can_keep_few = "logits_to_keep" in accepted
 
@@ -240,8 +241,19 @@ class BridgeDecoder:
         return logits[:, -last:].float()
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """See `Decoder.unembed`."""
+        """See `Decoder.unembed`.
+
+        Raises:
+            ValueError: more than a final norm and W_U makes this model's logits.
+        """
         lens = self._lens
+        if not self._unembeds:
+            raise bad_value(
+                "model",
+                expected="one whose logits are a final norm and W_U of the last block's output",
+                got=type(lens.original_model).__name__,
+                fix="read this model by patching alone, or take another one for its logits",
+            )
         logits: Tensor = lens.unembed(lens.ln_final(residual.to(lens.unembed.W_U)))
         # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
         transformed: Tensor = lens.adapter.apply_output_logits_transform(logits)
@@ -273,6 +285,13 @@ def _layer_class() -> Any:
     return SharedPrefixLayer
 
 
-def decoder_for(lens: Any) -> Decoder:
-    """Return the decoder that fits a TransformerLens object."""
-    return BridgeDecoder(lens) if hasattr(lens, "original_model") else HookedDecoder(lens)
+def decoder_for(lens: Any, *, unembeds: bool = True) -> Decoder:
+    """Return the decoder that fits a TransformerLens object.
+
+    Args:
+        lens: the `HookedTransformer` or `TransformerBridge`.
+        unembeds: whether its final norm and W_U make its logits, as far as is known.
+    """
+    if hasattr(lens, "original_model"):
+        return BridgeDecoder(lens, unembeds=unembeds)
+    return HookedDecoder(lens)

@@ -90,7 +90,7 @@ def capture(
     Raises:
         ValueError: a bad prompt, kind or layer.
     """
-    wanted = check_kinds(kinds, model.kinds, model.name)
+    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
     numbers = check_layers(layers, model.n_layers)
     tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
     if not len(tokens):

@@ -241,7 +241,7 @@ def _asked(
     chat: bool,
 ) -> tuple[Run, list[Site], tuple[int, ...]]:
     """Return the run, its sites and the continuation's tokens, checked."""
-    wanted = check_kinds(kinds, model.kinds, model.name)
+    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
     numbers = check_layers(layers, model.n_layers)
     run = Run.of(model, prompt, chat=chat)
     sites = [

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl import cli_options as options
+from superscopes_tl.loading import DEFAULT_MODEL
 from superscopes_tl.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
 
 
@@ -19,7 +20,7 @@ def read_vector(
     ],
     name: Annotated[str, typer.Option(help="Which array, if the file holds several.")] = "",
     rows: Annotated[str, typer.Option(help="Which rows, such as 0-5,8. All if empty.")] = "",
-    model: options.Model = "mini",
+    model: options.Model = DEFAULT_MODEL,
     alphas: Annotated[str, typer.Option(help="Amplifiers, in the unit.")] = "1,3",
     unit: Annotated[
         str, typer.Option(help="What α = 1 is: as long as the 'residual' stream, or the 'vector'.")
@@ -77,7 +78,7 @@ def side_by_side(
     layer: Annotated[int, typer.Option(help="The source layer.")],
     kind: Annotated[str, typer.Option(help="The kind of activation.")] = "mlp_out",
     token: Annotated[str, typer.Option(help="The token: an index or a substring.")] = "-1",
-    model: options.Model = "mini",
+    model: options.Model = DEFAULT_MODEL,
     backend: options.Backend = "auto",
     dtype: options.DType = "float32",
     device: options.Device = "",

@@ -110,7 +110,7 @@ def difference_of_means(
         ValueError: no text, or a bad kind or layer.
     """
     (number,) = check_layers(layer, model.n_layers, "layer")
-    (checked,) = check_kinds(kind, model.kinds, model.name)
+    (checked,) = check_kinds(kind, model.kinds, model.name, model.absent)
     means = []
     for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
         if isinstance(texts, str) or not len(texts):

@@ -41,6 +41,12 @@ def describe(argument: str, *, expected: str, got: object, fix: str) -> str:
     return f"{argument}: expected {expected}, got {shown}. Fix: {fix}."
 
 
+def brief(text: object, longest: int = 160) -> str:
+    """Return what somebody else wrote on one line, cut at `longest` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
 def reason(error: Exception) -> str:
     """Return why something could not be read: in our own words, or in those of a library."""
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"

@@ -141,7 +141,7 @@ def lens_table(
     _check_lenses(lenses)
     wanted = tuple(dict.fromkeys(sites))
     check_count("top_k", top_k, least=1, fix="5 is the usual choice")
-    check_kinds((site.kind for site in wanted), model.kinds, model.name)
+    check_kinds((site.kind for site in wanted), model.kinds, model.name, model.absent)
     check_layers((site.layer for site in wanted), model.n_layers, "sites")
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
     vectors = site_vectors(model, tokens, wanted)
@@ -248,7 +248,7 @@ def lens_kl(
         ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
     """
     _check_lenses(lenses)
-    chosen = check_kinds(kinds, model.kinds, model.name)
+    chosen = check_kinds(kinds, model.kinds, model.name, model.absent)
     numbers = check_layers(layers, model.n_layers)
     last: Place = ("resid_post", model.n_layers - 1)
     places: list[Place] = [(kind, layer) for kind in chosen for layer in numbers]
@@ -302,6 +302,6 @@ def token_states(
             ids = torch.tensor([tokens.ids for tokens in batch], device=model.device)
             found = model.activations(ids, list(names.values()))
             for place, name in names.items():
-                states = found[name][:, int(batch[0].has_bos) :]
+                states = found[name][:, batch[0].prefix :]
                 seen[place].append(states.reshape(-1, model.d_model).cpu().clone())
     return {place: torch.cat(states) for place, states in seen.items()}

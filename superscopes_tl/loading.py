@@ -1,8 +1,9 @@
 """Load a model: anything that is one becomes a `LanguageModel`.
 
 1. A name or a directory is loaded with Hugging Face transformers, as raw weights.
-2. A Hugging Face model is turned into a TransformerLens object (`conversion`).
-3. A TransformerLens object is used as it is.
+2. A Hugging Face model is turned into a TransformerLens object (`conversion`), which must compute
+   what the model computes (`verification`).
+3. A TransformerLens object is used as it is, if its cached passes agree with its whole ones.
 4. The result states everything that the rest of the package needs to know of the model.
 
 Weights are not processed (no folding of layer norms, no centring), so a vector read here is the
@@ -18,11 +19,18 @@ from typing import Any
 import torch
 
 from superscopes_tl import gguf_files
-from superscopes_tl.conversion import Backend, quiet, to_transformer_lens
-from superscopes_tl.errors import ModelLoadError, bad_value, describe
+from superscopes_tl.conversion import (
+    Backend,
+    check_hugging_face,
+    quiet,
+    to_transformer_lens,
+    verified,
+)
+from superscopes_tl.errors import ModelLoadError, bad_value, brief, describe
 from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.models import LanguageModel, describe_model, weight_fingerprint
 from superscopes_tl.packaged import PACKAGED, fetched
+from superscopes_tl.verification import probe
 
 DEFAULT_MODEL = "smollm2"
 BUNDLED_MODEL = "mini"
@@ -56,6 +64,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     prepend_bos: bool | None = None,
+    check: bool = True,
     **from_pretrained: Any,
 ) -> LanguageModel:
     """Return `model` as a `LanguageModel`.
@@ -70,15 +79,22 @@ def load_model(
             installed and can hold the model; `"bridge"` is the faster choice.
         dtype: number type of the weights; float32 unless given.
         device: cuda, else mps, else cpu unless given.
-        prepend_bos: whether prompts start with the BOS token. Unless given: as the tokenizer does
-            by itself, or as a TransformerLens object is configured.
+        prepend_bos: whether prompts start with the BOS token alone, or with nothing. Unless given:
+            with what the tokenizer puts in front by itself, or as a TransformerLens object is
+            configured.
+        check: whether to run the model on a few tokens: its logits must stay what they are in
+            Hugging Face, and behind a cached prompt. Without it a kind of activation may be
+            offered that is not there.
         **from_pretrained: passed to `AutoModelForCausalLM.from_pretrained` (`revision`,
             `device_map`, `cache_dir`, ...). With `gguf_file`, that file of a folder or hub name.
 
     Raises:
-        ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold it.
+        ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold it
+            or does not compute what it does (a model object that the bridge was to wrap is spoilt
+            then).
         ValueError: an argument that does not go with the model.
     """
+    _refuse_other_spellings(from_pretrained)
     if backend not in ("auto", "hooked", "bridge"):
         raise bad_value(
             "backend",
@@ -92,7 +108,7 @@ def load_model(
         return model
     if _transformer_lens_class(model):
         _refuse_load_options(backend, dtype, device, from_pretrained)
-        return _wrap(model, tokenizer, prepend_bos=prepend_bos)
+        return _wrap(model, tokenizer, prepend_bos=prepend_bos, check=check)
     if device is not None and "device_map" in from_pretrained:
         raise bad_value(
             "device",
@@ -104,6 +120,7 @@ def load_model(
     origin = source = None
     if isinstance(model, str | Path) and tokenizer is None:
         options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
+        options["check"] = check
         origin = partial(load_model, absolute(model), backend=backend, **options)
     with quiet(bars=isinstance(model, str) and model not in (BUNDLED_MODEL, *PACKAGED)):
         if isinstance(model, str | Path):
@@ -115,18 +132,20 @@ def load_model(
             _refuse_load_options("auto", dtype, device, from_pretrained)
             hf = model.eval()  # dropout would make every run read something else
         _check_tokenizer(tokenizer, name)
+        prefix = _prefix(tokenizer, prepend_bos)
         fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
-        lens = to_transformer_lens(hf, tokenizer, backend, name)
+        lens, seen = to_transformer_lens(hf, tokenizer, backend, name, check=check)
     return describe_model(
         lens,
         tokenizer,
         name=name,
         hf=hf,
-        bos=_bos_policy(tokenizer, prepend_bos, default=_prepends_bos(tokenizer)),
+        prefix=prefix,
         processing="none",
         fingerprint=fingerprint,
         origin=origin,
         source=source,
+        seen=seen,
     )
 
 
@@ -140,16 +159,7 @@ def absolute(model: str | Path) -> str:
 
 def _check_hugging_face(model: Any, tokenizer: Any) -> str:
     """Return how to call a Hugging Face model that the user made."""
-    if not (hasattr(model, "config") and hasattr(model, "generate")):
-        raise ModelLoadError(
-            describe(
-                "model",
-                expected="a name, a directory, a HookedTransformer, a TransformerBridge or a "
-                "Hugging Face model",
-                got=type(model).__name__,
-                fix="load_model('mini') loads the bundled one, load_model(model, tokenizer) yours",
-            )
-        )
+    check_hugging_face(model)
     if tokenizer is None:
         raise ModelLoadError(
             describe(
@@ -162,8 +172,24 @@ def _check_hugging_face(model: Any, tokenizer: Any) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
-def _bos_policy(tokenizer: Any, prepend_bos: bool | None, *, default: bool) -> bool:
-    """Return whether prompts start with the BOS token."""
+_SPELLINGS = {
+    "torch_dtype": "pass dtype=... in its place",
+    "load_in_8bit": "pass quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "pass quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+}
+"""Options of older releases of transformers, which newer ones drop or do not know."""
+
+
+def _refuse_other_spellings(options: dict[str, Any]) -> None:
+    for name, fix in _SPELLINGS.items():
+        if name in options:
+            raise bad_value(
+                name, expected="an option that transformers 5 has", got=options[name], fix=fix
+            )
+
+
+def _prefix(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
+    """Return what prompts start with: what the tokenizer puts there, the BOS alone, or nothing."""
     if prepend_bos and tokenizer.bos_token_id is None:
         raise bad_value(
             "prepend_bos",
@@ -171,7 +197,17 @@ def _bos_policy(tokenizer: Any, prepend_bos: bool | None, *, default: bool) -> b
             got=prepend_bos,
             fix="set tokenizer.bos_token, or leave prepend_bos out",
         )
-    return default if prepend_bos is None else prepend_bos
+    if prepend_bos is None:
+        return _own_prefix(tokenizer)
+    return (tokenizer.bos_token_id,) if prepend_bos else ()
+
+
+def _own_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """Return what a tokenizer puts in front of a text by itself."""
+    whole = list(tokenizer("a")["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -276,10 +312,10 @@ def _from_pretrained(
         raise ModelLoadError(
             describe(
                 "model",
-                expected=f"{BUNDLED_MODEL!r}, a local Hugging Face directory or a hub name "
+                expected=f"{DEFAULT_MODEL!r}, a local Hugging Face directory or a hub name "
                 "such as 'openai-community/gpt2'",
                 got=source,
-                fix=f"check the name, the directory and the connection ({error})",
+                fix=_advice(error),
             )
         ) from error
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
@@ -291,12 +327,36 @@ def _from_pretrained(
                 fix="download or save the model again, complete",
             )
         )
-    hf = gguf_files.as_ordinary(hf.eval()) if found else hf.eval()
-    return (hf if "device_map" in options else hf.to(device)), tokenizer, name, facts
+    if found:
+        hf = gguf_files.as_ordinary(hf)
+    check_hugging_face(hf)
+    # Quantized weights stay where their library has put them.
+    placed = "device_map" in options or getattr(hf, "is_quantized", False)
+    return (hf if placed else hf.to(device)).eval(), tokenizer, name, facts
+
+
+def _advice(error: Exception) -> str:
+    """Return what to do about an error of transformers while it loads a model."""
+    said = f"({brief(error, 250)})"
+    if "Unrecognized configuration class" in str(error):
+        return f"name a causal language model: one with an encoder is none {said}"
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return f"leave out the option that transformers does not know {said}"
+    return f"check the name, the directory and the connection {said}"
 
 
 def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
     found = sorted(p.name for p in path.iterdir())
+    if "adapter_config.json" in found and "config.json" not in found:
+        raise ModelLoadError(
+            describe(
+                "model",
+                expected="a Hugging Face directory with the whole model",
+                got=f"{path} with an adapter alone",
+                fix="load its base model, add the adapter with peft, and save_pretrained what "
+                "merge_and_unload() returns",
+            )
+        )
     wanted: list[tuple[str, ...]] = [("config.json",)]
     if needs_tokenizer:
         wanted.append(_TOKENIZER_FILES)
@@ -325,12 +385,7 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
         )
 
 
-def _prepends_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None) -> LanguageModel:
+def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None, check: bool) -> LanguageModel:
     """Describe a TransformerLens object that the user made."""
     lens.eval()
     own = tokenizer if tokenizer is not None else lens.tokenizer
@@ -353,13 +408,20 @@ def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None) -> LanguageMod
         hf = None
         normalization = lens.cfg.normalization_type
         processing = "folded layer norms" if str(normalization).endswith("Pre") else "as given"
-    bos = _bos_policy(own, prepend_bos, default=bool(lens.cfg.default_prepend_bos))
+    if prepend_bos is None:
+        has_bos = own.bos_token_id is not None
+        prepend_bos = bool(lens.cfg.default_prepend_bos) and (has_bos or None)
+    with quiet():
+        device = next(iter(lens.parameters())).device
+        given = probe(own, lens.cfg.d_vocab, lens.cfg.n_ctx, device) if check else None
+        seen = verified(lens, given, brief(name, 60)) if given else None
     return describe_model(
         lens,
         own,
         name=name,
         hf=hf,
-        bos=bos,
+        prefix=_prefix(own, prepend_bos),
         processing=processing,
         fingerprint=weight_fingerprint(lens),
+        seen=seen,
     )

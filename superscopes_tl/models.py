@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from superscopes_tl.backends import Decoder, decoder_for
 from superscopes_tl.sites import KINDS, HookKind, hook_name
+from superscopes_tl.verification import Seen
 
 Hook = Callable[..., Tensor | None]
 
@@ -43,7 +44,9 @@ class LanguageModel:
         n_layers: number of blocks.
         d_model: width of the residual stream.
         n_ctx: longest sequence, in tokens.
-        bos_token_id: put in front of every prompt; `None` if prompts start without one.
+        n_vocab: how many tokens have an embedding; a tokenizer may know more.
+        prefix_ids: put in front of every prompt: the BOS, or whatever the tokenizer puts there by
+            itself; empty if prompts start without.
         eos_token_ids: any of these ends a generation.
         max_new_tokens: the model's own default length of a generation
             (`generation_config.json`), if it states one.
@@ -52,6 +55,7 @@ class LanguageModel:
         revision: the hub commit, where there is one.
         origin: loads the same model in another process; `None` of one that was made in memory.
         source: of weights from a file that was quantized: the file, its hash, how it stored them.
+        absent: why the kinds that are not among `kinds` are not, where that is known.
     """
 
     name: str
@@ -62,7 +66,8 @@ class LanguageModel:
     n_layers: int
     d_model: int
     n_ctx: int
-    bos_token_id: int | None
+    n_vocab: int
+    prefix_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     max_new_tokens: int | None
     processing: str
@@ -70,6 +75,13 @@ class LanguageModel:
     revision: str | None
     origin: Callable[[], LanguageModel] | None = None
     source: Mapping[str, str] | None = None
+    absent: Mapping[HookKind, str] = field(default_factory=dict)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The BOS token, if prompts start with it."""
+        bos: int | None = self.tokenizer.bos_token_id
+        return bos if bos in self.prefix_ids else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,13 +127,19 @@ class LanguageModel:
             "weight_processing": self.processing,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "prepend_bos": self.bos_token_id is not None,
+            "prepend_bos": self._prepend_bos(),
             "n_layers": self.n_layers,
             "d_model": self.d_model,
             "transformer_lens": version("transformer-lens"),
             "transformers": version("transformers"),
             "torch": str(torch.__version__),
         }
+
+    def _prepend_bos(self) -> bool | None:
+        """Return the argument of `load_model` that leads to the same prefix."""
+        if not self.prefix_ids:
+            return False
+        return True if self.prefix_ids == (self.tokenizer.bos_token_id,) else None
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -137,11 +155,12 @@ def describe_model(
     *,
     name: str,
     hf: Any,
-    bos: bool,
+    prefix: tuple[int, ...],
     processing: str,
     fingerprint: str,
     origin: Callable[[], LanguageModel] | None = None,
     source: Mapping[str, str] | None = None,
+    seen: Seen | None = None,
 ) -> LanguageModel:
     """Read off a TransformerLens object what a `LanguageModel` states.
 
@@ -150,26 +169,31 @@ def describe_model(
         tokenizer: a fast Hugging Face tokenizer.
         name: how to call the model.
         hf: the Hugging Face model behind it, where there is one.
-        bos: whether prompts start with the BOS token.
+        prefix: the tokens that prompts start with.
         processing: what was done to the weights.
         fingerprint: from `weight_fingerprint`.
         origin: what loads it again.
         source: the file that the weights were dequantized from.
+        seen: what its hooks showed when it was checked; unless given, every hook point that has
+            a name is taken to be there.
     """
     cfg = lens.cfg
     last = cfg.n_layers - 1
+    if seen is None:
+        seen = Seen(tuple(kind for kind in KINDS if hook_name(kind, last) in lens.hook_dict))
     n_ctx = [cfg.n_ctx, getattr(getattr(hf, "config", None), "max_position_embeddings", None)]
     generation = getattr(hf, "generation_config", None)
     return LanguageModel(
         name=name,
         lens=lens,
         tokenizer=tokenizer,
-        decoder=decoder_for(lens),
-        kinds=tuple(kind for kind in KINDS if hook_name(kind, last) in lens.hook_dict),
+        decoder=decoder_for(lens, unembeds=seen.unembeds),
+        kinds=seen.kinds,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
         n_ctx=min(n for n in n_ctx if n),
-        bos_token_id=tokenizer.bos_token_id if bos else None,
+        n_vocab=cfg.d_vocab,
+        prefix_ids=prefix,
         eos_token_ids=_eos_token_ids(tokenizer, generation),
         max_new_tokens=getattr(generation, "max_new_tokens", None),
         processing=processing,
@@ -177,6 +201,7 @@ def describe_model(
         revision=getattr(getattr(hf, "config", None), "_commit_hash", None),
         origin=origin,
         source=source,
+        absent=seen.absent,
     )
 
 

@@ -256,9 +256,9 @@ def keep(model: LanguageModel, found: Readability) -> None:
 
 def _kept_at(model: LanguageModel) -> Path:
     """Return the file of a model: by its weights, and by what it puts in front of a text."""
-    bos = "bos" if model.bos_token_id is not None else "plain"
+    prefix = "-".join(map(str, model.prefix_ids)) or "none"
     folder = platformdirs.user_cache_path("superscopes_tl") / "checks"
-    return folder / f"{model.fingerprint}-{bos}.json"
+    return folder / f"{model.fingerprint}-{prefix}.json"
 
 
 def _settings(model: LanguageModel, more: dict[str, TargetPrompt]) -> Iterator[Setting]:
@@ -269,7 +269,7 @@ def _settings(model: LanguageModel, more: dict[str, TargetPrompt]) -> Iterator[S
         for into in targets:
             config = SweepConfig(target_prompt=prompt, target_layer=into)
             yield Setting(name, config)
-            if model.bos_token_id is None and name == "paper's":
+            if not model.prefix_ids and name == "paper's":
                 yield Setting(name, replace(config, source_template=SENTENCE))
     if getattr(model.tokenizer, "chat_template", None):
         for into in targets:
@@ -285,7 +285,7 @@ def _other_bos(model: LanguageModel) -> LanguageModel | None:
     bos = model.tokenizer.bos_token_id
     if bos is None:
         return None
-    return replace(model, bos_token_id=None if model.bos_token_id is not None else bos)
+    return replace(model, prefix_ids=() if model.bos_token_id is not None else (bos,))
 
 
 def _spread(n_layers: int, count: int) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def noise(
             positions = tuple(covering(source, start, start + len(subject)))
         seen = capture(run.model, source, kinds="resid_pre", layers=0)["resid_pre", 0]
         embedded = seen.float().cpu()
-        size = strength * float(embedded[int(source.has_bos) :].std())
+        size = strength * float(embedded[source.prefix :].std())
         rows = []
         for draw in range(draws):
             key = zlib.crc32(repr((seed, draw, source.text)).encode())

@@ -16,8 +16,9 @@ is the paper's h_PreMLP (section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, describe
@@ -46,9 +47,18 @@ def hook_name(kind: HookKind, layer: int) -> str:
 
 
 def check_kinds(
-    kinds: str | Iterable[str], available: Sequence[HookKind], model_name: str
+    kinds: str | Iterable[str],
+    available: Sequence[HookKind],
+    model_name: str,
+    absent: Mapping[HookKind, str] = MappingProxyType({}),
 ) -> tuple[HookKind, ...]:
     """Return `kinds` as a tuple after checking that the model has each of them.
+
+    Args:
+        kinds: what somebody asks for.
+        available: what the model has.
+        model_name: how messages call it.
+        absent: why it has not got the others.
 
     Raises:
         ValueError: no kind at all, or a name that is no kind.
@@ -73,13 +83,7 @@ def check_kinds(
                     "kinds",
                     expected=f"kinds that {model_name} has, which are {tuple(available)}",
                     got=kind,
-                    fix=f"leave {kind!r} out"
-                    + (
-                        " (attention and MLP run in parallel in this model, so there is no "
-                        "residual stream between them)"
-                        if kind == "resid_mid"
-                        else ""
-                    ),
+                    fix=f"leave {kind!r} out" + (f" ({absent[kind]})" if kind in absent else ""),
                 )
             )
         if kind not in checked:

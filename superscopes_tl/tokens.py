@@ -1,8 +1,8 @@
 """Text as the tokens that a model really sees.
 
-1. A text is tokenised once, without the tokenizer's own special tokens; the beginning-of-sequence
-   token is then put in front if the model wants one. From here on only token ids travel: nothing
-   is ever decoded and tokenised again (which is how a second BOS creeps in).
+1. A text is tokenised once, without the tokenizer's own special tokens; what the model wants in
+   front, mostly the beginning-of-sequence token (BOS), is then put there. From here on only token
+   ids travel: nothing is ever decoded and tokenised again (which is how a second BOS creeps in).
 2. Every token keeps the span of characters that it came from, so that a token can be chosen by a
    substring, and the placeholder of a target prompt be found in its context.
 3. With `chat`, the text is a user's message in the model's chat template (`chat`), and the whole is
@@ -38,7 +38,7 @@ Position: TypeAlias = int | str
 """One token: its index (negative: from the end of the text) or a substring of the prompt."""
 
 Positions: TypeAlias = Position | slice | Sequence[Position]
-"""Tokens of a prompt; `slice(None)` is every token but the BOS."""
+"""Tokens of a prompt; `slice(None)` is every token but the BOS or another prefix."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class TokenizedText:
     Attributes:
         text: the text; without the chat template, if it stands in one.
         ids: one id per token, the BOS and the template included.
-        spans: the characters `[start, end)` of the text that each token covers; empty for the BOS
-            and for a template's tokens.
+        spans: the characters `[start, end)` of the text that each token covers; empty for the
+            prefix and for a template's tokens.
         labels: how to show each token, with visible white space.
-        has_bos: whether token 0 is a BOS.
-        own: the tokens of the text itself: all but a BOS in front and a template around it.
+        prefix: how many tokens stand in front of all text: a BOS, or what else the tokenizer puts
+            there.
+        own: the tokens of the text itself: all but that prefix and a template around it.
         joined: tokens of the text that also hold visible characters of a template.
     """
 
@@ -60,9 +61,14 @@ class TokenizedText:
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     labels: tuple[str, ...]
-    has_bos: bool
+    prefix: int
     own: range
     joined: frozenset[int] = frozenset()
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether a BOS or the like stands in front."""
+        return self.prefix > 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,10 +121,11 @@ def tokenize(
     )
     framed = framed.within(before, after)
     ids, spans, labels = _encode(model, framed.whole)
-    bos = model.tokenizer.bos_token_id if chat else model.bos_token_id
-    if not chat and bos is not None and ids[:1] != [bos]:
-        ids, spans = [bos, *ids], [(0, 0), *spans]
-        labels = [model.tokenizer.convert_ids_to_tokens(bos), *labels]
+    if not chat:
+        missing = _missing_prefix(model.prefix_ids, ids)
+        ids, spans = [*missing, *ids], [*[(0, 0)] * len(missing), *spans]
+        labels = [*model.tokenizer.convert_ids_to_tokens(missing), *labels]
+    _check_vocabulary(model, ids, argument)
     if len(ids) + room > model.n_ctx:
         raise bad_value(
             argument,
@@ -127,10 +134,10 @@ def tokenize(
             got=f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
             fix="shorten the text" + (" or generate fewer tokens" if room else ""),
         )
-    has_bos = bos is not None and ids[0] == bos
-    found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), has_bos)
+    prefix = _written_prefix(model, ids) if chat else len(model.prefix_ids)
+    found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), prefix)
     if not chat and template == "{}":
-        return TokenizedText(*found, own=range(int(has_bos), len(ids)))
+        return TokenizedText(*found, own=range(prefix, len(ids)))
     return TokenizedText(*found, *_in_template(framed, spans, argument))
 
 
@@ -146,6 +153,41 @@ def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int,
         for piece, (a, b) in zip(pieces, encoded["offset_mapping"], strict=True)
     ]
     return ids, spans, _labels(text, spans)
+
+
+def _missing_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return what of a prefix is still to be put in front of ids that may begin with some of it."""
+    there = next(
+        n for n in range(len(prefix), -1, -1) if list(prefix[len(prefix) - n :]) == list(ids[:n])
+    )
+    return list(prefix[: len(prefix) - there])
+
+
+def _written_prefix(model: LanguageModel, ids: Sequence[int]) -> int:
+    """Return how many tokens in front of a chat template are what it, too, begins prompts with."""
+    n = len(model.prefix_ids)
+    if n and tuple(ids[:n]) == tuple(model.prefix_ids):
+        return n
+    return int(ids[0] == model.tokenizer.bos_token_id)
+
+
+def _check_vocabulary(model: LanguageModel, ids: Sequence[int], argument: str) -> None:
+    """Raise for a token that the tokenizer knows and the model does not.
+
+    Raises:
+        ValueError: its number is past the last embedding.
+    """
+    unknown = [i for i in ids if i >= model.n_vocab]
+    if unknown:
+        token = model.tokenizer.convert_ids_to_tokens(unknown[0])
+        raise bad_value(
+            argument,
+            expected=f"tokens that {model.name} has an embedding for, which are 0 to "
+            f"{model.n_vocab - 1}",
+            got=f"{token!r}, token {unknown[0]}",
+            fix="leave it out, or load a model whose embeddings were resized to the tokenizer's "
+            "length and trained",
+        )
 
 
 def _inside(

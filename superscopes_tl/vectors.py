@@ -99,7 +99,7 @@ def plan_vectors(
     return [
         replace(
             first,
-            source=TokenizedText(meaning or "", (), (), shown, False, range(len(rows))),
+            source=TokenizedText(meaning or "", (), (), shown, 0, range(len(rows))),
             sites=tuple(
                 Site(KIND, sources[i], i) for i in range(len(rows)) if meanings[i] == meaning
             ),

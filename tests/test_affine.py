@@ -156,7 +156,7 @@ def _cut(text: str, *pieces: str) -> TokenizedText:
         end += len(piece)
     assert "".join(pieces) == text
     ids, own = tuple(range(len(spans))), range(1, len(spans))
-    return TokenizedText(text, ids, tuple(spans), ("", *pieces), has_bos=True, own=own)
+    return TokenizedText(text, ids, tuple(spans), ("", *pieces), prefix=1, own=own)
 
 
 def test_tokens_meet_where_they_end() -> None:

@@ -16,16 +16,16 @@ import superscopes_tl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 FLOW = """
-    errors files untrusted vector_files gguf_files sites keys_values backends models chat
-    conversion packaged mini loading tokens prompts capture directions amplify lenses tuned_lens
-    memory decoding patches patching own_words interventions scoring contextualization doubts
-    results selectors metric significance comparison replay config selfie replacements causal
-    plan sources affine affine_fit cells controls recovery readability next_token sweep vectors
-    refine guided evaluation shares workers spread evaluate plots figures lens_figures
-    causal_figures paper_figures grid_figures metric_figures readability_figure neighbours
-    snapshot export background relevancy details plotly_widget live markup explorer_view
-    explorer_config explorer_panel explorer_desk explorer serve demo shell cli_options
-    cli_neighbours cli_experiments cli_models cli
+    errors files untrusted vector_files gguf_files sites keys_values backends verification
+    models chat repairs conversion packaged mini loading tokens prompts capture directions
+    amplify lenses tuned_lens memory decoding patches patching own_words interventions scoring
+    contextualization doubts results selectors metric significance comparison replay config
+    selfie replacements causal plan sources affine affine_fit cells controls recovery
+    readability next_token sweep vectors refine guided evaluation shares workers spread evaluate
+    plots figures lens_figures causal_figures paper_figures grid_figures metric_figures
+    readability_figure neighbours snapshot export background relevancy details plotly_widget
+    live markup explorer_view explorer_config explorer_panel explorer_desk explorer serve demo
+    shell cli_options cli_neighbours cli_experiments cli_models cli
 """
 ORDER = FLOW.split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -389,6 +389,25 @@ def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
         load_model("mini", plain, backend="bridge", device="cpu", prepend_bos=True).bos_token_id
         == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("prepend_bos", "prefix", "recorded"),
+    [(None, (1, 0), None), (True, (0,), True), (False, (), False)],
+)
+def test_the_whole_prefix_of_a_tokenizer_is_kept(
+    prepend_bos: bool | None, prefix: tuple[int, ...], recorded: bool | None
+) -> None:
+    """A tokenizer may put several tokens in front; an argument may ask for the BOS alone."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    model = load_model(tiny_hf("llama"), tokenizer, backend="bridge", prepend_bos=prepend_bos)
+    assert model.prefix_ids == prefix
+    assert model.provenance()["prepend_bos"] is recorded
+    own = tokenizer("Red", add_special_tokens=False)["input_ids"]
+    assert capture(model, "Red", kinds="resid_post").tokens.ids == (*prefix, *own)
 
 
 def test_a_bos_that_the_tokenizer_does_not_have_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_a_placeholder_may_be_the_very_first_token(
     architecture: str, backend: str, tiny: Tiny
 ) -> None:
     """Without a BOS there may be nothing to cache before the placeholder."""
-    model = dataclasses.replace(tiny(architecture, backend), bos_token_id=None)
+    model = dataclasses.replace(tiny(architecture, backend), prefix_ids=())
     hf = tiny_hf(architecture)
     generator = PatchedGenerator(model, TARGETS["first"], max_new_tokens=N_NEW)
     assert generator.target.positions == (0,)

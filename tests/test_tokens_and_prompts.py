@@ -28,10 +28,13 @@ PIECES = ("Red", " Hot", " Ch", "ili", " Pe", "ppers", " x", " in", " the", "\n\
 
 
 class ReadsOnly:
-    """What `tokenize` needs of a model: tokenizer, BOS policy, context and name."""
+    """What `tokenize` needs of a model: tokenizer, what prompts start with, sizes and name."""
 
-    def __init__(self, tokenizer: Any, *, bos: int | None = 0, n_ctx: int = 4000) -> None:
-        self.tokenizer, self.bos_token_id, self.n_ctx, self.name = tokenizer, bos, n_ctx, "hand"
+    def __init__(
+        self, tokenizer: Any, *, prefix: tuple[int, ...] = (0,), n_ctx: int = 4000
+    ) -> None:
+        self.tokenizer, self.prefix_ids, self.n_ctx, self.name = tokenizer, prefix, n_ctx, "hand"
+        self.n_vocab = len(tokenizer)
 
 
 def by_hand(
@@ -72,7 +75,7 @@ def by_hand(
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-    return ReadsOnly(fast, bos=0 if bos else None, n_ctx=n_ctx)
+    return ReadsOnly(fast, prefix=(0,) if bos else (), n_ctx=n_ctx)
 
 
 HAND = by_hand()
@@ -269,6 +272,38 @@ def test_a_prompt_begins_with_bos_exactly_once(
     assert tokens.ids[0] == 0
     assert tokens.ids[:2] != (0, 0)
     assert tokens.has_bos is has_bos
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("Red", ("</s>", "<s>", "Red")),
+        ("<s>Red", ("</s>", "<s>", "Red")),
+        ("</s><s>Red", ("</s>", "<s>", "Red")),
+        ("</s>Red", ("</s>", "<s>", "</s>", "Red")),
+    ],
+)
+def test_a_prefix_of_several_tokens_stands_in_front_once(
+    text: str, labels: tuple[str, ...]
+) -> None:
+    """Whatever of it the text already begins with is not put there again."""
+    hand = by_hand()
+    hand.prefix_ids = (1, 0)
+    tokens = tokenize(hand, text)
+    assert tokens.labels == labels
+    assert (tokens.prefix, tokens.own) == (2, range(2, len(labels)))
+    assert resolve_positions(tokens, slice(None)) == tuple(range(2, len(labels)))
+    if text == "Red":
+        assert tokens.spans == ((0, 0), (0, 0), (0, 3))
+
+
+def test_a_token_without_an_embedding_is_named() -> None:
+    """The tokenizer may have got tokens that the model was never resized for."""
+    hand = by_hand()
+    hand.tokenizer.add_tokens(["<new>"], special_tokens=True)
+    assert hand.n_vocab == len(hand.tokenizer) - 1
+    with pytest.raises(ValueError, match=r"^prompt: expected .*got '<new>', token \d+\. Fix: "):
+        tokenize(hand, "Red <new> Hot")
 
 
 def test_no_bos_where_the_model_wants_none() -> None:
