@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from superscopes_tl import (
-    PAPER_PROMPTS,
     Evaluation,
     LanguageModel,
     SweepError,
     SweepInterrupted,
     SweepResult,
+    demo,
+    own_words,
     reveals_earlier,
     sweep,
 )
 from superscopes_tl.cli import app
-from superscopes_tl.demo import count_right, known_facts, rescues, run_demo
-from superscopes_tl.metric import exact
+from superscopes_tl.demo import read_share, rescue_table, run_demo
 from superscopes_tl.shell import parse_layers, parse_numbers
 
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
@@ -49,7 +50,9 @@ def test_the_command_and_each_subcommand_explain_themselves() -> None:
 def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path) -> None:
     """The run file holds all cells; the page holds the figure."""
     out, page = tmp_path / "run.zip", tmp_path / "map.html"
-    done = run("sweep", "Pearl Jam", *FAST, "--out", str(out), "--html", str(page))
+    done = run(
+        "sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(out), "--html", str(page)
+    )
     assert done.exit_code == 0, done.stderr
     assert "Pearl Jam" in done.stdout
     assert "resid_post" in done.stdout
@@ -61,14 +64,14 @@ def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path) -> None:
 
 def test_all_cells_can_be_printed() -> None:
     """--all prints a row per cell."""
-    done = run("sweep", "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
+    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("mlp_out") == 4
 
 
 def test_markup_in_a_prompt_is_text() -> None:
     """Brackets and colons that the terminal library would interpret are printed as they are."""
-    done = run("sweep", "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
+    done = run("sweep", "--model", "mini", "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
     assert done.exit_code == 0, done.stderr
     assert "[/b] hi :x:" in done.stdout
 
@@ -76,7 +79,7 @@ def test_markup_in_a_prompt_is_text() -> None:
 def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
     """All tokens of a prompt are drawn, one below the other."""
     page = tmp_path / "map.html"
-    done = run("sweep", "Pearl", *FAST, "--token", "all", "--html", str(page))
+    done = run("sweep", "--model", "mini", "Pearl", *FAST, "--token", "all", "--html", str(page))
     assert done.exit_code == 0, done.stderr
     tokens = done.stdout.count("best reading")
     assert tokens > 1
@@ -85,7 +88,7 @@ def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
     """A long sweep must not find out at its end that it cannot be saved."""
-    done = run("sweep", "Pearl Jam", *FAST, "--out", str(tmp_path))
+    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(tmp_path))
     assert done.exit_code == 2
     assert "expected a file in a folder that exists" in " ".join(done.stderr.split())
 
@@ -93,7 +96,9 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
 def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> None:
     """Several target layers make a grid whose horizontal axis is the target layer."""
     page = tmp_path / "grid.html"
-    done = run("sweep", "Pearl Jam", *FAST, "--target-layer", "0,4", "--html", str(page))
+    done = run(
+        "sweep", "--model", "mini", "Pearl Jam", *FAST, "--target-layer", "0,4", "--html", str(page)
+    )
     assert done.exit_code == 0, done.stderr
     assert "target layer" in page.read_text(encoding="utf-8")
 
@@ -118,7 +123,7 @@ def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> No
 )
 def test_bad_input_ends_with_two_and_says_what_to_do(arguments: list[str], message: str) -> None:
     """Exit code 2, the message on the error stream, no traceback."""
-    done = run("sweep", *arguments)
+    done = run("sweep", "--model", "mini", "--model", "mini", *arguments)
     assert done.exit_code == 2
     text = " ".join(done.stderr.split())
     assert message in text
@@ -142,7 +147,7 @@ def test_a_sweep_that_breaks_off_saves_what_it_has(
         raise error("stopped after 18 of 99 cells", partial)
 
     monkeypatch.setattr("superscopes_tl.sweep", stopped)
-    done = run("sweep", "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
+    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
     assert done.exit_code == code
     assert "stopped after 18 of 99 cells" in done.stderr
     assert len(SweepResult.load(tmp_path / "run.zip")) == 18
@@ -162,62 +167,56 @@ def test_lists_of_layers_and_numbers() -> None:
     assert parse_numbers("1, 2.5,-3", "--alphas") == [1.0, 2.5, -3.0]
 
 
-def _rows(*cells: tuple[str, int, float, str]) -> pd.DataFrame:
-    table = pd.DataFrame(cells, columns=["prompt", "source_layer", "alpha", "description"])
-    return table.assign(kind="mlp_out")
-
-
-FACTS = {"Pearl Jam": "American rock band", "Syria": "country"}
-
-
-def test_right_means_the_fact_word_for_word_up_to_the_next_entry() -> None:
-    """A comma ends the entry; anything else that differs is not the fact."""
-    table = _rows(
-        ("Pearl Jam", 2, 1, "American rock band"),
-        ("Pearl Jam", 2, 1, "American rock band, Oman"),
-        ("Pearl Jam", 2, 1, "American rock"),
-        ("Syria", 2, 1, "American rock band"),
-        ("Syria", 2, 1, ""),
+def _cells(*rows: tuple[str, int, float, float, float]) -> pd.DataFrame:
+    """Return cells of MLP outputs: name, layer, α, what it recovers and what other names do."""
+    names = ("prompt", "source_layer", "alpha", "recovered", "other_prompt_recovered")
+    table = pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
+    return table.assign(
+        kind="mlp_out", description=[f"said at {alpha:g}" for alpha in table["alpha"]]
     )
-    assert exact(table, FACTS).tolist() == [True, True, False, False, False]
 
 
-def test_a_rescue_is_wrong_at_one_and_right_at_the_smallest_larger_alpha() -> None:
-    """Only sites that α = 1 misreads count, with the first α that reads them."""
-    table = _rows(
-        ("Pearl Jam", 5, 1, "fruit"),
-        ("Pearl Jam", 5, 9, "American rock band"),
-        ("Pearl Jam", 5, 3, "American rock band"),
-        ("Pearl Jam", 2, 1, "American rock band"),
-        ("Pearl Jam", 2, 3, "American rock band"),
-        ("Syria", 5, 1, "fruit"),
-        ("Syria", 5, 3, "fruit"),
-    )
-    found = list(rescues(table, FACTS))
-    assert [(r.prompt, r.layer, r.before, r.alpha) for r in found] == [("Pearl Jam", 5, "fruit", 3)]
+def test_a_cell_reads_by_what_it_recovers_above_other_names() -> None:
+    """Other names that recover less than nothing do not add to it."""
+    table = _cells(("Paris", 8, 1, 0.5, 0.3), ("Paris", 8, 6, 0.5, -2.0))
+    assert read_share(table).tolist() == pytest.approx([0.2, 0.5])
 
 
-def test_the_counts_stand_beside_their_controls(mini: LanguageModel) -> None:
-    """On a few prompts: what is read right is neither random nor another prompt's fact."""
-    prompts = PAPER_PROMPTS[:4]
-    counts = count_right(mini, known_facts(), prompts).set_index("cells")
-    assert counts.loc["resid_post, α = 1", "right"] >= 3
-    assert counts["random vector"].max() == 0
-    assert counts["other prompt"].astype(float).max() <= 1
+def test_hits_and_misses_of_amplification_are_both_listed() -> None:
+    """Of the sites that α = 1 does not read, those that a larger one reads come first."""
+    table = _cells(
+        ("Titanic", 8, 1, 0.0, 0.0), ("Titanic", 8, 6, 0.1, 0.1),
+        ("Paris", 8, 1, 0.1, 0.1), ("Paris", 8, 6, 0.8, 0.2),
+        ("Paris", 4, 1, 0.9, 0.1), ("Paris", 4, 6, 0.9, 0.1),
+    )  # fmt: skip
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(rescue_table(table))
+    shown = screen.getvalue()
+    assert "(2 of 3)" in shown
+    assert shown.index("Paris") < shown.index("Titanic")
+    assert len(re.findall(r"not read", shown)) == 2  # the title, and Titanic
+    assert "said at 6" in shown
 
 
 def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) -> None:
-    """Tables, an MLP output rescued by amplification, counts, a page, run files."""
+    """The model, its own words, a table per name, hits and misses, a page, run files."""
     screen = io.StringIO()
-    page = run_demo(mini, tmp_path, PAPER_PROMPTS[:3], Console(file=screen, width=160))
-    shown = screen.getvalue()
-    assert "Red Hot Chili Peppers" in shown
-    assert "✓" in shown, "at least one reading is the fact, word for word"
-    assert "MLP outputs that only amplification reads" in shown
-    assert "random vector" in shown
-    assert str(page) in shown
-    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 5
-    assert len(list(tmp_path.glob("*.zip"))) == 5
+    config = replace(
+        demo.CONFIG, chat=False, source_template="{}", layers=(5, 2), alphas=(1.0, 6.0),
+        max_new_tokens=10,
+    )  # fmt: skip
+    names = ("Alexander the Great", "Titanic")
+    page = run_demo(mini, tmp_path, names, Console(file=screen, width=160), config)
+    shown = " ".join(screen.getvalue().split())
+    assert "LanguageModel('mini'" in shown
+    for name in names:
+        assert f"{name} · the model itself says: '{own_words(mini, name).text[:20]}" in shown
+    assert "MLP outputs that are not read at α = 1" in shown
+    assert "Mean over 2 names" in shown
+    assert "Found: " in shown
+    assert page.name in shown
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
+    assert len(list(tmp_path.glob("*.zip"))) == 2
 
 
 def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -225,7 +224,7 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> Non
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Pearl Jam\n\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
     command = [
-        "evaluate", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
+        "evaluate", "--model", "mini", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
         "--max-new-tokens", "8", "--out", str(tmp_path / "run.sqlite"),
         "--html", str(tmp_path / "run.html"), "--controls", "random_direction",
     ]  # fmt: skip
@@ -250,7 +249,7 @@ def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
         out = tmp_path / f"{name}.sqlite"
         run = CliRunner().invoke(
             app,
-            ["evaluate", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+            ["evaluate", "--model", "mini", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
              "--max-new-tokens", "3", "--backend", "bridge", "--draws", "0", "--out", str(out),
              *extra],
         )  # fmt: skip
@@ -259,7 +258,7 @@ def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
         found.append((table, run.stdout.replace(name, "")))
     (several, said), (alone, also) = found
     assert len(several) == 3 * 2 * 2
-    pd.testing.assert_frame_equal(several, alone, rtol=1e-4)
+    pd.testing.assert_frame_equal(several, alone, rtol=1e-3, atol=1e-3)
     assert said == also
 
 
@@ -267,7 +266,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
     """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
     run = CliRunner().invoke(
         app,
-        ["evaluate", "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
+        ["evaluate", "--model", "mini", "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
          "--target", "0", "--score-on", "description", "--out", str(tmp_path / "run.sqlite")],
     )  # fmt: skip
     assert run.exit_code == 0, run.output
@@ -282,7 +281,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
     [
         (["--section", "5"], "--section: expected 4.1 or 4.2, got 5"),
         (["--prompts", "nowhere.txt"], "--prompts: expected a text file"),
-        (["--target", "x"], "--target-layer: expected numbers such as 0-5,8, got x"),
+        (["--target", "x"], "--target-layer: expected 'same' or layers"),
         (["--controls", "luck"], "controls: expected controls out of"),
         (["--out", "nowhere/run.sqlite"], "--out: expected a file in a folder that exists"),
         (["--workers", "0"], "workers: expected 1 or more, got 0"),
@@ -293,7 +292,7 @@ def test_bad_options_of_evaluate_end_with_2(
 ) -> None:
     """The message names the option and what it expects; no file is left."""
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke(app, ["evaluate", *option])
+    run = CliRunner().invoke(app, ["evaluate", "--model", "mini", *option])
     assert run.exit_code == 2
     assert message in " ".join(run.output.split())
     assert not list(tmp_path.iterdir())

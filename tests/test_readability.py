@@ -1,0 +1,103 @@
+"""Whether and how a model can be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from superscopes_tl import LanguageModel, SweepConfig, load_model, sweep
+from superscopes_tl.packaged import find
+from superscopes_tl.readability import (
+    Readability,
+    best_config,
+    keep,
+    kept_readability,
+    readability,
+)
+from superscopes_tl.readability_figure import readability_figure
+from superscopes_tl.scoring import no_scores
+
+Tiny = Callable[[str, str], LanguageModel]
+NAMES = ("Alexander the Great", "Pink Floyd", "Titanic", "Fight Club", "Will Smith")
+
+
+@pytest.fixture(scope="module")
+def checked(mini: LanguageModel) -> Readability:
+    """The check of the bundled model, which was trained to be read at target layer 0."""
+    return readability(mini, NAMES, progress=False)
+
+
+def test_a_model_that_can_be_read_is_said_to_be(checked: Readability) -> None:
+    """Own words recovered above other names' vectors, at layers that the verdict names."""
+    assert checked.readable
+    assert "readable: layer" in checked.verdict
+    sure = checked.layers[checked.layers["specific_low"] > 0]
+    assert len(sure)
+    assert (sure["recovered"] > sure["others"]).all()
+    first = checked.settings.iloc[0]
+    assert first["recovered"] > first["others"]
+    assert set(checked.settings["target_layer"]) >= {"same", "0"}
+    assert set(checked.words) == set(NAMES)
+
+
+def test_the_config_is_one_that_a_sweep_takes(checked: Readability, mini: LanguageModel) -> None:
+    """What was found to read best is handed on as settings."""
+    config = replace(checked.config, layers=5, kinds="resid_post", alphas=1, scorer=no_scores)
+    table = sweep(mini, "Alexander the Great", config, progress=False).table
+    assert table["recovered"].notna().all()
+
+
+def test_a_model_of_random_weights_is_not_readable(tiny: Tiny) -> None:
+    """No own words, or none that its own vectors recover above other names'."""
+    found = readability(tiny("llama", "bridge"), NAMES, progress=False)
+    assert not found.readable
+    assert "not readable" in found.verdict
+    assert json.loads(json.dumps(found.to_json()))["readable"] is False
+
+
+def test_a_check_goes_through_a_file(
+    checked: Readability, mini: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept by the model's weights, it is measured once; what is no check is made anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep(mini, checked)
+    again = kept_readability(mini)
+    assert again.verdict == checked.verdict
+    assert again.config == checked.config == best_config(mini)
+    assert again.layers.equals(Readability.from_json(checked.to_json()).layers)
+    with pytest.raises(ValueError, match="format"):
+        Readability.from_json({"format": "another"})
+
+
+def test_too_few_names_are_refused(mini: LanguageModel) -> None:
+    """Of two names there is no other whose words differ."""
+    with pytest.raises(ValueError, match=r"^names: "):
+        readability(mini, ["Titanic", "Pink Floyd"])
+    with pytest.raises(ValueError, match=r"^names: "):
+        readability(mini, "Titanic")
+
+
+def test_the_figure_shows_own_beside_others(checked: Readability) -> None:
+    """A line for the own vectors, one for those of other names, and an interval."""
+    figure = readability_figure(checked)
+    assert [trace.name for trace in figure.data][1:] == ["its own vector", "other names' vectors"]
+    assert list(figure.data[1].y) == checked.layers["recovered"].tolist()
+
+
+@pytest.mark.skipif(find("smollm2") is None, reason="superscopes fetch smollm2")
+def test_smollm2_reads_where_the_defaults_patch() -> None:
+    """The default target layer of a sweep recovers more of this model's words than layer 0."""
+    model = load_model("smollm2", backend="bridge")
+    assert SweepConfig().target_layer == "same"
+    shares = {
+        into: sweep(
+            model, "Pink Floyd", layers=(8, 12), kinds="resid_post", alphas=1, target_layer=into,
+            generate="none", progress=False,
+        ).table["recovered"].mean()
+        for into in ("same", 0)
+    }  # fmt: skip
+    assert shares["same"] > shares[0] + 0.2
