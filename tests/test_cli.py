@@ -28,6 +28,7 @@ from superscopes_tl.cli import app
 from superscopes_tl.demo import read_share, rescue_table, run_demo
 from superscopes_tl.shell import parse_layers, parse_numbers
 
+MINI = ["--model", "mini"]
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
 
 
@@ -64,14 +65,14 @@ def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path) -> None:
 
 def test_all_cells_can_be_printed() -> None:
     """--all prints a row per cell."""
-    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("mlp_out") == 4
 
 
 def test_markup_in_a_prompt_is_text() -> None:
     """Brackets and colons that the terminal library would interpret are printed as they are."""
-    done = run("sweep", "--model", "mini", "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
+    done = run("sweep", *MINI, "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
     assert done.exit_code == 0, done.stderr
     assert "[/b] hi :x:" in done.stdout
 
@@ -79,7 +80,7 @@ def test_markup_in_a_prompt_is_text() -> None:
 def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
     """All tokens of a prompt are drawn, one below the other."""
     page = tmp_path / "map.html"
-    done = run("sweep", "--model", "mini", "Pearl", *FAST, "--token", "all", "--html", str(page))
+    done = run("sweep", *MINI, "Pearl", *FAST, "--token", "all", "--html", str(page))
     assert done.exit_code == 0, done.stderr
     tokens = done.stdout.count("best reading")
     assert tokens > 1
@@ -88,7 +89,7 @@ def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
     """A long sweep must not find out at its end that it cannot be saved."""
-    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(tmp_path))
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--out", str(tmp_path))
     assert done.exit_code == 2
     assert "expected a file in a folder that exists" in " ".join(done.stderr.split())
 
@@ -123,7 +124,7 @@ def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> No
 )
 def test_bad_input_ends_with_two_and_says_what_to_do(arguments: list[str], message: str) -> None:
     """Exit code 2, the message on the error stream, no traceback."""
-    done = run("sweep", "--model", "mini", "--model", "mini", *arguments)
+    done = run("sweep", *MINI, "--model", "mini", *arguments)
     assert done.exit_code == 2
     text = " ".join(done.stderr.split())
     assert message in text
@@ -147,7 +148,7 @@ def test_a_sweep_that_breaks_off_saves_what_it_has(
         raise error("stopped after 18 of 99 cells", partial)
 
     monkeypatch.setattr("superscopes_tl.sweep", stopped)
-    done = run("sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
     assert done.exit_code == code
     assert "stopped after 18 of 99 cells" in done.stderr
     assert len(SweepResult.load(tmp_path / "run.zip")) == 18
@@ -224,7 +225,7 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> Non
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Pearl Jam\n\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
     command = [
-        "evaluate", "--model", "mini", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
+        "evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
         "--max-new-tokens", "8", "--out", str(tmp_path / "run.sqlite"),
         "--html", str(tmp_path / "run.html"), "--controls", "random_direction",
     ]  # fmt: skip
@@ -249,7 +250,7 @@ def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
         out = tmp_path / f"{name}.sqlite"
         run = CliRunner().invoke(
             app,
-            ["evaluate", "--model", "mini", "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+            ["evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
              "--max-new-tokens", "3", "--backend", "bridge", "--draws", "0", "--out", str(out),
              *extra],
         )  # fmt: skip
@@ -266,7 +267,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
     """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
     run = CliRunner().invoke(
         app,
-        ["evaluate", "--model", "mini", "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
+        ["evaluate", *MINI, "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
          "--target", "0", "--score-on", "description", "--out", str(tmp_path / "run.sqlite")],
     )  # fmt: skip
     assert run.exit_code == 0, run.output
@@ -292,7 +293,7 @@ def test_bad_options_of_evaluate_end_with_2(
 ) -> None:
     """The message names the option and what it expects; no file is left."""
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke(app, ["evaluate", "--model", "mini", *option])
+    run = CliRunner().invoke(app, ["evaluate", *MINI, *option])
     assert run.exit_code == 2
     assert message in " ".join(run.output.split())
     assert not list(tmp_path.iterdir())
