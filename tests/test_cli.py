@@ -267,7 +267,8 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
     """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
     run = CliRunner().invoke(
         app,
-        ["evaluate", *MINI, "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3", "--draws", "0",
+        ["evaluate", *MINI, "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3",
+         "--draws", "0",
          "--target", "0", "--score-on", "description", "--out", str(tmp_path / "run.sqlite")],
     )  # fmt: skip
     assert run.exit_code == 0, run.output
