@@ -28,7 +28,8 @@ test: check $(VENV_TL4)/ready browser models
 	$(OFFLINE) $(VENV)/bin/python -m pytest
 	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py \
 		tests/test_loading.py tests/test_patches.py tests/test_sources.py tests/test_causal.py \
-		tests/test_gguf_files.py tests/test_packaged.py \
+		tests/test_gguf_files.py tests/test_packaged.py tests/test_verification.py \
+		tests/test_recovered.py tests/test_real_models.py \
 		tests/test_lenses.py tests/test_vectors.py tests/test_keys_values.py tests/test_decoding.py \
 		tests/test_explorer_browser.py
 

@@ -303,6 +303,8 @@ def _print_contextualization(result: Any, position: int) -> None:
     here = table[
         (table["position"] == position) & (table["alpha"] == 1) & (table["kind"] == "resid_post")
     ]
+    if here.empty or here["mapping"].nunique() > 1:  # nothing unamplified to judge by
+        return
     same = (here["source_layer"] == here["target_layer"]).all()
     for into in [None] if same else sorted(here["target_layer"].unique()):
         found = result.contextualization_layer(position=position, target_layer=into)

@@ -32,8 +32,8 @@ from superscopes_tl.scoring import no_scores
 NAMES = ("Paris", "Albert Einstein", "Amazon River", "Microsoft", "Pink Floyd", "Titanic")
 """Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
 a demonstration that shows hits alone shows nothing."""
-LAYERS = (4, 8, 12, 20)
-ALPHAS = (1.0, 3.0, 6.0, 15.0)
+LAYERS = (4, 8, 16)
+ALPHAS = (1.0, 3.0, 6.0)
 HEADLINE = (8, 6.0)
 """The layer and α at which this model's MLP outputs were found to be read; fixed beforehand."""
 READ = 0.3

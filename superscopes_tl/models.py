@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -101,10 +101,23 @@ class LanguageModel:
         )
         return lock
 
-    def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
         """Return a context in which the named hook points run the given functions."""
-        context: contextlib.AbstractContextManager[Any] = self.lens.hooks(fwd_hooks=list(hooks))
-        return context
+        # Not through `lens.hooks`, which collects all points of a bridge anew for every hook:
+        # with a hook per layer that takes longer than a small batch.
+        lens = self.lens
+        points = lens.hook_dict if hooks else {}
+        lens.context_level += 1
+        level = lens.context_level
+        try:
+            for name, function in hooks:
+                points[name].add_hook(function, level=level)
+            yield
+        finally:
+            for name, _ in hooks:
+                points[name].remove_hooks(level=level)
+            lens.context_level -= 1
 
     def activations(
         self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
