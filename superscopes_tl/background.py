@@ -122,7 +122,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
         (plan.generator.max_new_tokens, plan.generator.until),
         (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
         (config.unit, config.guide, config.draw),
-        config.controls,
+        (config.controls, config.others),
         # Whatever is not α·v may depend on which places it is given together.
         None
         if config.mapping is scale and config.base is None and config.vectors is None

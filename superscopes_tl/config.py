@@ -88,6 +88,8 @@ class SweepConfig:
             chat template of the model that gets them (see `tokens`).
         draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
+        others: how many other prompts' vectors the control "other_prompt" takes for `recovered`: a
+            single one is a noisy control. The text beside a cell is that of the first.
         max_new_tokens: the longest text; the paper's 10, with `chat` 24, or the model's own
             (`PatchedGenerator`).
         generate: which cells to write out: "all"; "best", of each site the α that recovers most;
@@ -117,6 +119,7 @@ class SweepConfig:
     chat: bool = False
     draw: int = 0
     controls: str | Sequence[str] = ()
+    others: int = 3
     max_new_tokens: int | None = None
     generate: Generate = "all"
     batch_size: int | None = None
@@ -195,6 +198,7 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
             "controls", expected=f"controls out of {CONTROLS}", got=unknown, fix="correct the name"
         )
     config = replace(config, controls=tuple(name for name in CONTROLS if name in asked))
+    check_count("others", config.others, least=1, fix="3 is the default")
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
     for name, expected, where in _CALLABLES:
         if (given := getattr(config, name)) is not None:

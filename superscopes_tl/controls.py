@@ -35,8 +35,6 @@ from superscopes_tl.results import Reading
 
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""
-OTHERS = 3
-"""How many other prompts' vectors stand beside `recovered`: a single one is a noisy control."""
 OTHER_PROMPTS = (*PAPER_PROMPTS, *MANY_KINDS)
 """What the other prompts are chosen from."""
 
@@ -91,7 +89,7 @@ def other_patches(
         plan: the sweep.
         cells: some of its cells.
         patches: what these cells patch.
-        number: which of the `OTHERS` other prompts.
+        number: which of the other prompts, of which there are `SweepConfig.others`.
     """
     made: list[Patch] = []
     for position, group in groupby(
@@ -107,21 +105,21 @@ def other_patches(
 
 
 def _other_names(plan: SweepPlan, position: int) -> list[str]:
-    """Return `OTHERS` other prompts of which the model says something else; chosen by a seed.
+    """Return other prompts of which the model says something else; chosen by a seed.
 
     Where the model says the same of two names, the vector of one is no control for the other.
     """
     pool = [name for name in OTHER_PROMPTS if name != plan.source.text]
     random.Random(_seed(plan)).shuffle(pool)
-    mine = plan.own_words(position).text
+    mine, wanted = plan.own_words(position).text, plan.config.others
     found: list[str] = []
-    for start in range(0, len(pool), 2 * OTHERS):
-        names = pool[start : start + 2 * OTHERS]
+    for start in range(0, len(pool), wanted + 1):
+        names = pool[start : start + wanted + 1]
         words = words_of(plan.generator, names)
         found += [name for name, own in zip(names, words, strict=True) if own.text != mine]
-        if len(found) >= OTHERS:
-            return found[:OTHERS]
-    return (found + pool)[:OTHERS]  # it says the same of almost everything
+        if len(found) >= wanted:
+            return found[:wanted]
+    return (found + pool * wanted)[:wanted]  # it says the same of almost everything
 
 
 _LIKELY = "unpatched_log_probability"

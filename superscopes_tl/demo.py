@@ -29,7 +29,7 @@ from superscopes_tl.plots import heatmap
 from superscopes_tl.readability import SENTENCE
 from superscopes_tl.scoring import no_scores
 
-NAMES = ("Paris", "Albert Einstein", "Amazon River", "Microsoft", "Pink Floyd", "Titanic")
+NAMES = ("Paris", "Albert Einstein", "Amazon River", "Pink Floyd", "Titanic")
 """Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
 a demonstration that shows hits alone shows nothing."""
 LAYERS = (4, 8, 16)
@@ -49,6 +49,7 @@ CONFIG = SweepConfig(
     target_layer=0,
     max_new_tokens=16,
     controls=("other_prompt",),
+    others=2,
     scorer=no_scores,
 )
 

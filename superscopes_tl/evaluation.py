@@ -76,7 +76,15 @@ _CONSTANT = (
     *(("target_prompt", name) for name in ("text", "placeholder", "answer")),
     *(
         ("config", name)
-        for name in ("max_new_tokens", "scorer", "score_on", "controls", "chat", "source_template")
+        for name in (
+            "max_new_tokens",
+            "scorer",
+            "score_on",
+            "controls",
+            "chat",
+            "source_template",
+            "others",
+        )
     ),
 )
 """What must be the same for every reading of a file."""
@@ -250,7 +258,7 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     provenance = plan.provenance()
     names = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
     settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat",
-                "source_template")  # fmt: skip
+                "source_template", "others")  # fmt: skip
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}
     }

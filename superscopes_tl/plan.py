@@ -245,6 +245,7 @@ class SweepPlan:
                 "generate": self.config.generate,
                 "draw": self.config.draw,
                 "controls": list(self.config.controls),
+                "others": self.config.others,
                 "max_new_tokens": self.generator.max_new_tokens,
                 "batch_size": self.generator.batch_size,
                 "scorer": scorer_name(self.scorer),

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from superscopes_tl.cells import Part, mean
-from superscopes_tl.controls import OTHERS, PATCH_CONTROLS, make_control, other_patches
+from superscopes_tl.controls import PATCH_CONTROLS, make_control, other_patches
 from superscopes_tl.own_words import OwnWords
 from superscopes_tl.patches import Patch
 from superscopes_tl.results import Reading
@@ -78,7 +78,7 @@ def _columns(parts: Sequence[Part]) -> Iterator[tuple[str, Iterator[Patch]]]:
     yield "recovered", of_all("recovered")
     for name in parts[0].plan.config.controls:
         if name == "other_prompt":
-            for number in range(OTHERS):
+            for number in range(parts[0].plan.config.others):
                 yield f"{name} {number}", of_all(name, number)
         elif name in PATCH_CONTROLS and name != "unpatched":
             yield name, of_all(name)
@@ -93,7 +93,7 @@ def _with_shares(
     if "unpatched" in asked:
         controls["unpatched_recovered"] = math.nan if words.undefined else 0.0  # by definition
     if "other_prompt" in asked:
-        others = mean([shares[f"other_prompt {number}"] for number in range(OTHERS)])
+        others = mean([share for name, share in shares.items() if name.startswith("other_prompt ")])
         controls |= {"other_prompt_recovered": others, SPECIFIC: own - others}
     return replace(
         reading,
