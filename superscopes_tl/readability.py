@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -54,11 +54,11 @@ SENTENCE = "Tell me about {}"
 
 NAMES = MANY_KINDS[:12]
 SCREENED_NAMES = 3
-SCREENED_LAYERS = 7
-MEASURED_LAYERS = 18
+SCREENED_LAYERS = 5
+MEASURED_LAYERS = 10
 SCREENED_OTHERS, MEASURED_OTHERS = 1, 2
 """How many other names' vectors stand beside each own one."""
-CHAT_TOKENS = 12
+CHAT_TOKENS = 10
 """How many tokens of a chat model's own words are looked at."""
 BETTER = 0.1
 """How much more another BOS has to recover before the verdict mentions it."""
@@ -107,7 +107,8 @@ class Readability:
         verdict: the same in words, with numbers.
         config: the best setting found, for `sweep(model, prompt, config)`.
         layers: per source layer in that setting, over names: `recovered`, `others` and `specific`
-            (means), with `specific_low` and `specific_high`, a 95 % bootstrap interval.
+            (means), with `specific_low` and `specific_high`, a bootstrap interval that holds
+            for all layers together at 95 %.
         settings: what was screened, a row per setting, best first.
         words: the model's own words of each name in the best setting.
     """
@@ -209,7 +210,8 @@ def readability(
         for layer in more:
             screen(model, replace(prompt, config=replace(prompt.config, target_layer=layer)))
         best = max(screened, key=_worth)["setting"]
-        if (other := _other_bos(model)) is not None:
+        other = None if best.config.chat else _other_bos(model)  # a template writes its own
+        if other is not None:
             screen(other, replace(best, bos="other"))
         table, words = _measure(model, best, several, known)
         bar.update(steps - bar.n)
@@ -328,7 +330,8 @@ def _measure(
     table = _per_layer(own, others, layers)
     there = ~np.isnan(own[:, 0])
     if there.any():
-        low, high = bootstrap_interval((own - others)[there])
+        # All layers are looked at: each interval is as wide as that takes (Bonferroni).
+        low, high = bootstrap_interval((own - others)[there], level=1 - 0.05 / len(layers))
         table["specific_low"], table["specific_high"] = low / there.sum(), high / there.sum()
     else:
         table["specific_low"] = table["specific_high"] = math.nan
@@ -429,8 +432,9 @@ def _verdict(
             f"{model.name}: not readable in the settings tried: {best_said}, over {named} names."
         )
     strong = sure[sure["specific"] >= sure["specific"].max() / 2]
+    where = _ranges(strong["source_layer"], among=table["source_layer"])
     verdict = (
-        f"{model.name}: readable: {_ranges(strong['source_layer'])} recover "
+        f"{model.name}: readable: {where} recover "
         f"{strong['recovered'].mean():.2f} of the model's own words, other names' vectors "
         f"{strong['others'].mean():.2f} (α = 1, {named} names); best: {best}."
     )
@@ -445,13 +449,15 @@ def _verdict(
     return True, verdict
 
 
-def _ranges(layers: Sequence[int] | pd.Series) -> str:
-    """Return layer numbers as ranges, such as `layers 3 to 9, 12`."""
-    runs: list[list[int]] = []
-    for layer in sorted(int(layer) for layer in layers):
-        if runs and layer == runs[-1][-1] + 1:
+def _ranges(layers: Iterable[int], *, among: Iterable[int]) -> str:
+    """Return layer numbers as ranges of those that were measured, such as `layers 3 to 9, 12`."""
+    chosen = set(map(int, layers))
+    runs: list[list[int]] = [[]]
+    for layer in map(int, among):
+        if layer in chosen:
             runs[-1].append(layer)
-        else:
-            runs.append([layer])
+        elif runs[-1]:
+            runs.append([])
+    runs = [run for run in runs if run]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     return ("layers " if len(runs) > 1 or len(runs[0]) > 1 else "layer ") + ", ".join(parts)

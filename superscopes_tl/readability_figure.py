@@ -13,7 +13,7 @@ from superscopes_tl.readability import Readability
 def readability_figure(found: Readability) -> go.Figure:
     """Draw the shares of the model's own words over source layers, in the best setting found.
 
-    The band is the 95 % bootstrap interval over names of own minus other names, around the own
+    The band is the bootstrap interval over names of own minus other names, around the own
     share: where it clears the line of the other names, the layer is read.
     """
     rows = found.layers
@@ -29,7 +29,7 @@ def readability_figure(found: Readability) -> go.Figure:
                 line={"width": 0},
                 fillcolor="rgba(0, 80, 160, 0.15)",
                 hoverinfo="skip",
-                name="95 % interval over names",
+                name="95 % interval over names, all layers together",
             ),
             go.Scatter(x=layers, y=rows["recovered"], mode="lines+markers", name="its own vector",
                        line={"color": "#00509f"}),

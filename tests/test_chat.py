@@ -561,7 +561,7 @@ def test_the_command_takes_chat(answer: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     result = SweepResult.load(out)
     assert result.provenance["config"]["chat"] is True
-    assert result.provenance["target_prompt"]["answer"] == answer
+    assert result.provenance["target_prompt"]["answer"] == (answer or CHAT_PROMPT.answer)
     if answer:
         refused = CliRunner().invoke(app, options, env={"COLUMNS": "160"})
         assert refused.exit_code == 2

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from superscopes_tl import LanguageModel, SweepConfig, load_model, sweep
 from superscopes_tl.packaged import find
@@ -20,8 +20,8 @@ from superscopes_tl.readability import (
 )
 from superscopes_tl.readability_figure import readability_figure
 from superscopes_tl.scoring import no_scores
+from tests.tiny_models import tiny_hf, tiny_tokenizer
 
-Tiny = Callable[[str, str], LanguageModel]
 NAMES = ("Alexander the Great", "Pink Floyd", "Titanic", "Fight Club", "Will Smith")
 
 
@@ -51,9 +51,13 @@ def test_the_config_is_one_that_a_sweep_takes(checked: Readability, mini: Langua
     assert table["recovered"].notna().all()
 
 
-def test_a_model_of_random_weights_is_not_readable(tiny: Tiny) -> None:
-    """No own words, or none that its own vectors recover above other names'."""
-    found = readability(tiny("llama", "bridge"), NAMES, progress=False)
+def test_a_model_that_says_nothing_of_a_name_is_not_readable() -> None:
+    """Where every token is equally likely whatever was read, there is nothing to recover."""
+    hf = tiny_hf("llama")
+    hf = type(hf)(hf.config)
+    torch.nn.init.zeros_(hf.lm_head.weight)
+    model = load_model(hf, tiny_tokenizer(), backend="bridge", check=False)
+    found = readability(model, NAMES, progress=False)
     assert not found.readable
     assert "not readable" in found.verdict
     assert json.loads(json.dumps(found.to_json()))["readable"] is False
