@@ -40,8 +40,8 @@ def test_a_method_is_the_sweep_with_its_settings(
     best = alone.best().iloc[0]
     row = table[table["method"] == method].iloc[0]
     assert (row["reading"], row["alpha"]) == (best["description"], best["alpha"])
-    assert row["score"] == pytest.approx(best["score"], abs=1e-6)
-    assert row["control"] == pytest.approx(alone.table["random_direction"].max(), abs=1e-6)
+    assert row["score"] == pytest.approx(best["score"], abs=1e-3)
+    assert row["control"] == pytest.approx(alone.table["random_direction"].max(), abs=1e-3)
     assert row["tries"] == len(alone)
 
 
