@@ -9,7 +9,7 @@ A first look:
 
     from superscopes_tl import heatmap, load_model, sweep
 
-    result = sweep(load_model("mini"), "Red Hot Chili Peppers")
+    result = sweep(load_model(), "Red Hot Chili Peppers")
     heatmap(result)
 """
 

@@ -532,14 +532,14 @@ def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> 
     used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
     said = sweep(
         mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
-        progress=False, **asked,
+        target_layer=0, progress=False, **asked,
     )  # fmt: skip
     both = beside(said.best(), used).set_index("source_layer")
     right = both["description"].str.startswith(told.strip())
     assert right[4]
     assert not right[1]
-    assert both["recovered"][4] > 0.7
-    assert both["recovered"][1] < 0.3
+    assert both["effect_recovered"][4] > 0.7
+    assert both["effect_recovered"][1] < 0.3
     assert both["control_effect"][4] < 0.2 * both["effect"][4]
 
 

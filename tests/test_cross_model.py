@@ -176,7 +176,9 @@ def test_other_widths_need_a_map(tiny: Tiny, word_overlap: Any) -> None:
     """The message says how to make one, and a map of another pair of models is refused."""
     model, asked = tiny("llama", "bridge"), narrow("bridge")
     with pytest.raises(ValueError, match=r"target_model: expected a model as wide as .*mapped\("):
-        sweep(model, SOURCE, target_model=asked, scorer=word_overlap, progress=False)
+        sweep(
+            model, SOURCE, target_layer=0, target_model=asked, scorer=word_overlap, progress=False
+        )
     maps = fit_affine(tiny("gpt2", "bridge"), TEXTS, [(5, 2)], target_model=asked)
     with pytest.raises(ValueError, match="model: expected .* with fingerprint"):
         sweep(
