@@ -191,7 +191,8 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The readings in their order, and behind them the columns that only the effects have; NaN
-        where a site has no effect.
+        where a site has no effect. Both have a column `recovered`, of two things: that of
+        `causal_trace` is called `effect_recovered` here.
 
     Raises:
         TypeError: something other than tables.
@@ -216,6 +217,7 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
             got=f"{len(effects)} rows at {len(effects.drop_duplicates(SITE_COLUMNS))} sites",
             fix="join one replacement, corruption and continuation at a time",
         )
+    effects = effects.rename(columns={"recovered": "effect_recovered"})
     own = [name for name in effects.columns if name not in readings.columns]
     joined = readings.merge(
         effects[[*SITE_COLUMNS, *own]], on=SITE_COLUMNS, how="left", indicator="_found"

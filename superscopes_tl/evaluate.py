@@ -87,7 +87,7 @@ def evaluate(
     `device_map` to Hugging Face and leaves the parts where that put them.
 
     Example:
-        >>> found = evaluate("mini", PAPER_PROMPTS[:8])  # doctest: +SKIP
+        >>> found = evaluate(load_model(), PAPER_PROMPTS[:8])  # doctest: +SKIP
         >>> compare(methods(found)).lines()  # doctest: +SKIP
 
     Args:

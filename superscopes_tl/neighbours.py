@@ -145,9 +145,10 @@ def side_by_side(
         {"method": name, "reading": _tokens(found)}
         for name, found in tokens.groupby("lens", sort=False)
     ]
+    framed = first.config.source_template.replace("{}", prompt)
     effects = causal_effects(
-        model, prompt, kinds=kind, layers=layer, positions=first.sites[0].position,
-        continuation=OWN_TOKENS, chat=bool(settings.get("chat")),
+        model, framed, kinds=kind, layers=layer, positions=first.sites[0].position,
+        continuation=OWN_TOKENS, chat=first.config.chat,
     ).iloc[0]  # fmt: skip
     rows.append({"method": "ablated in its own run", "reading": _effect(effects)})
     columns = ["method", "reading", "alpha", "target_layer", "score", "control", "tries"]

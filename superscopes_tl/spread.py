@@ -62,7 +62,7 @@ def local_workers(count: int) -> Callable[[], ProcessPoolExecutor]:
     """Return what starts `count` processes on this machine, each with its share of the threads.
 
     Example:
-        >>> evaluate("mini", executor=local_workers(2))  # doctest: +SKIP
+        >>> evaluate(load_model(), executor=local_workers(2))  # doctest: +SKIP
 
     Args:
         count: how many; each holds the model, so memory sets the limit.

@@ -93,7 +93,7 @@ def sweep(
         2
 
     Args:
-        model: from `load_model`, or anything that it takes (`"mini"`, a hub name, ...).
+        model: from `load_model`, or anything that it takes (`"smollm2"`, a hub name, ...).
         prompt: the source prompt.
         config: the settings; or give them one by one as keyword arguments.
         progress: whether to show a progress bar and, at the end, what makes the result doubtful

@@ -48,7 +48,7 @@ def as_loader(model: Any, argument: str = "model") -> Loader:
             got=" ".join(repr(model).split()),
             fix="pass a name, a directory, or a function of no arguments, defined with def at the "
             "top of a module, that returns the loaded model; such as "
-            "functools.partial(load_model, 'mini', backend='bridge')",
+            "functools.partial(load_model, 'smollm2', backend='bridge')",
         )
     loader: Loader = found
     return loader

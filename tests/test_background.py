@@ -16,6 +16,7 @@ from superscopes_tl.amplify import random_direction
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
 from superscopes_tl.plan import plan_sweep
 from superscopes_tl.results import Reading
+from tests.same import assert_same_readings
 
 PROMPT = "Will Smith"
 WAIT = 120
@@ -48,7 +49,7 @@ def run(model: LanguageModel, *, store: CellStore | None = None, **settings: Any
 
 def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
     """Compare tables; another batch size may round the numbers otherwise, never the texts."""
-    pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
+    assert_same_readings(one, other)
 
 
 def test_a_run_gives_what_sweep_gives(model: LanguageModel) -> None:

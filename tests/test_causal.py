@@ -29,6 +29,7 @@ from superscopes_tl.replacements import amplified, noise, other_tokens, resample
 from superscopes_tl.sources import head
 from tests.conftest import BACKENDS
 from tests.plain_hf import _mlp_branch, _tensor, blocks_of
+from tests.same import ROUNDING
 from tests.tiny_models import tiny_hf
 
 PROMPT = "Syria: Country in the Middle East, Red Hot Chili Peppers"
@@ -147,7 +148,7 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_changed"] == changed
         random = v + random_direction(0)(1.0)(new - v)
-        torch.testing.assert_close((random - v).norm(), (new - v).norm())
+        torch.testing.assert_close((random - v).norm(), (new - v).norm(), rtol=1e-4, atol=1e-4)
         likely, kl, _ = _numbers(clean, _plain(hf, ids, told, {site: random}), told)
         assert row["control_effect"] == pytest.approx(likely - before, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
@@ -314,7 +315,7 @@ def test_a_base_is_a_replacement(tiny: Tiny) -> None:
         )
 
     again = causal_effects(model, PROMPT, layers=LAYERS, replacement=by_hand)
-    assert table["effect"].to_numpy() == pytest.approx(again["effect"].to_numpy(), abs=1e-5)
+    assert table["effect"].to_numpy() == pytest.approx(again["effect"].to_numpy(), abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -327,7 +328,7 @@ def test_sites_cost_a_batch_not_a_loop(
     whole = causal_effects(model, PROMPT, **asked)
     for size in (1, 7):
         parts = causal_effects(model, PROMPT, batch_size=size, **asked)
-        pd.testing.assert_frame_equal(parts, whole, atol=1e-5, rtol=1e-4)
+        pd.testing.assert_frame_equal(parts, whole, atol=ROUNDING, rtol=ROUNDING)
     rows: list[int] = []
     own = type(model.decoder).step
 
@@ -347,7 +348,7 @@ def test_a_text_can_be_the_continuation(mini: LanguageModel) -> None:
     text = own["continuation"][0]
     assert text.startswith(":")
     given = causal_effects(mini, PROMPT, continuation=text, **asked)
-    pd.testing.assert_frame_equal(own, given)
+    pd.testing.assert_frame_equal(own, given, atol=ROUNDING, rtol=ROUNDING)
 
 
 def test_a_bfloat16_model_is_patched_too() -> None:
@@ -531,14 +532,14 @@ def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> 
     used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
     said = sweep(
         mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
-        progress=False, **asked,
+        target_layer=0, progress=False, **asked,
     )  # fmt: skip
     both = beside(said.best(), used).set_index("source_layer")
     right = both["description"].str.startswith(told.strip())
     assert right[4]
     assert not right[1]
-    assert both["recovered"][4] > 0.7
-    assert both["recovered"][1] < 0.3
+    assert both["effect_recovered"][4] > 0.7
+    assert both["effect_recovered"][1] < 0.3
     assert both["control_effect"][4] < 0.2 * both["effect"][4]
 
 

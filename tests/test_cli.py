@@ -27,6 +27,7 @@ from superscopes_tl import (
 from superscopes_tl.cli import app
 from superscopes_tl.demo import read_share, rescue_table, run_demo
 from superscopes_tl.shell import parse_layers, parse_numbers
+from tests.same import assert_same_readings
 
 MINI = ["--model", "mini"]
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
@@ -259,7 +260,7 @@ def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
         found.append((table, run.stdout.replace(name, "")))
     (several, said), (alone, also) = found
     assert len(several) == 3 * 2 * 2
-    pd.testing.assert_frame_equal(several, alone, rtol=1e-3, atol=1e-3)
+    assert_same_readings(several, alone)
     assert said == also
 
 

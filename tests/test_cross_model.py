@@ -30,6 +30,7 @@ from superscopes_tl.next_token import PATCHED, next_tokens
 from superscopes_tl.patching import NEAR_TIE
 from tests import plain_hf
 from tests.conftest import BACKENDS
+from tests.same import assert_same_readings
 from tests.tiny_models import tiny_hf, tiny_tokenizer
 
 Tiny = Callable[[str, str], LanguageModel]
@@ -175,7 +176,9 @@ def test_other_widths_need_a_map(tiny: Tiny, word_overlap: Any) -> None:
     """The message says how to make one, and a map of another pair of models is refused."""
     model, asked = tiny("llama", "bridge"), narrow("bridge")
     with pytest.raises(ValueError, match=r"target_model: expected a model as wide as .*mapped\("):
-        sweep(model, SOURCE, target_model=asked, scorer=word_overlap, progress=False)
+        sweep(
+            model, SOURCE, target_layer=0, target_model=asked, scorer=word_overlap, progress=False
+        )
     maps = fit_affine(tiny("gpt2", "bridge"), TEXTS, [(5, 2)], target_model=asked)
     with pytest.raises(ValueError, match="model: expected .* with fingerprint"):
         sweep(
@@ -232,10 +235,10 @@ def test_an_affine_map_recovers_what_a_rotation_hides(
         "layers": [7, 5], "kinds": "resid_post", "alphas": 1, "target_layer": "same",
         "scorer": word_overlap, "progress": False,
     }  # fmt: skip
-    own = sweep(mini, SOURCE, **settings).table["text"].tolist()
-    assert "rock band" in crop_description(own[0])
+    own = sweep(mini, SOURCE, **settings).table
+    assert "rock band" in crop_description(own["text"][0])
     through = sweep(mini, SOURCE, target_model=twin, vectors=mapped(maps), **settings).table
-    assert through["text"].tolist() == own
+    assert_same_readings(through, own, ["text"])
     identity = sweep(mini, SOURCE, target_model=twin, **settings).table
     assert "rock band" not in " ".join(identity["text"])
 

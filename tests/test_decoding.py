@@ -25,6 +25,7 @@ from superscopes_tl.decoding import Batch, decode, guide
 from superscopes_tl.prompts import description_is_over
 from tests import plain_hf
 from tests.conftest import BACKENDS
+from tests.same import assert_same_readings, same_text
 from tests.tiny_models import tiny_hf
 
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
@@ -133,10 +134,10 @@ def test_a_drawn_text_depends_on_its_seed_alone(tiny: Tiny) -> None:
     patches = [Patch(vector, 2, seed=seed) for seed in range(6)] + [Patch(vector, 2)]
     together = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW).generate(patches)
     single = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, batch_size=1).generate(patches)
-    assert [g.token_ids for g in together] == [g.token_ids for g in single]
+    assert all(map(same_text, together, single))
     assert len({g.token_ids for g in together}) > 2
     alone = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW).generate([Patch(vector, 2)])
-    assert together[-1].token_ids == alone[0].token_ids
+    assert same_text(together[-1], alone[0])
 
 
 def test_draws_follow_the_model_s_distribution() -> None:
@@ -188,10 +189,10 @@ def test_texts_that_end_with_their_description_change_no_result(mini: LanguageMo
     short = sweep(mini, "Alexander the Great", **settings).table
     whole = sweep(mini, "Alexander the Great", score_on="text", **settings).table
     same = ["position", "kind", "source_layer", "alpha", "description", "few_shot_copy"]
-    assert short[same].equals(whole[same])
+    assert_same_readings(short, whole, same)
     lengths = whole["description"].str.len().replace(0, float("nan"))
     assert short["score"].to_numpy() == pytest.approx(lengths.to_numpy(), nan_ok=True)
-    entropies = pytest.approx(short["entropy"].to_numpy(), abs=1e-5, nan_ok=True)
+    entropies = pytest.approx(short["entropy"].to_numpy(), abs=1e-3, nan_ok=True)
     assert whole["entropy"].to_numpy() == entropies
     pairs = list(zip(short["text"], whole["text"], strict=True))
     assert all(full.startswith(text) for text, full in pairs)
@@ -248,7 +249,7 @@ def test_a_text_of_one_token_has_an_estimate(backend: str, tiny: Tiny, word_over
     }  # fmt: skip
     model = tiny("llama", backend)
     shown, quiet = (sweep(model, "Red Hot", progress=p, **settings) for p in (True, False))
-    assert shown.table["text"].equals(quiet.table["text"])
+    assert_same_readings(shown.table, quiet.table, ["text"])
 
 
 @pytest.mark.parametrize("patches", ["two layers", "drawn", "kept", "guided"])
@@ -274,7 +275,7 @@ def test_what_else_decides_a_text_keeps_rows_apart(
     firsts = {generation.token_ids[0] for generation in together}
     assert sizes[1] == {"guided": 6, "kept": len(firsts)}.get(patches, 3)
     assert len(firsts) < 3 or patches == "drawn"
-    assert [g.token_ids for g in together] == [generator.generate([p])[0].token_ids for p in rows]
+    assert all(map(same_text, together, [generator.generate([p])[0] for p in rows]))
 
 
 def _batch_sizes(generator: PatchedGenerator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -322,6 +323,4 @@ def test_at_the_last_layer_one_row_writes_for_those_that_begin_alike(
     firsts = {generation.token_ids[:1] for generation in together}
     assert sizes[0] == 12
     assert sizes[1] <= len(firsts) <= 3
-    assert [g.token_ids for g in together] == [
-        generator.generate([p])[0].token_ids for p in patches
-    ]
+    assert all(map(same_text, together, [generator.generate([p])[0] for p in patches]))

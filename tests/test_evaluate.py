@@ -29,6 +29,7 @@ from superscopes_tl import (
 )
 from superscopes_tl import evaluate as evaluate_function
 from superscopes_tl.patching import PatchedGenerator
+from tests.same import assert_same_readings
 
 PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
 
@@ -57,7 +58,7 @@ def test_readings_equal_those_of_single_sweeps(
         ).table  # fmt: skip
         exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
         exact += ["unpatched_text", "random_direction_text", "random_direction", asked[-1]]
-        pd.testing.assert_frame_equal(own[exact], alone[exact], check_dtype=False, rtol=1e-4)
+        assert_same_readings(own, alone, exact, check_dtype=False)
 
 
 def test_controls_of_several_prompts_share_a_batch(
@@ -291,7 +292,7 @@ def test_random_directions_differ_between_prompts_and_not_between_batches(
         mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9, "layers": 2}
     ).table
     at_2 = wide[wide["source_layer"] == 2]
-    assert at_2["text"].tolist() == narrow["text"].tolist()
+    assert_same_readings(at_2, narrow, ["text"])
     assert at_2["text"].nunique() == 3
 
 

@@ -46,6 +46,7 @@ from superscopes_tl.explorer_config import alphas_text, parse_alphas
 from superscopes_tl.live import color_range
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import plan_sweep
+from tests.same import assert_same_readings
 from tests.test_background import hook_count
 
 PROMPT = "Will Smith"
@@ -91,7 +92,7 @@ def test_run_fills_the_map_and_chooses_the_best_cell(ran: Explorer) -> None:
     """After Run every cell is there, the best one is shown, and Run can be pressed again."""
     expected = sweep(ran.model, PROMPT, ran.config, progress=False)
     assert ran.result is not None
-    pd.testing.assert_frame_equal(ran.result.table, expected.table, rtol=1e-3, atol=1e-4)
+    assert_same_readings(ran.result.table, expected.table)
     best = expected.best().sort_values("score", ascending=False).iloc[0]
     assert ran.selection == select(best)
     assert "data-state='done' data-run='1'" in shows(ran)

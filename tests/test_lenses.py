@@ -205,7 +205,7 @@ def test_divergence_is_plain_hugging_faces(architecture: str, backend: str, tiny
         assert row["tokens"] == len(values)
         assert row["kl"] == pytest.approx(sum(values) / len(values), abs=1e-3)
     last = found[(found["kind"] == "resid_post") & (found["source_layer"] == 5)]
-    assert last["kl"].item() == pytest.approx(0, abs=1e-4)
+    assert last["kl"].item() == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -316,7 +316,7 @@ def test_training_finds_the_constant_that_later_blocks_add() -> None:
     lenses = {**LENSES, "exact": exact, "tuned lens": lens}
     kl = lens_kl(model, TEXTS, lenses=lenses, layers=(2,), control=False).set_index("lens")["kl"]
     assert kl[LOGIT_LENS] > 0.05
-    assert kl["exact"] == pytest.approx(0, abs=1e-5)
+    assert kl["exact"] == pytest.approx(0, abs=1e-3)
     assert kl["tuned lens"] < 0.02 * kl[LOGIT_LENS]
 
 

@@ -40,8 +40,8 @@ def test_a_method_is_the_sweep_with_its_settings(
     best = alone.best().iloc[0]
     row = table[table["method"] == method].iloc[0]
     assert (row["reading"], row["alpha"]) == (best["description"], best["alpha"])
-    assert row["score"] == pytest.approx(best["score"], abs=1e-6)
-    assert row["control"] == pytest.approx(alone.table["random_direction"].max(), abs=1e-6)
+    assert row["score"] == pytest.approx(best["score"], abs=1e-3)
+    assert row["control"] == pytest.approx(alone.table["random_direction"].max(), abs=1e-3)
     assert row["tries"] == len(alone)
 
 
@@ -57,6 +57,21 @@ def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFram
     ).iloc[0]  # fmt: skip
     assert f"{effects['effect']:+.2g} nats per token" in table["reading"].iloc[-1]
     assert f"{effects['control_effect']:+.2g} with a random change" in table["reading"].iloc[-1]
+
+
+def test_what_stands_around_the_prompt_stands_around_it_in_its_own_run(
+    tiny: Tiny, word_overlap: Any
+) -> None:
+    """The ablated vector is the one that the methods read, in the same template."""
+    model = tiny("llama", "bridge")
+    found = side_by_side(
+        model, PROMPT, layer=2, source_template="Syria: {}", methods={"Patchscopes": {"alphas": 1}},
+        scorer=word_overlap, progress=False,
+    )  # fmt: skip
+    effects = causal_effects(
+        model, f"Syria: {PROMPT}", kinds="mlp_out", layers=2, continuation=OWN_TOKENS
+    ).iloc[0]  # fmt: skip
+    assert f"{effects['effect']:+.2g} nats per token" in found["reading"].iloc[-1]
 
 
 def test_a_target_prompt_is_read_once_for_all_its_methods(

@@ -135,7 +135,8 @@ def test_the_converted_weights_are_those_of_the_file(offered: Offered, tmp_path:
     assert converted.fingerprint == direct.fingerprint
     tokens = torch.arange(2, 12)[None]
     with torch.no_grad():
-        torch.testing.assert_close(converted.lens(tokens), direct.lens(tokens))
+        logits = converted.lens(tokens), direct.lens(tokens)
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-3)
     assert converted.bos_token_id == direct.bos_token_id == 0
 
 

@@ -20,6 +20,7 @@ from superscopes_tl import (
 from superscopes_tl.patching import Generation
 from tests import plain_hf
 from tests.conftest import BACKENDS
+from tests.same import assert_same_readings
 from tests.tiny_models import ARCHITECTURES, tiny_hf
 
 SOURCE = "Red Hot Chili Peppers"
@@ -193,10 +194,8 @@ def test_any_batch_size_gives_the_same_table(
     }
     one = sweep(tiny("qwen2", backend), SOURCE, batch_size=5, **settings).table
     other = sweep(tiny("qwen2", backend), SOURCE, batch_size=batch_size, **settings).table
-    sure = (one["margin"] > NEAR_TIE) & (other["margin"] > NEAR_TIE)
-    assert sure.mean() > 0.98
     exact = ["kind", "source_layer", "target_layer", "alpha", "text", "description", "score"]
-    assert one.loc[sure, exact].equals(other.loc[sure, exact])
+    assert_same_readings(one, other, exact)
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="this TransformerLens has TransformerBridge alone")
@@ -214,7 +213,7 @@ def test_both_classes_read_the_bundled_model_alike(word_overlap: Any) -> None:
         ).table
         for backend in BACKENDS
     ]
-    assert tables[0]["text"].equals(tables[1]["text"])
+    assert_same_readings(*tables, ["text"])
 
 
 def test_a_near_tie_is_recorded_in_the_margin(tiny: Tiny) -> None:
@@ -227,4 +226,4 @@ def test_a_near_tie_is_recorded_in_the_margin(tiny: Tiny) -> None:
     ids = list(generator.target.tokens.ids)
     _, logits = plain_hf.generate(hf, ids, generator.target.positions, vector, 2, n_new=3, eos=1)
     gaps = [float(torch.diff(step.topk(2).values).abs()) for step in logits]
-    assert generation.margin == pytest.approx(min(gaps), abs=1e-4)
+    assert generation.margin == pytest.approx(min(gaps), abs=1e-3)

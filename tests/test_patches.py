@@ -19,6 +19,7 @@ from superscopes_tl.patches import patch_hooks
 from superscopes_tl.sites import Site
 from tests.conftest import BACKENDS, tiny_model
 from tests.plain_hf import blocks_of
+from tests.same import assert_same_readings
 from tests.tiny_models import tiny_hf
 
 Tiny = Callable[[str, str], LanguageModel]
@@ -86,7 +87,7 @@ def test_the_next_token_is_the_first_of_the_text(mini: LanguageModel) -> None:
     likely = generator.next_token(patches)
     for generation, row in zip(generator.generate(patches), likely, strict=True):
         assert int(row.argmax()) == generation.token_ids[0]
-        assert float(row.max()) == pytest.approx(generation.log_probabilities[0], abs=1e-5)
+        assert float(row.max()) == pytest.approx(generation.log_probabilities[0], abs=1e-3)
 
 
 def test_log_probabilities_are_those_of_the_guided_text(mini: LanguageModel) -> None:
@@ -96,7 +97,7 @@ def test_log_probabilities_are_those_of_the_guided_text(mini: LanguageModel) -> 
     patch = Patch(torch.randn(mini.d_model) * 5, 2, guidance=4.0)
     written = generator.generate([patch])[0]
     found = generator.log_probabilities([patch], [written.token_ids])[0]
-    assert found == pytest.approx(written.log_probabilities, abs=1e-4)
+    assert found == pytest.approx(written.log_probabilities, abs=1e-3)
 
 
 def test_a_row_does_not_depend_on_what_others_keep() -> None:
@@ -186,7 +187,7 @@ def test_another_model_may_be_asked(tiny: Tiny, word_overlap: Any) -> None:
     settings: dict[str, Any] = {"layers": [5, 2], "scorer": word_overlap, "progress": False}
     alone = sweep(model, PROMPT, **settings)
     both = sweep(model, PROMPT, target_model=other, **settings)
-    assert both.table["text"].tolist() == alone.table["text"].tolist()
+    assert_same_readings(both.table, alone.table, ["text"])
     assert set(both.table["mapping"]) == {"scale, into the other"}
     assert both.provenance["target_model"]["name"] == "the other"
     assert alone.provenance["target_model"] is None

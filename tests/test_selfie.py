@@ -25,6 +25,7 @@ from superscopes_tl.selfie import SELFIE_PROMPT, add, at_layers, both, interpola
 from superscopes_tl.vectors import plan_vectors
 from tests import plain_hf
 from tests.conftest import BACKENDS
+from tests.same import assert_same_readings
 from tests.tiny_models import tiny_hf
 
 Tiny = Callable[[str, str], LanguageModel]
@@ -150,7 +151,7 @@ def test_the_ends_of_every_way_are_known(
         writes = [at_layers(*layers)] if layers else []
         mixed = _table(model, both(interpolate, *writes), 1, target_prompt=target)
         replaced = _table(model, writes[0] if writes else None, 1, target_prompt=target)
-        assert mixed["text"].equals(replaced["text"])
+        assert_same_readings(mixed, replaced, ["text"])
         assert mixed["text"].nunique() > 1
 
 
@@ -164,11 +165,7 @@ def test_interpolating_is_counting_from_the_placeholders_state(
     alphas = (0.25, 0.75, 1.5)
     one = _table(model, interpolate, alphas)
     other = _table(model, None, alphas, base=placeholder_state)
-    assert one["text"].equals(other["text"])
-    torch.testing.assert_close(
-        torch.tensor(one["log_probability"]), torch.tensor(other["log_probability"]),
-        rtol=1e-3, atol=1e-3, equal_nan=True,
-    )  # fmt: skip
+    assert_same_readings(one, other, ["text", "log_probability"])
     assert one["text"].nunique() > 2
 
 
@@ -276,7 +273,7 @@ def test_what_is_not_injected_has_no_relevancy(tiny: Tiny) -> None:
         tiny("llama", "bridge"), PROMPT, layers=2, kinds="mlp_out", alphas=0, write=add,
         target_prompt=ONE, max_new_tokens=N_NEW, scorer=_nothing,
     )  # fmt: skip
-    assert relevancy(plan)["relevancy"].abs().max() < 1e-5
+    assert relevancy(plan)["relevancy"].abs().max() < 1e-4
 
 
 def test_relevancy_of_chosen_rows_and_of_vectors(tiny: Tiny) -> None:
@@ -295,7 +292,7 @@ def test_relevancy_of_chosen_rows_and_of_vectors(tiny: Tiny) -> None:
     assert left.equals(right.reset_index(drop=True))
     torch.testing.assert_close(
         torch.tensor(some[numbers].to_numpy()), torch.tensor(chosen[numbers].to_numpy()),
-        rtol=1e-4, atol=1e-5,
+        rtol=1e-3, atol=1e-3,
     )  # fmt: skip
     assert set(some["token"]) == {"vector 1"}
     with pytest.raises(ValueError, match="rows: expected cells of the plan"):

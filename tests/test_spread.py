@@ -27,6 +27,7 @@ from superscopes_tl.shares import Share, portions
 from superscopes_tl.sites import Site
 from superscopes_tl.workers import as_loader, kept_under
 from tests import workers
+from tests.same import assert_same_readings
 from tests.tiny_models import tiny_hf, tiny_tokenizer
 
 PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
@@ -80,7 +81,7 @@ def in_order(evaluation: Evaluation) -> pd.DataFrame:
 
 def same(one: Evaluation, other: Evaluation) -> None:
     """Check that two tables hold the same rows."""
-    pd.testing.assert_frame_equal(in_order(one), in_order(other), rtol=1e-4)
+    assert_same_readings(in_order(one), in_order(other))
 
 
 class Here(ThreadPoolExecutor):

@@ -31,6 +31,7 @@ from superscopes_tl.directions import difference_of_means, mlp_keys, mlp_values
 from superscopes_tl.vectors import NO_LAYER, plan_vectors, read_vector, read_vectors
 from tests import plain_hf
 from tests.conftest import BACKENDS
+from tests.same import assert_same_readings
 from tests.tiny_models import D_MODEL, tiny_hf
 
 Tiny = Callable[[str, str], LanguageModel]
@@ -195,7 +196,7 @@ def test_an_activation_given_as_a_vector_reads_as_in_a_sweep(
         model, vectors, unit="vector", layers=[5, 2], references=PROMPT, **settings
     ).table
     same = ["prompt", "source_layer", "target_layer", "alpha", "text", "description", "score"]
-    assert read[same].equals(swept[same])
+    assert_same_readings(read, swept, same)
     assert set(read["kind"]) == {"vector"}
 
 
@@ -376,7 +377,7 @@ def test_one_vector_has_a_name(tiny: Tiny) -> None:
     }  # fmt: skip
     one = read_vector(model, _given(1)[0], name="bands", **settings).table
     many = read_vectors(model, _given(1).numpy(), names=["bands"], **settings).table
-    assert one.equals(many)
+    assert_same_readings(one, many)
     assert list(one["token"]) == ["bands"]
     with pytest.raises(ValueError, match=r"v: expected one vector.*got shape \[2, 32\]"):
         read_vector(model, _given(2))

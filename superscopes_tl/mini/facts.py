@@ -86,6 +86,11 @@ def load_facts(path: Path = FACTS_PATH) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def known_facts() -> dict[str, str]:
+    """Return what the bundled model was trained to say of each name."""
+    return {fact.name: fact.description for fact in load_facts()}
+
+
 def held_out(facts: Sequence[Fact], share: float = 0.1, seed: int = 0) -> frozenset[str]:
     """Pick the names that are never used in self-description.
 
