@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from superscopes_tl.amplify import MappingFamily, family_name, in_units_of, scale
 from superscopes_tl.config import SweepConfig
@@ -49,7 +49,8 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
     )
     usual = base.target_prompt is None and target_prompt == default_target_prompt(None, chat=chat)
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
-    mapping, unit = scale if units_of(base.mapping) else base.mapping, "vector"
+    mapping = scale if units_of(base.mapping) else base.mapping
+    unit: Literal["vector", "residual"] = "vector"
     if view.units.value == "norm" and (into == "same" or base.unit == "residual"):
         unit = "residual"  # of each layer its own
     elif view.units.value == "norm":
