@@ -381,7 +381,7 @@ def _cost(plan: SweepPlan, seconds: float | None) -> str:
     there = len(plan.all_cells) - len(plan.cells)
     kept = f", {there} of them from earlier runs" if there else ""
     texts = _texts(plan)
-    some = "" if plan.config.generate == "all" else f", {texts} of them written out"
+    some = "" if plan.config.generate == "all" else f", {texts} to write out"
     time = "" if seconds is None or not texts else f" · {_about(seconds)}"
     return f"A run: {len(plan.all_cells)} cells{kept}{some}{time}"
 
@@ -405,7 +405,9 @@ def _under_way(progress: Progress) -> str:
 def _at_end(state: str, progress: Progress) -> str:
     word = {"done": "Done", "cancelled": "Cancelled"}[state]
     reused = f", {progress.reused} from earlier runs" if progress.reused else ""
-    return f"{word}: {progress.done} of {progress.total} cells in {progress.seconds:.1f} s{reused}"
+    texts = f", {progress.written} texts" if progress.to_write else ""
+    cells = f"{progress.done} of {progress.total} cells{texts}"
+    return f"{word}: {cells} in {progress.seconds:.1f} s{reused}"
 
 
 def _about(seconds: float) -> str:

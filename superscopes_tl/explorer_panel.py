@@ -335,7 +335,7 @@ class Panel:
             return
         rows = ladder(self.result, selection)
         numbers = rows[shades.column].tolist()
-        self._curve.draw(rows["alpha"].tolist(), numbers, selection.alpha, shades.column)
+        self._curve.draw(rows["alpha"].tolist(), numbers, selection.alpha, shades)
         view.curve.children = (
             self._curve.widget,
         )  # now: plotly measures the room when it is shown

@@ -30,6 +30,7 @@ from superscopes_tl.plots import (
     LABEL_LIMIT,
     MARKS,
     TITLES,
+    Shades,
     hover_text,
     mark_of,
     score_range,
@@ -269,15 +270,22 @@ class LiveCurve:
         keep(self.widget)
 
     def draw(
-        self, alphas: Sequence[float], numbers: Sequence[float], selected: float, value: str
+        self, alphas: Sequence[float], numbers: Sequence[float], selected: float, shades: Shades
     ) -> None:
-        """Show a site's numbers; the selected α has the colour of the map's outline."""
+        """Show a site's numbers; the selected α has the colour of the map's outline.
+
+        The axis spans at least what the colours do: a flat line should look flat.
+        """
         with self.widget.batch_update():
             line = self.widget.data[0]
             line.x = list(alphas)
-            line.y = [float(number) if math.isfinite(number) else None for number in numbers]
-            line.hovertemplate = f"α = %{{x}}<br>{value} %{{y:.3f}}<extra></extra>"
-            self.widget.layout.yaxis.title.text = value
+            finite = [float(number) if math.isfinite(number) else None for number in numbers]
+            line.y = finite
+            line.hovertemplate = f"α = %{{x}}<br>{shades.column} %{{y:.3f}}<extra></extra>"
+            self.widget.layout.yaxis.title.text = shades.column
+            there = [shades.low, shades.high, *(y for y in finite if y is not None)]
+            room = 0.05 * (max(there) - min(there))
+            self.widget.layout.yaxis.range = [min(there) - room, max(there) + room]
             line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
         keep(self.widget)
 

@@ -305,8 +305,13 @@ class Shades:
 
 
 def usual_value(table: pd.DataFrame) -> Literal["recovered", "score"]:
-    """Return the column to colour some cells by: the share recovered where it is defined."""
-    return "recovered" if len(table) and table["recovered"].notna().any() else "score"
+    """Return the column to colour some cells by: what is recovered, where that is defined.
+
+    Where nothing is written out either, there is no score to show instead.
+    """
+    if table.empty or not (table["recovered"].notna().any() or not table["written"].any()):
+        return "score"
+    return "recovered"
 
 
 def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFrame:

@@ -7,13 +7,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from superscopes_tl.plots import (
     COLOR_SCALE,
     LABEL_LIMIT,
+    MARKS,
     TITLES,
+    mark_of,
     score_range,
     usual_value,
     value_range,
@@ -79,6 +83,18 @@ def heatmap_png(
         prompt = str(result.provenance.get("prompt", ""))[:80]
         # A dollar sign would start a formula.
         figure.suptitle(f"{prompt} · token {token}".replace("$", r"\$"), fontsize=11)
+    if grey := _grey(table, kinds, len(layers) * len(alphas), value):
+        figure.supxlabel(f"grey: {', '.join(grey)}", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _grey(table: pd.DataFrame, kinds: Sequence[str], places: int, value: str) -> list[str]:
+    """Return why cells have no colour, in the words of `MARKS`."""
+    rows = table.to_dict("records")
+    found = {mark_of(row, value) for row in rows if not np.isfinite(row[value])}
+    drawn = table.drop_duplicates(["kind", "source_layer", "alpha"])
+    if len(drawn) < places * len(kinds):
+        found.add("not computed")
+    return [name for name in MARKS if name in found]

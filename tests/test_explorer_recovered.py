@@ -168,7 +168,7 @@ def test_a_map_alone_writes_nothing(mini: LanguageModel, tmp_path: Path) -> None
     made = Explorer(mini, PROMPT, layers=(3, 6), kinds="resid_post", alphas=(1, 6))
     made.view.write.value = "none"
     assert made.config.generate == "none"
-    assert ", 0 of them written out" in made.view.estimate.value
+    assert ", 0 to write out" in made.view.estimate.value
     made.run()
     assert made.wait(WAIT)
     table = made.result.table  # type: ignore[union-attr]
@@ -222,6 +222,20 @@ def test_undefined_shares_leave_the_score(chatty: LanguageModel, word_overlap: A
     shown.view.colour.value = "recovered"
     assert carried(shown, "not defined") == len(table)
     assert "◇ not defined" in shown.view.caption.value
+
+
+def test_a_map_without_any_number_opens(chatty: LanguageModel) -> None:
+    """Nothing recovered and nothing written: every cell is marked, and one is chosen."""
+    made = Explorer(chatty, PROMPT, layers=(1, 2), kinds="resid_post", alphas=1, generate="none")
+    made.run()
+    assert made.wait(WAIT)
+    result = made.result
+    table = result.table.assign(recovered=NAN)  # type: ignore[union-attr]
+    shown = Explorer.from_result(SweepResult(table, result.provenance))  # type: ignore[union-attr]
+    assert shown.view.colour.value == "recovered"
+    assert carried(shown, "not defined") == 2
+    assert shown.selection is not None
+    assert "data-state='done'" in made.view.status.value
 
 
 def test_the_constructor_takes_a_sweeps_keywords(chatty: LanguageModel) -> None:
