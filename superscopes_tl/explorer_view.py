@@ -19,6 +19,7 @@ import ipywidgets as widgets
 import traitlets
 
 from superscopes_tl.prompts import CHAT_PROMPT, DESCRIPTION_PROMPT, IDENTITY_PROMPT, PAPER_ALPHAS
+from superscopes_tl.readability import LONG_PROMPT, SHORT_PROMPT
 from superscopes_tl.sites import PAPER_KINDS
 
 ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
@@ -27,7 +28,12 @@ ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
     "around 1 (for residual norms)": (0.25, 0.5, 1, 2, 4, 8),
     "Patchscopes (1 alone)": (1,),
 }
-TARGET_PRESETS = {"description (paper)": DESCRIPTION_PROMPT, "identity": IDENTITY_PROMPT}
+TARGET_PRESETS = {
+    "description (paper)": DESCRIPTION_PROMPT,
+    "description, short": SHORT_PROMPT,
+    "description, long": LONG_PROMPT,
+    "identity": IDENTITY_PROMPT,
+}
 CHAT_PRESETS = {**TARGET_PRESETS, "question (chat)": CHAT_PROMPT}
 """Those of a model with a chat template."""
 OWN = "own"

@@ -211,13 +211,12 @@ def test_doubts_are_escaped(best: Explorer) -> None:
 
 def test_undefined_shares_leave_the_score(chatty: LanguageModel, word_overlap: Any) -> None:
     """Where nothing can be recovered the map shows the score, until the reader chooses."""
-    table = sweep(
+    result = sweep(
         chatty, PROMPT, layers=(1, 2), alphas=1, scorer=word_overlap, max_new_tokens=2,
         progress=False,
-    ).table  # fmt: skip
-    shown = Explorer.from_result(
-        SweepResult(table.assign(recovered=NAN, score=0.4, description="x"), {})
-    )
+    )  # fmt: skip
+    table = result.table.assign(recovered=NAN, score=0.4, description="x")
+    shown = Explorer.from_result(SweepResult(table, result.provenance))
     assert shown.view.colour.value == "score"
     shown.view.colour.value = "recovered"
     assert carried(shown, "not defined") == len(table)
