@@ -51,12 +51,16 @@ class Progress:
         total: cells of the sweep.
         reused: cells taken from an earlier run.
         seconds: time spent on the computed cells.
+        written: sites with a text, where only the best cell of each is written out.
+        to_write: how many these will be.
     """
 
     done: int
     total: int
     reused: int
     seconds: float
+    written: int = 0
+    to_write: int = 0
 
     @property
     def rate(self) -> float:
@@ -192,8 +196,17 @@ class BackgroundSweep:
     @property
     def progress(self) -> Progress:
         """How far the run is."""
-        total = len(self.plan.all_cells) if self.plan else 0
-        return Progress(len(self._readings), total, self._reused, self._seconds)
+        if self.plan is None:
+            return Progress(0, 0, self._reused, self._seconds)
+        written = to_write = 0
+        if self.plan.config.generate == "best":
+            to_write = len({cell[:2] for cell in self.plan.all_cells})
+            there = [cell for cell, reading in self._readings.items() if reading.written]
+            written = len({cell[:2] for cell in there})
+        return Progress(
+            len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
+            written, to_write,
+        )  # fmt: skip
 
     def result(self) -> SweepResult:
         """Return the finished cells, in the order of the plan."""

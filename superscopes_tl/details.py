@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,11 +24,12 @@ from superscopes_tl.amplify import PAPER_MAPPING, random_direction
 from superscopes_tl.cells import cell_of, make_patches, score_readings
 from superscopes_tl.errors import bad_value
 from superscopes_tl.lenses import LENSES, Lens, lens_table
-from superscopes_tl.loading import BUNDLED_MODEL
+from superscopes_tl.loading import BUNDLED_MODEL, load_model
+from superscopes_tl.models import LanguageModel
 from superscopes_tl.packaged import PACKAGED
 from superscopes_tl.patches import Patch
 from superscopes_tl.plan import SweepPlan
-from superscopes_tl.prompts import DESCRIPTION_PROMPT, crop_description
+from superscopes_tl.prompts import crop_description, default_target_prompt
 from superscopes_tl.relevancy import TokenEffect, token_effects
 from superscopes_tl.results import COLUMNS, Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER
@@ -51,6 +55,7 @@ class Control:
     text: str
     description: str
     score: float
+    recovered: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def reading_at(result: SweepResult, selection: Selection) -> Reading | None:
 
 def ladder(result: SweepResult, selection: Selection) -> pd.DataFrame:
     """Return the readings of the selected site at every α, smallest first."""
-    columns = ["alpha", "norm_ratio", "score", "description"]
+    columns = ["alpha", "norm_ratio", "score", "recovered", "description", "written"]
     return _site(result, selection).sort_values("alpha")[columns].reset_index(drop=True)
 
 
@@ -143,11 +148,21 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
+    shares = _shares(plan, cell[0].position, controls["random vector of equal norm"])
     return Probe(
         tokens=token_effects(generator, [patch], [written.token_ids])[0],
-        controls=tuple(map(Control, controls, texts, descriptions, scores)),
+        controls=tuple(map(Control, controls, texts, descriptions, scores, shares)),
         lenses=_through_lenses(plan, cell[0], lenses),
     )
+
+
+def _shares(plan: SweepPlan, position: int, random: Patch) -> tuple[float, float]:
+    """Return what no patch and a random one recover of the model's own words."""
+    words = plan.own_words(position)
+    if words.undefined:
+        return math.nan, math.nan
+    (likely,) = plan.generator.log_probabilities([replace(random, seed=None)], [words.token_ids])
+    return 0.0, words.recovered(sum(likely))  # nothing, by definition
 
 
 def _through_lenses(
@@ -163,50 +178,53 @@ def _through_lenses(
     )
 
 
-def code_for(result: SweepResult, selection: Selection) -> str:
-    """Return Python that reads this cell again, from the result's provenance.
+def code_for(result: SweepResult, selection: Selection, plan: SweepPlan | None = None) -> str:
+    """Return Python that reads this cell again, and writes it out.
 
     What a provenance cannot hold has to be put in by hand, and a comment says so: a mapping family
-    or a scorer of your own, the path of a model that is no name of the hub. In half precision
-    another batch size may change a text; a comment says that too.
+    or a scorer of your own, a model that was made in memory. In half precision another batch size
+    may change a text; a comment says that too.
+
+    Args:
+        result: gives the settings, by its provenance.
+        selection: the cell.
+        plan: knows where its models came from: their full paths are in no result.
     """
     if selection.kind not in KINDS:
         return "# These vectors came from no prompt: read_vectors(model, vectors, ...) reads them."
     provenance = result.provenance
     config, model = provenance.get("config", {}), provenance.get("model", {})
-    settings: dict[str, Any] = {
+    read, asked = (None, None) if plan is None else (plan.model, plan.generator.model)
+    own, imported = _amplifier(config)
+    settings = {
         "layers": selection.source_layer,
         "kinds": selection.kind,
         "alphas": selection.alpha,
         "positions": selection.position,
         "target_layer": selection.target_layer,
         "max_new_tokens": config.get("max_new_tokens"),
+        **own,
+        **_prompts(result, selection),
     }
-    names, notes = ["load_model", "sweep"], _model_notes(model)
-    mapping = str(config.get("mapping", PAPER_MAPPING))
-    own, imported = _amplifier(config)
-    settings.update(own)
-    names += imported
+    names, notes = ["load_model", "sweep", *imported], _model_notes(model, read)
+    if "target_prompt" in settings:
+        names.append("TargetPrompt")
     notes += [
         f"# {v}: the sweep's own, {_line(config[k])}" for k, v in own.items() if v in _UNKNOWN
     ]
-    if prompt := _target_prompt(provenance.get("target_prompt", {})):
-        names.append("TargetPrompt")
-        settings["target_prompt"] = _Verbatim(prompt)
-    if config.get("chat"):
-        settings["chat"] = True
     if other := provenance.get("target_model"):
-        notes += _model_notes(other)
-        settings["target_model"] = _Verbatim(_load(other))
+        notes += _model_notes(other, asked)
+        settings["target_model"] = _Verbatim(_load(other, asked))
     if config.get("score_on", "description") != "description":
         settings["score_on"] = config["score_on"]
-    if config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
+    scored = config.get("generate") != "none"
+    if scored and config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
         notes.append(f"# scorer={config['scorer']!r}: pass your own to get its scores")
     lines = [
         f"from superscopes_tl import {', '.join(sorted(names, key=str.lower))}",
         "",
         *notes,
-        f"model = {_load(model)}",
+        f"model = {_load(model, read)}",
         "result = sweep(",
         f"    model, {provenance.get('prompt')!r},",
         *(f"    {key}={value!r}," for key, value in settings.items()),
@@ -214,12 +232,15 @@ def code_for(result: SweepResult, selection: Selection) -> str:
         ")",
         "table = result.table",
     ]
-    if mapping != PAPER_MAPPING:
+    if str(config.get("mapping", PAPER_MAPPING)) != PAPER_MAPPING:
         lines.append(
             f"table = table[(table.kind == {selection.kind!r}) & (table.source_layer == "
             f"{selection.source_layer}) & (table.position == {selection.position})]"
         )
-    return "\n".join([*lines, "print(table[['text', 'score']].iloc[0].to_dict())"])
+    return "\n".join([*lines, f"print(table[{_PRINTED}].iloc[0].to_dict())"])
+
+
+_PRINTED = ["text", "score", "recovered"]
 
 
 def _line(said: object) -> str:
@@ -227,10 +248,31 @@ def _line(said: object) -> str:
     return " ".join(str(said).split())
 
 
-def _target_prompt(target: dict[str, Any]) -> str:
+def _prompts(result: SweepResult, selection: Selection) -> dict[str, Any]:
+    """Return the settings of both prompts that are not the default ones."""
+    provenance = result.provenance
+    config = provenance.get("config", {})
+    settings: dict[str, Any] = {}
+    if prompt := _target_prompt(provenance.get("target_prompt", {}), chat=bool(config.get("chat"))):
+        settings["target_prompt"] = _Verbatim(prompt)
+    if config.get("chat"):
+        settings["chat"] = True
+    if config.get("source_template", "{}") != "{}":
+        settings["source_template"] = config["source_template"]
+    # A substring that chose the position is what it is about; the code has its index.
+    reading = reading_at(result, selection)
+    about = config.get("about") or (reading.about if reading is not None else "")
+    if about and (config.get("about") or about != provenance.get("prompt")):
+        settings["about"] = about
+    if config.get("reference"):
+        settings["reference"] = config["reference"]
+    return settings
+
+
+def _target_prompt(target: dict[str, Any], *, chat: bool) -> str:
     """Return the code of a target prompt that is not the default one; nothing for that."""
     asked = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
-    if asked == astuple(DESCRIPTION_PROMPT):
+    if asked == astuple(default_target_prompt(None, chat=chat)):
         return ""
     return f"TargetPrompt({', '.join(map(repr, asked if asked[2] else asked[:2]))})"
 
@@ -268,9 +310,12 @@ def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return settings, imported
 
 
-def _model_notes(model: dict[str, Any]) -> list[str]:
+def _model_notes(model: dict[str, Any], live: LanguageModel | None) -> list[str]:
+    """Return comments on how to get a model again, as far as its code does not say it."""
     notes = []
-    if model.get("name") not in (BUNDLED_MODEL, *PACKAGED):
+    if live is not None and live.origin is None:
+        notes.append("# load_model: this model was made in memory; pass the object itself")
+    elif live is None and model.get("name") not in (BUNDLED_MODEL, *PACKAGED):
         notes.append("# load_model: give the path if the model came from a folder, and a revision")
     if model.get("dtype", "float32") != "float32":
         notes.append("# in half precision another batch size may change the text")
@@ -284,9 +329,28 @@ class _Verbatim(str):
         return str(self)
 
 
-def _load(model: dict[str, Any]) -> str:
-    values = {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
+_SECRET = ("token",)
+"""Loading options that no code shows; whoever has a token is logged in."""
+
+
+def _load(model: dict[str, Any], live: LanguageModel | None) -> str:
+    """Return the code that loads a model: with all that its first loading was given, if known."""
+    origin: Any = None if live is None else live.origin
+    if not isinstance(origin, partial):
+        origin = partial(load_model, model.get("name"))
+    values = {k: _plain(v) for k, v in origin.keywords.items() if k not in _SECRET}
+    values |= {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
     if model.get("dtype", "float32") != "float32":
         values["dtype"] = model["dtype"]
-    settings = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"load_model({model.get('name')!r}, {settings})"
+    given = {k: v for k, v in values.items() if v is not None or k == "prepend_bos"}
+    settings = ", ".join(f"{k}={v!r}" for k, v in given.items())
+    return f"load_model({origin.args[0]!r}, {settings})"
+
+
+def _plain(value: object) -> object:
+    """Return a loading option as a literal; torch's types and devices by their names."""
+    try:
+        ast.literal_eval(repr(value))
+    except (ValueError, SyntaxError):
+        return str(value).removeprefix("torch.")
+    return value

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from superscopes_tl import markup
 from superscopes_tl.background import wait_for_all
-from superscopes_tl.config import SweepConfig
+from superscopes_tl.config import SweepConfig, check_config
 from superscopes_tl.details import Selection, code_for, reading_at
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_desk import Desk
@@ -30,9 +30,10 @@ from superscopes_tl.explorer_panel import Guard, Panel
 from superscopes_tl.explorer_view import View
 from superscopes_tl.export import save_as
 from superscopes_tl.lenses import LENSES, Lens
-from superscopes_tl.live import axes_of, color_range
-from superscopes_tl.loading import load_model
+from superscopes_tl.live import axes_of
+from superscopes_tl.loading import DEFAULT_MODEL, load_model
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.readability import Readability
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.scoring import PAPER_SCORER, Scorer
 from superscopes_tl.snapshot import heatmap_png
@@ -48,7 +49,7 @@ class Explorer:
     Python with the attributes and methods below.
 
     Example:
-        >>> explorer = Explorer(load_model("mini"), "Red Hot Chili Peppers")  # doctest: +SKIP
+        >>> explorer = Explorer("smollm2", "Pink Floyd", layers=range(0, 30, 3))  # doctest: +SKIP
         >>> explorer.run().wait()  # doctest: +SKIP
         >>> explorer.select(kind="mlp_out", layer=3, alpha=9)  # doctest: +SKIP
 
@@ -58,11 +59,13 @@ class Explorer:
         pins: the pinned cells, as `(selection, reading, token)`.
 
     Args:
-        model: from `load_model`, or anything that it takes.
+        model: from `load_model`, or anything that it takes; the model of `load_model()` unless
+            given.
         prompt: the source prompt to begin with.
-        config: the settings to begin with; the paper's unless given.
+        config: the settings to begin with; or give them one by one as keyword arguments.
         scorers: more scorers to choose from, by label.
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
+        **settings: the fields of `SweepConfig`.
 
     Raises:
         ValueError, TypeError: a bad setting, or one that the controls cannot show.
@@ -70,17 +73,21 @@ class Explorer:
 
     def __init__(
         self,
-        model: LanguageModel | Any = "mini",
+        model: LanguageModel | Any = DEFAULT_MODEL,
         prompt: str = "Red Hot Chili Peppers",
         config: SweepConfig | None = None,
         *,
         scorers: Mapping[str, Scorer] | None = None,
         lenses: Mapping[str, Lens] = LENSES,
+        **settings: Any,
     ) -> None:
+        if settings:  # a bad one should not cost a load
+            config = check_config(config, settings)
         loaded = load_model(model)
         self.model: LanguageModel | None = loaded
+        chat = bool(getattr(loaded.tokenizer, "chat_template", None))
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
-        self._set_up(View(loaded.kinds, loaded.n_layers, labels), lenses)
+        self._set_up(View(loaded.kinds, loaded.n_layers, labels, chat=chat), lenses)
         self._desk = Desk(loaded, self.view, self._panel, self._guard, self._show_picture)
         self.prompt = prompt
         self.config = config or SweepConfig()
@@ -106,6 +113,7 @@ class Explorer:
             "Opened without a model: look, compare, export.", state="saved", run=0
         )
         self._panel.open(result, axes_of(result), None)
+        self._panel.finish(result)
         self._panel.select_best()
         return self
 
@@ -144,11 +152,11 @@ class Explorer:
         """Python that reads the chosen cell again; empty if none is chosen."""
         if self.selection is None or self.result is None:
             return ""
-        return code_for(self.result, self.selection)
+        return code_for(self.result, self.selection, self._panel.plan)
 
     @property
     def state(self) -> str:
-        """One of idle, running, done, cancelled, failed, or saved for a saved result."""
+        """One of idle, finding, running, done, cancelled, failed; saved for a saved result."""
         return "saved" if self._desk is None else self._desk.state
 
     @property
@@ -166,6 +174,22 @@ class Explorer:
         """
         self._at_desk().run()
         return self
+
+    def find(self) -> Self:
+        """Find out in the background how the model is read best, and set the controls to that.
+
+        The answer is kept per model in the cache folder; `check` has it, too.
+
+        Raises:
+            ValueError: a run or another search is under way.
+        """
+        self._at_desk().find()
+        return self
+
+    @property
+    def check(self) -> Readability | None:
+        """What `find` found."""
+        return None if self._desk is None else self._desk.check
 
     def cancel(self) -> None:
         """Stop the run after the batch that is being computed; keep what is finished."""
@@ -211,13 +235,16 @@ class Explorer:
             reading = reading_at(self.result, self.selection)
             if reading is not None:
                 self.pins.append((self.selection, reading, reading.token))
-                self.view.pins.value = markup.pins(self.pins, color_range(self.result))
+                self._show_pins()
 
     def unpin(self) -> None:
         """Remove all pinned cells."""
         with self._guard.lock:
             self.pins.clear()
             self.view.pins.value = ""
+
+    def _show_pins(self) -> None:
+        self.view.pins.value = markup.pins(self.pins, self._panel.shades)
 
     def export(self, path: str | Path) -> Path:
         """Write the result as `.html`, `.png`, `.csv`, `.parquet` or `.zip` (see `save_as`).
@@ -229,8 +256,9 @@ class Explorer:
             into, result = self.view.into.value, self.result or SweepResult.from_readings([], {})
             layer = self.selection.source_layer if self.selection else None
             at = self.view.position.value if self._panel.axes else None
+            column = self.view.colour.value
         target = into if isinstance(into, int) else None
-        return save_as(result, path, position=at, target_layer=target, layer=layer)
+        return save_as(result, path, position=at, target_layer=target, layer=layer, value=column)
 
     # How it works.
 
@@ -243,6 +271,7 @@ class Explorer:
         self._panel = Panel(view, self._guard, lenses)
         self._desk = None
         self._picture: Any = None
+        view.colour.observe(self._guard(self._show_pins), "value")
         for button, action in (
             (view.pin, self.pin),
             (view.unpin, self.unpin),
@@ -300,6 +329,7 @@ class Explorer:
             self.result,
             position=self.view.position.value,
             target_layer=into if isinstance(into, int) else None,
+            value=self.view.colour.value,
         )
         bundle = {"text/plain": repr(self), "image/png": base64.b64encode(picture).decode()}
         self._picture.update(bundle, raw=True)

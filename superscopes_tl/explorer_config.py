@@ -1,7 +1,7 @@
 """Between a `SweepConfig` and the Explorer's controls, both ways.
 
 1. `read_config` makes the configuration that the controls show; what has no control (mapping,
-   length, batch size, chat template, the beginning of an answer) stays as it was given.
+   length, batch size, controls, the beginning of an answer) stays as it was given.
 2. `write_config` sets the controls to a configuration, or says why they cannot show it: everything
    is checked before the first control moves, so that what is read back is what was given.
 """
@@ -9,17 +9,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from superscopes_tl.amplify import MappingFamily, family_name, in_units_of, scale
 from superscopes_tl.config import SweepConfig
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
+from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, View
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.plan import SweepPlan, plan_sweep
-from superscopes_tl.prompts import TargetPrompt
+from superscopes_tl.prompts import TargetPrompt, default_target_prompt
 from superscopes_tl.scoring import PAPER_SCORER, as_scorer, no_scores, scorer_name
 from superscopes_tl.tokens import TokenizedText
 
@@ -41,27 +41,39 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
     kinds = tuple(kind for kind, box in view.kinds.items() if box.value)
     if not kinds:
         raise bad_value("kinds", expected="at least one kind", got=kinds, fix="tick one")
-    preset = view.target_preset.value
-    target_prompt = TARGET_PRESETS.get(preset) or TargetPrompt(
+    chat = bool(view.chat.value)
+    target_prompt = view.presets.get(view.target_preset.value) or TargetPrompt(
         view.target_text.value,
         view.placeholder.value.strip(),
-        base.asked.answer,
+        base.asked.answer if chat else "",
     )
+    usual = base.target_prompt is None and target_prompt == default_target_prompt(None, chat=chat)
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
-    mapping = scale if _units(base.mapping) else base.mapping
-    if view.units.value == "norm":
-        own = _own_norm(norm_at, target_prompt, into, base.chat)
-        given = _units(base.mapping)
+    mapping = scale if units_of(base.mapping) else base.mapping
+    unit: Literal["vector", "residual"] = "vector"
+    if view.units.value == "norm" and (into == "same" or base.unit == "residual"):
+        unit = "residual"  # of each layer its own
+    elif view.units.value == "norm":
+        own = _own_norm(norm_at, target_prompt, into, chat)
+        given = units_of(base.mapping)
         mapping = base.mapping if given and round(given, 4) == own else in_units_of(own)
     return replace(
         base,
-        layers=tuple(range(first, last + 1)),
+        layers=tuple(range(first, last + 1, view.step.value)),
         kinds=kinds,
         alphas=parse_alphas(view.alphas.value),
         positions=view.tokens.value,
+        source_template=view.template.value or "{}",
+        about=view.about.value or None,
+        reference=base.reference
+        if isinstance(base.reference, Mapping)
+        else view.reference.value or None,
+        chat=chat,
+        generate=view.write.value,
         target_layer=into,
         mapping=mapping,
-        target_prompt=target_prompt,
+        unit=unit,
+        target_prompt=None if usual else target_prompt,
         scorer=None if view.scorer.value == PAPER_SCORER else view.scorer.value,
         score_on=view.score_on.value,
     )
@@ -102,7 +114,7 @@ def write_config(
     layers, position, into = _shown(plan)
     kinds = {site.kind for site in plan.sites}
     target = plan.generator.target.prompt
-    units = _units(config.mapping)
+    units = units_of(config.mapping)
     if units:
         own = _own_norm(norm_at, target, into, config.chat)
         if round(units, 4) != own:
@@ -114,20 +126,33 @@ def write_config(
                 fix=_SHOWS_ALL,
             )
 
-    view.units.value = "norm" if units else "vector"
+    view.units.value = "norm" if units or config.unit == "residual" else "vector"
     view.layers.value = (layers[0], layers[-1])
+    view.step.value = layers[1] - layers[0] if len(layers) > 1 else 1
+    view.chat.value, view.template.value = config.chat, config.source_template
     show_tokens(view, plan.source)
     view.tokens.value = position
+    about = plan.about(position)
+    usual = plan.source.text[: plan.source.spans[position][1]]
+    view.about.value = about if config.about is not None or about != usual else ""
+    show_reference(view, config, prompt)
+    view.write.value = config.generate
     view.target.value = into if into in (0, "same") else "fixed"
     view.fixed.value = 0 if into == "same" else into
     for kind, box in view.kinds.items():
         box.value = kind in kinds
     view.alpha_preset.value = next((n for n, p in ALPHA_PRESETS.items() if p == plan.alphas), OWN)
     view.alphas.value = alphas_text(plan.alphas)
-    view.target_preset.value = next((n for n, p in TARGET_PRESETS.items() if p == target), OWN)
+    view.target_preset.value = next((n for n, p in view.presets.items() if p == target), OWN)
     view.target_text.value, view.placeholder.value = target.text, target.placeholder
     view.score_on.value = config.score_on
     _choose_scorer(view, config.scorer)
+
+
+def show_reference(view: View, config: SweepConfig, prompt: str) -> None:
+    """Show the text that takes the place of own words; one of several cannot be changed here."""
+    view.reference.value = config.reference_of(prompt) or ""
+    view.reference.disabled = isinstance(config.reference, Mapping)
 
 
 def show_tokens(view: View, tokens: TokenizedText) -> None:
@@ -165,8 +190,12 @@ def _checked(config: SweepConfig, model: LanguageModel, prompt: str) -> SweepPla
 def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
     """Return a plan's layers, token and target, of which the controls show one range or value."""
     layers = tuple(dict.fromkeys(site.layer for site in plan.sites))
-    if layers != tuple(range(layers[0], layers[-1] + 1)):
-        raise bad_value("layers", expected="a range without gaps", got=list(layers), fix=_SHOWS_ALL)
+    step = layers[1] - layers[0] if len(layers) > 1 else 1
+    if step < 1 or layers != tuple(range(layers[0], layers[-1] + 1, step)):
+        raise bad_value(
+            "layers", expected="every layer of a range, or every k-th", got=list(layers),
+            fix=_SHOWS_ALL,
+        )  # fmt: skip
     positions = tuple(dict.fromkeys(site.position for site in plan.sites))
     if len(positions) > 1:
         raise bad_value("positions", expected="one token", got=positions, fix=_SHOWS_ALL)
@@ -176,7 +205,7 @@ def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
     return layers, positions[0], into if into == "same" else into[0]
 
 
-def _units(mapping: MappingFamily) -> float | None:
+def units_of(mapping: MappingFamily) -> float | None:
     """Return the norm of an `in_units_of` family; `None` for every other family."""
     try:
         norm = float(family_name(mapping).removeprefix("in_units_of(").removesuffix(")"))
@@ -188,10 +217,10 @@ def _units(mapping: MappingFamily) -> float | None:
 def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any, chat: bool) -> float:
     if into == "same":
         raise bad_value(
-            "α times the residual norm",
+            "mapping",
             expected="one target layer, whose norm is meant",
             got="the same layer as the source",
-            fix="patch into layer 0 or a fixed layer",
+            fix="unit='residual' takes each layer's own",
         )
     return round(norm_at(target_prompt, into, chat), 4)
 

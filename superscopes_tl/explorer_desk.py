@@ -4,30 +4,36 @@
    there already, and seconds, from a short warm-up in a thread.
 2. `run` freezes what the controls show at that moment; later changes are for the next run.
 3. The run's batches go to the panel as they come, its end to the status line.
+4. `find` has a thread find out how the model is read best, and sets the controls to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from superscopes_tl import markup
+from superscopes_tl.amplify import scale
 from superscopes_tl.background import BackgroundSweep, CellStore, Latest, Progress, wait_for_all
-from superscopes_tl.config import SweepConfig
+from superscopes_tl.config import SweepConfig, check_config
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_config import (
     alphas_text,
     read_config,
+    show_reference,
     show_tokens,
+    units_of,
     write_config,
 )
 from superscopes_tl.explorer_panel import Guard, Panel
-from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, TARGET_PRESETS, View
+from superscopes_tl.explorer_view import ALPHA_PRESETS, OWN, View
 from superscopes_tl.live import axes_of_plan
 from superscopes_tl.models import LanguageModel
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import SweepPlan, plan_sweep
-from superscopes_tl.prompts import TargetPrompt
+from superscopes_tl.prompts import TargetPrompt, default_target_prompt
+from superscopes_tl.readability import Readability, kept_readability
 from superscopes_tl.results import Reading
 from superscopes_tl.scoring import no_scores
 from superscopes_tl.tokens import TokenizedText, check_text, tokenize
@@ -38,6 +44,9 @@ WATCHED_ROWS = 256
 
 class Desk:
     """Where a sweep is set up and run.
+
+    Attributes:
+        check: whether and how the model can be read, once that was asked for.
 
     Args:
         model: the model.
@@ -58,7 +67,9 @@ class Desk:
         self._model, self._view, self._panel, self._guard = model, view, panel, guard
         self._on_end = on_end
         self._base = SweepConfig()
-        self._store, self._estimator = CellStore(), Latest()
+        self.check: Readability | None = None
+        self._store, self._estimator, self._finder = CellStore(), Latest(), Latest()
+        self._finding = False
         self._seconds: dict[tuple[object, ...], float] = {}
         self._norms: dict[tuple[TargetPrompt, int, bool], float] = {}
         self._sweep: BackgroundSweep | None = None
@@ -66,15 +77,18 @@ class Desk:
         self._say("Ready", "idle")
         view.run.on_click(guard(self.run))
         view.cancel.on_click(guard(self.cancel))
+        view.find.on_click(guard(self.find))
         view.prompt.observe(guard(self._prompt_changed), "value")
         view.alpha_preset.observe(guard(self._preset_changed), "value")
         view.alphas.observe(guard(self._alphas_changed), "value")
+        view.chat.observe(guard(self._chat_changed), "value")
+        view.template.observe(guard(self._source_changed), "value")
         for control in (view.target, view.target_preset):
             control.observe(guard(self._enable), "value")
         for control in (
             view.tokens, view.layers, view.units, view.target, view.fixed, view.alphas,
             view.target_preset, view.target_text, view.placeholder, view.scorer, view.score_on,
-            *view.kinds.values(),
+            view.step, view.write, view.about, view.reference, *view.kinds.values(),
         ):  # fmt: skip
             control.observe(guard(self._estimate), "value")
 
@@ -90,7 +104,9 @@ class Desk:
 
     @property
     def state(self) -> str:
-        """The state of the latest run, or idle."""
+        """The state of the latest run, or idle; finding while a setting is looked for."""
+        if self._finding:
+            return "finding"
         return self._sweep.state if self._sweep else "idle"
 
     @property
@@ -101,9 +117,9 @@ class Desk:
     def set_prompt(self, text: str) -> None:
         """Show another prompt; its last token is chosen."""
         with self._guard.lock:
-            tokens = tokenize(self._model, text, chat=self._base.chat)
+            tokens = self._tokens(text)
             self._quietly(lambda: setattr(self._view.prompt, "value", text))
-            self._show_tokens(tokens)
+            self._quietly(lambda: self._show_prompt(tokens))
             self._estimate()
 
     def set_config(self, config: SweepConfig) -> None:
@@ -120,13 +136,11 @@ class Desk:
         with self._guard.lock:
             model, prompt, config = self._model, self.prompt, self.config
             check_text(prompt, "prompt")
-            if self.state == "running":
-                raise bad_value(
-                    "run", expected="no run under way", got="running", fix="cancel or wait first"
-                )
+            self._check_rest("run")
             self._guard.run += 1
             view = self._view
-            view.run.disabled, view.cancel.disabled = True, False
+            view.run.disabled = view.find.disabled = True
+            view.cancel.disabled = False
             view.progress.value, view.progress.bar_style = 0, "info"
             self._say("Preparing", "running")
             self._sweep = BackgroundSweep(
@@ -145,10 +159,58 @@ class Desk:
                 self._sweep.cancel()
                 self._say("Stopping after this batch", "running")
 
+    def find(self) -> None:
+        """Find out how the model is read best, in a thread, and set the controls to that."""
+        with self._guard.lock:
+            self._check_rest("find")
+            view = self._view
+            self._finding = True
+            view.run.disabled = view.find.disabled = True
+            self._say("Finding a setting: reading a dozen names in several ways", "finding")
+            self._finder.submit(self._look)
+
+    def _look(self) -> None:
+        """Check the model, and show what was found or why nothing was."""
+        found, failed = None, None
+        try:
+            found = kept_readability(self._model, progress=False)
+        except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+            failed = error
+        with self._guard.lock:
+            self._finding = False
+            self._view.run.disabled = self._view.find.disabled = False
+            if found is None:
+                self._guard.show(failed or RuntimeError("no setting was found"))
+            else:
+                self._guard(lambda: self._take(found))()
+
+    def _take(self, found: Readability) -> None:
+        """Set the controls to the setting that was found; what it does not name stays."""
+        self.check = found
+        self._view.found.value = f"<div role='status'>{markup.note(found.verdict)}</div>"
+        now, best = self.config, found.config
+        # An α in units of one layer's norm has no meaning where each layer has its own.
+        units = units_of(now.mapping) is not None
+        new = replace(
+            now, target_prompt=best.target_prompt, target_layer=best.target_layer, chat=best.chat,
+            source_template=best.source_template, positions=-1,
+            mapping=scale if units else now.mapping, unit="residual" if units else now.unit,
+        )  # fmt: skip
+        self.set_config(new)
+        self._say("Set to what reads this model best; press Run", "idle")
+
+    def _check_rest(self, what: str) -> None:
+        """Raise if a run or a search is under way."""
+        if self.state in ("running", "finding"):
+            raise bad_value(
+                what, expected="no run or search under way", got=self.state,
+                fix="cancel the run or wait first",
+            )  # fmt: skip
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the run and for the warm-up."""
         sweep = [self._sweep.wait] if self._sweep is not None else []
-        return wait_for_all([*sweep, self._estimator.wait], timeout)
+        return wait_for_all([*sweep, self._finder.wait, self._estimator.wait], timeout)
 
     def _norm_at(self, target_prompt: TargetPrompt, layer: int, chat: bool) -> float:
         key = (target_prompt, layer, chat)
@@ -161,27 +223,29 @@ class Desk:
 
     def _opened(self, plan: SweepPlan) -> None:
         if self._sweep is not None:
-            self._view.progress.max = len(plan.all_cells)
+            progress = self._sweep.progress
+            self._view.progress.max = progress.total + progress.to_write
             self._panel.open(self._sweep.result(), axes_of_plan(plan), plan)
 
     def _filled(self, readings: Sequence[Reading]) -> None:
         if self._sweep is not None:
             progress = self._sweep.progress
-            self._view.progress.value = progress.done
+            self._view.progress.value = progress.done + progress.written
             self._panel.draw(self._sweep.result())
             self._panel.refresh(readings)
             self._say(_under_way(progress), "running")
 
     def _ended(self) -> None:
         view, sweep = self._view, self._sweep
-        view.run.disabled, view.cancel.disabled = False, True
+        view.run.disabled = view.find.disabled = False
+        view.cancel.disabled = True
         if sweep is None:
             return
         styles = {"done": "success", "cancelled": "warning", "failed": "danger"}
         view.progress.bar_style = styles[sweep.state]
         progress = sweep.progress
         if sweep.plan is not None:
-            self._panel.draw(sweep.result())
+            self._panel.finish(sweep.result())
             if self._panel.selection is None:
                 self._panel.select_best()
         if sweep.error is not None:
@@ -192,15 +256,53 @@ class Desk:
         self._estimate()
 
     def _prompt_changed(self) -> None:
+        """Show another prompt's tokens; what the old one was held against goes with it."""
         if not self._quiet:
             self._view.tokens.options = [("∅", 0)]
-            self._show_tokens(tokenize(self._model, self.prompt, chat=self._base.chat))
-            if self.state != "running":
-                self._say("Ready", "idle")
-            self._estimate()
+            tokens = self._tokens(self.prompt)
+            self._quietly(lambda: self._show_prompt(tokens))
+            self._rest()
 
-    def _show_tokens(self, tokens: TokenizedText) -> None:
-        self._quietly(lambda: show_tokens(self._view, tokens))
+    def _show_prompt(self, tokens: TokenizedText) -> None:
+        show_tokens(self._view, tokens)
+        self._view.about.value = ""
+        several = isinstance(self._base.reference, Mapping)
+        show_reference(self._view, self._base if several else SweepConfig(), tokens.text)
+
+    def _source_changed(self) -> None:
+        """Show the same prompt in another template."""
+        if not self._quiet:
+            tokens = self._tokens(self.prompt)
+            self._quietly(lambda: show_tokens(self._view, tokens))
+            self._rest()
+
+    def _chat_changed(self) -> None:
+        """Show the same prompt with or without the chat template, with a question to match."""
+        view, chat = self._view, bool(self._view.chat.value)
+        if self._quiet:
+            return
+        before, now = (default_target_prompt(None, chat=c) for c in (not chat, chat))
+        names = {prompt: name for name, prompt in view.presets.items()}
+        if view.target_preset.value == names[before]:
+            self._quietly(lambda: setattr(view.target_preset, "value", names[now]))
+            self._enable()
+        self._source_changed()
+
+    def _rest(self) -> None:
+        """Take a message of earlier settings away, and say what these would cost."""
+        if self.state not in ("running", "finding"):
+            self._say("Ready", "idle")
+        self._estimate()
+
+    def _tokens(self, prompt: str) -> TokenizedText:
+        """Return a prompt's tokens in the template that the controls show.
+
+        Raises:
+            ValueError, TypeError: a bad prompt or template.
+        """
+        chat, template = bool(self._view.chat.value), self._view.template.value or "{}"
+        check_config(None, {"source_template": template})
+        return tokenize(self._model, prompt, chat=chat, template=template)
 
     def _preset_changed(self) -> None:
         preset = ALPHA_PRESETS.get(self._view.alpha_preset.value)
@@ -220,7 +322,7 @@ class Desk:
         view.target_text.disabled = view.placeholder.disabled = not own
         view.target_text.layout.display = view.placeholder.layout.display = "" if own else "none"
         if not own and not self._quiet:
-            preset = TARGET_PRESETS[view.target_preset.value]
+            preset = view.presets[view.target_preset.value]
             view.target_text.value, view.placeholder.value = preset.text, preset.placeholder
 
     def _estimate(self) -> None:
@@ -236,18 +338,19 @@ class Desk:
             return
         plan = replace(plan, finished=self._store.cells(plan))
         view.estimate.value = markup.note(_cost(plan, None))
-        if self.state != "running":  # a warm-up would slow the run down
+        if self.state not in ("running", "finding"):  # a warm-up would slow the run down
             self._estimator.submit(lambda: self._warm_up(plan))
 
     def _warm_up(self, plan: SweepPlan) -> None:
         """Time a batch, once per target prompt and size, and complete the estimate."""
         generator = plan.generator
-        rows = min(generator.batch_size, len(plan.cells))
+        rows = min(generator.batch_size, _texts(plan))
         key = (generator.target, generator.max_new_tokens, rows)
         try:
             if rows and key not in self._seconds:
                 self._seconds[key] = generator.seconds_per_batch(rows)
-            cost = _cost(plan, self._seconds.get(key, 0.0) * plan.n_batches)
+            batches = math.ceil(_texts(plan) / generator.batch_size)
+            cost = _cost(plan, self._seconds.get(key, 0.0) * batches)
         except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
             cost = f"{len(plan.cells)} cells; the warm-up failed: {error}"
         with self._guard.lock:
@@ -277,12 +380,23 @@ def _watched(model: LanguageModel, prompt: str, config: SweepConfig) -> SweepPla
 def _cost(plan: SweepPlan, seconds: float | None) -> str:
     there = len(plan.all_cells) - len(plan.cells)
     kept = f", {there} of them from earlier runs" if there else ""
-    time = "" if seconds is None else f" · {_about(seconds)}"
-    return f"A run: {len(plan.all_cells)} cells{kept}{time}"
+    texts = _texts(plan)
+    some = "" if plan.config.generate == "all" else f", {texts} to write out"
+    time = "" if seconds is None or not texts else f" · {_about(seconds)}"
+    return f"A run: {len(plan.all_cells)} cells{kept}{some}{time}"
+
+
+def _texts(plan: SweepPlan) -> int:
+    """Return how many texts a run would write."""
+    if plan.config.generate == "all":
+        return len(plan.cells)
+    return len({cell[:2] for cell in plan.cells}) if plan.config.generate == "best" else 0
 
 
 def _under_way(progress: Progress) -> str:
-    left = progress.remaining_seconds
+    if progress.to_write and progress.done == progress.total:
+        return f"{progress.total} cells · {progress.written} of {progress.to_write} texts"
+    left = None if progress.to_write else progress.remaining_seconds
     rate = f" · {progress.rate:.0f} cells/s" if progress.rate else ""
     rest = f" · {_about(left)} left" if left is not None else ""
     return f"{progress.done} of {progress.total} cells{rate}{rest}"
@@ -291,7 +405,9 @@ def _under_way(progress: Progress) -> str:
 def _at_end(state: str, progress: Progress) -> str:
     word = {"done": "Done", "cancelled": "Cancelled"}[state]
     reused = f", {progress.reused} from earlier runs" if progress.reused else ""
-    return f"{word}: {progress.done} of {progress.total} cells in {progress.seconds:.1f} s{reused}"
+    texts = f", {progress.written} texts" if progress.to_write else ""
+    cells = f"{progress.done} of {progress.total} cells{texts}"
+    return f"{word}: {cells} in {progress.seconds:.1f} s{reused}"
 
 
 def _about(seconds: float) -> str:

@@ -1,19 +1,23 @@
 """The map and the selected cell of the Explorer: what is drawn when a result or a choice changes.
 
 1. `open` lays out an empty map for the axes of a sweep; `draw` fills in a result.
-2. A click, or one of the cursors, chooses a cell; `select` brings map, cursors and panel in line.
-3. What only the model can say of the cell (`details.probe`) is asked for in a thread; an answer
+2. The colours stand for one column, "recovered" or "score": the former where it is defined, until
+   the reader chooses. Map, curve, ladder and chips all show it.
+3. A click, or one of the cursors, chooses a cell; `select` brings map, cursors and panel in line.
+4. What only the model can say of the cell (`details.probe`) is asked for in a thread; an answer
    that comes after the choice has changed is kept, not shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
+import pandas as pd
 
 from superscopes_tl import markup
 from superscopes_tl.background import Latest
@@ -21,8 +25,9 @@ from superscopes_tl.details import Probe, Selection, code_for, ladder, probe, re
 from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_view import BEST, View
 from superscopes_tl.lenses import LENSES, Lens
-from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, color_range, keep
+from superscopes_tl.live import Axes, LiveCurve, LiveMap, axis_label, keep
 from superscopes_tl.plan import SweepPlan
+from superscopes_tl.plots import Shades, usual_value
 from superscopes_tl.results import Reading, SweepResult
 
 
@@ -67,6 +72,7 @@ class Panel:
         axes: what its cells range over.
         selection: the chosen cell.
         plan: what computed it; `None` for a saved result, whose cells cannot be probed.
+        over: whether the run has ended, so that what the result says of itself can be shown.
 
     Args:
         view: the widgets.
@@ -79,6 +85,8 @@ class Panel:
         self.axes: Axes | None = None
         self.selection: Selection | None = None
         self.plan: SweepPlan | None = None
+        self.over = False
+        self._chosen_colour = False
         self._view, self._guard, self._lenses = view, guard, lenses
         self._map: LiveMap | None = None
         self._curve = LiveCurve()
@@ -90,14 +98,16 @@ class Panel:
             cursor.observe(guard(self._moved), "value")
         for choice in (view.show, view.best_alpha):
             choice.observe(guard(self._show), "value")
+        view.colour.observe(guard(self._recolour), "value")
         self._show_cell()
         self._show()
 
     def open(self, result: SweepResult, axes: Axes, plan: SweepPlan | None) -> None:
         """Lay out the map of a sweep that is about to be shown."""
         self.result, self.axes, self.plan, self.selection = result, axes, plan, None
-        self._probes = {}
+        self._probes, self.over = {}, False
         view = self._view
+        view.findings.value = ""
         self._quiet = True
         try:
             view.kind.options = axes.kinds
@@ -129,14 +139,28 @@ class Panel:
         if self._map is not None:
             view = self._view
             self._drawn = (view.position.value, view.into.value)
-            self._map.draw(result.table, *self._drawn)
+            self._choose_colour()
+            self._map.draw(result.table, *self._drawn, view.colour.value)
             self._map.mark(self.selection)
             keep(self._map.widget)
             view.caption.value = markup.caption(
-                result, self._token(view.position.value), view.into.value
+                result, self._token(view.position.value), view.into.value, self._map.marks
             )
+        if self.over:
+            self._say_findings()
         if self._view.show.value != "all":
             self._show()
+
+    def finish(self, result: SweepResult) -> None:
+        """Show the result of a run that has ended, and what it says of itself."""
+        self.over = True
+        self.draw(result)
+
+    @property
+    def shades(self) -> Shades:
+        """What the colours stand for."""
+        column = self._view.colour.value
+        return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
     def select(self, selection: Selection) -> None:
         """Choose a cell.
@@ -180,9 +204,10 @@ class Panel:
             self._show()
 
     def select_best(self) -> None:
-        """Choose the best-scoring cell."""
+        """Choose the best cell by the shown column."""
         if self.result is not None and not self.result.table.empty:
-            best = self.result.best().sort_values("score", ascending=False, na_position="last")
+            by = self._view.colour.value
+            best = self.result.best(by=by).sort_values(by, ascending=False, na_position="last")
             self.select(select(best.iloc[0]))
 
     def refresh(self, readings: Sequence[Reading]) -> None:
@@ -224,6 +249,46 @@ class Panel:
             into = view.into.value
             self.select(self.axes.selection(kind, layer, alpha, view.position.value, into))
 
+    def _choose_colour(self) -> None:
+        """Colour by what is defined for the shown rows, unless the reader has chosen."""
+        shown = self._shown_rows()
+        if not self._chosen_colour and len(shown):
+            self._quiet = True
+            try:
+                self._view.colour.value = usual_value(shown)
+            finally:
+                self._quiet = False
+
+    def _recolour(self) -> None:
+        """Show the column that the reader chose, everywhere."""
+        if self._quiet:
+            return
+        self._chosen_colour = True
+        if self.result is not None:
+            self.draw(self.result)
+        self._show_cell()
+
+    def _shown_rows(self) -> pd.DataFrame:
+        """Return the rows of the token and target that the map shows."""
+        if self.result is None:
+            return pd.DataFrame()
+        table, (position, into) = self.result.table, self._drawn
+        rows: pd.DataFrame = table[table["position"] == position]
+        return rows if into == "same" else rows[rows["target_layer"] == into]
+
+    def _say_findings(self) -> None:
+        """Show the contextualization layer of the shown token, and what is doubtful."""
+        result, (position, into) = self.result, self._drawn
+        if result is None:
+            return
+        layer = ""
+        if not self._shown_rows().empty:
+            target = None if into == "same" else into
+            with contextlib.suppress(ValueError):  # no block outputs at α = 1, or no number of them
+                found = result.contextualization_layer(position=position, target_layer=target)
+                layer = str(found)
+        self._view.findings.value = markup.findings(layer, result.doubts)
+
     def _show(self) -> None:
         """Put on the stage what the reader asked for."""
         view, result = self._view, self.result
@@ -236,9 +301,7 @@ class Panel:
         elif self.selection is None:
             view.stage.children = (widgets.HTML(markup.note("Choose a cell first.")),)
         else:
-            view.stage.children = (
-                widgets.HTML(markup.parts(result, self.selection, color_range(result))),
-            )
+            view.stage.children = (widgets.HTML(markup.parts(result, self.selection, self.shades)),)
 
     def _best(self, result: SweepResult) -> str:
         view, table = self._view, result.table
@@ -251,7 +314,7 @@ class Panel:
             return markup.note("Nothing finished here yet.")
         return markup.best(
             result,
-            color_range(result),
+            self.shades,
             alpha=alpha,
             position=position,
             target_layer=None if into == "same" else into,
@@ -262,8 +325,8 @@ class Panel:
         reading = None
         if selection is not None and self.result is not None:
             reading = reading_at(self.result, selection)
-        colours = (0.0, 1.0) if self.result is None else color_range(self.result)
-        view.detail.value = markup.detail(reading, selection, colours)
+        shades = self.shades
+        view.detail.value = markup.detail(reading, selection, shades)
         view.pin.disabled = reading is None
         view.ladder.value = view.copy.text = view.code.value = view.probe.value = ""
         if reading is None:
@@ -271,12 +334,13 @@ class Panel:
         if reading is None or selection is None or self.result is None:
             return
         rows = ladder(self.result, selection)
-        self._curve.draw(rows["alpha"].tolist(), rows["score"].tolist(), selection.alpha)
+        numbers = rows[shades.column].tolist()
+        self._curve.draw(rows["alpha"].tolist(), numbers, selection.alpha, shades)
         view.curve.children = (
             self._curve.widget,
         )  # now: plotly measures the room when it is shown
-        view.ladder.value = markup.ladder(rows, selection.alpha, colours)
-        code = code_for(self.result, selection)
+        view.ladder.value = markup.ladder(rows, selection.alpha, shades)
+        code = code_for(self.result, selection, self.plan)
         view.copy.text = code
         view.code.value = (
             f"<details><summary>the code</summary><pre>{html.escape(code)}</pre></details>"
@@ -284,7 +348,7 @@ class Panel:
         if self.plan is None:
             view.probe.value = markup.note("Opened without a model: no controls, no token effects.")
         elif selection in self._probes:
-            view.probe.value = markup.probe(self._probes[selection], colours)
+            view.probe.value = markup.probe(self._probes[selection], shades)
         else:
             view.probe.value = markup.note("Comparing with controls …")
             self._ask(self.plan, selection)
@@ -294,21 +358,20 @@ class Panel:
         reading = reading_at(self.result, selection) if self.result is not None else None
         if reading is None or self.result is None:
             return
-        colours = color_range(self.result)
 
         def work() -> None:
-            found = None
+            found, failed = None, ""
             try:
                 found = probe(plan, reading, self._lenses)
-                shown = markup.probe(found, colours)
             except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
-                shown = markup.alert(error)
+                failed = markup.alert(error)
             with self._guard.lock:
                 if plan is not self.plan:
                     return
                 if found is not None:
                     self._probes[selection] = found
                 if selection == self.selection:
+                    shown = failed if found is None else markup.probe(found, self.shades)
                     self._view.probe.value = shown
 
         self._prober.submit(work)

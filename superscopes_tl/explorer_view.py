@@ -18,7 +18,8 @@ import anywidget
 import ipywidgets as widgets
 import traitlets
 
-from superscopes_tl.prompts import DESCRIPTION_PROMPT, IDENTITY_PROMPT, PAPER_ALPHAS
+from superscopes_tl.prompts import CHAT_PROMPT, DESCRIPTION_PROMPT, IDENTITY_PROMPT, PAPER_ALPHAS
+from superscopes_tl.readability import LONG_PROMPT, SHORT_PROMPT
 from superscopes_tl.sites import PAPER_KINDS
 
 ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
@@ -27,7 +28,14 @@ ALPHA_PRESETS: Mapping[str, tuple[float, ...]] = {
     "around 1 (for residual norms)": (0.25, 0.5, 1, 2, 4, 8),
     "Patchscopes (1 alone)": (1,),
 }
-TARGET_PRESETS = {"description (paper)": DESCRIPTION_PROMPT, "identity": IDENTITY_PROMPT}
+TARGET_PRESETS = {
+    "description (paper)": DESCRIPTION_PROMPT,
+    "description, short": SHORT_PROMPT,
+    "description, long": LONG_PROMPT,
+    "identity": IDENTITY_PROMPT,
+}
+CHAT_PRESETS = {**TARGET_PRESETS, "question (chat)": CHAT_PROMPT}
+"""Those of a model with a chat template."""
 OWN = "own"
 BEST = "best"
 FORMATS = {
@@ -131,10 +139,20 @@ class View:
         kinds: the kinds of activation to choose from.
         n_layers: the model's number of layers.
         scorers: label to scorer.
+        chat: whether the model has a chat template.
     """
 
-    def __init__(self, kinds: Sequence[str], n_layers: int, scorers: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        n_layers: int,
+        scorers: Mapping[str, Any],
+        *,
+        chat: bool = False,
+    ) -> None:
+        self.presets = CHAT_PRESETS if chat else TARGET_PRESETS
         self._make_source(kinds, n_layers)
+        self._make_frame(chat)
         self._make_alphas()
         self._make_settings(n_layers, scorers)
         self._make_run()
@@ -148,11 +166,20 @@ class View:
                 self.source,
                 _classed(
                     widgets.HBox(
-                        [self.run, self.cancel, self.progress, self.status, self.estimate]
+                        [
+                            self.run,
+                            self.cancel,
+                            self.find,
+                            self.progress,
+                            self.status,
+                            self.estimate,
+                        ]
                     ),
                     "ssx-bar",
                 ),
+                self.found,
                 self.caption,
+                self.findings,
                 _classed(widgets.Box([self.stage_side, self.panel, self.below]), "ssx-main"),
                 self.export,
             ]
@@ -176,6 +203,30 @@ class View:
             description="Layers",
             continuous_update=False,
         )
+        self.step = widgets.BoundedIntText(
+            value=1, min=1, max=max(1, n_layers - 1), description="Every k-th",
+            tooltip="1 is every layer of the range, 3 every third",
+        )  # fmt: skip
+
+    def _make_frame(self, chat: bool) -> None:
+        """Make the controls of what stands around the prompt, and what it is held against."""
+        self.chat = widgets.Checkbox(
+            value=False, description="Chat template", indent=False,
+            tooltip="Both prompts are messages of a user in the model's chat template",
+        )  # fmt: skip
+        self.chat.layout.display = "" if chat else "none"
+        self.template = widgets.Text(
+            value="{}", description="Source in", continuous_update=False,
+            tooltip="What stands around the prompt, such as: Tell me about {}",
+        )  # fmt: skip
+        self.about = widgets.Text(
+            description="About", continuous_update=False, placeholder="the text up to the token",
+            tooltip="What readings are scored against",
+        )  # fmt: skip
+        self.reference = widgets.Text(
+            description="Reference", continuous_update=False,
+            placeholder="the model's own words", tooltip="A true text instead of the own words",
+        )  # fmt: skip
 
     def _make_alphas(self) -> None:
         self.alpha_preset = widgets.Dropdown(
@@ -201,7 +252,7 @@ class View:
             min=0, max=n_layers - 1, description="Fixed layer", disabled=True
         )
         self.target_preset = widgets.Dropdown(
-            options=[*TARGET_PRESETS, OWN], description="Target text"
+            options=[*self.presets, OWN], description="Target text"
         )
         self.target_text = widgets.Textarea(
             description="Own text", rows=2, continuous_update=False, disabled=True
@@ -214,12 +265,24 @@ class View:
             options=[("the description", "description"), ("the whole text (paper)", "text")],
             description="Score",
         )
+        self.write = widgets.Dropdown(
+            options=[
+                ("all cells", "all"),
+                ("the best α of each site", "best"),
+                ("none: the map alone", "none"),
+            ],
+            description="Write",
+            tooltip="Which cells to write out; every cell has what it recovers",
+        )
         kinds = widgets.Box([widgets.HTML("Kinds"), *self.kinds.values()])
         grid = widgets.Box(
             [
                 self.layers,
+                self.step,
+                self.template,
                 self.target,
                 self.fixed,
+                self.write,
                 self.alpha_preset,
                 self.alphas,
                 self.units,
@@ -227,6 +290,9 @@ class View:
                 self.target_preset,
                 self.placeholder,
                 self.score_on,
+                self.about,
+                self.reference,
+                self.chat,
                 _classed(self.target_text, "ssx-wide"),
                 _classed(kinds, "ssx-kinds"),
             ]
@@ -240,6 +306,12 @@ class View:
             description="Cancel", icon="stop", disabled=True, tooltip="Stop, keep what is finished"
         )
         self.cancel.add_class("ssx-cancel")
+        self.find = widgets.Button(
+            description="Find a setting", icon="search",
+            tooltip="Try target prompts and layers on a dozen names; keep what reads this model",
+        )  # fmt: skip
+        self.find.add_class("ssx-find")
+        self.found = _classed(widgets.HTML(), "ssx-found")
         self.progress = widgets.IntProgress(min=0, max=1)
         self.status = _classed(widgets.HTML(), "ssx-status")
         self.estimate = _classed(widgets.HTML(), "ssx-estimate")
@@ -255,9 +327,16 @@ class View:
             ],
         )
         self.show.add_class("ssx-views")
+        self.colour = widgets.Dropdown(
+            options=["recovered", "score"],
+            description="Colour",
+            tooltip="The share of the model's own words, or the likeness to the name",
+        )
+        self.colour.add_class("ssx-colour")
         self.best_alpha = widgets.Dropdown(options=[(BEST, BEST)], description="α")
         self.best_alpha.add_class("ssx-narrow")
         self.caption = widgets.HTML()
+        self.findings = _classed(widgets.HTML(), "ssx-findings")
         self.stage = _classed(widgets.Box(), "ssx-stage")
         self.stage.add_class("ssx-map")
         self.kind = widgets.Dropdown(options=["–"], description="Kind")
@@ -266,7 +345,7 @@ class View:
         self.position = widgets.Dropdown(options=["–"], description="Token")
         self.into = widgets.Dropdown(options=["–"], description="Into")
         self.stage_side = _classed(
-            widgets.VBox([_classed(widgets.HBox([self.show]), "ssx-row"), self.stage]),
+            widgets.VBox([_classed(widgets.HBox([self.show, self.colour]), "ssx-row"), self.stage]),
             "ssx-stack",
         )
 

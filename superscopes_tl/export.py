@@ -52,6 +52,7 @@ def save_as(
     position: int | None = None,
     target_layer: int | None = None,
     layer: int | None = None,
+    value: str | None = None,
 ) -> Path:
     """Write a result in the format that the file's suffix names, whole or not; return its path.
 
@@ -62,6 +63,8 @@ def save_as(
         position: the token of the figures; the rightmost one unless given.
         target_layer: the target layer of the figures, where there are several.
         layer: the layer of the decomposition; the last one unless given and finished.
+        value: what the figures colour by, "recovered" or "score"; the score unless given, or what
+            is recovered where not all cells were written out.
 
     Raises:
         ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
@@ -92,13 +95,14 @@ def save_as(
     else:
         at = int(max(result.table["position"])) if position is None else position
         drawn = _at(result, at, target_layer)
+        value = value or ("score" if drawn.table["written"].all() else "recovered")
         if target.suffix == ".png":
-            picture = heatmap_png(drawn, position=at, target_layer=target_layer)
+            picture = heatmap_png(drawn, position=at, target_layer=target_layer, value=value)
             with written_whole(target) as fresh:
                 fresh.write_bytes(picture)
         else:
             title = f"Superscopes: {result.provenance.get('prompt', '')}"
-            write_html(_figures(drawn, layer), target, title=title)
+            write_html(_figures(drawn, layer, value), target, title=title)
     return target
 
 
@@ -116,10 +120,10 @@ def _at(result: SweepResult, position: int, target_layer: int | None) -> SweepRe
     return SweepResult(table, part.provenance)
 
 
-def _figures(result: SweepResult, layer: int | None) -> list[go.Figure]:
+def _figures(result: SweepResult, layer: int | None, value: str) -> list[go.Figure]:
     """Return all figures of one token; a layer that was not finished gives way to the last."""
     table = result.table
     if layer is None or layer not in set(table["source_layer"]):
         layer = int(max(table["source_layer"]))
-    curves = [alpha_curve(result, kind=kind) for kind in dict.fromkeys(table["kind"])]
-    return [heatmap(result), best_table(result), decomposition(result, layer), *curves]
+    curves = [alpha_curve(result, kind=kind, value=value) for kind in dict.fromkeys(table["kind"])]
+    return [heatmap(result, value=value), best_table(result), decomposition(result, layer), *curves]

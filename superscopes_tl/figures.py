@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -69,7 +70,8 @@ def decomposition(
         if kind in readings.columns.get_level_values(0):
             cell = readings[kind].loc[layer].to_dict()
             if not math.isnan(cell["alpha"]):
-                text = text_lines(str(cell["description"]) or "no description", 26)
+                said = str(cell["description"]) or unsaid(result, kind, layer, cell)
+                text = text_lines(said, 26)
                 text += f"<br><br><i>α = {cell['alpha']:g}, {_score(cell, 'score ')}</i>"
         figure.add_annotation(x=column, y=0.5, text=f"<b>{kind}</b><br><br>{text}", showarrow=False)
         figure.add_shape(type="rect", x0=column - 0.4, x1=column + 0.4, y0=0, y1=1, opacity=0.5)
@@ -108,7 +110,13 @@ def best_table(
     readings = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
     kinds = list(readings.columns.get_level_values(0).unique())
     columns = [[str(layer) for layer in readings.index]]
-    columns += [[_entry(row) for row in readings[kind].to_dict("records")] for kind in kinds]
+    columns += [
+        [
+            _entry(row, unsaid(result, kind, layer, row))
+            for layer, row in zip(readings.index, readings[kind].to_dict("records"), strict=True)
+        ]
+        for kind in kinds
+    ]
     figure = go.Figure(
         go.Table(
             columnwidth=[1, *[6 for _ in kinds]],
@@ -135,14 +143,24 @@ def table_height(columns: list[list[str]]) -> int:
     return 32 + sum(12 + 18 * (2 + count) for count in breaks)
 
 
-def _entry(cell: dict[Any, Any]) -> str:
+def unsaid(result: SweepResult, kind: str, layer: int, cell: Mapping[Any, Any]) -> str:
+    """Return why a cell of `SweepResult.by_layer` has no description."""
+    rows = result.table
+    here = (rows["kind"] == kind) & (rows["source_layer"] == layer)
+    here &= (rows["alpha"] == cell["alpha"]) & (rows["target_layer"] == cell["target_layer"])
+    return "no description" if rows.loc[here, "written"].all() else "not written out"
+
+
+def _entry(cell: dict[Any, Any], nothing: str) -> str:
     if math.isnan(cell["alpha"]):
         return "not computed"
-    return f"{text_lines(str(cell['description']), 44)} (α = {cell['alpha']:g}, {_score(cell)})"
+    said = text_lines(str(cell["description"]) or nothing, 44)
+    return f"{said} (α = {cell['alpha']:g}, {_score(cell)})"
 
 
 def _score(cell: dict[Any, Any], name: str = "") -> str:
-    return "no score" if math.isnan(cell["score"]) else f"{name}{cell['score']:.2f}"
+    score = "no score" if math.isnan(cell["score"]) else f"{name}{cell['score']:.2f}"
+    return score if math.isnan(cell["recovered"]) else f"{score}, recovers {cell['recovered']:.2f}"
 
 
 def text_lines(text: str, width: int) -> str:

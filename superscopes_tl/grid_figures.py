@@ -42,8 +42,7 @@ def layer_grid(
         alpha: this α; the best-scoring one of each pair of layers unless given.
         value: the column to colour by.
         position: the token; the rightmost one of the sweep unless given.
-        color_range: the values of the darkest and the lightest colour; those of this result
-            unless given.
+        color_range: the values of the darkest and the lightest colour, as in `heatmap`.
 
     Raises:
         ValueError: a kind, α, token or column that the sweep does not have.

@@ -2,7 +2,7 @@
 
 1. A `LiveMap` lays out one panel per kind for a sweep that is about to fill it, all on one
    colour scale; `draw` puts in what is finished, `mark` outlines the selected cell.
-2. A `LiveCurve` shows one site's score against α.
+2. A `LiveCurve` shows one site's numbers against α.
 3. `keep` writes a figure's present state to the widget state that a page reads when it is opened
    anew: plotly itself does so at construction alone, and a reload would show an empty figure.
 
@@ -25,12 +25,24 @@ from plotly.subplots import make_subplots
 from superscopes_tl.details import Selection
 from superscopes_tl.plan import SweepPlan
 from superscopes_tl.plotly_widget import SharedFigureWidget
-from superscopes_tl.plots import COLOR_SCALE, LABEL_LIMIT, TITLES, hover_text
+from superscopes_tl.plots import (
+    COLOR_SCALE,
+    LABEL_LIMIT,
+    MARKS,
+    TITLES,
+    Shades,
+    hover_text,
+    mark_of,
+    score_range,
+    value_range,
+)
 from superscopes_tl.results import SweepResult
 
 MARKED = "#ff6d00"
-_LARGEST_IN_TENTHS = 1e5
-_MARKS = ("not computed", "no description")
+_TRACES = 1 + len(MARKS)
+"""How many a panel has: the colours, and one for each kind of mark."""
+_SMALL = {"not computed": 5}
+"""A mark that most cells carry while a sweep runs."""
 _TRANSPARENT = "rgba(0,0,0,0)"
 _THIS_TARGET = "same"
 
@@ -78,24 +90,6 @@ def axes_of_plan(plan: SweepPlan) -> Axes:
     )
 
 
-def color_range(result: SweepResult) -> tuple[float, float]:
-    """Return the scores of the darkest and the lightest colour for a result.
-
-    Steps of a tenth, so that the colours do not move with every batch.
-    """
-    return _range(result.table)
-
-
-def _range(table: pd.DataFrame) -> tuple[float, float]:
-    given: Any = table["score"].dropna() if len(table) else []
-    scores = [float(score) for score in given if math.isfinite(score)]
-    if not scores:
-        return 0.0, 1.0
-    if max(map(abs, scores)) > _LARGEST_IN_TENTHS:  # a tenth is lost in the rounding
-        return min(scores), max(max(scores), math.nextafter(min(scores), math.inf))
-    return math.floor(min(scores) * 10) / 10, math.ceil(max(scores) * 10 + 1e-9) / 10
-
-
 def axis_label(value: float) -> str:
     """Return a number as the axes show it."""
     return f"{value:.10g}"
@@ -106,6 +100,7 @@ class LiveMap:
 
     Attributes:
         widget: the plotly widget.
+        marks: the names of the marks (`plots.MARKS`) that some cell carries.
 
     Args:
         axes: what the cells range over.
@@ -114,6 +109,7 @@ class LiveMap:
 
     def __init__(self, axes: Axes, on_click: Callable[[str, int, float], None]) -> None:
         self._axes, self._on_click = axes, on_click
+        self.marks: tuple[str, ...] = ()
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
         self.widget = SharedFigureWidget(
@@ -130,11 +126,13 @@ class LiveMap:
         for trace in self.widget.data:
             trace.on_click(partial(self._clicked, str(trace.meta)))
         self._lay_out()
-        self.draw(pd.DataFrame(), None, _THIS_TARGET)
+        self.draw(pd.DataFrame(), None, _THIS_TARGET, "score")
         keep(self.widget)
 
-    def draw(self, table: pd.DataFrame, position: int | None, target: int | str) -> None:
-        """Show the finished cells of one token and target."""
+    def draw(
+        self, table: pd.DataFrame, position: int | None, target: int | str, value: str
+    ) -> None:
+        """Show the finished cells of one token and target, coloured by a column."""
         rows: list[Any] = table.to_dict("records") if len(table) else []
         grid = {
             (row["kind"], str(row["source_layer"]), axis_label(row["alpha"])): row
@@ -144,22 +142,24 @@ class LiveMap:
         }
         with self.widget.batch_update():
             for index, kind in enumerate(self._axes.kinds):
-                cells, *marks = self.widget.data[3 * index : 3 * index + 3]
-                cells.z = [[_score(grid.get((kind, y, x))) for x in self._x] for y in self._y]
+                cells, *marks = self.widget.data[_TRACES * index : _TRACES * (index + 1)]
+                cells.z = [
+                    [_shown(grid.get((kind, y, x)), value) for x in self._x] for y in self._y
+                ]
                 cells.customdata = [
                     [_hover(grid.get((kind, y, x))) for x in self._x] for y in self._y
                 ]
-                places = [(x, y) for y in self._y for x in self._x]
-                missing = [(x, y) for x, y in places if (kind, y, x) not in grid]
-                empty = [
-                    (x, y)
-                    for x, y in places
-                    if (kind, y, x) in grid and not grid[kind, y, x]["description"]
-                ]
-                for trace, found in zip(marks, (missing, empty), strict=True):
+                carried = {
+                    (x, y): mark_of(grid.get((kind, y, x)), value) for y in self._y for x in self._x
+                }
+                for trace in marks:
+                    found = [place for place, name in carried.items() if name == trace.name]
                     trace.x, trace.y = [x for x, _ in found], [y for _, y in found]
-            low, high = _range(table)
-            self.widget.layout.coloraxis.cmin, self.widget.layout.coloraxis.cmax = low, high
+            scale = self.widget.layout.coloraxis
+            scale.cmin, scale.cmax = value_range(table, value) or score_range(table)
+            scale.colorbar.title.text = value
+        there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
+        self.marks = tuple(name for name in MARKS if name in there)
 
     def mark(self, selection: Selection | None) -> None:
         """Outline the selected cell."""
@@ -182,7 +182,7 @@ class LiveMap:
         }
 
     def _traces(self, kind: str) -> list[Any]:
-        """Return the coloured cells of a panel and the two kinds of marks on them."""
+        """Return the coloured cells of a panel and the kinds of marks on them."""
         cells = go.Heatmap(
             x=self._x,
             y=self._y,
@@ -202,14 +202,17 @@ class LiveMap:
                 y=[],
                 mode="markers",
                 name=name,
-                marker={"symbol": symbol, "color": "#8a8a8a", "size": size},
+                marker={
+                    "symbol": symbol,
+                    "color": "#8a8a8a",
+                    "size": _SMALL.get(name, 8),
+                    "line": {"color": "#8a8a8a"},
+                },
                 hoverinfo="skip",
                 showlegend=False,
                 meta=kind,
             )
-            for name, symbol, size in zip(
-                _MARKS, ("x-thin-open", "circle-open"), (5, 8), strict=True
-            )
+            for name, (symbol, _) in MARKS.items()
         ]
         return [cells, *marks]
 
@@ -246,7 +249,7 @@ class LiveMap:
 
 
 class LiveCurve:
-    """The score of one site against α.
+    """What one site scores, or recovers, against α.
 
     Attributes:
         widget: the plotly widget.
@@ -258,21 +261,31 @@ class LiveCurve:
                 mode="lines+markers",
                 line={"color": "#8a8a8a", "width": 2},
                 marker={"size": 8, "color": "#8a8a8a"},
-                hovertemplate="α = %{x}<br>score %{y:.3f}<extra></extra>",
             )
         )
         _plain(self.widget, height=150)
         self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36})
         self.widget.update_xaxes(title_text="α", gridcolor="rgba(128,128,128,0.25)")
-        self.widget.update_yaxes(title_text="score", gridcolor="rgba(128,128,128,0.25)")
+        self.widget.update_yaxes(gridcolor="rgba(128,128,128,0.25)")
         keep(self.widget)
 
-    def draw(self, alphas: Sequence[float], scores: Sequence[float], selected: float) -> None:
-        """Show a site's scores; the selected α has the colour of the map's outline."""
+    def draw(
+        self, alphas: Sequence[float], numbers: Sequence[float], selected: float, shades: Shades
+    ) -> None:
+        """Show a site's numbers; the selected α has the colour of the map's outline.
+
+        The axis spans at least what the colours do: a flat line should look flat.
+        """
         with self.widget.batch_update():
             line = self.widget.data[0]
             line.x = list(alphas)
-            line.y = [float(score) if math.isfinite(score) else None for score in scores]
+            finite = [float(number) if math.isfinite(number) else None for number in numbers]
+            line.y = finite
+            line.hovertemplate = f"α = %{{x}}<br>{shades.column} %{{y:.3f}}<extra></extra>"
+            self.widget.layout.yaxis.title.text = shades.column
+            there = [shades.low, shades.high, *(y for y in finite if y is not None)]
+            room = 0.05 * (max(there) - min(there))
+            self.widget.layout.yaxis.range = [min(there) - room, max(there) + room]
             line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
         keep(self.widget)
 
@@ -302,9 +315,9 @@ def _plain(figure: Any, *, height: int) -> None:
     figure._config = {**figure._config, "displayModeBar": False, "responsive": True}
 
 
-def _score(row: dict[str, Any] | None) -> float | None:
-    """Return a cell's score; `None` where there is none: a notebook sends finite numbers."""
-    return float(row["score"]) if row is not None and math.isfinite(row["score"]) else None
+def _shown(row: dict[str, Any] | None, value: str) -> float | None:
+    """Return a cell's number; `None` where there is none: a notebook sends finite numbers."""
+    return float(row[value]) if row is not None and math.isfinite(row[value]) else None
 
 
 def _hover(row: dict[str, Any] | None) -> str:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import html
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from superscopes_tl.details import LensReading, Probe, Selection
-from superscopes_tl.figures import at_target
-from superscopes_tl.plots import COLOR_SCALE
+from superscopes_tl.details import Control, LensReading, Probe, Selection
+from superscopes_tl.figures import at_target, unsaid
+from superscopes_tl.plots import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
 from superscopes_tl.relevancy import TokenEffect
 from superscopes_tl.results import Reading, SweepResult
 from superscopes_tl.sites import PAPER_KINDS
@@ -47,31 +48,43 @@ def note(text: str) -> str:
     return f"<div class='ssx-note'>{html.escape(text)}</div>"
 
 
-Range = tuple[float, float]
-"""The scores of the darkest and the lightest colour."""
+def chip(value: float, shades: Shades) -> str:
+    """Return a number on its colour."""
+    if math.isnan(value):
+        return f"<span class='ssx-chip ssx-none' title='no {shades.column}'>–</span>"
+    style = _coloured(value, shades.low, shades.high)
+    return f"<span class='ssx-chip' style='{style}'>{value:.2f}</span>"
 
 
-def chip(score: float, colours: Range) -> str:
-    """Return a score on its colour."""
-    if math.isnan(score):
-        return "<span class='ssx-chip ssx-none' title='no description to score'>–</span>"
-    return f"<span class='ssx-chip' style='{_coloured(score, *colours)}'>{score:.2f}</span>"
+def _said(description: str, written: bool) -> str:
+    """Return a description escaped, or why there is none."""
+    nothing = "no description" if written else "not written out"
+    return f"<bdi>{html.escape(description) or f'<i>{nothing}</i>'}</bdi>"
 
 
-def caption(result: SweepResult, token: str, target: int | str) -> str:
-    """Return what the heatmaps show."""
+def caption(result: SweepResult, token: str, target: int | str, marks: Sequence[str]) -> str:
+    """Return what the heatmaps show, and what their marks mean."""
     model = result.provenance.get("model", {}).get("name", "unknown model")
     prompt = str(result.provenance.get("prompt", ""))
     shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
     into = "the same layer" if target == "same" else f"layer {target}"
+    legend = ", ".join(f"{MARKS[name][1]} {name}" for name in marks)
     return (
         f"<div class='ssx-caption'><b><bdi>{html.escape(shown)}</bdi></b> · token <code><bdi>"
         f"{html.escape(token)}</bdi></code> · into {into} · {html.escape(str(model))}"
-        "<span class='ssx-note'> · × not computed, ○ no description</span></div>"
+        f"{f'<span class=ssx-note> · {legend}</span>' if legend else ''}</div>"
     )
 
 
-def detail(reading: Reading | None, selection: Selection | None, colours: Range) -> str:
+def findings(layer: str, doubts: Sequence[str]) -> str:
+    """Return what a finished sweep says of itself: its contextualization layer, its doubts."""
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in doubts)
+    found = f"<div class='ssx-layer'><bdi>{html.escape(layer)}</bdi></div>" if layer else ""
+    doubtful = f"<div class='ssx-doubts'>Doubtful:<ul>{lines}</ul></div>" if lines else ""
+    return f"<div role='note'>{found}{doubtful}</div>" if found or doubtful else ""
+
+
+def detail(reading: Reading | None, selection: Selection | None, shades: Shades) -> str:
     """Return the selected cell: where it is, what was read, the whole text."""
     if selection is None:
         return note("Click a cell, or move the cursors below, to read it here.")
@@ -86,44 +99,68 @@ def detail(reading: Reading | None, selection: Selection | None, colours: Range)
     flags = "".join(
         f"<li>{text}</li>"
         for text, there in (
+            ("repeats the name", reading.echo),
             ("repeats a name of the target prompt", reading.few_shot_copy),
             ("a close call: another batch size may write another text", reading.margin < 5e-5),
         )
         if there
     )
-    return (
-        f"{head}<b>{place}</b><blockquote><bdi>"
-        f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
-        f"<dl><dt>score</dt><dd>{chip(reading.score, colours)}</dd>"
-        f"<dt>‖α·v‖ / residual norm</dt><dd>{reading.norm_ratio:.2f}</dd></dl>"
-        f"{f'<ul>{flags}</ul>' if flags else ''}"
+    whole = (
         f"<details><summary>whole text ({reading.n_tokens} tokens)</summary>"
-        f"<pre><bdi>{html.escape(reading.text)}</bdi></pre></details></div>"
+        f"<pre><bdi>{html.escape(reading.text)}</bdi></pre></details>"
+    )
+    return (
+        f"{head}<b>{place}</b>"
+        f"<blockquote>{_said(reading.description, reading.written)}</blockquote>"
+        f"<dl>{''.join(_numbers(reading, shades))}</dl>"
+        f"{f'<ul>{flags}</ul>' if flags else ''}{whole if reading.written else ''}</div>"
     )
 
 
-def ladder(rows: pd.DataFrame, alpha: float, colours: Range) -> str:
+_CONTROL_SHARES = {
+    "other_prompt_recovered": "other prompts recover",
+    "random_direction_recovered": "a random vector recovers",
+    "specific": "specific",
+}
+
+
+def _numbers(reading: Reading, shades: Shades) -> Iterator[str]:
+    """Yield what is known of a cell as terms and definitions, the shown column first."""
+    shares = Shades("recovered")
+    own = f"<dt>own words</dt><dd><bdi>{html.escape(reading.own_words)}</bdi></dd>"
+    scores = shades if shades.column == "score" else Shades("score", *USUAL_SCORES)
+    score = f"<dt>score</dt><dd>{chip(reading.score, scores)}</dd>" if reading.written else ""
+    recovered = f"<dt>recovered</dt><dd>{chip(reading.recovered, shares)}</dd>"
+    yield from (recovered, score) if shades.column == "recovered" else (score, recovered)
+    yield own if reading.own_words else ""
+    for name, label in _CONTROL_SHARES.items():
+        if name in reading.controls:
+            yield f"<dt>{label}</dt><dd>{chip(float(reading.controls[name]), shares)}</dd>"
+    yield f"<dt>‖α·v‖ / residual norm</dt><dd>{reading.norm_ratio:.2f}</dd>"
+
+
+def ladder(rows: pd.DataFrame, alpha: float, shades: Shades) -> str:
     """Return the site's readings at all α as a small table."""
     body = "".join(
         f"<tr{' aria-current=true' if row['alpha'] == alpha else ''}><th scope='row'>"
         f"{row['alpha']:g}</th><td>{row['norm_ratio']:.2f}</td>"
-        f"<td>{chip(row['score'], colours)}</td>"
-        f"<td><bdi>{html.escape(row['description'])}</bdi></td></tr>"
+        f"<td>{chip(row[shades.column], shades)}</td>"
+        f"<td>{_said(row['description'], row['written'])}</td></tr>"
         for row in rows.to_dict("records")
     )
     return (
         "<table class='ssx-table'><caption>This site at every α</caption><thead><tr>"
         "<th scope='col'>α</th><th scope='col' title='norm of α·v over the residual norm'>norm"
-        "</th><th scope='col'>score</th><th scope='col'>reading</th></tr></thead>"
+        f"</th><th scope='col'>{shades.column}</th><th scope='col'>reading</th></tr></thead>"
         f"<tbody>{body}</tbody></table>"
     )
 
 
-def probe(found: Probe, colours: Range) -> str:
+def probe(found: Probe, shades: Shades) -> str:
     """Return the controls of a cell and the tokens of its text, coloured by the patch's effect."""
     controls = "".join(
-        f"<tr><th scope='row'>{html.escape(c.name)}</th><td>{chip(c.score, colours)}</td>"
-        f"<td><bdi>{html.escape(c.description) or '<i>no description</i>'}</bdi></td></tr>"
+        f"<tr><th scope='row'>{html.escape(c.name)}</th><td>{chip(_of(c, shades), shades)}</td>"
+        f"<td>{_said(c.description, True)}</td></tr>"
         for c in found.controls
     )
     tokens = "".join(map(_token, found.tokens))
@@ -178,12 +215,12 @@ def _probability(log: float) -> str:
     return f"{math.exp(log):.2g}"
 
 
-def pins(pinned: Sequence[tuple[Selection, Reading, str]], colours: Range) -> str:
+def pins(pinned: Sequence[tuple[Selection, Reading, str]], shades: Shades) -> str:
     """Return the pinned cells side by side; each comes with its source prompt's token."""
     cards = "".join(
         f"<article><b>{html.escape(s.kind)} · layer {s.source_layer} → {s.target_layer} · "
-        f"α {s.alpha:g}</b>{chip(reading.score, colours)}<blockquote><bdi>"
-        f"{html.escape(reading.description) or '<i>no description</i>'}</bdi></blockquote>"
+        f"α {s.alpha:g}</b>{chip(_of(reading, shades), shades)}"
+        f"<blockquote>{_said(reading.description, reading.written)}</blockquote>"
         f"<span class='ssx-note'><bdi>{html.escape(reading.prompt)}</bdi> · token "
         f"<code>{html.escape(token)}</code></span></article>"
         for s, reading, token in pinned
@@ -193,21 +230,24 @@ def pins(pinned: Sequence[tuple[Selection, Reading, str]], colours: Range) -> st
 
 def best(
     result: SweepResult,
-    colours: Range,
+    shades: Shades,
     *,
     alpha: float | None,
     position: int | None,
     target_layer: int | None = None,
 ) -> str:
     """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
-    wide = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
+    by: Any = shades.column
+    wide = at_target(result, target_layer).by_layer(alpha=alpha, position=position, by=by)
     kinds = list(wide.columns.get_level_values(0).unique())
     head = "".join(f"<th scope='col'>{html.escape(kind)}</th>" for kind in kinds)
     body = "".join(
         f"<tr><th scope='row'>{layer}</th>"
-        + "".join(_best_cell(row[kind], colours) for kind in kinds)
+        + "".join(
+            _best_cell(row[kind], unsaid(result, kind, layer, row[kind]), shades) for kind in kinds
+        )
         + "</tr>"
-        for layer, row in wide.iterrows()
+        for layer, (_, row) in zip(map(int, wide.index), wide.iterrows(), strict=True)
     )
     title = "Best α of every site" if alpha is None else f"α = {alpha:g}"
     return (
@@ -216,16 +256,16 @@ def best(
     )
 
 
-def _best_cell(cell: pd.Series, colours: Range) -> str:
+def _best_cell(cell: pd.Series, nothing: str, shades: Shades) -> str:
     if pd.isna(cell["alpha"]):
         return "<td class='ssx-note'>not computed</td>"
     return (
-        f"<td>{chip(float(cell['score']), colours)} <small>α {cell['alpha']:g}</small><br>"
-        f"<bdi>{html.escape(str(cell['description'])) or '<i>no description</i>'}</bdi></td>"
+        f"<td>{chip(float(cell[shades.column]), shades)} <small>α {cell['alpha']:g}</small><br>"
+        f"<bdi>{html.escape(str(cell['description'])) or f'<i>{nothing}</i>'}</bdi></td>"
     )
 
 
-def parts(result: SweepResult, selection: Selection, colours: Range) -> str:
+def parts(result: SweepResult, selection: Selection, shades: Shades) -> str:
     """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
     table = result.table
     there = table[
@@ -235,17 +275,17 @@ def parts(result: SweepResult, selection: Selection, colours: Range) -> str:
     ]
     cards = []
     for kind, sign in zip(PAPER_KINDS, ("", "+", "="), strict=True):
-        rows = there[there["kind"] == kind].sort_values("score", ascending=False)
+        rows = there[there["kind"] == kind].sort_values(shades.column, ascending=False)
         if sign:
             cards.append(f"<div class='ssx-sign' aria-hidden='true'>{sign}</div>")
-        cards.append(f"<article><b>{kind}</b>{_part(rows, colours)}</article>")
+        cards.append(f"<article><b>{kind}</b>{_part(rows, shades)}</article>")
     return (
         f"<div class='ssx-sub'>Layer {selection.source_layer}: what goes into the MLP, what it "
         f"adds, and what comes out</div><div class='ssx-parts'>{''.join(cards)}</div>"
     )
 
 
-def _part(rows: pd.DataFrame, colours: Range) -> str:
+def _part(rows: pd.DataFrame, shades: Shades) -> str:
     if rows.empty:
         return note("not computed")
     best_alpha = rows["alpha"].iloc[0]
@@ -253,12 +293,17 @@ def _part(rows: pd.DataFrame, colours: Range) -> str:
     if best_alpha == 1:
         chosen = {1.0: "unamplified, and best"}
     return "".join(
-        f"<div class='ssx-part'>{chip(float(row['score']), colours)} <small>α {alpha:g}, {name}"
-        f"</small><blockquote><bdi>{html.escape(row['description']) or '<i>no description</i>'}"
-        "</bdi></blockquote></div>"
+        f"<div class='ssx-part'>{chip(float(row[shades.column]), shades)} "
+        f"<small>α {alpha:g}, {name}</small>"
+        f"<blockquote>{_said(row['description'], row['written'])}</blockquote></div>"
         for alpha, name in chosen.items()
         for row in rows[rows["alpha"] == alpha].head(1).to_dict("records")
     )
+
+
+def _of(cell: Reading | Control, shades: Shades) -> float:
+    """Return the shown number of a cell."""
+    return cell.recovered if shades.column == "recovered" else cell.score
 
 
 def _coloured(value: float, low: float, high: float) -> str:

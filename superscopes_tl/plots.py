@@ -2,7 +2,8 @@
 
 1. Choose the rows: one token, one value per cell of the picture.
 2. Lay them out as layer x α, one panel per kind, all on one colour scale.
-3. Mark what a colour cannot say: cells that were not computed, texts without a description.
+3. Mark what a colour cannot say: cells that were not computed or not written out, texts without a
+   description, numbers that are not defined.
 
 No function shows or writes a figure; `export.write_html` does the latter. Colours are cividis,
 which reads the same with and without colour vision. Generated text is escaped wherever it enters a
@@ -12,8 +13,10 @@ figure: it is untrusted.
 from __future__ import annotations
 
 import html
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
@@ -35,6 +38,20 @@ TITLES = {
 LABEL_LIMIT = 8
 """Above this number of columns a value printed in each cell is too small to read."""
 
+MARKS: Mapping[str, tuple[str, str]] = {
+    "not computed": ("x-thin-open", "×"),
+    "no description": ("circle-open", "○"),
+    "not written out": ("line-ew-open", "–"),
+    "not defined": ("diamond-open", "◇"),
+}
+"""What a cell can be that a colour does not say: plotly's symbol for it, and one for a text."""
+
+SHARES = ("recovered", "specific")
+"""Columns whose colours run from 0 to 1, as do those of every control's share."""
+USUAL_SCORES = (0.0, 0.6)
+"""The colours of scores span at least these: a map that reads nothing should look like it."""
+_LARGEST_IN_TENTHS = 1e5
+
 _LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.01, "yref": "container"}
 """Below the panels, at the right: above them it would meet the title or the buttons."""
 
@@ -54,7 +71,7 @@ def heatmap(
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
 
     Hovering over a cell shows what the model wrote there. Cells that were not computed carry a
-    cross, cells whose text says nothing about the placeholder a ring.
+    cross, cells whose text says nothing about the placeholder a ring; the legend names every mark.
 
     Args:
         result: the sweep.
@@ -64,15 +81,18 @@ def heatmap(
         minus: a column to take off, such as a control: what is left owes nothing to it.
         position: the token; the rightmost one of the sweep unless given.
         target_layer: which target layer, where there are several per source layer.
-        color_range: the values of the darkest and the lightest colour; those of this result
-            unless given. Give the same to figures that are to be compared, as with a control.
+        color_range: the values of the darkest and the lightest colour. Unless given, those of
+            `value_range`: 0 to 1 for a share, at least 0 to 0.6 for the score, else of this
+            result. Give the same to figures that are to be compared, as with a control.
 
     Raises:
         ValueError: a token, column or target layer that the sweep does not have, or several
             target layers to choose from.
     """
     rows = _rows(result, position=position, value=value)
+    shades = color_range or value_range(rows, value)
     if minus is not None:
+        shades = color_range or ()
         rows = _less(rows, value, minus)
         value = f"{value} − {minus}"
     if x not in ("alpha", "target_layer"):
@@ -80,7 +100,8 @@ def heatmap(
     if x == "alpha":
         rows = _one_target_layer(rows, target_layer)
     else:
-        rows = rows.sort_values("score", ascending=False, na_position="last", kind="stable")
+        by = "score" if value != "recovered" and rows["written"].all() else "recovered"
+        rows = rows.sort_values(by, ascending=False, na_position="last", kind="stable")
         rows = rows.drop_duplicates(["kind", "source_layer", "target_layer"])
     kinds = list(dict.fromkeys(result.table["kind"]))
     layers, columns = sorted(rows["source_layer"].unique()), sorted(rows[x].unique())
@@ -107,7 +128,7 @@ def heatmap(
         coloraxis={
             "colorscale": COLOR_SCALE,
             "colorbar": {"title": value},
-            **dict(zip(("cmin", "cmax"), color_range or (), strict=False)),
+            **dict(zip(("cmin", "cmax"), shades, strict=False)),
         },
         height=220 + 26 * len(layers),
         width=180 + 300 * len(kinds),
@@ -210,34 +231,87 @@ class _Panel:
         )
 
     def marks(self) -> list[go.Scatter]:
-        """Return the crosses of cells not computed and the rings of texts without a description."""
-        missing, empty = [], []
+        """Return a trace for every mark that some cell carries."""
+        found: dict[str, list[tuple[str, str, str]]] = {name: [] for name in MARKS}
         for layer in self._layers:
             for c in self._columns:
-                place = (f"{c:.10g}", str(layer))
-                if (layer, c) not in self._grid:
-                    missing.append(place)
-                elif not self._grid[layer, c]["description"]:
-                    empty.append((place, hover_text(self._grid[layer, c])))
-        marks = [
-            _marker("not computed", "x-thin-open", missing, ["not computed"] * len(missing)),
-            _marker("no description", "circle-open", [p for p, _ in empty], [h for _, h in empty]),
-        ]
-        return [mark for mark in marks if len(mark.x)]
+                row = self._grid.get((layer, c))
+                hover = "not computed" if row is None else hover_text(row)
+                if name := mark_of(row, self._value):
+                    found[name].append((f"{c:.10g}", str(layer), hover))
+        return [_marker(name, places) for name, places in found.items() if places]
 
 
-def _marker(
-    name: str, symbol: str, places: Sequence[tuple[str, str]], hover: Sequence[str]
-) -> go.Scatter:
+def _marker(name: str, places: Sequence[tuple[str, str, str]]) -> go.Scatter:
     return go.Scatter(
-        x=[p[0] for p in places],
-        y=[p[1] for p in places],
+        x=[x for x, _, _ in places],
+        y=[y for _, y, _ in places],
         mode="markers",
         name=name,
-        marker={"symbol": symbol, "color": "#666", "size": 9},
-        customdata=list(hover),
+        marker={"symbol": MARKS[name][0], "color": "#666", "size": 9, "line": {"color": "#666"}},
+        customdata=[hover for _, _, hover in places],
         hovertemplate="%{customdata}<extra></extra>",
     )
+
+
+def mark_of(row: Any, value: str) -> str:
+    """Return which of `MARKS` a cell carries where its colour is `value`; nothing for most.
+
+    Args:
+        row: a row of `SweepResult.table`; `None` of a cell that was not computed.
+        value: the column of the colours.
+    """
+    if row is None:
+        return "not computed"
+    if row["written"] and not row["description"]:
+        return "no description"
+    if math.isfinite(row[value]):
+        return ""
+    return "not defined" if row["written"] or value in SHARES else "not written out"
+
+
+def value_range(table: pd.DataFrame, value: str) -> tuple[float, float] | tuple[()]:
+    """Return the values of the darkest and the lightest colour; nothing for those of the data.
+
+    Scores go in steps of a tenth, so that the colours do not move with every batch.
+    """
+    if value in SHARES or value.endswith("_recovered"):
+        return 0.0, 1.0
+    return score_range(table) if value == "score" else ()
+
+
+def score_range(table: pd.DataFrame) -> tuple[float, float]:
+    """Return the scores of the darkest and the lightest colour: at least `USUAL_SCORES`."""
+    given: Any = table["score"].dropna() if len(table) else []
+    scores = [*USUAL_SCORES, *(float(score) for score in given if math.isfinite(score))]
+    low, high = min(scores), max(scores)
+    if max(abs(low), abs(high)) > _LARGEST_IN_TENTHS:  # a tenth is lost in the rounding
+        return low, high
+    return math.floor(low * 10) / 10, math.ceil(high * 10 - 1e-9) / 10
+
+
+@dataclass(frozen=True)
+class Shades:
+    """Which column the colours stand for, with the values of the darkest and the lightest."""
+
+    column: str = "score"
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, column: str) -> Shades:
+        """Return the shades of a table's score, or of a share in it."""
+        return cls(column, *(value_range(table, column) or score_range(table)))
+
+
+def usual_value(table: pd.DataFrame) -> Literal["recovered", "score"]:
+    """Return the column to colour some cells by: what is recovered, where that is defined.
+
+    Where nothing is written out either, there is no score to show instead.
+    """
+    if table.empty or not (table["recovered"].notna().any() or not table["written"].any()):
+        return "score"
+    return "recovered"
 
 
 def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFrame:
@@ -315,15 +389,21 @@ def or_none(value: float) -> float | None:
 
 
 def hover_text(row: pd.Series | dict[str, Any]) -> str:
-    """Return what a cell shows under the mouse: reading, place, score, the whole text."""
-    score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
+    """Return what a cell shows under the mouse: reading, place, numbers, the whole text."""
+    parts = [] if math.isnan(row["recovered"]) else [f"recovers {row['recovered']:.2f}"]
+    if row["written"]:
+        score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
+        parts.append(f"score {score}")
+    parts.append(f"norm ratio {row['norm_ratio']:.2f}")
+    nothing = "(no description)" if row["written"] else "(not written out)"
+    echo = " · repeats the name" if row["echo"] else ""
     close = " · a close call (margin)" if row["margin"] < NEAR_TIE else ""
     copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""
     return (
-        f"<b>{_wrapped(row['description']) or '(no description)'}</b><br>"
+        f"<b>{_wrapped(row['description']) or nothing}</b><br>"
         f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
         f"{row['target_layer']}, α = {row['alpha']:g}<br>"
-        f"score {score} · norm ratio {row['norm_ratio']:.2f}{copied}{close}<br>"
+        f"{' · '.join(parts)}{echo}{copied}{close}<br>"
         f"<i>{_wrapped(row['text'])}</i>"
     )
 

@@ -1,4 +1,4 @@
-"""Draw the README's pictures: a sweep of the bundled model, and the Explorer in two themes.
+"""Draw the README's pictures: a map of SmolLM2, and the Explorer in two themes.
 
 python -m tests.readme_picture        (needs a Chromium or Chrome on the PATH)
 """
@@ -50,7 +50,18 @@ def main() -> None:
 
 def draw_heatmap(playwright: Any) -> None:
     """The figure that `heatmap` returns."""
-    figure = heatmap(sweep(load_model("mini", backend="bridge", device="cpu"), PROMPT))
+    result = sweep(
+        load_model(backend="bridge", device="cpu"),
+        "Albert Einstein",
+        kinds=("mlp_out", "resid_post"),
+        alphas=(1, 2, 3, 6, 9, 15),
+        source_template="Tell me about {}",
+        chat=True,
+        target_layer=0,
+        max_new_tokens=16,
+        generate="none",
+    )
+    figure = heatmap(result, value="recovered")
     width, height = int(figure.layout.width), int(figure.layout.height)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -525,7 +525,7 @@ def test_the_code_of_a_cell_says_chat(model: LanguageModel, word_overlap: Any) -
 
 
 def test_the_explorer_keeps_the_template(model: LanguageModel, word_overlap: Any) -> None:
-    """Template and answer have no control and stay as given; the chips are the chat's tokens."""
+    """Template and answer stay as given; the chips are the chat's tokens."""
     config = SweepConfig(scorer=word_overlap, **{**FAST, "layers": (2, 3), "alphas": (1.0, 3.0)})
     explorer = Explorer(model, SOURCE, config)
     tokens = tokenize(model, SOURCE, chat=True)

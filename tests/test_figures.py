@@ -10,6 +10,7 @@ import pytest
 
 from superscopes_tl import SweepResult, alpha_ladder, best_table, decomposition, markup
 from superscopes_tl.export import save_as
+from superscopes_tl.plots import Shades
 from superscopes_tl.results import Reading
 from superscopes_tl.snapshot import heatmap_png
 
@@ -110,7 +111,7 @@ def test_the_chosen_target_layer_is_shown_even_if_another_reads_better(
     assert best_table(both, target_layer=2).data[0].cells["values"][1][0] == "c (α = 3, -0.70)"
     boxes = [note.text for note in decomposition(both, 0, target_layer=2).layout.annotations]
     assert sum("α = 3, score -0.70" in text for text in boxes) == 3
-    table = markup.best(both, (-1.0, 1.0), alpha=None, position=1, target_layer=2)
+    table = markup.best(both, Shades("score", -1.0, 1.0), alpha=None, position=1, target_layer=2)
     assert "<bdi>c</bdi>" in table
     assert "a &lt;b&gt;" not in table
     with pytest.raises(ValueError, match=r"target_layer: expected one of \[0, 2\], got 1"):

@@ -11,6 +11,7 @@ from superscopes_tl import Explorer, LanguageModel, SweepConfig
 from superscopes_tl.details import LensReading, Probe
 from superscopes_tl.lenses import LENSES, LOGIT_LENS, control_name, lens_table
 from superscopes_tl.markup import probe as probe_markup
+from superscopes_tl.plots import Shades
 from superscopes_tl.sites import Site
 from superscopes_tl.tuned_lens import TunedLens
 from tests.conftest import tiny_model
@@ -75,6 +76,6 @@ def test_what_lenses_read_is_the_same_at_every_alpha(explorer: Explorer) -> None
 def test_tokens_of_white_space_can_be_seen() -> None:
     """A line break is named, not drawn."""
     found = Probe((), (), (LensReading(LOGIT_LENS, (("\n", 0.25), ("<i>", 0.125))),))
-    shown = probe_markup(found, (0.0, 1.0))
+    shown = probe_markup(found, Shades())
     assert "<bdi>&#x27;\\n&#x27;</bdi></code> <small>0.25" in shown
     assert "<bdi>&lt;i&gt;</bdi></code> <small>0.12" in shown
