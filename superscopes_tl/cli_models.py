@@ -69,7 +69,9 @@ def models(
 
 
 def check(
-    model: options.Model = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Argument(help="A packaged model, a directory, a GGUF file, a hub name.")
+    ] = DEFAULT_MODEL,
     names: Annotated[
         Path | None,
         typer.Option(help="A text file, a name per line. A dozen of many kinds unless given."),
@@ -148,7 +150,17 @@ def _show(name: str) -> None:
     from superscopes_tl.mini.report import headline, load_figures
 
     loaded = load_model(name)
-    facts: dict[str, Any] = {"kinds": ", ".join(loaded.kinds), "context": f"{loaded.n_ctx} tokens"}
+    facts: dict[str, Any] = {
+        "kinds": ", ".join(loaded.kinds),
+        "context": f"{loaded.n_ctx} tokens",
+        "begins with": " ".join(
+            map(repr, loaded.tokenizer.convert_ids_to_tokens(list(loaded.prefix_ids)))
+        )
+        or "nothing (no BOS)",
+        "chat template": "yes (--chat)"
+        if getattr(loaded.tokenizer, "chat_template", None)
+        else "none",
+    }
     facts |= loaded.provenance()
     source: dict[str, str] = facts.pop("source") or {}
     OUTPUT.print(repr(loaded), style="bold", markup=False)

@@ -159,6 +159,12 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         what = "a folder" if path.is_dir() else f"{size} bytes"
         raise _bad(path, expected=f"a file of 1 to {MAX_FILE_BYTES} bytes", got=what)
     data = path.read_bytes()
+    if data.startswith(b"SQLite format 3"):
+        raise bad_value(
+            "path", expected="a CSV file of recorded texts", got=f"an evaluation ({path.name!r})",
+            fix="count it with compare(methods(Evaluation.load(path))), or superscopes evaluate "
+            "--out with the same file",
+        )  # fmt: skip
     notes = []
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:

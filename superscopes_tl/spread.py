@@ -155,6 +155,8 @@ class Spread:
         """
         left = sum(len(share.cells) for share in shares)
         size = min(there.batch_size, max(1, math.ceil(left / LEAST_TASKS)))
+        if self._experiment.config.generate == "best":  # which α is best is decided in one task
+            size = math.ceil(size / len(there.alphas)) * len(there.alphas)
         model = there.provenance["model"]
         asked = there.provenance["target_model"] or model
         weights = model["fingerprint"], asked["fingerprint"]
