@@ -229,10 +229,11 @@ def check_text(text: str, argument: str) -> None:
         ValueError: nothing visible, or half a character.
     """
     if not isinstance(text, str):
-        fix = "pass the text itself"
-        if argument == "prompt":
-            fix += "; evaluate(model, prompts) reads several"
-        raise bad_type(argument, expected="a string", got=text, fix=fix)
+        raise bad_type(
+            argument, expected="a string", got=text,
+            fix="pass the text itself" + "; evaluate(model, prompts) reads several"
+            * (argument == "prompt"),
+        )  # fmt: skip
     if not text.strip():
         raise bad_value(
             argument,
