@@ -155,11 +155,21 @@ def show_reference(view: View, config: SweepConfig, prompt: str) -> None:
     view.reference.disabled = isinstance(config.reference, Mapping)
 
 
+def same_token(view: View, tokens: TokenizedText) -> int:
+    """Return where the chosen token is when its prompt stands in another template.
+
+    The last one of the prompt, where the template changes how it is split.
+    """
+    place, last = view.tokens.value - view.own.start, len(tokens.own) - 1
+    alike = len(view.own) == len(tokens.own) and 0 <= place <= last
+    return tokens.own.start + (place if alike else last)
+
+
 def show_tokens(view: View, tokens: TokenizedText) -> None:
     """Offer a prompt's tokens; the last one of its text is chosen."""
     # Pairs, because a label may occur twice.
     view.tokens.options = [(label, i) for i, label in enumerate(tokens.labels)]
-    view.tokens.value = tokens.own.stop - 1
+    view.tokens.value, view.own = tokens.own.stop - 1, tokens.own
     (view.tokens.add_class if tokens.has_bos else view.tokens.remove_class)("ssx-bos")
 
 

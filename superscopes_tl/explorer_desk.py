@@ -21,6 +21,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.explorer_config import (
     alphas_text,
     read_config,
+    same_token,
     show_reference,
     show_tokens,
     units_of,
@@ -190,10 +191,11 @@ class Desk:
         self._view.found.value = f"<div role='status'>{markup.note(found.verdict)}</div>"
         now, best = self.config, found.config
         # An α in units of one layer's norm has no meaning where each layer has its own.
+        tokens = tokenize(self._model, self.prompt, chat=best.chat, template=best.source_template)
         units = units_of(now.mapping) is not None
         new = replace(
             now, target_prompt=best.target_prompt, target_layer=best.target_layer, chat=best.chat,
-            source_template=best.source_template, positions=-1,
+            source_template=best.source_template, positions=same_token(self._view, tokens),
             mapping=scale if units else now.mapping, unit="residual" if units else now.unit,
         )  # fmt: skip
         self.set_config(new)
@@ -273,7 +275,9 @@ class Desk:
         """Show the same prompt in another template."""
         if not self._quiet:
             tokens = self._tokens(self.prompt)
+            place = same_token(self._view, tokens)
             self._quietly(lambda: show_tokens(self._view, tokens))
+            self._quietly(lambda: setattr(self._view.tokens, "value", place))
             self._rest()
 
     def _chat_changed(self) -> None:

@@ -192,6 +192,7 @@ class View:
         self.prompt.add_class("ssx-prompt")
         self.tokens = widgets.ToggleButtons(options=[("∅", 0)], description="Token")
         self.tokens.add_class("ssx-tokens")
+        self.own = range(1)  # which of the tokens are the prompt's own, not a template's
         self.kinds = {
             kind: widgets.Checkbox(value=kind in PAPER_KINDS, description=kind, indent=False)
             for kind in kinds

@@ -288,7 +288,10 @@ def test_the_chat_control_changes_tokens_and_question(chatty: LanguageModel) -> 
     view = made.view
     assert (made.config.target_prompt, made.config.asked) == (None, DESCRIPTION_PROMPT)
     plain = len(view.tokens.options)
+    view.tokens.value -= 1
+    label = view.tokens.label
     view.chat.value = True
+    assert view.tokens.label.strip("·") == label.strip("·")
     assert made.config.asked == CHAT_PROMPT
     assert len(view.tokens.options) > plain
     assert "role='alert'" not in view.status.value
