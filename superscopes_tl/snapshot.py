@@ -79,15 +79,18 @@ def heatmap_png(
     panels[0].set_ylabel("source layer")
     if layers:
         figure.colorbar(image, ax=list(panels), label=value, fraction=0.03)
-        token = str(table["token"].iloc[0])
-        prompt = str(result.provenance.get("prompt", ""))[:80]
-        # A dollar sign would start a formula.
-        figure.suptitle(f"{prompt} · token {token}".replace("$", r"\$"), fontsize=11)
+        figure.suptitle(_title(result, str(table["token"].iloc[0])), fontsize=11)
     if grey := _grey(table, kinds, len(layers) * len(alphas), value):
         figure.supxlabel(f"grey: {', '.join(grey)}", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _title(result: SweepResult, token: str) -> str:
+    prompt = str(result.provenance.get("prompt", ""))[:80]
+    # A dollar sign would start a formula.
+    return f"{prompt} · token {token}".replace("$", r"\$")
 
 
 def _grey(table: pd.DataFrame, kinds: Sequence[str], places: int, value: str) -> list[str]:
