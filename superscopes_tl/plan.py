@@ -32,7 +32,6 @@ from superscopes_tl.scoring import (
     SentenceEmbeddingScorer,
     as_scorer,
     no_scores,
-    score_texts,
     scorer_name,
 )
 from superscopes_tl.sites import Site, check_kinds, check_layers
@@ -296,9 +295,6 @@ def plan_sweep(
     check_answer(target_prompt.answer, chat=config.chat, argument="target_prompt")
     scorer = as_scorer(no_scores if config.generate == "none" else config.scorer)
     check_text(prompt, "prompt")
-    if not isinstance(scorer, SentenceEmbeddingScorer):
-        # One that returns too few numbers should not cost a sweep.
-        score_texts(scorer, prompt, [prompt, prompt])
     model = load_model(model)
     asked = model if config.target_model is None else load_model(config.target_model)
     target_layer = check_target_layer(config.target_layer, asked.n_layers)

@@ -30,6 +30,7 @@ from superscopes_tl.patches import Patch
 from superscopes_tl.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.recovery import add_recovered
 from superscopes_tl.results import Reading, SweepResult
+from superscopes_tl.scoring import SentenceEmbeddingScorer, score_texts
 from superscopes_tl.sites import Site
 
 Work = tuple[SweepPlan, Cell, Patch]
@@ -89,8 +90,7 @@ def sweep(
 
     Example:
         >>> result = sweep(load_model(), "Red Hot Chili Peppers", progress=False)
-        >>> result.contextualization_layer()  # doctest: +SKIP
-        2
+        >>> print(result.contextualization_layer())  # doctest: +SKIP
 
     Args:
         model: from `load_model`, or anything that it takes (`"smollm2"`, a hub name, ...).
@@ -106,7 +106,11 @@ def sweep(
             `partial`.
         SweepError: broke off; finished cells are in its `partial`.
     """
-    result = collect([plan_sweep(model, prompt, config, **settings)], progress=progress)
+    plan = plan_sweep(model, prompt, config, **settings)
+    if not isinstance(plan.scorer, SentenceEmbeddingScorer):
+        # One that returns another number of scores should not cost a sweep.
+        score_texts(plan.scorer, prompt, [prompt, prompt])
+    result = collect([plan], progress=progress)
     if progress:
         for line in result.doubts:
             tqdm.write(f"Doubtful: {line}", file=sys.stderr)

@@ -25,7 +25,7 @@ IMAGES = Path(__file__).parent.parent / "notebooks" / "images"
 PROMPT = "Red Hot Chili Peppers"
 SHOW = f"""\
 from superscopes_tl import Explorer, load_model
-explorer = Explorer(load_model("mini", backend="bridge"), {PROMPT!r})
+explorer = Explorer(load_model("mini", backend="bridge"), {PROMPT!r}, target_layer=0)
 explorer"""
 RUN = """\
 explorer.run().wait()
