@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.config import SweepConfig
-from superscopes_tl.evaluate import evaluate
 from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.plots import heatmap
 from superscopes_tl.readability import SENTENCE
+from superscopes_tl.results import SweepResult
 from superscopes_tl.scoring import no_scores
+from superscopes_tl.sweep import collect
 
 NAMES = ("Paris", "Albert Einstein", "Amazon River", "Pink Floyd", "Titanic")
 """Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
@@ -47,7 +50,7 @@ CONFIG = SweepConfig(
     source_template=SENTENCE,
     chat=True,
     target_layer=0,
-    max_new_tokens=16,
+    max_new_tokens=12,
     controls=("other_prompt",),
     others=2,
     scorer=no_scores,
@@ -75,10 +78,11 @@ def run_demo(
     model = model or load_model(backend="bridge")
     output.mkdir(parents=True, exist_ok=True)
     _print_model(console, model)
-    found = evaluate(model, names, None, config, draws=0)
+    found = collect(_plans(model, names, config))
     figures = []
     for name in names:
-        result = found.of(name)
+        rows = found.table[found.table["prompt"] == name].reset_index(drop=True)
+        result = SweepResult(rows, {**found.provenance, "prompt": name})
         result.save(output / f"{_file_name(name)}.zip")
         console.print(name_table(result.table))
         figures.append(heatmap(result, value="recovered", color_range=(0.0, 1.0)))
@@ -90,6 +94,23 @@ def run_demo(
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
     console.print(_conclusion(found.table), highlight=False)
     return page
+
+
+def _plans(model: LanguageModel, names: Sequence[str], config: SweepConfig) -> list[SweepPlan]:
+    """Return a plan per name; block outputs are read at α = 1 alone, where they say most."""
+    first = plan_sweep(model, names[0], config)
+    plans = [first, *map(first.at_prompt, names[1:])]
+    return [
+        replace(
+            plan,
+            finished=frozenset(
+                (site, into, alpha)
+                for site, into, alpha in plan.all_cells
+                if site.kind == "resid_post" and alpha != 1
+            ),
+        )
+        for plan in plans
+    ]
 
 
 def read_share(table: pd.DataFrame) -> pd.Series[float]:
