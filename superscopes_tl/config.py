@@ -54,7 +54,8 @@ class SweepConfig:
     With two exceptions: the description is scored without what follows it (`score_on="text"` is
     the paper's protocol), and a model may state its own length of a text. Of the paper's two
     target layers, 0 and "same", the default is the one that `readability` finds to read both
-    SmolLM2-135M and Gemma-3-270M with the paper's prompt.
+    real models with the paper's prompt: Gemma-3-270M's own words are recovered to 0.87 (layer 0:
+    0.71), SmolLM2-135M's to 0.88 (0.90), other names' vectors far less.
 
     Attributes:
         layers: source layers, counted from 0; every layer unless given.

@@ -55,13 +55,15 @@ SENTENCE = "Tell me about {}"
 NAMES = MANY_KINDS[:12]
 SCREENED_NAMES = 3
 SCREENED_LAYERS = 5
-MEASURED_LAYERS = 10
+MEASURED_LAYERS = 9
 SCREENED_OTHERS, MEASURED_OTHERS = 1, 2
 """How many other names' vectors stand beside each own one."""
-CHAT_TOKENS = 10
+CHAT_TOKENS = 8
 """How many tokens of a chat model's own words are looked at."""
 BETTER = 0.1
 """How much more another BOS has to recover before the verdict mentions it."""
+EQUAL = 0.05
+"""Settings that recover as much as the best one but for this are as good: the first tried wins."""
 LEAST_SHARE = 0.2
 """A layer that recovers less of the model's own words is not said to be readable."""
 FORMAT = "superscopes_tl.readability 1"
@@ -206,10 +208,10 @@ def readability(
 
         for setting in first:
             screen(model, setting)
-        prompt = max(screened, key=_worth)["setting"]
+        prompt = _best(screened)
         for layer in more:
             screen(model, replace(prompt, config=replace(prompt.config, target_layer=layer)))
-        best = max(screened, key=_worth)["setting"]
+        best = _best(screened)
         other = None if best.config.chat else _other_bos(model)  # a template writes its own
         if other is not None:
             screen(other, replace(best, bos="other"))
@@ -304,6 +306,13 @@ def _screen(
     table = _per_layer(own, others, layers)
     best = table.sort_values("worth", ascending=False).head(math.ceil(len(layers) / 3))
     return {"setting": setting, **best[["recovered", "others", "specific", "worth"]].mean()}
+
+
+def _best(screened: Sequence[dict[str, Any]]) -> Setting:
+    """Return the first setting that is as good as the best one."""
+    least = max(map(_worth, screened)) - EQUAL
+    setting: Setting = next(row["setting"] for row in screened if _worth(row) >= least)
+    return setting
 
 
 def _worth(row: dict[str, Any]) -> float:
