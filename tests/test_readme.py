@@ -27,7 +27,7 @@ def test_the_ten_lines_print_what_the_readme_shows(tmp_path: Path) -> None:
         check=True,
     )
     assert run.stdout == _block("text")
-    assert (tmp_path / "alexander.html").stat().st_size > 1_000_000, "plotly.js is inlined"
+    assert (tmp_path / "floyd.html").stat().st_size > 1_000_000, "plotly.js is inlined"
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
