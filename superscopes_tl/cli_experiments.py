@@ -25,6 +25,7 @@ from superscopes_tl.shell import (
     parse_layers,
     parse_numbers,
     read_lines,
+    share_table,
 )
 from superscopes_tl.significance import FEWEST_PROMPTS
 
@@ -177,6 +178,13 @@ def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) ->
     figures = []
     model = evaluation.provenance["model"]["name"]
     for kind in dict.fromkeys(evaluation.table["kind"]):
+        cells = evaluation.table[evaluation.table["kind"] == kind]
+        cells = cells[(cells["draw"] == 0) & cells["recovered"].notna()]
+        if len(cells):
+            title = f"{kind} of {model}: mean share of own words recovered"
+            OUTPUT.print(share_table(cells, title + _beside(cells)))
+        if not evaluation.table["written"].any():
+            continue  # nothing was written, so there is nothing to count
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
         parts = {name: part for name, part in parts.items() if name not in few}
@@ -193,6 +201,10 @@ def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) ->
         if kind == "resid_post":
             figures += _print_early(pd.concat([parts["Patchscopes"], parts["Superscopes"]]))
     return figures
+
+
+def _beside(cells: pd.DataFrame) -> str:
+    return " / by other prompts' vectors" if "other_prompt_recovered" in cells else ""
 
 
 def _print_early(table: pd.DataFrame) -> list[Any]:

@@ -98,7 +98,8 @@ def evaluate(
         path: the file of the experiment; kept in memory alone unless given.
         config: the settings; those of section 4.1 unless given.
         draws: that many more readings of α = 1, drawn at temperature 1: the equal-budget baseline.
-            As many as give α = 1 the budget of all other α of the file, unless given; 0 for none.
+            As many as give α = 1 the budget of all other α of the file, unless given; 0 for none,
+            and unless all cells are written out.
             Another mapping than the paper's has none.
         executor: a `concurrent.futures.Executor`, or what acts like one, or a function that starts
             one, such as `local_workers(2)`, which is called anew when its workers have died. A
@@ -127,8 +128,8 @@ def evaluate(
             read = partial(workers.read, there)
         _check_file_settings(there, config, path)
         file = stack.enter_context(contextlib.closing(EvaluationFile(path, there.provenance)))
-        if draws is None:
-            draws = _equal_budget(there, file)
+        if draws is None:  # without all texts there is no budget of texts to equal
+            draws = _equal_budget(there, file) if config.generate == "all" else 0
         _fill(file, there, draws, read, progress, config.generate)
         return file.evaluation()
 
@@ -231,6 +232,7 @@ def methods(
         ValueError: several kinds or target layers to choose from, or not the one asked for.
     """
     rows = _at_one_place(evaluation.table, kind, target_layer, position)
+    rows = rows[rows["written"]]  # a cell that was not written out is no empty text
     amplified = rows[(rows["alpha"] != 1) & (rows["draw"] == 0)]
     plain = rows[(rows["alpha"] == 1) & (rows["mapping"] == PAPER_MAPPING)]
     scaled = amplified[amplified["mapping"] == PAPER_MAPPING]

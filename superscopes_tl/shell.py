@@ -100,6 +100,33 @@ def reading_table(result: Any) -> Table:
     return table
 
 
+def share_table(table: Any, title: str) -> Table:
+    """Return what the cells of many prompts recover, the mean over prompts per layer and α.
+
+    Where other prompts' vectors stand beside them, their mean comes behind a slash.
+
+    Args:
+        table: cells of one kind.
+        title: of the table.
+    """
+    columns = ["recovered", *(c for c in ("other_prompt_recovered",) if c in table)]
+    means = table.groupby(["source_layer", "alpha"])[columns].mean()
+    alphas = sorted(table["alpha"].unique())
+    shown = Table(title=escape(title), title_justify="left")
+    shown.add_column("layer", justify="right")
+    for alpha in alphas:
+        shown.add_column(f"α = {alpha:g}", justify="right")
+    for layer in sorted(table["source_layer"].unique()):
+        cells = [
+            " / ".join(f"{means.loc[(layer, alpha), c]:.2f}" for c in columns)
+            if (layer, alpha) in means.index
+            else ""
+            for alpha in alphas
+        ]
+        shown.add_row(str(layer), *cells)
+    return shown
+
+
 def _best_cell(cell: Any, *, several: bool) -> str:
     """Return a reading with the numbers that it has."""
     if cell.isna()["alpha"]:

@@ -242,6 +242,29 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> Non
     assert len(Evaluation.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
 
 
+def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path) -> None:
+    """Shares alone are printed as means over prompts; the best α of each site is written later."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run.sqlite"
+    prompts.write_text("Pearl Jam\nAlexander the Great\nTitanic\n", encoding="utf-8")
+    command = ["evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+               "--target", "0", "--kinds", "resid_post", "--out", str(out)]  # fmt: skip
+    first = CliRunner().invoke(app, [*command, "--generate", "none"])
+    assert first.exit_code == 0, first.output
+    table = Evaluation.load(out).table
+    assert len(table) == 3 * 2 * 2
+    assert not table["written"].any()
+    shares = table.groupby(["source_layer", "alpha"])["recovered"].mean()
+    for layer in (5, 2):
+        line = next(x for x in first.output.splitlines() if re.match(rf"\W*{layer} \W", x))
+        assert f"{shares[layer, 1.0]:.2f}" in line
+        assert f"{shares[layer, 9.0]:.2f}" in line
+    later = CliRunner().invoke(app, [*command, "--generate", "best"])
+    assert later.exit_code == 0, later.output
+    again = Evaluation.load(out).table
+    assert len(again) == len(table)
+    assert again.groupby(["prompt", "source_layer"])["written"].sum().eq(1).all()
+
+
 def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
     """Two processes read and count what one does."""
     prompts = tmp_path / "prompts.txt"
