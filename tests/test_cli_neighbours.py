@@ -15,7 +15,18 @@ from superscopes_tl.cli import app
 from superscopes_tl.directions import mlp_values
 from superscopes_tl.vectors import read_vectors
 
-FAST = ["--backend", "bridge", "--device", "cpu", "--alphas", "1", "--max-new-tokens", "8"]
+FAST = [
+    "--model",
+    "mini",
+    "--backend",
+    "bridge",
+    "--device",
+    "cpu",
+    "--alphas",
+    "1",
+    "--max-new-tokens",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")
