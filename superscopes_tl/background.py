@@ -94,7 +94,7 @@ class CellStore:
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return the cells of `plan` that are there, scored as the plan has it."""
         there, scored = self._kept.get(_text_key(plan), {}), _scored_by(plan)
-        wanted = {cell: there[cell] for cell in plan.all_cells if cell in self.cells(plan)}
+        wanted = {cell: there[cell] for cell in self.cells(plan)}
         others = [kept.reading for kept in wanted.values() if kept.scored != scored]
         if others:
             self.add(plan, rescored(plan, others))

@@ -39,12 +39,16 @@ class Framed:
     end: int
     skipped: int = 0
 
-    def within(self, before: str, after: str) -> Framed:
-        """Return the frame of what stands between `before` and `after` in the text."""
-        inner = self.end - self.start + self.skipped - len(before) - len(after)
-        skipped = max(0, self.skipped - len(before))
-        start = self.start + max(0, len(before) - self.skipped)
-        return Framed(self.whole, start, start + max(0, inner - skipped), skipped)
+    def within(self, before: int, length: int) -> Framed:
+        """Return the frame of a part of the text.
+
+        Args:
+            before: how many characters of the text stand before the part.
+            length: how many the part has.
+        """
+        skipped = max(0, self.skipped - before)  # of the part's own blanks
+        start = self.start + max(0, before - self.skipped)
+        return Framed(self.whole, start, min(self.end, start + length - skipped), skipped)
 
 
 def check_answer(answer: str, *, chat: bool, argument: str) -> None:

@@ -119,13 +119,20 @@ def sweep(
             "controls": options.names(controls),
         }
         check_config(None, settings)
+        own = (target_prompt, answer, chat, target_layer.lower(), source_template)
+        if auto and own != (None, "", False, "same", "{}"):
+            raise bad_value(
+                "--auto", expected="no prompt, template or target layer of your own beside it",
+                got=own, fix="leave one of the two out",
+            )  # fmt: skip
         loaded = options.load(model, backend, dtype, device)
         if auto:
             settings |= _auto_settings(loaded)
         result = run_sweep(loaded, prompt, **settings)
+        saved = result.save(out) if out else None  # before anything else can go wrong
         _print_result(result, show_all=show_all)
-        if out:
-            OUTPUT.print(f"Run file: {result.save(out)}", markup=False)
+        if saved:
+            OUTPUT.print(f"Run file: {saved}", markup=False)
         if html:
             grid = result.table.groupby("source_layer")["target_layer"].nunique().max() > 1
             x: Literal["alpha", "target_layer"] = "target_layer" if grid else "alpha"

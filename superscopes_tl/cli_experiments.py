@@ -183,8 +183,8 @@ def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) ->
         if len(cells):
             title = f"{kind} of {model}: mean share of own words recovered"
             OUTPUT.print(share_table(cells, title + _beside(cells)))
-        if not evaluation.table["written"].any():
-            continue  # nothing was written, so there is nothing to count
+        if not evaluation.table["written"].all():
+            continue  # what was chosen to be written is no sample to count
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
         parts = {name: part for name, part in parts.items() if name not in few}

@@ -17,7 +17,7 @@ from superscopes_tl.patches import Patch
 from superscopes_tl.prompts import PAPER_ALPHAS, TargetPrompt, default_target_prompt
 from superscopes_tl.scoring import Scorer
 from superscopes_tl.sites import PAPER_KINDS, Site, check_layers
-from superscopes_tl.tokens import Positions, check_text
+from superscopes_tl.tokens import Positions, check_template, check_text
 
 TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 """A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
@@ -217,14 +217,7 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
 
 def _check_source(config: SweepConfig) -> None:
     """Check what stands around a source prompt, and what its readings are held against."""
-    template = config.source_template
-    if not isinstance(template, str) or template.count("{}") != 1:
-        raise bad_value(
-            "source_template",
-            expected="a text with one {} in it, where the source prompt goes",
-            got=template,
-            fix="source_template='Tell me about {}', for example",
-        )
+    check_template(config.source_template)
     references = config.reference
     if config.about is not None:
         check_text(config.about, "about")

@@ -95,9 +95,17 @@ def contextualization(
         ValueError: nothing to judge by.
     """
     rows = rows.sort_values("source_layer")
+    if by == "recovered" and threshold is not None:
+        raise bad_value(
+            "threshold", expected="none beside by='recovered'", got=threshold,
+            fix="leave it out, or judge by='score'",
+        )  # fmt: skip
     if by is None:
         defined = bool(rows["recovered"].notna().any())
-        by = "recovered" if defined and threshold is None else "score"
+        written = bool(rows["written"].all())
+        # Neither a share nor a text: nothing is read, and that is the answer.
+        shares = threshold is None and reads is None and (defined or not written)
+        by = "recovered" if shares else "score"
     needs_texts = by == "score" or reads is not None
     if by not in ("score", "recovered") or (needs_texts and not rows["written"].all()):
         raise bad_value(
@@ -112,7 +120,10 @@ def contextualization(
     elif by == "score":
         worth, least = rows["score"], PAPER_THRESHOLD if threshold is None else threshold
     else:
-        worth = rows["specific"] if "specific" in rows else rows["recovered"]
+        worth = rows["recovered"]
+        if "other_prompt_recovered" in rows:
+            # Vectors that make the words less likely than no patch at all are no merit.
+            worth = worth - rows["other_prompt_recovered"].clip(lower=0)
         least = worth.max() / 2 if worth.max() >= LEAST_READ else math.inf
     hits = rows[worth >= least]
     nearest = rows.loc[[worth.idxmax()]] if worth.notna().any() else rows.head(1)
@@ -239,6 +250,11 @@ def _cells(
 ) -> pd.DataFrame:
     """Return the greedy cells of one kind and token, all at α = 1 or all at any other α."""
     at_token = _at(table, position)
+    if "written" in at_token and not at_token["written"].all():
+        raise bad_value(
+            "table", expected="readings that were all written out", got="some without a text",
+            fix="read with generate='all'; SweepResult.contextualization_layer judges by recovered",
+        )  # fmt: skip
     paper = (at_token["draw"] == 0) & (at_token["mapping"] == PAPER_MAPPING)
     rows = at_token[paper & (at_token["kind"] == kind)]
     rows = rows[(rows["alpha"] != 1) == amplified]

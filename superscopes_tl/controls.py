@@ -35,7 +35,7 @@ from superscopes_tl.results import Reading
 
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""
-OTHER_PROMPTS = (*PAPER_PROMPTS, *MANY_KINDS)
+OTHER_PROMPTS = tuple(dict.fromkeys((*PAPER_PROMPTS, *MANY_KINDS)))
 """What the other prompts are chosen from."""
 
 
@@ -109,9 +109,11 @@ def _other_names(plan: SweepPlan, position: int) -> list[str]:
 
     Where the model says the same of two names, the vector of one is no control for the other.
     """
-    pool = [name for name in OTHER_PROMPTS if name != plan.source.text]
+    about = plan.about(position)
+    own = {plan.source.text.casefold(), about.casefold()}
+    pool = [name for name in OTHER_PROMPTS if name.casefold() not in own]
     random.Random(_seed(plan)).shuffle(pool)
-    mine, wanted = plan.own_words(position).text, plan.config.others
+    mine, wanted = words_of(plan.generator, [about])[0].text, plan.config.others
     found: list[str] = []
     for start in range(0, len(pool), wanted + 1):
         names = pool[start : start + wanted + 1]

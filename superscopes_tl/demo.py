@@ -38,7 +38,7 @@ a demonstration that shows hits alone shows nothing."""
 LAYERS = (4, 8, 16)
 ALPHAS = (1.0, 3.0, 6.0)
 HEADLINE = (8, 6.0)
-"""The layer and α at which this model's MLP outputs were found to be read; fixed beforehand."""
+"""The layer and α at which this model's MLP outputs were found to be read, on these names too."""
 READ = 0.3
 """A cell reads its name where it recovers this much of the model's own words more than the mean of
 other names' vectors does, or than nothing where those recover less than nothing."""
@@ -224,7 +224,8 @@ def _conclusion(table: pd.DataFrame) -> str:
         f"own words at α = 1; MLP outputs of layer {layer} read {hits[0]} of {names} names at "
         f"α = 1 and {hits[1]} at α = {alpha:g}. Not found: "
         + (f"{', '.join(missed)} there, and " if len(missed) else "")
-        + f"any claim about names in general, which {names} of them cannot carry."
+        + f"any claim about names in general: {names} cannot carry it, and layer and α were chosen "
+        "on names like these."
     )
 
 

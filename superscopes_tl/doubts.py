@@ -15,6 +15,7 @@ import pandas as pd
 
 from superscopes_tl.own_words import LEAST_GAP
 from superscopes_tl.prompts import is_echo
+from superscopes_tl.sites import KINDS
 
 MOST_LINES = 3
 LEAST_RECOVERED = 0.2
@@ -41,7 +42,9 @@ def doubts(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ...
 
 def _sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     """Say that the first token of the whole text was read."""
-    rows = table[(table["position"] == 0) & (table["alpha"] == 1)]
+    # A vector that no prompt gave has a number for a position.
+    read = table["kind"].isin(KINDS)
+    rows = table[read & (table["position"] == 0) & (table["alpha"] == 1)]
     if rows.empty:
         return ""
     return (
@@ -54,6 +57,7 @@ def _sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
 def _nothing_recovered(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     """Say that no layer recovers the model's own words at α = 1."""
     rows = _plain(table)
+    rows = rows[rows["kind"] == "resid_post"]
     best = rows["recovered"].max()
     if pd.isna(best) or best >= LEAST_RECOVERED or rows["source_layer"].nunique() < 3:
         return ""
@@ -104,7 +108,7 @@ def _alike(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     if len(texts) < 4 or not 2 * (count := int(texts.value_counts().iloc[0])) > len(texts):
         return ""
     return (
-        f"{count} of {len(texts)} unamplified block outputs read as "
+        f"{count} of {len(texts)} unamplified cells of {rows['kind'].iloc[0]} read as "
         f"{texts.value_counts().index[0]!r}. Try "
         + ("another target prompt." if config.get("target_layer") == "same" else
            "target_layer='same'.")

@@ -229,10 +229,16 @@ def methods(
         entry per control (what was written in the place of the Superscopes cells).
 
     Raises:
-        ValueError: several kinds or target layers to choose from, or not the one asked for.
+        ValueError: several kinds or target layers to choose from, or not the one asked for; or
+            cells that were not written out.
     """
     rows = _at_one_place(evaluation.table, kind, target_layer, position)
-    rows = rows[rows["written"]]  # a cell that was not written out is no empty text
+    if not rows["written"].all():  # what was chosen to be written is no fair sample
+        raise bad_value(
+            "evaluation", expected="cells that were all written out",
+            got=f"{int((~rows['written']).sum())} without a text",
+            fix="compare what they recover, or evaluate with generate='all'",
+        )  # fmt: skip
     amplified = rows[(rows["alpha"] != 1) & (rows["draw"] == 0)]
     plain = rows[(rows["alpha"] == 1) & (rows["mapping"] == PAPER_MAPPING)]
     scaled = amplified[amplified["mapping"] == PAPER_MAPPING]

@@ -35,7 +35,7 @@ from superscopes_tl.sites import Site
 from superscopes_tl.untrusted import checked_provenance, checked_rows, read_json, unfit
 
 FORMAT = "superscopes_tl.evaluation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FILE_BYTES = 4 * 2**30
 """A file that holds more than this is refused."""
 MAX_TEXT_BYTES = 64 * 2**20
@@ -84,13 +84,11 @@ _CONSTANT = (
             "chat",
             "source_template",
             "others",
+            "reference",
         )
     ),
 )
 """What must be the same for every reading of a file."""
-
-_EARLIER = {"answer": "", "chat": False}
-"""What a file means that was written before these settings existed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +192,8 @@ class EvaluationFile:
         theirs = _provenance(self._database, self._path)
         ours = json.loads(json.dumps(ours))
         for part, name in _CONSTANT:
-            # What an older file does not have was not there yet: no target model of its own.
-            our, their = (
-                (side.get(part) or {}).get(name, _EARLIER.get(name)) for side in (ours, theirs)
-            )
+            # Where there is no target model of its own, neither side has its settings.
+            our, their = ((side.get(part) or {}).get(name) for side in (ours, theirs))
             if our != their:
                 raise bad_value(
                     "path",
@@ -258,7 +254,7 @@ def common_provenance(plan: SweepPlan) -> dict[str, Any]:
     provenance = plan.provenance()
     names = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
     settings = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "controls", "chat",
-                "source_template", "others")  # fmt: skip
+                "source_template", "others", "reference")  # fmt: skip
     return {name: provenance[name] for name in names} | {
         "config": {name: provenance["config"][name] for name in settings}
     }
@@ -296,11 +292,16 @@ def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
         tables = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
         if not tables:
             raise ValueError("nothing yet: its run was stopped before the first line")
-        if tables != _TABLES:
+        if tables.get("provenance") != _TABLES["provenance"] or set(tables) != set(_TABLES):
             raise ValueError(f"the tables {sorted(tables)}, not made by evaluate")
-        header = read_json(database.execute("SELECT text FROM provenance").fetchone()[0])
+        first = database.execute("SELECT text FROM provenance").fetchone()
+        if first is None:
+            raise ValueError(f"the tables {sorted(tables)}, not made by evaluate")
+        header = read_json(first[0])
         if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
             raise ValueError(f"format {header.get('format')!r} {header.get('version')!r}")
+        if tables != _TABLES:
+            raise ValueError(f"the tables {sorted(tables)}, not made by evaluate")
         return checked_provenance(header.get("provenance"))
 
 

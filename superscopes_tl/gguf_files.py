@@ -29,6 +29,8 @@ _STRING, _ARRAY = 8, 9
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _LONGEST_REASON = 160
 
+_MOST_DIMENSIONS = 4  # of the format
+
 
 @dataclass(frozen=True)
 class GGUFFile:
@@ -221,8 +223,10 @@ class _Tensors:
     def add(self, cursor: _Cursor) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name, count = cursor.text(), 1
-        for _ in range(cursor.number()):
+        name, count, dimensions = cursor.text(), 1, cursor.number()
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"{name[:40]!r} has {dimensions} dimensions")
+        for _ in range(dimensions):
             count *= cursor.number("Q")
         kind, offset = cursor.number(), cursor.number("Q")
         try:

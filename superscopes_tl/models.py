@@ -108,15 +108,16 @@ class LanguageModel:
         # with a hook per layer that takes longer than a small batch.
         lens = self.lens
         points = lens.hook_dict if hooks else {}
+        placed = [(points[name], function) for name, function in hooks]
         lens.context_level += 1
         level = lens.context_level
         try:
-            for name, function in hooks:
-                points[name].add_hook(function, level=level)
+            for point, function in placed:
+                point.add_hook(function, level=level)
             yield
         finally:
-            for name, _ in hooks:
-                points[name].remove_hooks(level=level)
+            for point, _ in placed:
+                point.remove_hooks(level=level)
             lens.context_level -= 1
 
     def activations(

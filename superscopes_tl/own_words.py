@@ -32,7 +32,13 @@ from superscopes_tl.models import LanguageModel
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator, tokens_told
 from superscopes_tl.prompts import TargetPrompt, crop_description, default_target_prompt
-from superscopes_tl.tokens import Position, check_text, named_positions, tokenize
+from superscopes_tl.tokens import (
+    Position,
+    check_template,
+    check_text,
+    named_positions,
+    tokenize,
+)
 
 LEAST_GAP = 1.0
 """Nats between plain and unpatched under which a share of them means nothing."""
@@ -49,6 +55,7 @@ class OwnWords:
         plain_nats: log p(D) behind the target prompt with the name, in nats.
         unpatched_nats: log p(D) behind the unpatched target prompt.
         given: whether D is the user's own text.
+        too_long: whether the name does not fit into the target prompt, so that nothing was asked.
     """
 
     about: str
@@ -57,6 +64,7 @@ class OwnWords:
     plain_nats: float
     unpatched_nats: float
     given: bool = False
+    too_long: bool = False
 
     @property
     def gap(self) -> float:
@@ -68,6 +76,8 @@ class OwnWords:
         """Why nothing can be recovered; empty where something can."""
         if not self.about.strip():
             return "no text stands at or before this token"
+        if self.too_long:
+            return f"{self.about[:40]!r}... does not fit into the target prompt"
         if not self.token_ids:
             return f"the model writes nothing of {self.about!r}"
         if not self.gap >= LEAST_GAP:
@@ -116,6 +126,7 @@ def own_words(
         ValueError, TypeError: a bad prompt, position or target prompt.
     """
     model = load_model(model)
+    check_template(source_template)
     if about is None:
         tokens = tokenize(model, prompt, chat=chat, template=source_template)
         (about,) = named_positions(tokens, position).values()
@@ -151,7 +162,7 @@ def words_of(
     known = _KNOWN.setdefault(generator, {})
     several = list(names)
     new = [name for name in dict.fromkeys(several) if (name, reference) not in known]
-    there = [name for name in new if name.strip()]
+    there = [name for name in new if name.strip() and generator.fits(name)]
     found = _written(generator, there) if reference is None else _given(generator, there, reference)
     nothing = torch.zeros(generator.model.d_model)
     unpatched = generator.log_probabilities(
@@ -160,9 +171,9 @@ def words_of(
     for words, likely in zip(found, unpatched, strict=True):
         known[words.about, reference] = replace(words, unpatched_nats=sum(likely))
     known |= {
-        (name, reference): OwnWords(name, (), "", math.nan, math.nan)
+        (name, reference): OwnWords(name, (), "", math.nan, math.nan, too_long=bool(name.strip()))
         for name in new
-        if not name.strip()
+        if name not in there
     }
     return [known[name, reference] for name in several]
 

@@ -321,7 +321,8 @@ class PatchedGenerator:
             ValueError: a name that does not fit into the context.
         """
         longest = self.max_new_tokens + (LOOK_AHEAD if self.target.prompt.few_shot_names else 0)
-        rows = [self._named(name) for name in names]
+        rows = [self._named(name, self.max_new_tokens) for name in names]
+        longest = min(longest, self.model.n_ctx - max(map(len, rows), default=0))
         found: dict[int, Generation] = {}
         for places in self._equally_long(rows):
             cache, ids = self._start_named([rows[p] for p in places], new=longest)
@@ -339,6 +340,14 @@ class PatchedGenerator:
             found.update(zip(places, written, strict=True))
         return [found[place] for place in range(len(rows))]
 
+    def fits(self, name: str) -> bool:
+        """Tell whether a name fits into the target prompt, and a text behind it."""
+        try:
+            self._named(name, self.max_new_tokens)
+        except ValueError:
+            return False
+        return True
+
     def named_log_probabilities(
         self, names: Sequence[str], texts: Sequence[Sequence[int]]
     ) -> list[list[float]]:
@@ -353,7 +362,7 @@ class PatchedGenerator:
         """
         found = []
         for name, text in zip(names, texts, strict=True):
-            cache, ids = self._start_named([self._named(name)], new=len(text))
+            cache, ids = self._start_named([self._named(name, len(text))], new=len(text))
             wanted = torch.tensor([text], device=self.model.device)
             with self.model.lock, torch.no_grad():
                 read = torch.cat([ids, wanted[:, :-1]], dim=1)
@@ -361,14 +370,14 @@ class PatchedGenerator:
             found.append(likely.gather(2, wanted[:, :, None])[0, :, 0].tolist())
         return found
 
-    def _named(self, name: str) -> tuple[int, ...]:
+    def _named(self, name: str, room: int) -> tuple[int, ...]:
         """Return the tokens of the target prompt with a name in the placeholder's place."""
         prompt = self.target.prompt
         return tokenize(
             self.model,
             prompt.filled(name),
             argument="target_prompt",
-            room=self.max_new_tokens + LOOK_AHEAD,
+            room=room,
             chat=self.chat,
             answer=prompt.answer,
         ).ids

@@ -31,7 +31,6 @@ from superscopes_tl.scoring import (
     Scorer,
     SentenceEmbeddingScorer,
     as_scorer,
-    no_scores,
     scorer_name,
 )
 from superscopes_tl.sites import Site, check_kinds, check_layers
@@ -241,7 +240,9 @@ class SweepPlan:
                 "chat": self.config.chat,
                 "source_template": self.config.source_template,
                 "about": self.config.about,
-                "reference": self.config.reference_of(self.source.text),
+                "reference": dict(self.config.reference)
+                if isinstance(self.config.reference, Mapping)
+                else self.config.reference,
                 "generate": self.config.generate,
                 "draw": self.config.draw,
                 "controls": list(self.config.controls),
@@ -293,7 +294,7 @@ def plan_sweep(
     alphas = check_alphas(config.alphas)
     target_prompt = config.asked
     check_answer(target_prompt.answer, chat=config.chat, argument="target_prompt")
-    scorer = as_scorer(no_scores if config.generate == "none" else config.scorer)
+    scorer = as_scorer(config.scorer)
     check_text(prompt, "prompt")
     model = load_model(model)
     asked = model if config.target_model is None else load_model(config.target_model)
@@ -329,6 +330,6 @@ def plan_sweep(
         abouts=abouts,
     )
     plan.check_memory()
-    if isinstance(scorer, SentenceEmbeddingScorer):
+    if isinstance(scorer, SentenceEmbeddingScorer) and config.generate != "none":
         scorer.load()  # last, because it takes seconds; but before anything is generated
     return plan

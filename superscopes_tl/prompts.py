@@ -304,7 +304,8 @@ def description_is_over(text: str) -> bool:
 def is_echo(description: str, about: str) -> bool:
     """Tell whether a description repeats the name instead of saying anything of it.
 
-    It does where it has the whole name in it, or where half of its words are words of the name.
+    It does where it has the whole name in it, or where half of its words are words of the name,
+    those of up to three letters aside.
 
     >>> is_echo("-great-great-great", "Alexander the Great")
     True
@@ -315,7 +316,8 @@ def is_echo(description: str, about: str) -> bool:
     if not said or not name:
         return False
     whole = f" {' '.join(name)} " in f" {' '.join(said)} "
-    return whole or 2 * sum(word in name for word in said) >= len(said)
+    telling = [word for word in said if len(word) > 3]  # not "the", "of"
+    return whole or (bool(telling) and 2 * sum(word in name for word in telling) >= len(telling))
 
 
 def _entry(text: str) -> str:

@@ -69,7 +69,7 @@ LEAST_SHARE = 0.2
 FORMAT = "superscopes_tl.readability 1"
 
 Target: TypeAlias = int | Literal["same"]
-Generators: TypeAlias = dict[tuple[str, str], PatchedGenerator]
+Generators: TypeAlias = dict[tuple[str, TargetPrompt, bool], PatchedGenerator]
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Readability:
         Raises:
             ValueError: it is something else.
         """
-        if data.get("format") != FORMAT:
-            raise ValueError(f"format {data.get('format')!r}")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError("no check of this version")
         config = dict(data["config"])
         prompt = TargetPrompt(*config.pop("target_prompt"))
         return cls(
@@ -196,7 +196,8 @@ def readability(
         )  # fmt: skip
     few = several[:SCREENED_NAMES]
     first = list(_settings(model, prompts or {}))
-    more = [layer for layer in dict.fromkeys((1, 2, model.n_layers // 2)) if layer]
+    middle = model.n_layers // 2
+    more = [layer for layer in dict.fromkeys((1, 2, middle)) if 0 < layer < model.n_layers]
     steps = len(first) + len(more) + 2
     known: Generators = {}
     with tqdm(total=steps, unit="setting", desc="reading", disable=not progress) as bar:
@@ -383,7 +384,7 @@ def _shares(
     )
     first = plan_sweep(model, names[0], config)
     # One per prompt, whatever the target layer: the own words are the same.
-    key = (setting.bos, setting.prompt)
+    key = (setting.bos, setting.config.asked, setting.config.chat)
     first = replace(first, generator=known.setdefault(key, first.generator))
     plans = [first, *map(first.at_prompt, names[1:])]
     words = words_of(first.generator, names)

@@ -18,7 +18,7 @@ from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.plan import Cell, SweepPlan
 from superscopes_tl.results import SweepResult
 from superscopes_tl.sites import Site
-from superscopes_tl.sweep import run_plan
+from superscopes_tl.sweep import collect
 
 
 def refine(
@@ -39,20 +39,20 @@ def refine(
         ValueError: fewer than one round, or a result with no cell of the plan's sites.
     """
     check_count("rounds", rounds, least=1, fix="2 is the default")
+    judge = "score" if result.table["written"].all() else "recovered"
     for _ in range(rounds):
         wanted = [
             (site, target_layer, alpha)
             for site in plan.sites
             for target_layer in plan.target_layers(site)
-            for alpha in midpoints(_site(result.table, plan, site, target_layer))
+            for alpha in midpoints(_site(result.table, plan, site, target_layer), judge)
         ]
         if not wanted:
             break
         alphas = tuple(dict.fromkeys([*plan.alphas, *(alpha for _, _, alpha in wanted)]))
         finer = replace(plan, alphas=alphas)
         todo = replace(finer, finished=frozenset(finer.all_cells) - frozenset[Cell](wanted))
-        readings = list(run_plan(todo, progress=progress))
-        new = SweepResult.from_readings(readings, {}).table
+        new = collect([todo], progress=progress).table
         table = pd.concat([result.table, new], ignore_index=True)
         config = {**result.provenance.get("config", {}), "alphas": sorted(set(table["alpha"]))}
         provenance = {**result.provenance, "config": config, "planned_cells": len(table)}
@@ -60,7 +60,7 @@ def refine(
     return result
 
 
-def midpoints(rows: pd.DataFrame) -> list[float]:
+def midpoints(rows: pd.DataFrame, judge: str = "score") -> list[float]:
     """Return the α to try next at one site: halfway from the best to each of its neighbours.
 
     The rows are in the order of α.
@@ -68,7 +68,7 @@ def midpoints(rows: pd.DataFrame) -> list[float]:
     >>> midpoints(pd.DataFrame({"alpha": [1, 3, 12], "score": [0.1, 0.4, 0.2]}))
     [1.732, 6.0]
     """
-    alphas, scores = rows["alpha"].to_numpy(float), rows["score"].to_numpy(float)
+    alphas, scores = rows["alpha"].to_numpy(float), rows[judge].to_numpy(float)
     if np.isnan(scores).all():  # nothing was read: no place to look more closely
         return []
     best = alphas[np.nanargmax(scores)]

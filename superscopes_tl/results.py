@@ -217,8 +217,8 @@ class SweepResult:
         Args:
             by: "recovered" (as unless given, where that is defined): the first layer that
                 recovers at least half of what the best one does, less what other prompts'
-                vectors recover where the sweep has them (`controls="other_prompt"`). "score": the
-                paper's threshold.
+                vectors recover above nothing where the sweep has them
+                (`controls="other_prompt"`). "score": the paper's threshold.
             threshold: with the score, from which a description counts as reading the entity;
                 the paper's 0.3 unless given.
             reads: judges a description instead, for example `lambda text: "rock band" in text`.

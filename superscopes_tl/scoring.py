@@ -215,7 +215,7 @@ def scorer_name(scorer: Scorer) -> str:
 
 def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
     """Stand in for a scorer where nothing is scored: loading the real one takes seconds."""
-    return [0.0 for _ in candidates]
+    return [math.nan for _ in candidates]
 
 
 def score_texts(

@@ -59,7 +59,9 @@ def heatmap_png(
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
         grid = np.full((len(layers), len(alphas)), np.nan)
-        for row in table[table["kind"] == kind].sort_values(value).to_dict("records"):
+        for row in (
+            table[table["kind"] == kind].sort_values(value, na_position="first").to_dict("records")
+        ):
             grid[layers.index(row["source_layer"]), alphas.index(row["alpha"])] = row[value]
         panel.set_facecolor("#e9e9e9")
         panel.set_title(TITLES.get(kind, kind), fontsize=10)

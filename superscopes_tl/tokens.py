@@ -119,7 +119,7 @@ def tokenize(
         if chat
         else Framed(message, 0, len(message))
     )
-    framed = framed.within(before, after)
+    framed = framed.within(len(before), len(text))
     ids, spans, labels = _encode(model, framed.whole)
     if not chat:
         missing = _missing_prefix(model.prefix_ids, ids)
@@ -219,6 +219,21 @@ def _in_template(
         if (framed.whole[spans[i][0] : start] + framed.whole[end : spans[i][1]]).strip()
     ]  # fmt: skip
     return range(mine[0], mine[-1] + 1), frozenset(joined)
+
+
+def check_template(template: object) -> None:
+    """Raise unless a source template has one place for the source prompt.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise bad_value(
+            "source_template",
+            expected="a text with one {} in it, where the source prompt goes",
+            got=template,
+            fix="source_template='Tell me about {}', for example",
+        )
 
 
 def check_text(text: str, argument: str) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from superscopes_tl import LanguageModel, SweepConfig, load_model, sweep
+from superscopes_tl.cli import app
 from superscopes_tl.packaged import find
 from superscopes_tl.readability import (
     Readability,
@@ -104,3 +106,31 @@ def test_smollm2_reads_where_the_defaults_patch() -> None:
     assert (table["target_layer"] == table["source_layer"]).all()
     assert table["recovered"].mean() > 0.3
     assert table["specific"].mean() > 0.1
+
+
+def test_the_command_prints_the_verdict_and_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`superscopes check`: settings, verdict, a JSON file, a page; `sweep --auto` uses it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names, out, page = (tmp_path / name for name in ("names.txt", "check.json", "check.html"))
+    names.write_text("\n".join(NAMES), encoding="utf-8")
+    run = CliRunner().invoke(
+        app, ["check", "mini", "--names", str(names), "--json", str(out), "--html", str(page)],
+        env={"COLUMNS": "200"},
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    found = Readability.from_json(json.loads(out.read_text(encoding="utf-8")))
+    assert found.readable
+    assert found.verdict in run.output
+    assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
+    model = load_model("mini", backend="bridge", device="cpu")
+    keep(model, found)
+    options = ["sweep", "Titanic", "--model", "mini", "--backend", "bridge", "--auto",
+               "--layers", "5,2", "--alphas", "1", "--generate", "none"]  # fmt: skip
+    swept = CliRunner().invoke(app, options, env={"COLUMNS": "400"})
+    assert swept.exit_code == 0, swept.output
+    assert found.verdict in swept.output
+    refused = CliRunner().invoke(app, [*options, "--target-layer", "3"])
+    assert refused.exit_code == 2
+    assert "--auto: expected" in refused.output

@@ -310,3 +310,19 @@ def test_chat_takes_its_own_prompt_and_longer_texts() -> None:
 def test_an_echo_repeats_the_name(said: str, *, echoes: bool) -> None:
     """A repeated name is no reading of it."""
     assert is_echo(said, PROMPT) is echoes
+
+
+def test_a_name_that_does_not_fit_costs_no_sweep(tiny: Tiny, word_overlap: Any) -> None:
+    """Where the name in the target prompt is longer than the context, nothing is asked of it."""
+    model = tiny("llama", "bridge")
+    generator = PatchedGenerator(model, TARGET)
+    count = next(n for n in range(1, 400) if not generator.fits("Red " * n))
+    (long,) = words_of(generator, ["Red " * count])
+    assert long.too_long
+    assert math.isnan(long.recovered(-1.0))
+    table = sweep(
+        model, "Red " * count, layers=5, kinds="resid_post", alphas=1, target_prompt=TARGET,
+        max_new_tokens=10, scorer=word_overlap, progress=False,
+    ).table  # fmt: skip
+    assert table["recovered"].isna().all()
+    assert table["written"].all()

@@ -666,3 +666,45 @@ def test_the_notebook_table_has_a_row_per_layer_and_says_what_is_missing() -> No
         "<bdi>שלום</bdi> <small>α = 1, 0.50</small>",
     ]
     assert "best reading of token <bdi>·Peppers</bdi> per layer" in shown
+
+
+def test_the_contextualization_layer_by_what_is_recovered() -> None:
+    """The first layer with half of the most, above what other prompts' vectors recover."""
+    shares = {0: (0.3, 0.3), 2: (0.5, 0.1), 5: (0.9, 0.2), 7: (0.8, -4.0)}
+    rows = [
+        replace(
+            reading(layer, 1, 0.9 if layer == 0 else 0.1),
+            recovered=own,
+            controls={"other_prompt_recovered": others, "specific": own - others},
+        )
+        for layer, (own, others) in shares.items()
+    ]
+    found = result_of(*rows).contextualization_layer()
+    assert (found.layer, found.by) == (2, "recovered")
+    assert (found.recovered, found.others) == (0.5, 0.1)
+    assert "layer 2" in str(found)
+    assert result_of(*rows).contextualization_layer(by="score").layer == 0
+    with pytest.raises(ValueError, match=r"^threshold: "):
+        result_of(*rows).contextualization_layer(by="recovered", threshold=0.3)
+
+
+def test_a_map_that_recovers_nothing_has_no_contextualization_layer() -> None:
+    """Neither a share nor a text: the answer is none, not an error."""
+    silent = [replace(reading(layer, 1, NAN), written=False, text="") for layer in (5, 2)]
+    assert result_of(*silent).contextualization_layer().layer is None
+    faint = [replace(reading(layer, 1, 0.1), recovered=0.05) for layer in (5, 2)]
+    assert result_of(*faint).contextualization_layer().layer is None
+
+
+def test_the_best_cell_by_what_it_recovers() -> None:
+    """Score and share may disagree; a map without all texts is judged by the share."""
+    one = replace(reading(5, 1, 0.9), recovered=0.1)
+    two = replace(reading(5, 3, 0.2), recovered=0.8)
+    assert list(result_of(one, two).best()["alpha"]) == [1]
+    assert list(result_of(one, two).best(by="recovered")["alpha"]) == [3]
+    assert list(result_of(one, replace(two, written=False)).best()["alpha"]) == [3]
+    wide = result_of(one, two).by_layer(by="recovered")
+    assert list(wide["resid_post", "recovered"]) == [0.8]
+    unknown: Any = "luck"
+    with pytest.raises(ValueError, match=r"^by: "):
+        result_of(one).best(by=unknown)
