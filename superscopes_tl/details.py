@@ -158,7 +158,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
 
 def _shares(plan: SweepPlan, position: int, random: Patch) -> tuple[float, float]:
     """Return what no patch and a random one recover of the model's own words."""
-    words = plan.own_words(position)
+    words = plan.own_words([position])[position]
     if words.undefined:
         return math.nan, math.nan
     (likely,) = plan.generator.log_probabilities([replace(random, seed=None)], [words.token_ids])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -108,10 +108,12 @@ class SweepPlan:
         """Return what a reading at a position is scored against: the source text unless known."""
         return self.abouts.get(position, self.source.text)
 
-    def own_words(self, position: int) -> OwnWords:
-        """Return what the model says of that when it reads it as it stands."""
+    def own_words(self, positions: Iterable[int]) -> dict[int, OwnWords]:
+        """Return what the model says of each position's text when it reads it as it stands."""
+        several = list(dict.fromkeys(positions))
         reference = self.config.reference_of(self.source.text)
-        return words_of(self.generator, [self.about(position)], reference)[0]
+        found = words_of(self.generator, map(self.about, several), reference)
+        return dict(zip(several, found, strict=True))
 
     def target_layers(self, site: Site) -> tuple[int, ...]:
         """Return where the vector of `site` is patched."""

@@ -31,10 +31,7 @@ def add_recovered(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Re
         parts: of plans that differ in their prompts and draws alone.
         readings: those of all parts, one behind the other.
     """
-    own = [
-        {site.position: part.plan.own_words(site.position) for site, _, _ in part.cells}
-        for part in parts
-    ]
+    own = [part.plan.own_words(site.position for site, _, _ in part.cells) for part in parts]
     words = [found[site.position] for part, found in zip(parts, own, strict=True)
              for site, _, _ in part.cells]  # fmt: skip
     columns = {name: list(patches) for name, patches in _columns(parts)}
