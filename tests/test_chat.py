@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -491,22 +489,16 @@ def test_a_file_holds_one_way_to_ask(
         evaluate(model, [SOURCE], path, **plain, **options)
 
 
-def test_a_file_from_before_the_setting_goes_on(
+def test_an_evaluation_is_chat_or_not(
     model: LanguageModel, word_overlap: Any, tmp_path: Path
 ) -> None:
-    """What an older file does not say was not chat."""
-    path = tmp_path / "old.sqlite"
+    """One file holds readings of one form; more prompts may be added in it."""
+    path = tmp_path / "run.sqlite"
     options: dict[str, Any] = {"progress": False, "scorer": word_overlap, "draws": 0}
     plain = {**FAST, "chat": False, "target_prompt": TargetPrompt(TARGET.text)}
     evaluate(model, [SOURCE], path, **plain, **options)
-    with sqlite3.connect(path) as database:
-        header = json.loads(database.execute("SELECT text FROM provenance").fetchone()[0])
-        del header["provenance"]["config"]["chat"]
-        del header["provenance"]["target_prompt"]["answer"]
-        database.execute("UPDATE provenance SET text = ?", [json.dumps(header)])
-    database.close()
     assert len(evaluate(model, [SOURCE, "Syria"], path, **plain, **options)) == 2 * 2 * 2
-    with pytest.raises(ValueError, match=r"an experiment with chat True .*False"):
+    with pytest.raises(ValueError, match=r"^path: expected .*chat True .*False"):
         evaluate(model, [SOURCE], path, **{**plain, "chat": True}, **options)
 
 

@@ -200,7 +200,7 @@ def test_what_is_no_model_is_refused(thing: Any) -> None:
     with pytest.raises(
         ModelLoadError,
         match=r"^model: expected a name, a directory, a HookedTransformer, a TransformerBridge or "
-        rf"a Hugging Face model, got {type(thing).__name__}\. Fix: load_model\('mini'\)",
+        rf"a Hugging Face model, got {type(thing).__name__}\. Fix: load_model\(\)",
     ):
         load_model(thing)
 
@@ -222,7 +222,9 @@ def test_an_unknown_hub_name_offline_is_refused_at_once() -> None:
         timeout=120,
         check=True,
     )
-    assert done.stdout.startswith("model: expected 'mini', a local Hugging Face directory or a hub")
+    assert done.stdout.startswith(
+        "model: expected 'smollm2', a local Hugging Face directory or a hub"
+    )
     assert "got no-such-org/no-such-model. Fix: check the name, the directory and" in done.stdout
 
 
