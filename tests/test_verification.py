@@ -83,12 +83,13 @@ def off_by_three_percent(convert: Callable[..., Any]) -> Callable[..., Any]:
 
     def spoilt(hf: Any, tokenizer: Any) -> Any:
         lens = convert(hf, tokenizer)
-        with torch.no_grad():
-            last = max(
-                (p for n, p in lens.named_parameters() if "blocks.0" in n or "layers.0" in n),
-                key=torch.numel,
-            )
-            last.mul_(1.03)
+        name, last = max(
+            ((n, p) for n, p in lens.named_parameters() if "blocks.0" in n or "layers.0" in n),
+            key=lambda named: named[1].numel(),
+        )
+        # A parameter of its own: the lens may share its weights with the model.
+        owner, _, leaf = name.rpartition(".")
+        setattr(lens.get_submodule(owner), leaf, torch.nn.Parameter(last.detach() * 1.03))
         return lens
 
     return spoilt
