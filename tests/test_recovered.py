@@ -29,7 +29,8 @@ from superscopes_tl.own_words import OwnWords, words_of
 from superscopes_tl.sites import Site
 from tests import plain_hf
 from tests.conftest import BACKENDS, tiny_model
-from tests.tiny_models import ARCHITECTURES, tiny_hf
+from tests.test_chat import TEMPLATES, with_template
+from tests.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 Tiny = Callable[[str, str], LanguageModel]
 SOURCE = "Red Hot Chili Peppers"
@@ -326,3 +327,30 @@ def test_a_name_that_does_not_fit_costs_no_sweep(tiny: Tiny, word_overlap: Any) 
     ).table  # fmt: skip
     assert table["recovered"].isna().all()
     assert table["written"].all()
+
+
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    target=st.sampled_from([TARGET, SEVERAL, TargetPrompt("Red x means: hot", "x")]),
+    chat=st.booleans(),
+    guidance=st.sampled_from([1.0, 0.5, 2.0]),
+    layers=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_a_written_text_is_as_likely_as_it_was_token_by_token(
+    architecture: str, target: TargetPrompt, chat: bool, guidance: float, layers: list[int],
+    seed: int,
+) -> None:  # fmt: skip
+    """One pass over a text gives each of its tokens what writing it step by step did."""
+    model = tiny_model(architecture, "bridge")
+    if chat:
+        model = replace(model, tokenizer=with_template(tiny_tokenizer(), TEMPLATES["chatml"]))
+    generator = PatchedGenerator(model, target, max_new_tokens=5, chat=chat)
+    torch.manual_seed(seed)
+    patches = [Patch(torch.randn(32) * 4, layer, guidance=guidance) for layer in layers]
+    written = generator.generate(patches)
+    found = generator.log_probabilities(patches, [text.token_ids for text in written])
+    for text, likely in zip(written, found, strict=True):
+        if not math.isnan(text.margin):
+            assert likely == pytest.approx(list(text.log_probabilities), abs=1e-3)
