@@ -20,6 +20,7 @@ import pandas as pd
 
 from superscopes_tl.amplify import PAPER_MAPPING
 from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.own_words import above_others
 from superscopes_tl.scoring import PAPER_THRESHOLD
 from superscopes_tl.sites import HookKind
 
@@ -122,8 +123,7 @@ def contextualization(
     else:
         worth = rows["recovered"]
         if "other_prompt_recovered" in rows:
-            # Vectors that make the words less likely than no patch at all are no merit.
-            worth = worth - rows["other_prompt_recovered"].clip(lower=0)
+            worth = above_others(worth, rows["other_prompt_recovered"])
         least = worth.max() / 2 if worth.max() >= LEAST_READ else math.inf
     hits = rows[worth >= least]
     nearest = rows.loc[[worth.idxmax()]] if worth.notna().any() else rows.head(1)

@@ -25,6 +25,7 @@ from superscopes_tl.config import SweepConfig
 from superscopes_tl.export import write_html
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
+from superscopes_tl.own_words import above_others
 from superscopes_tl.plan import SweepPlan, plan_sweep
 from superscopes_tl.plots import heatmap
 from superscopes_tl.readability import SENTENCE
@@ -115,8 +116,7 @@ def _plans(model: LanguageModel, names: Sequence[str], config: SweepConfig) -> l
 
 def read_share(table: pd.DataFrame) -> pd.Series[float]:
     """Return what each cell recovers above other names' vectors, or above nothing."""
-    others = table["other_prompt_recovered"].clip(lower=0)
-    return cast("pd.Series[float]", table["recovered"] - others)
+    return above_others(table["recovered"], table["other_prompt_recovered"])
 
 
 def best_of(table: pd.DataFrame) -> pd.DataFrame:

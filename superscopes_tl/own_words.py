@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from superscopes_tl.errors import bad_value
@@ -39,6 +40,12 @@ from superscopes_tl.tokens import (
     named_positions,
     tokenize,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Shares = TypeVar("Shares", np.ndarray, "pd.Series[float]")
+"""Shares recovered, as an array or as a column of a table."""
 
 LEAST_GAP = 1.0
 """Nats between plain and unpatched under which a share of them means nothing."""
@@ -139,6 +146,15 @@ def own_words(
         chat=chat,
     )
     return words_of(generator, [about], reference)[0]
+
+
+def above_others(own: Shares, others: Shares) -> Shares:
+    """Return what is recovered above other prompts' vectors, or above nothing.
+
+    Vectors that make the words less likely than no patch at all are no merit of the own ones.
+    """
+    above: Shares = own - np.maximum(others, 0)
+    return above
 
 
 _KNOWN: WeakKeyDictionary[PatchedGenerator, dict[tuple[str, str | None], OwnWords]] = (

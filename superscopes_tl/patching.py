@@ -433,15 +433,10 @@ class PatchedGenerator:
         table = likely.tolist()
         return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
 
-    def _begin(
-        self, patches: Sequence[Patch], new: int = 0
-    ) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
-        """Return a batch that has read the patched prompt, and the logits behind it.
-
-        There is room for `new` more tokens.
-        """
+    def _begin(self, patches: Sequence[Patch]) -> tuple[Batch, Float[Tensor, "batch vocab"]]:
+        """Return a batch that has read the patched prompt, and the logits behind it."""
         rows, weights = _with_twins(patches)
-        batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows), new), weights)
+        batch = Batch(self.step, self.model.decoder.keep, self._start(len(rows), 0), weights)
         with self.model.hooks(self._hooks(rows)):
             return batch, batch.run(self._tail(len(rows)))
 

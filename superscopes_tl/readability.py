@@ -36,7 +36,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.files import written_whole
 from superscopes_tl.loading import load_model
 from superscopes_tl.models import LanguageModel
-from superscopes_tl.own_words import OwnWords, words_of
+from superscopes_tl.own_words import OwnWords, above_others, words_of
 from superscopes_tl.patches import Patch
 from superscopes_tl.patching import PatchedGenerator
 from superscopes_tl.plan import plan_sweep
@@ -361,8 +361,7 @@ def _per_layer(own: np.ndarray, others: np.ndarray, layers: Sequence[int]) -> pd
             "recovered": mine,
             "others": theirs,
             "specific": mine - theirs,
-            # Vectors that make the words less likely than no patch at all are no merit.
-            "worth": mine - np.maximum(theirs, 0),
+            "worth": above_others(mine, theirs),
         }
     )
 

@@ -63,7 +63,8 @@ def iter_sweep(
     """Yield the readings of a sweep as they are finished, batch by batch.
 
     Settings are checked at the call, before the first reading is asked for. Closing the iterator
-    stops the sweep; no hook stays on the model.
+    stops the sweep; no hook stays on the model. Unless all cells are written out, a cell that is
+    comes twice: first with what it recovers, later with its text.
 
     Args:
         model: from `load_model`, or anything that it takes.
