@@ -1,20 +1,54 @@
-"""Files that are there whole or not at all.
+"""Files: written whole or not at all, and read as bounded data from anyone.
 
-1. Write to a new file beside the old one; what is there stays until the new one is whole.
-2. Have it stored by the disk, then put it in the old one's place in one step.
-3. Whatever the disk or the folder refuses is said in one way, with the path and what to do.
+Writing:
+1. Write to a new file beside the old one; the old one stays until the new one is complete.
+2. Sync it to disk, then move it into place in one step.
+3. An error of the disk or folder becomes one `OSError` with the path and the fix.
+
+Reading:
+1. `unfit`: an ordinary file, no larger than a limit, so that reading it ends.
+2. `read_zip`, `check_member`: the entries of a zip by name, no more bytes than it declares.
+3. `read_json`: a JSON object; no NaN by default, no deep nesting.
+4. `read_parquet`: numbers, booleans and strings, of a size known before they are allocated.
+5. `checked_rows`, `checked_provenance`: what the package relies on in a table and its provenance.
+
+Readers raise `ValueError` or a library's own error; the caller names the file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from superscopes_tl.errors import describe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_JSON_BYTES = 16 * 2**20
+"""More provenance than this is refused: Python needs many times as much to hold it."""
+
+_DTYPES = {"int": "iu", "float": "fiu", "bool": "b"}
+"""The kinds of numpy types that a column may have."""
+
+_PARTS: Mapping[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "model": dict,
+    "target_model": (dict, type(None)),
+    "target_prompt": dict,
+    "config": dict,
+    "tokens": dict,
+}
+"""The parts of a provenance that are read again, and what they are."""
 
 
 @contextlib.contextmanager
@@ -70,3 +104,192 @@ def unwritable(path: object, error: Exception) -> OSError:
             "before is still whole",
         )
     )
+
+
+def unfit(path: str | os.PathLike[str], most: int | None) -> str:
+    """Return why a file is not to be opened; nothing if it may be.
+
+    A pipe or a device has no size, and reading it may never end.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have; any number for `None`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        Path(path).stat()
+        return "no ordinary file"
+    too_large = most is not None and Path(path).stat().st_size > most
+    return f"more than {most} bytes of content" if too_large else ""
+
+
+def check_member(info: zipfile.ZipInfo, most: int) -> None:
+    """Refuse an entry of a zip that is, or may unpack to, more than is read at once.
+
+    Raises:
+        ValueError: it declares more than `most` bytes, or is packed in a way that may unpack to
+            more than it declares.
+    """
+    if info.file_size > most:
+        raise ValueError(f"more than {most} bytes of content in {info.filename}")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{info.filename} packed by method {info.compress_type}")
+
+
+def read_zip(path: str | os.PathLike[str], names: Sequence[str], most: int) -> list[bytes]:
+    """Return the entries of a zip that has these and no others. Nothing is written to the disk.
+
+    Raises:
+        ValueError: other entries, or more than `most` bytes.
+    """
+    if why := unfit(path, most):
+        raise ValueError(why)
+    found = []
+    with zipfile.ZipFile(path) as archive:
+        if sorted(archive.namelist()) != sorted(names):
+            raise ValueError(f"the entries {archive.namelist()[:9]}, not {list(names)}")
+        for info in map(archive.getinfo, names):
+            check_member(info, most)
+            with archive.open(info) as member:
+                found.append(member.read(info.file_size))  # read() unpacks 2 GB before it cuts
+    return found
+
+
+def read_json(text: str | bytes, *, nan: bool = False) -> dict[str, Any]:
+    """Return a JSON object; `nan` allows NaN and infinity, which JSON does not have.
+
+    Raises:
+        ValueError: too large, no JSON, no object, or such a number.
+        RecursionError: nested too deep.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"more than {MAX_JSON_BYTES} bytes of JSON")
+    found = json.loads(text, parse_constant=float if nan else _no_number)
+    if not isinstance(found, dict):
+        raise ValueError(f"JSON that is no object but {type(found).__name__}")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} in JSON")
+
+
+def read_parquet(data: bytes, most: int) -> pd.DataFrame:
+    """Return the table of a Parquet file.
+
+    A column of one repeated text is a few bytes in the file and gigabytes in memory. Texts are
+    therefore read as numbers into a dictionary, and written out when their sum is known.
+
+    Raises:
+        ValueError: more than `most` bytes, or something else than numbers, truth values and texts.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(pa.BufferReader(data))
+    texts = [field.name for field in schema if _is_text(field.type)]
+    file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
+    _check_footer(file.metadata, schema, most)
+    table, size = file.read(), 0
+    columns = []
+    for field, column in zip(schema, table.columns, strict=True):
+        size += column.nbytes + _text_bytes(column)
+        if size > most:
+            raise ValueError(f"more than {most} bytes of table")
+        # The type that the file declares, so that a text is a text and no category.
+        columns.append(column.cast(field.type) if field.name in texts else column)
+    frame: pd.DataFrame = pa.table(columns, names=table.column_names).to_pandas(
+        ignore_metadata=True
+    )
+    return frame
+
+
+def _check_footer(metadata: Any, schema: pa.Schema, most: int) -> None:
+    """Refuse by what the file says of itself, before any of its numbers are read."""
+    import pyarrow as pa
+
+    for field in schema:
+        plain = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        plain = plain or pa.types.is_boolean(field.type) or pa.types.is_null(field.type)
+        if not (plain or _is_text(field.type)):
+            raise ValueError(f"a column {field.name!r} of {field.type}")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if rows * len(schema) * 8 > most or unpacked > most:
+        raise ValueError(f"more than {most} bytes of table")
+    # Snappy, by which tables are written here, packs at most 21 bytes into one; others do not stop.
+    packed = {str(chunk.compression) for chunk in chunks} - {"SNAPPY", "UNCOMPRESSED"}
+    if packed:
+        raise ValueError(f"a table packed by {', '.join(sorted(packed))}")
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Return the bytes of all texts of a column of numbers into a dictionary."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    lengths = (pc.binary_length(c.dictionary).take(c.indices) for c in column.chunks)
+    return sum(pc.sum(part).as_py() or 0 for part in lengths)
+
+
+def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
+    """Return a table of readings if its columns hold what they say.
+
+    Args:
+        table: the readings, and more columns beside them.
+        types: the name of the Python type of each column of a reading.
+
+    Raises:
+        ValueError: a column that is there twice, of another type, or a layer, position or α that no
+            cell has.
+    """
+    twice = sorted(set(table.columns[table.columns.duplicated()]))
+    if twice:
+        raise ValueError(f"two columns {twice}")
+    if table.empty:
+        return table  # has no types yet
+    for name, column in table.items():
+        type_ = types.get(str(name), "texts or numbers")
+        if type_ in _DTYPES:
+            fits = column.dtype.kind in _DTYPES[type_]
+        else:  # a control may be missing here and there
+            may_be = str if type_ == "str" else (str, int, float, type(None))
+            fits = all(isinstance(value, may_be) for value in column.tolist())
+        if not fits:
+            raise ValueError(f"a column {name!r} that does not hold {type_}")
+    least = {"position": 0, "target_layer": 0, "draw": 0, "source_layer": -1}  # −1: of no layer
+    for name, number in least.items():
+        if (table[name] < number).any():
+            raise ValueError(f"a {name} below {number}")
+    if not np.isfinite(table["alpha"]).all():
+        raise ValueError("an alpha that is not finite")
+    return table
+
+
+def checked_provenance(found: object) -> dict[str, Any]:
+    """Return a provenance if the parts that are read again are what they should be.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not isinstance(found, dict):
+        raise ValueError("no provenance")
+    for name, type_ in _PARTS.items():
+        if name in found and not isinstance(found[name], type_):
+            raise ValueError(f"provenance whose {name} is {type(found[name]).__name__}")
+    labels = found.get("tokens", {}).get("labels", [])
+    if not isinstance(labels, list):
+        raise ValueError("provenance whose token labels are no list")
+    return found

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from superscopes_tl import LanguageModel, load_model
-from tests.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
 
 # A shared machine may take any time for an example; whether it is right does not depend on it.
 settings.register_profile("patient", deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -15,37 +16,75 @@ import superscopes_tl
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
-FLOW = """
-    errors files untrusted vector_files gguf_files sites keys_values backends verification
-    models chat repairs conversion packaged mini loading tokens prompts capture directions
-    amplify lenses tuned_lens memory decoding patches patching own_words interventions scoring
-    contextualization doubts results selectors metric significance comparison replay config
-    selfie replacements causal plan sources affine affine_fit cells controls recovery
-    readability next_token sweep vectors refine guided evaluation shares workers spread evaluate
-    plots figures lens_figures causal_figures paper_figures grid_figures metric_figures
-    readability_figure neighbours snapshot export background relevancy details plotly_widget
-    live markup explorer_view explorer_config explorer_panel explorer_desk explorer serve demo
-    shell cli_options cli_neighbours cli_experiments cli_models cli
+STOREYS = """
+    errors files
+    model
+    engine
+    vectors scores
+    experiment
+    statistics
+    evaluation
+    neighbours
+    figures
+    explorer
+    mini
+    cli
 """
-ORDER = FLOW.split()
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+STOREY = {name: i for i, line in enumerate(STOREYS.split("\n")) for name in line.split()}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+FOLDERS = sorted(p.parent for p in PACKAGE.glob("*/__init__.py"))
 
 
 def _imports(path: Path) -> set[str]:
-    """Return the package's own modules that a file imports, anywhere in it."""
+    """Return what of the package a file imports, anywhere in it, as dotted paths below it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("superscopes_tl."):
-            found.add(str(node.module).split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name for name in names if name.split(".")[0] == PACKAGE.name}
+    return {name.removeprefix(f"{PACKAGE.name}.") for name in found}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    """A module imports only modules that come before it in the flow of data."""
-    assert module in ORDER, f"say where {module} stands in the flow"
-    later = ORDER[ORDER.index(module) :]
-    assert not _imports(PACKAGE / f"{module}.py") & set(later)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way_and_through_the_faces(path: Path) -> None:
+    """A folder imports from the folders below it alone, and from their `__init__` alone."""
+    home = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert home in STOREY, f"say on which storey {home} stands"
+    for name in _imports(path):
+        folder, *rest = name.split(".")
+        if folder == home:
+            continue
+        assert folder in STOREY, f"{path}: imports {name} from the package's own face"
+        lower = STOREY[folder] < STOREY[home] or (folder, home) == ("errors", "files")
+        assert lower, f"{path}: imports {name}, which is not below it"
+        assert len(rest) == 1, f"{path}: imports {name} past the face of {folder}"
+        assert not (PACKAGE / folder / f"{rest[0]}.py").exists(), f"{path}: imports a room, {name}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_folders_have_few_rooms_and_a_face_that_no_room_shadows(folder: Path) -> None:
+    """At most nine rooms; every name of the face exists, and none is also a room of the folder."""
+    rooms = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    assert folder.name == "mini" or len(rooms) <= 9
+    face = importlib.import_module(f"{PACKAGE.name}.{folder.name}")
+    assert face.__doc__
+    names = set(getattr(face, "__all__", ()))
+    assert not names & rooms
+    for name in names:
+        thing = getattr(face, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__, name
+
+
+def test_the_top_face_is_small() -> None:
+    """At most thirty names at the top; the rest is found by its folder."""
+    assert len(superscopes_tl.__all__) <= 30
+    assert not set(superscopes_tl.__all__) & {folder.name for folder in FOLDERS}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)

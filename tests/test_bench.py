@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from superscopes_tl import PatchedGenerator, load_model
-from superscopes_tl.cli import app, benchmark_in
+from superscopes_tl.cli.main import app, benchmark_in
 from tests.benchmarks import bench, measure
 from tests.benchmarks.limit import Limit
 from tests.benchmarks.measure import Way
@@ -32,7 +32,7 @@ from tests.benchmarks.sizes import (
 )
 from tests.benchmarks.work import make_cells, spread
 from tests.conftest import BACKENDS
-from tests.tiny_models import tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = Size("a tiny model", lambda dtype: tiny_hf("llama").to(dtype), 30, 3)
@@ -140,7 +140,9 @@ def test_a_way_that_memory_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench.psutil, "virtual_memory", Memory)
     with pytest.MonkeyPatch.context() as later:
         # The engine asks too, for its batch; that much there is.
-        later.setattr("superscopes_tl.patching.default_batch_size", lambda model, length: 64)
+        later.setattr(
+            "superscopes_tl.engine.generation.default_batch_size", lambda model, length: 64
+        )
         made = bench.prepare(hf, tiny_tokenizer(), TINY)
     assert [way.name for way in made.ways] == [bench.ONE_BY_ONE, bench.BRIDGE, bench.LIMIT]
     if "hooked" in BACKENDS:

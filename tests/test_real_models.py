@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from superscopes_tl import CHAT_PROMPT, DESCRIPTION_PROMPT, LanguageModel, load_model, sweep
-from superscopes_tl.packaged import PACKAGED, find
-from superscopes_tl.patching import LOOK_AHEAD, NEAR_TIE
-from superscopes_tl.prompts import crop_description
-from superscopes_tl.scoring import no_scores
-from tests import plain_hf
+from superscopes_tl import (
+    CHAT_PROMPT,
+    DESCRIPTION_PROMPT,
+    LanguageModel,
+    load_model,
+    sweep,
+)
+from superscopes_tl.engine import NEAR_TIE, crop_description
+from superscopes_tl.engine.generation import LOOK_AHEAD
+from superscopes_tl.model import PACKAGED
+from superscopes_tl.model.packaged import find
+from superscopes_tl.scores import no_scores
 from tests.conftest import BACKENDS
+from tests.support import plain_hf
 
 MODELS = [
     pytest.param(

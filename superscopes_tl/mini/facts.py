@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from superscopes_tl.engine import PAPER_PROMPTS
 from superscopes_tl.mini import FACTS_PATH
-from superscopes_tl.prompts import PAPER_PROMPTS
 
 COLUMNS = ("kind", "name", "description", "source")
 

@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from superscopes_tl.engine import PAPER_PROMPTS
 from superscopes_tl.mini.facts import Fact, held_out
 from superscopes_tl.mini.reader import Reader, States
-from superscopes_tl.prompts import PAPER_PROMPTS
-from superscopes_tl.scoring import PAPER_THRESHOLD, SentenceEmbeddingScorer, similarities
-from superscopes_tl.significance import best_scores, corrected_hits
+from superscopes_tl.scores import PAPER_THRESHOLD, SentenceEmbeddingScorer, similarities
+from superscopes_tl.statistics import best_scores, corrected_hits
 
 ALPHAS = (3, 6, 9, 12, 15)
 TOO_LARGE = 100
@@ -273,7 +273,8 @@ def sweep_seconds(folder: Path, prompt: str) -> float:
     Two threads; the second of two sweeps over different prompts is timed: model and scorer are
     loaded.
     """
-    from superscopes_tl import load_model, sweep
+    from superscopes_tl.experiment import sweep
+    from superscopes_tl.model import load_model
 
     torch.set_num_threads(2)
     model = load_model(folder, backend="bridge")

@@ -20,9 +20,9 @@ import psutil
 import torch
 
 from superscopes_tl import LanguageModel, PatchedGenerator, load_model
+from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.loading import device_of
-from superscopes_tl.patching import NEAR_TIE
+from superscopes_tl.model.load import device_of
 from tests.benchmarks import measure, ways
 from tests.benchmarks.limit import fastest
 from tests.benchmarks.measure import Way

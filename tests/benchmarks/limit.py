@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from superscopes_tl import PatchedGenerator
 from tests.benchmarks.ways import Tokens, until_end
 from tests.benchmarks.work import Cell
-from tests.plain_hf import blocks_of
+from tests.support.plain_hf import blocks_of
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from superscopes_tl.export import write_html
+from superscopes_tl import write_html
 from superscopes_tl.files import written_whole
 from tests.benchmarks.roofline import Roofline
 

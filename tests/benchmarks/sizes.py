@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from superscopes_tl.conversion import quiet
 from superscopes_tl.errors import bad_value
 from superscopes_tl.mini import MODEL_DIR
+from superscopes_tl.model import quiet
 
 
 @dataclass(frozen=True)

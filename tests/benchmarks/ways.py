@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from superscopes_tl import PatchedGenerator
-from superscopes_tl.sites import hook_name
+from superscopes_tl.model import hook_name
 from tests.benchmarks.work import Cell
-from tests.plain_hf import blocks_of
+from tests.support.plain_hf import blocks_of
 
 Tokens: TypeAlias = tuple[int, ...]
 Run: TypeAlias = Callable[[Sequence[Cell]], list[Tokens]]

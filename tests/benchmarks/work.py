@@ -16,9 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-from superscopes_tl import PAPER_ALPHAS, PAPER_PROMPTS, Patch, capture, scale
-from superscopes_tl.models import LanguageModel
-from superscopes_tl.tokens import tokenize
+from superscopes_tl import (
+    PAPER_ALPHAS,
+    PAPER_PROMPTS,
+    LanguageModel,
+    Patch,
+    capture,
+)
+from superscopes_tl.model import tokenize
+from superscopes_tl.vectors import scale
 
 PROMPTS = 4
 LAYERS = 8

@@ -1,0 +1,238 @@
+"""The main job on a real model, with its controls: what `make demo` runs.
+
+1. Read a handful of names of many kinds on SmolLM2-135M-Instruct, in the setting that reads it
+   best: each name in a sentence, CHAT_PROMPT, target layer 0.
+2. Per name and layer print what the block outputs and the MLP outputs say at α = 1 and at the α
+   that recovers most, beside the model's own words and what other names' vectors recover.
+3. List the MLP outputs that only amplification reads, and those that it does not read either.
+4. Write the heatmaps of what is recovered, and end with what was found and what was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from superscopes_tl.evaluation import SENTENCE
+from superscopes_tl.experiment import SweepConfig, SweepPlan, SweepResult, collect, plan_sweep
+from superscopes_tl.figures import heatmap, write_html
+from superscopes_tl.model import LanguageModel, load_model
+from superscopes_tl.scores import above_others, no_scores
+
+NAMES = ("Paris", "Albert Einstein", "Amazon River", "Pink Floyd", "Titanic")
+"""Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
+a demonstration that shows hits alone shows nothing."""
+LAYERS = (4, 8, 16)
+ALPHAS = (1.0, 3.0, 6.0)
+HEADLINE = (8, 6.0)
+"""The layer and α at which this model's MLP outputs were found to be read, on these names too."""
+READ = 0.3
+"""A cell reads its name where it recovers this much of the model's own words more than the mean of
+other names' vectors does, or than nothing where those recover less than nothing."""
+
+CONFIG = SweepConfig(
+    layers=LAYERS,
+    kinds=("resid_post", "mlp_out"),
+    alphas=ALPHAS,
+    source_template=SENTENCE,
+    chat=True,
+    target_layer=0,
+    max_new_tokens=12,
+    controls=("other_prompt",),
+    others=2,
+    scorer=no_scores,
+)
+
+
+def run_demo(
+    model: LanguageModel | None = None,
+    output: Path = Path("output"),
+    names: Sequence[str] = NAMES,
+    console: Console | None = None,
+    config: SweepConfig = CONFIG,
+) -> Path:
+    """Run the demo and return the path of the page with the heatmaps.
+
+    Args:
+        model: SmolLM2-135M-Instruct unless given.
+        output: the folder for the page and the run files; made if missing.
+        names: what is read.
+        console: where to print.
+        config: the settings.
+    """
+    console = console or Console(emoji=False)
+    started = time.perf_counter()
+    model = model or load_model(backend="bridge")
+    output.mkdir(parents=True, exist_ok=True)
+    _print_model(console, model)
+    found = collect(_plans(model, names, config))
+    figures = []
+    for name in names:
+        rows = found.table[found.table["prompt"] == name].reset_index(drop=True)
+        result = SweepResult(rows, {**found.provenance, "prompt": name})
+        result.save(output / f"{_file_name(name)}.zip")
+        console.print(name_table(result.table))
+        figures.append(heatmap(result, value="recovered", color_range=(0.0, 1.0)))
+    page = write_html(figures, output / "demo.html", title=f"What {model.name} says of its layers")
+    mlp = found.table[found.table["kind"] == "mlp_out"]
+    console.print(rescue_table(mlp))
+    console.print(headline_table(found.table))
+    console.print(f"\nHeatmaps: [bold]{page}[/bold] (run files beside it)")
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+    console.print(_conclusion(found.table), highlight=False)
+    return page
+
+
+def _plans(model: LanguageModel, names: Sequence[str], config: SweepConfig) -> list[SweepPlan]:
+    """Return a plan per name; block outputs are read at α = 1 alone, where they say most."""
+    first = plan_sweep(model, names[0], config)
+    plans = [first, *map(first.at_prompt, names[1:])]
+    return [
+        replace(
+            plan,
+            finished=frozenset(
+                (site, into, alpha)
+                for site, into, alpha in plan.all_cells
+                if site.kind == "resid_post" and alpha != 1
+            ),
+        )
+        for plan in plans
+    ]
+
+
+def read_share(table: pd.DataFrame) -> pd.Series[float]:
+    """Return what each cell recovers above other names' vectors, or above nothing."""
+    return above_others(table["recovered"], table["other_prompt_recovered"])
+
+
+def best_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the cell of each site that recovers most; among equals the smallest α."""
+    order = table.sort_values(["recovered", "alpha"], ascending=[False, True], kind="stable")
+    return order.drop_duplicates(["prompt", "kind", "source_layer"])
+
+
+def name_table(table: pd.DataFrame) -> Table:
+    """Return what the layers say of one name, as a table for the terminal."""
+    first = table.iloc[0]
+    shown = Table(
+        title=escape(f"{first['prompt']} · the model itself says: {first['own_words']!r}"),
+        caption="in brackets: α; share of the model's own words recovered / by other names",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown.add_column("layer", justify="right")
+    columns = [
+        ("block output, α = 1", "resid_post", table[table["alpha"] == 1]),
+        ("MLP output, α = 1", "mlp_out", table[table["alpha"] == 1]),
+        ("MLP output, best α", "mlp_out", best_of(table)),
+    ]
+    for header, _, _ in columns:
+        shown.add_column(header, overflow="fold", ratio=1)
+    for layer in sorted(table["source_layer"].unique()):
+        cells = []
+        for _, kind, rows in columns:
+            row = rows[(rows["kind"] == kind) & (rows["source_layer"] == layer)].iloc[0]
+            cells.append(_cell(row))
+        shown.add_row(str(layer), *cells)
+    return shown
+
+
+def _cell(row: Any) -> str:
+    share = f"{row['recovered']:.2f} / {row['other_prompt_recovered']:.2f}"
+    said = escape(str(row["description"]) or "(nothing)")
+    return f"{said} [dim]({row['alpha']:g}; {share})[/dim]"
+
+
+def rescue_table(mlp: pd.DataFrame) -> Table:
+    """Return the MLP outputs that only amplification reads, and those that nothing reads."""
+    plain = mlp[mlp["alpha"] == 1].set_index(["prompt", "source_layer"])
+    best = best_of(mlp[mlp["alpha"] != 1]).set_index(["prompt", "source_layer"])
+    silent = plain[read_share(plain) < READ]
+    read = best[read_share(best) >= READ].index
+    shown = Table(
+        title=f"MLP outputs that are not read at α = 1 ({len(silent)} of {len(plain)}), amplified",
+        title_justify="left",
+        caption=f"read: recovers at least {READ:g} more of the own words than other names do",
+        caption_justify="left",
+    )
+    for column in ("", "name", "layer", "α = 1 says", "α", "says"):
+        shown.add_column(column, overflow="fold")
+    order = best.loc[silent.index].sort_values("recovered", ascending=False).index
+    places: list[Any] = [*(p for p in order if p in read), *(p for p in order if p not in read)]
+    for place in places:
+        if place in read or place[1] == HEADLINE[0]:
+            shown.add_row(
+                "[green]read[/green]" if place in read else "[red]not read[/red]",
+                escape(str(place[0])),
+                str(place[1]),
+                escape(str(silent.at[place, "description"])),
+                f"{float(cast('float', best.at[place, 'alpha'])):g}",
+                escape(str(best.at[place, "description"])),
+            )
+    return shown
+
+
+def headline_table(table: pd.DataFrame) -> Table:
+    """Return means over names per layer: own words recovered, and by other names' vectors."""
+    shown = Table(
+        title=f"Mean over {table['prompt'].nunique()} names: recovered / by other names' vectors",
+        title_justify="left",
+    )
+    shown.add_column("layer", justify="right")
+    columns = [("resid_post", 1.0), *(("mlp_out", a) for a in sorted(table["alpha"].unique()))]
+    for kind, alpha in columns:
+        name = "block output" if kind == "resid_post" else "MLP output"
+        shown.add_column(f"{name}, α = {alpha:g}", justify="right")
+    for layer, rows in table.groupby("source_layer"):
+        cells = []
+        for kind, alpha in columns:
+            there = rows[(rows["kind"] == kind) & (rows["alpha"] == alpha)]
+            own, others = there["recovered"].mean(), there["other_prompt_recovered"].mean()
+            cells.append(f"{own:.2f} / {others:.2f}")
+        shown.add_row(str(layer), *cells)
+    return shown
+
+
+def _conclusion(table: pd.DataFrame) -> str:
+    """Return what was found and what was not, in one line."""
+    names = table["prompt"].nunique()
+    outputs = table[(table["kind"] == "resid_post") & (table["alpha"] == 1)]
+    best = outputs.groupby("source_layer")["recovered"].mean()
+    layer, alpha = HEADLINE
+    mlp = table[(table["kind"] == "mlp_out") & (table["source_layer"] == layer)]
+    plain, loud = (mlp[mlp["alpha"] == a] for a in (1.0, alpha))
+    if plain.empty or loud.empty:
+        return f"Found: block outputs of layer {best.idxmax()} recover {best.max():.2f}."
+    hits = [int((read_share(rows) >= READ).sum()) for rows in (plain, loud)]
+    missed = loud.loc[read_share(loud) < READ, "prompt"]
+    return (
+        f"Found: block outputs of layer {best.idxmax()} recover {best.max():.2f} of the model's "
+        f"own words at α = 1; MLP outputs of layer {layer} read {hits[0]} of {names} names at "
+        f"α = 1 and {hits[1]} at α = {alpha:g}. Not found: "
+        + (f"{', '.join(missed)} there, and " if len(missed) else "")
+        + f"any claim about names in general: {names} cannot carry it, and layer and α were chosen "
+        "on names like these."
+    )
+
+
+def _print_model(console: Console, model: LanguageModel) -> None:
+    console.print(f"[bold]{escape(repr(model))}[/bold]")
+    source = model.provenance().get("source") or {}
+    if source:
+        console.print(escape(", ".join(f"{key}: {value}" for key, value in source.items())))
+    console.print(
+        "Each name is read at its last token in 'Tell me about NAME', amplified by α, and written "
+        "over x in 'What is x?' at layer 0; the model goes on from 'It is'.\n"
+    )
+
+
+def _file_name(prompt: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())

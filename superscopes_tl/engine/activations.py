@@ -1,0 +1,125 @@
+"""Read the activations of a source prompt, all of them in one forward pass.
+
+1. Tokenise the prompt.
+2. Run the model once, keeping what the wanted hook points see.
+3. Hand the vectors out by kind and layer *number* (never by index into a list of layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superscopes_tl.errors import bad_value
+from superscopes_tl.model import (
+    PAPER_KINDS,
+    HookKind,
+    LanguageModel,
+    Site,
+    TokenizedText,
+    check_kinds,
+    check_layers,
+    hook_name,
+    tokenize,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """What the hook points of one run saw.
+
+    Attributes:
+        tokens: the source prompt.
+        vectors: `(kind, layer)` to `Float[Tensor, "pos d_model"]`, in the model's number type.
+    """
+
+    tokens: TokenizedText
+    vectors: Mapping[tuple[HookKind, int], Float[Tensor, "pos d_model"]]
+
+    def __getitem__(self, place: tuple[HookKind, int]) -> Float[Tensor, "pos d_model"]:
+        """Return the vectors of a kind and layer at every position: `activations["mlp_out", 5]`.
+
+        Raises:
+            ValueError: that kind and layer were not captured.
+        """
+        if place not in self.vectors:
+            raise bad_value(
+                "activations",
+                expected=f"one of {sorted(self.vectors)}",
+                got=place,
+                fix="name it in capture(kinds=..., layers=...)",
+            )
+        return self.vectors[place]
+
+    def at(self, site: Site) -> Float[Tensor, " d_model"]:
+        """Return the vector of one site.
+
+        Raises:
+            ValueError: the site was not captured.
+        """
+        vectors = self[site.kind, site.layer]
+        if not -len(vectors) <= site.position < len(vectors):
+            raise bad_value(
+                "position",
+                expected=f"0 to {len(vectors) - 1}",
+                got=site.position,
+                fix=f"choose from {self.tokens.numbered()}",
+            )
+        return vectors[site.position]
+
+
+def capture(
+    model: LanguageModel,
+    prompt: str | TokenizedText,
+    *,
+    kinds: str | Iterable[str] = PAPER_KINDS,
+    layers: int | Iterable[int] | None = None,
+) -> Activations:
+    """Run `prompt` once and return its activations at every position.
+
+    Args:
+        model: from `load_model`.
+        prompt: the source prompt, as text or already tokenised.
+        kinds: out of `KINDS`.
+        layers: layer numbers, counted from 0; every layer unless given.
+
+    Raises:
+        ValueError: a bad prompt, kind or layer.
+    """
+    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
+    numbers = check_layers(layers, model.n_layers)
+    tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
+    if not len(tokens):
+        raise bad_value(
+            "prompt", expected="at least one token to run", got="no source prompt",
+            fix="leave out what needs one, such as base=resid_mid",
+        )  # fmt: skip
+    names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
+    seen = model.activations(tokens.tensor(model.device), list(names.values()))
+    # A copy: some backends hand out views of buffers that a later run may write to.
+    vectors = {place: seen[name][0].clone() for place, name in names.items()}
+    return Activations(tokens, MappingProxyType(vectors))
+
+
+def site_vectors(
+    model: LanguageModel, source: TokenizedText, sites: Sequence[Site]
+) -> Float[Tensor, "sites d_model"]:
+    """Return what a source prompt carries at some sites, in float32 on the CPU.
+
+    One forward pass, however many sites.
+
+    Raises:
+        ValueError: a kind, layer or position that is not there.
+    """
+    seen = capture(
+        model,
+        source,
+        kinds=tuple(dict.fromkeys(site.kind for site in sites)),
+        layers=tuple(dict.fromkeys(site.layer for site in sites)),
+    )
+    return torch.stack([seen.at(site).float().cpu() for site in sites])

@@ -1,0 +1,73 @@
+"""How much to compute at a time, how much fits into memory, and what to do when it runs out."""
+
+from __future__ import annotations
+
+import gc
+
+import psutil
+import torch
+
+from superscopes_tl.model import LanguageModel
+
+CACHE_SHARE = 0.25
+"""Share of the free memory that the keys and values of one batch may take."""
+
+FEWEST_ROWS, MOST_ROWS = 64, 1024
+WORK_PER_STEP = 2**35
+"""Rows times parameters of a step on a CPU: progress and cancel wait for a batch."""
+
+_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+def default_batch_size(model: LanguageModel, length: int) -> int:
+    """Return how many rows to compute at a time: large batches are faster, where there is memory.
+
+    Args:
+        model: the model that writes.
+        length: tokens that each row keeps for itself.
+    """
+    rows = MOST_ROWS
+    if model.device.type == "cpu":
+        work = WORK_PER_STEP // sum(p.numel() for p in model.lens.parameters())
+        rows = min(MOST_ROWS, max(FEWEST_ROWS, work))
+    return min(rows, rows_that_fit(model, length))
+
+
+def rows_that_fit(model: LanguageModel, length: int) -> int:
+    """Return how many rows of `length` tokens may have their keys and values in memory; 1 or more.
+
+    A row takes 2 · length · layers · key-value heads · d_head numbers. What all rows begin with is
+    stored once and counts in none of them.
+    """
+    free = free_bytes(model.device)
+    return max(1, int(free * CACHE_SHARE) // bytes_per_row(model, length))
+
+
+def bytes_per_row(model: LanguageModel, length: int) -> int:
+    """Return what the keys and values of `length` tokens take."""
+    cfg = model.lens.cfg
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    numbers = 2 * length * cfg.n_layers * heads * cfg.d_head
+    return int(numbers * torch.finfo(model.dtype).bits // 8)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory is free, on a GPU or in this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an allocation failed; not every device has an error class of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _WORDS)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,41 @@
+"""Many source prompts in one resumable file, and which setting reads a model best."""
+
+from superscopes_tl.evaluation.model_check import (
+    LONG_PROMPT,
+    NAMES,
+    SENTENCE,
+    SHORT_PROMPT,
+    Readability,
+    best_config,
+    keep,
+    kept_readability,
+    readability,
+)
+from superscopes_tl.evaluation.prompts import (
+    FINE_ALPHAS,
+    HIDDEN_STATES,
+    MLP_OUTPUTS,
+    evaluate,
+    methods,
+)
+from superscopes_tl.evaluation.spread import local_workers
+from superscopes_tl.evaluation.store import Evaluation
+
+__all__ = [
+    "FINE_ALPHAS",
+    "HIDDEN_STATES",
+    "LONG_PROMPT",
+    "MLP_OUTPUTS",
+    "NAMES",
+    "SENTENCE",
+    "SHORT_PROMPT",
+    "Evaluation",
+    "Readability",
+    "best_config",
+    "evaluate",
+    "keep",
+    "kept_readability",
+    "local_workers",
+    "methods",
+    "readability",
+]

@@ -1,0 +1,67 @@
+"""One source prompt: settings, plan, cells, controls, the run, and its result."""
+
+from superscopes_tl.experiment.cells import (
+    cell_of,
+    finished_cells,
+    make_patches,
+    mean,
+    score_readings,
+)
+from superscopes_tl.experiment.config import (
+    CONTROLS,
+    Generate,
+    SweepConfig,
+    check_config,
+    check_names,
+)
+from superscopes_tl.experiment.controls import make_control, rescored
+from superscopes_tl.experiment.plan import Cell, SweepPlan, lay_out, plan_sweep
+from superscopes_tl.experiment.refinement import refine
+from superscopes_tl.experiment.resolution import Contextualization
+from superscopes_tl.experiment.results import COLUMNS, SITE, TYPES, Reading, SweepResult
+from superscopes_tl.experiment.run import (
+    SweepError,
+    SweepInterrupted,
+    collect,
+    iter_sweep,
+    run_batches,
+    run_plans,
+    sweep,
+)
+from superscopes_tl.experiment.vector_plans import plan_vectors, read_vector, read_vectors
+
+__all__ = [
+    "COLUMNS",
+    "CONTROLS",
+    "SITE",
+    "TYPES",
+    "Cell",
+    "Contextualization",
+    "Generate",
+    "Reading",
+    "SweepConfig",
+    "SweepError",
+    "SweepInterrupted",
+    "SweepPlan",
+    "SweepResult",
+    "cell_of",
+    "check_config",
+    "check_names",
+    "collect",
+    "finished_cells",
+    "iter_sweep",
+    "lay_out",
+    "make_control",
+    "make_patches",
+    "mean",
+    "plan_sweep",
+    "plan_vectors",
+    "read_vector",
+    "read_vectors",
+    "refine",
+    "rescored",
+    "run_batches",
+    "run_plans",
+    "score_readings",
+    "sweep",
+]

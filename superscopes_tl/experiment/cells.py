@@ -1,0 +1,277 @@
+"""The work of a plan's cells: what is patched, and what came of it.
+
+1. Read the source prompt once (`capture`): v of every site, in float32.
+   Or take what the plan's `vectors` gives in its place.
+2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
+   of the residual norm if the plan says so. Where α acts on the logits, f(v) is that of α = 1.
+   The plan's `write` may change how it is written.
+3. Score a batch's texts (`scoring`) and make the rows of the table.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superscopes_tl.engine import (
+    Generation,
+    Patch,
+    crop_description,
+    is_echo,
+    site_vectors,
+    tokens_told,
+)
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.experiment.config import Generate
+from superscopes_tl.experiment.plan import Cell, SweepPlan
+from superscopes_tl.experiment.results import Reading
+from superscopes_tl.model import Site
+from superscopes_tl.scores import score_texts
+from superscopes_tl.vectors import PlaceVectors
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Those cells of a batch that are of one plan; a batch may hold cells of several prompts.
+
+    Attributes:
+        plan: the plan.
+        cells: some of its cells.
+        patches: what they patch.
+        generations: what was written.
+    """
+
+    plan: SweepPlan
+    cells: Sequence[Cell]
+    patches: Sequence[Patch]
+    generations: Sequence[Generation]
+
+
+def make_patches(plan: SweepPlan) -> list[Patch]:
+    """Return what is patched for each of the plan's cells.
+
+    Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
+    function may treat the rows of a batch together.
+    """
+    if not plan.cells:
+        return []
+    places = [
+        (site, target)
+        for targets in zip(*map(plan.target_layers, plan.sites), strict=True)
+        for site, target in zip(plan.sites, targets, strict=True)
+    ]
+    vectors = _vectors(plan, plan.config.vectors or _captured, places, "vectors")
+    base = torch.zeros_like(vectors)
+    if plan.config.base is not None:
+        base = _vectors(plan, plan.config.base, places, "base")
+    moved = _in_units(plan, vectors - base, [target for _, target in places])
+    on_logits = plan.config.guide == "logits"
+    mapped: dict[tuple[Site, int, float], Tensor] = {}
+    for start in range(0, len(places), len(plan.sites)):
+        rows = slice(start, start + len(plan.sites))  # a mapping sees the sites of one target layer
+        for alpha in (1.0,) if on_logits else plan.alphas:
+            found = _map(plan, alpha, base[rows], moved[rows])
+            mapped |= {(*place, alpha): v for place, v in zip(places[rows], found, strict=True)}
+    return [
+        _patch(plan, cell, mapped[(*cell[:2], 1.0) if on_logits else cell]) for cell in plan.cells
+    ]
+
+
+def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Patch:
+    _, target_layer, alpha = cell
+    guidance = alpha if plan.config.guide == "logits" else 1.0
+    patch = Patch(vector, target_layer, guidance=guidance, seed=_seed(plan, cell))
+    if plan.config.write is None:
+        return patch
+    written = plan.config.write(patch, alpha)
+    if not isinstance(written, Patch):
+        raise bad_type(
+            "write", expected="a Patch", got=written, fix="return dataclasses.replace(patch, ...)"
+        )
+    return written
+
+
+def _seed(plan: SweepPlan, cell: Cell) -> int | None:
+    """Return what a drawn text starts from: the same in every run and every batch."""
+    if plan.config.draw == 0:
+        return None
+    return zlib.crc32(repr((plan.config.draw, plan.source.text, cell)).encode())
+
+
+def _captured(
+    plan: SweepPlan, places: Sequence[tuple[Site, int]]
+) -> Float[Tensor, "places d_model"]:
+    """Return what the source prompt carries at every site."""
+    return site_vectors(plan.model, plan.source, [site for site, _ in places])
+
+
+def _vectors(
+    plan: SweepPlan, give: PlaceVectors, places: Sequence[tuple[Site, int]], argument: str
+) -> Float[Tensor, "places d_model"]:
+    """Return one vector per place, checked."""
+    vectors = give(plan, places)
+    shape = (len(places), plan.generator.model.d_model)
+    if not isinstance(vectors, Tensor) or vectors.shape != shape:
+        raise bad_value(
+            argument,
+            expected=f"vectors of shape {shape}, one per site and target layer",
+            got=tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
+            fix="see superscopes_tl.experiment.config.PlaceVectors",
+        )
+    return vectors.float().cpu()
+
+
+def _in_units(
+    plan: SweepPlan, vectors: Float[Tensor, "sites d_model"], targets: Sequence[int]
+) -> Float[Tensor, "sites d_model"]:
+    """Return the vectors as long as the residual stream that they replace, if the plan says so."""
+    if plan.config.unit == "vector":
+        return vectors
+    lengths = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    resized: Tensor = vectors / lengths * plan.generator.placeholder_norms[list(targets), None]
+    return resized
+
+
+def _map(
+    plan: SweepPlan,
+    alpha: float,
+    base: Float[Tensor, "sites d_model"],
+    vectors: Float[Tensor, "sites d_model"],
+) -> Float[Tensor, "sites d_model"]:
+    """Return f(v) of every site for one α, checked before anything is generated."""
+    function = plan.config.mapping(alpha)
+    name = f"mapping({alpha:g})"
+    if not callable(function):
+        raise bad_type(
+            name,
+            expected="a mapping function, from vectors to vectors",
+            got=function,
+            fix="mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
+        )
+    mapped = function(vectors)
+    if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
+        raise bad_value(
+            name,
+            expected=f"vectors of shape {tuple(vectors.shape)}, as it was given",
+            got=tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
+            fix="return one vector per vector",
+        )
+    mapped = base + mapped.float()
+    dtype = plan.generator.model.dtype
+    fits = torch.isfinite(mapped.to(dtype)).all(dim=-1)
+    if not fits.all():
+        raise bad_value(
+            name,
+            expected=f"numbers that {dtype} can hold",
+            got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
+            fix="use a smaller α, or load the model with dtype='float32'",
+        )
+    return mapped
+
+
+def read(part: Part) -> list[Reading]:
+    """Score the texts of some cells and return their rows."""
+    plan = part.plan
+    descriptions = [crop_description(generation.text) for generation in part.generations]
+    texts = [generation.text for generation in part.generations]
+    scores = score_readings(plan, part.cells, texts, descriptions)
+    names = plan.generator.target.prompt.few_shot_names
+    rows = []
+    for empty, generation, description, score in zip(
+        unwritten(plan, part.cells, part.patches),
+        part.generations,
+        descriptions,
+        scores,
+        strict=True,
+    ):
+        told = tokens_told(plan.generator.model.tokenizer, generation, description)
+        rows.append(
+            replace(
+                empty,
+                text=generation.text,
+                description=description,
+                score=score,
+                few_shot_copy=any(name.lower() in description.lower() for name in names),
+                n_tokens=len(generation.token_ids),
+                margin=generation.margin,
+                entropy=mean(generation.entropies[:told]),
+                log_probability=mean(generation.log_probabilities[:told]),
+                written=True,
+                echo=is_echo(description, empty.about),
+            )
+        )
+    return rows
+
+
+def unwritten(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Reading]:
+    """Return the rows of some cells without what the model writes there."""
+    norms = plan.generator.placeholder_norms
+    rows = []
+    for (site, target_layer, alpha), patch in zip(cells, patches, strict=True):
+        norm = patch.norm
+        rows.append(
+            Reading(
+                prompt=plan.source.text,
+                position=site.position,
+                token=plan.source.labels[site.position],
+                kind=site.kind,
+                source_layer=site.layer,
+                target_layer=target_layer,
+                mapping=plan.mapping_name,
+                alpha=alpha,
+                vector_norm=norm,
+                norm_ratio=norm / float(norms[target_layer]),
+                text="",
+                description="",
+                score=math.nan,
+                few_shot_copy=False,
+                n_tokens=0,
+                margin=math.nan,
+                draw=plan.config.draw,
+                written=False,
+                about=plan.about(site.position),
+            )
+        )
+    return rows
+
+
+def cell_of(reading: Reading) -> Cell:
+    """Return the cell that a reading fills."""
+    kind: Any = reading.kind
+    site = Site(kind, reading.source_layer, reading.position)
+    return site, reading.target_layer, reading.alpha
+
+
+def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozenset[Cell]:
+    """Return the cells that need no more work.
+
+    Args:
+        written: the cells of one prompt that are there, and whether each is written out.
+        generate: which cells are to be, as in `SweepConfig`.
+    """
+    if generate == "none":
+        return frozenset(written)
+    if generate == "all":
+        return frozenset(cell for cell, there in written.items() if there)
+    sites = {cell[:2] for cell, there in written.items() if there}
+    return frozenset(cell for cell in written if cell[:2] in sites)
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def score_readings(
+    plan: SweepPlan, cells: Sequence[Cell], texts: Sequence[str], descriptions: Sequence[str]
+) -> list[float]:
+    """Score what was written in some cells, whole or cropped, against what each is about."""
+    judged = descriptions if plan.config.score_on == "description" else texts
+    return score_texts(plan.scorer, [plan.about(site.position) for site, _, _ in cells], judged)

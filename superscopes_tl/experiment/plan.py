@@ -1,0 +1,348 @@
+"""A sweep, checked before any work is done: what will be computed and what that costs.
+
+1. `plan_sweep` checks every setting against the model and the prompt.
+2. The `SweepPlan` lays out the cells, every site x target layer x α, and estimates the time.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from superscopes_tl.engine import PatchedGenerator, bytes_per_row, description_is_over, free_bytes
+from superscopes_tl.errors import bad_value
+from superscopes_tl.experiment.config import (
+    SweepConfig,
+    check_alphas,
+    check_config,
+    check_target_layer,
+)
+from superscopes_tl.model import (
+    LanguageModel,
+    Site,
+    TokenizedText,
+    check_answer,
+    check_kinds,
+    check_layers,
+    check_text,
+    load_model,
+    named_positions,
+    tokenize,
+)
+from superscopes_tl.scores import (
+    OwnWords,
+    Scorer,
+    SentenceEmbeddingScorer,
+    as_scorer,
+    scorer_name,
+    words_of,
+)
+from superscopes_tl.vectors import family_name
+
+Cell: TypeAlias = tuple[Site, int, float]
+"""What one reading takes: a site, a target layer and an α."""
+
+
+def target_layers(site: Site, target_layer: Literal["same"] | tuple[int, ...]) -> tuple[int, ...]:
+    """Return where the vector of a site is patched."""
+    return (site.layer,) if target_layer == "same" else target_layer
+
+
+def lay_out(
+    sites: Sequence[Site], target_layer: Literal["same"] | tuple[int, ...], alphas: Sequence[float]
+) -> tuple[Cell, ...]:
+    """Return every cell of some sites: site, target layer, α."""
+    return tuple(
+        (site, into, alpha)
+        for site in sites
+        for into in target_layers(site, target_layer)
+        for alpha in alphas
+    )
+
+
+READING_BYTES = 2000
+"""What a reading takes in memory, with its texts; measured on finished sweeps."""
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """What a sweep will keep in memory at a time, in bytes.
+
+    Attributes:
+        vectors: v and α·v of every site, in float32, in this machine's memory.
+        keys_values: of one batch, on the model's device.
+        readings: the finished table; `evaluate` with a path keeps it on disk until the end.
+    """
+
+    vectors: int
+    keys_values: int
+    readings: int
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPlan:
+    """A checked sweep, ready to run: what will be computed, and what that costs.
+
+    Attributes:
+        model: the model that is read; the one that is asked is the generator's.
+        source: the source prompt's tokens.
+        sites: the places to read.
+        alphas: the amplifiers.
+        target_layer: as in `SweepConfig`, with layer numbers counted from 0.
+        generator: patches and writes.
+        scorer: scores.
+        config: the settings that this plan was made from.
+        finished: cells that need not be computed again.
+        abouts: what a reading at each position is scored against.
+    """
+
+    model: LanguageModel
+    source: TokenizedText
+    sites: tuple[Site, ...]
+    alphas: tuple[float, ...]
+    target_layer: Literal["same"] | tuple[int, ...]
+    generator: PatchedGenerator
+    scorer: Scorer
+    config: SweepConfig
+    finished: frozenset[Cell] = frozenset()
+    abouts: Mapping[int, str] = field(default_factory=dict)
+
+    def about(self, position: int) -> str:
+        """Return what a reading at a position is scored against: the source text unless known."""
+        return self.abouts.get(position, self.source.text)
+
+    def own_words(self, positions: Iterable[int]) -> dict[int, OwnWords]:
+        """Return what the model says of each position's text when it reads it as it stands."""
+        several = list(dict.fromkeys(positions))
+        reference = self.config.reference_of(self.source.text)
+        found = words_of(self.generator, map(self.about, several), reference)
+        return dict(zip(several, found, strict=True))
+
+    def target_layers(self, site: Site) -> tuple[int, ...]:
+        """Return where the vector of `site` is patched."""
+        return target_layers(site, self.target_layer)
+
+    @cached_property
+    def all_cells(self) -> tuple[Cell, ...]:
+        """Every cell: site, target layer, α."""
+        return lay_out(self.sites, self.target_layer, self.alphas)
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells to compute: all but the finished ones."""
+        return tuple(cell for cell in self.all_cells if cell not in self.finished)
+
+    @property
+    def mapping_name(self) -> str:
+        """The name of how α acts, as the table's column `mapping` has it."""
+        parts = [family_name(self.config.mapping)]
+        if self.config.vectors is not None:
+            parts.append(f"of {family_name(self.config.vectors)}")
+        if self.config.base is not None:
+            parts.append(f"from {family_name(self.config.base)}")
+        if self.config.unit == "residual":
+            parts.append("in residual norms")
+        if self.config.guide == "logits":
+            parts.append("on logits")
+        if self.config.write is not None:
+            parts.append(f"by {family_name(self.config.write)}")
+        if self.generator.model is not self.model:
+            parts.append(f"into {self.generator.model.name}")
+        return ", ".join(parts)
+
+    def at_prompt(self, prompt: str) -> SweepPlan:
+        """Return the same plan for another source prompt, with nothing finished.
+
+        Raises:
+            ValueError, TypeError: a bad prompt, or one without the tokens to read.
+        """
+        source, abouts = _read_source(self.model, prompt, self.config)
+        places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
+        sites = tuple(Site(kind, layer, p) for p in abouts for kind, layer in places)
+        return replace(self, source=source, sites=sites, finished=frozenset(), abouts=abouts)
+
+    @property
+    def n_batches(self) -> int:
+        """How many batches the cells make."""
+        return math.ceil(len(self.cells) / self.generator.batch_size)
+
+    @cached_property
+    def memory(self) -> PlannedMemory:
+        """What the sweep will take, known before it starts."""
+        generator, places = self.generator, len(self.all_cells) // len(self.alphas)
+        # As they are read, less their base, and mapped by one α after the other.
+        copies = 3 + len(self.alphas)
+        rows = min(generator.batch_size, max(1, len(self.cells)))
+        return PlannedMemory(
+            vectors=4 * places * copies * generator.model.d_model,
+            keys_values=rows * bytes_per_row(generator.model, generator.row_length),
+            readings=READING_BYTES * len(self.cells),
+        )
+
+    def check_memory(self) -> None:
+        """Refuse a sweep that cannot fit, before any work.
+
+        Raises:
+            ValueError: it needs more memory than is free.
+        """
+        planned, free = self.memory, free_bytes(torch.device("cpu"))
+        needed = planned.vectors + planned.readings
+        if self.generator.model.device.type == "cpu":
+            needed += planned.keys_values
+        if needed > free:
+            raise bad_value(
+                "positions, layers, kinds, alphas",
+                expected=f"a sweep that takes at most {free / 1e9:.1f} GB, which are free",
+                got=f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
+                fix="read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
+            )
+
+    def estimate_seconds(self) -> float:
+        """Return the expected duration of generating all cells, from one timed batch.
+
+        Scoring comes on top; texts that end early save time.
+        """
+        if not self.cells:
+            return 0.0
+        generator = self.generator
+        seconds = generator.seconds_per_batch(min(generator.batch_size, len(self.cells)))
+        return seconds * self.n_batches
+
+    def provenance(self) -> dict[str, Any]:
+        """Return where the result comes from, as plain data."""
+        target = self.generator.target
+        return {
+            "superscopes_tl": version("superscopes-tl"),
+            "python": platform.python_version(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": self.model.provenance(),
+            "target_model": None
+            if self.generator.model is self.model
+            else self.generator.model.provenance(),
+            "prompt": self.source.text,
+            "tokens": {"ids": list(self.source.ids), "labels": list(self.source.labels)},
+            "target_prompt": {
+                "text": target.prompt.text,
+                "placeholder": target.prompt.placeholder,
+                "answer": target.prompt.answer,
+                "ids": list(target.tokens.ids),
+                "positions": list(target.positions),
+            },
+            "config": {
+                "layers": list(dict.fromkeys(site.layer for site in self.sites)),
+                "kinds": list(dict.fromkeys(site.kind for site in self.sites)),
+                "alphas": list(self.alphas),
+                "positions": list(dict.fromkeys(site.position for site in self.sites)),
+                "target_layer": self.target_layer
+                if isinstance(self.target_layer, str)
+                else list(self.target_layer),
+                "mapping": family_name(self.config.mapping),
+                "vectors": _name(self.config.vectors),
+                "base": _name(self.config.base),
+                "unit": self.config.unit,
+                "guide": self.config.guide,
+                "write": _name(self.config.write),
+                "chat": self.config.chat,
+                "source_template": self.config.source_template,
+                "about": self.config.about,
+                "reference": dict(self.config.reference)
+                if isinstance(self.config.reference, Mapping)
+                else self.config.reference,
+                "generate": self.config.generate,
+                "draw": self.config.draw,
+                "controls": list(self.config.controls),
+                "others": self.config.others,
+                "max_new_tokens": self.generator.max_new_tokens,
+                "batch_size": self.generator.batch_size,
+                "scorer": scorer_name(self.scorer),
+                "scorer_weights": getattr(self.scorer, "weights", None),
+                "score_on": self.config.score_on,
+                "decoding": f"drawn at temperature 1, {self.config.draw}"
+                if self.config.draw
+                else "greedy",
+            },
+            "planned_cells": len(self.all_cells),
+        }
+
+
+def _read_source(
+    model: LanguageModel, prompt: str, config: SweepConfig
+) -> tuple[TokenizedText, dict[int, str]]:
+    """Return a source prompt's tokens, and what a reading at each chosen position is about."""
+    source = tokenize(model, prompt, chat=config.chat, template=config.source_template)
+    abouts = named_positions(source, config.positions)
+    if config.about is not None:
+        abouts = dict.fromkeys(abouts, config.about)
+    return source, abouts
+
+
+def _name(setting: Callable[..., object] | None) -> str | None:
+    return None if setting is None else family_name(setting)
+
+
+def plan_sweep(
+    model: LanguageModel | Any, prompt: str, config: SweepConfig | None = None, **settings: Any
+) -> SweepPlan:
+    """Check every setting of a sweep before any work is done.
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        prompt: the source prompt.
+        config: the settings; or give them one by one as keyword arguments.
+        **settings: the fields of `SweepConfig`.
+
+    Raises:
+        ValueError, TypeError: a bad setting; the message says what was expected.
+    """
+    config = check_config(config, settings)
+    # First what needs no model: a bad setting should not cost a download.
+    alphas = check_alphas(config.alphas)
+    target_prompt = config.asked
+    check_answer(target_prompt.answer, chat=config.chat, argument="target_prompt")
+    scorer = as_scorer(config.scorer)
+    check_text(prompt, "prompt")
+    model = load_model(model)
+    asked = model if config.target_model is None else load_model(config.target_model)
+    target_layer = check_target_layer(config.target_layer, asked.n_layers)
+    source, abouts = _read_source(model, prompt, config)
+    kinds = check_kinds(config.kinds, model.kinds, model.name, model.absent)
+    layers = check_layers(config.layers, model.n_layers)
+    if target_layer == "same":
+        check_layers(layers, asked.n_layers, "target_layer")
+    if asked.d_model != model.d_model and config.vectors is None:
+        raise bad_value(
+            "target_model",
+            expected=f"a model as wide as {model.name}, {model.d_model}",
+            got=f"{asked.name}, {asked.d_model}",
+            fix="fit an affine map between the two: vectors=mapped(fit_affine(...))",
+        )
+    plan = SweepPlan(
+        model=model,
+        source=source,
+        sites=tuple(Site(k, layer, p) for p in abouts for k in kinds for layer in layers),
+        alphas=alphas,
+        target_layer=target_layer,
+        generator=PatchedGenerator(
+            asked,
+            target_prompt,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            chat=config.chat,
+            until=description_is_over if config.score_on == "description" else None,
+        ),
+        scorer=scorer,
+        config=config,
+        abouts=abouts,
+    )
+    plan.check_memory()
+    if isinstance(scorer, SentenceEmbeddingScorer) and config.generate != "none":
+        scorer.load()  # last, because it takes seconds; but before anything is generated
+    return plan

@@ -1,0 +1,335 @@
+"""Run a sweep in the background, so that a notebook stays usable meanwhile.
+
+1. One daemon thread makes the plan (bad settings end there) and runs it, batch by batch.
+2. Cells that a `CellStore` has from earlier runs of the same model, prompts and mapping are taken
+   from there, scored anew if the scorer has changed; only the others are computed.
+3. Finished readings are handed on at most every 150 ms, under a lock that the receiver shares:
+   notebook kernels run callbacks on different threads.
+4. `cancel` sets an event that the thread looks at after every batch. What is finished is kept.
+5. When Python ends, what still runs is told to stop and waited for: a thread that is killed inside
+   the model's arithmetic would take the process down with an error.
+
+No widget is known here. A run ends in exactly one of the states done, cancelled and failed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakSet
+
+from superscopes_tl.experiment import (
+    Cell,
+    Reading,
+    SweepPlan,
+    SweepResult,
+    cell_of,
+    finished_cells,
+    rescored,
+    run_batches,
+)
+from superscopes_tl.scores import Scorer
+from superscopes_tl.vectors import scale
+
+State = Literal["new", "running", "done", "cancelled", "failed"]
+
+FLUSH_SECONDS = 0.15
+"""A browser has time to draw between two hand-overs."""
+PATIENCE_AT_EXIT = 10.0
+"""Seconds that Python's end waits for a batch."""
+
+_ALIVE: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done: finished cells, the reused ones included.
+        total: cells of the sweep.
+        reused: cells taken from an earlier run.
+        seconds: time spent on the computed cells.
+        written: sites with a text, where only the best cell of each is written out.
+        to_write: how many these will be.
+    """
+
+    done: int
+    total: int
+    reused: int
+    seconds: float
+    written: int = 0
+    to_write: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Computed cells per second; 0 before the first ones."""
+        return (self.done - self.reused) / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """The expected time to the end; unknown before the first cells."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A finished cell and what scored it."""
+
+    reading: Reading
+    scored: tuple[Scorer, str]
+
+
+class CellStore:
+    """Finished cells, by what decides their texts: model, prompts, mapping and length.
+
+    Each cell knows what scored it: runs with different scorers may overlap in any way.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], dict[Cell, _Kept]] = {}
+        self._plans: list[SweepPlan] = []  # keeps alive what the keys name by id
+
+    def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
+        """Return the cells of `plan` that are there, scored as the plan has it."""
+        there, scored = self._kept.get(_text_key(plan), {}), _scored_by(plan)
+        wanted = {cell: there[cell] for cell in self.cells(plan)}
+        others = [kept.reading for kept in wanted.values() if kept.scored != scored]
+        if others:
+            self.add(plan, rescored(plan, others))
+        return {cell: there[cell].reading for cell in wanted}
+
+    def cells(self, plan: SweepPlan) -> frozenset[Cell]:
+        """Return which cells of `plan` are there, whatever they were scored by."""
+        there = self._kept.get(_text_key(plan), {})
+        written = {c: there[c].reading.written for c in plan.all_cells if c in there}
+        return finished_cells(written, plan.config.generate)
+
+    def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
+        """Keep finished readings of `plan`."""
+        key, scored = _text_key(plan), _scored_by(plan)
+        if key not in self._kept:
+            self._plans.append(plan)
+        self._kept.setdefault(key, {}).update({cell_of(r): _Kept(r, scored) for r in readings})
+
+
+def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
+    """Return what decides the text of a cell, besides the cell."""
+    config = plan.config
+    return (
+        (id(plan.model.lens), id(plan.generator.model.lens)),
+        plan.source.ids,
+        plan.source.text,
+        (tuple(plan.abouts.items()), plan.config.reference_of(plan.source.text)),
+        plan.generator.target,
+        (plan.generator.max_new_tokens, plan.generator.until),
+        (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
+        (config.unit, config.guide, config.draw),
+        (config.controls, config.others),
+        # Whatever is not α·v may depend on which places it is given together.
+        None
+        if config.mapping is scale and config.base is None and config.vectors is None
+        else plan.sites,
+    )
+
+
+def _scored_by(plan: SweepPlan) -> tuple[Scorer, str]:
+    return plan.scorer, plan.config.score_on
+
+
+class BackgroundSweep:
+    """One run of one plan in a thread of its own.
+
+    Attributes:
+        plan: what is run; `None` until the thread has made it.
+        state: new, running, and then one of done, cancelled and failed.
+        error: why it failed.
+
+    Args:
+        make_plan: returns the plan; called in the thread.
+        store: finished cells of earlier runs; this run's cells are added.
+        on_plan: called once, with the plan.
+        on_batch: called with newly finished readings.
+        on_end: called last.
+        lock: held during these calls; reentrant.
+    """
+
+    def __init__(
+        self,
+        make_plan: Callable[[], SweepPlan],
+        *,
+        store: CellStore | None = None,
+        on_plan: Callable[[SweepPlan], None] = lambda plan: None,
+        on_batch: Callable[[list[Reading]], None] = lambda readings: None,
+        on_end: Callable[[], None] = lambda: None,
+        lock: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.plan: SweepPlan | None = None
+        self.state: State = "new"
+        self.error: Exception | None = None
+        self._make_plan, self._store = make_plan, store or CellStore()
+        self._on_plan, self._on_batch, self._on_end = on_plan, on_batch, on_end
+        self._lock = lock or threading.RLock()
+        self._stop = threading.Event()
+        self._readings: dict[Cell, Reading] = {}
+        self._reused = 0
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._work, name="superscopes-sweep", daemon=True)
+
+    def start(self) -> BackgroundSweep:
+        """Start the thread; return this run."""
+        self.state = "running"
+        _ALIVE.add(self)
+        self._thread.start()
+        return self
+
+    def cancel(self) -> None:
+        """Stop after the batch that is being computed."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; return whether the run has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        if self.plan is None:
+            return Progress(0, 0, self._reused, self._seconds)
+        written = to_write = 0
+        if self.plan.config.generate == "best":
+            to_write = len({cell[:2] for cell in self.plan.all_cells})
+            there = [cell for cell, reading in self._readings.items() if reading.written]
+            written = len({cell[:2] for cell in there})
+        return Progress(
+            len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
+            written, to_write,
+        )  # fmt: skip
+
+    def result(self) -> SweepResult:
+        """Return the finished cells, in the order of the plan."""
+        if self.plan is None:
+            return SweepResult.from_readings([], {})
+        with self._lock:
+            found = [self._readings[c] for c in self.plan.all_cells if c in self._readings]
+        provenance = self.plan.provenance()
+        provenance["complete"] = self._complete()
+        provenance["seconds"] = round(self._seconds, 3)
+        return SweepResult.from_readings(found, provenance)
+
+    def _work(self) -> None:
+        state: State = "failed"
+        try:
+            self._run()
+            state = "done" if self._complete() else "cancelled"
+        except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+            self.error = error
+        with self._lock:
+            self.state = state
+            self._on_end()
+
+    def _run(self) -> None:
+        full = self._make_plan()
+        reused = self._store.finished(full)
+        with self._lock:
+            self.plan, self._reused = full, len(reused)
+            self._on_plan(full)
+        self._hand_on(list(reused.values()))
+        fresh: list[Reading] = []
+        started = flushed = time.monotonic()
+        try:
+            todo = replace(full, finished=frozenset(reused))
+            for batch in () if self._stop.is_set() else run_batches(todo):
+                self._store.add(full, batch)
+                fresh += batch
+                self._seconds = time.monotonic() - started
+                if time.monotonic() - flushed >= FLUSH_SECONDS:
+                    self._hand_on(fresh)
+                    fresh, flushed = [], time.monotonic()
+                if self._stop.is_set():
+                    break
+        finally:  # what was finished before an error is shown too
+            self._hand_on(fresh)
+
+    def _complete(self) -> bool:
+        """Tell whether nothing is left to do."""
+        if self.plan is None:
+            return False
+        written = {cell: reading.written for cell, reading in self._readings.items()}
+        return len(finished_cells(written, self.plan.config.generate)) == len(self.plan.all_cells)
+
+    def _hand_on(self, readings: list[Reading]) -> None:
+        if readings:
+            with self._lock:
+                self._readings.update({cell_of(r): r for r in readings})
+                self._on_batch(readings)
+
+
+class Latest:
+    """Runs the newest of the jobs it is given in one daemon thread; skips those in between."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._job: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` when the present one has ended, unless a newer one comes before that."""
+        _ALIVE.add(self)
+        with self._lock:
+            self._job = job
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+
+    def cancel(self) -> None:
+        """Drop the job that waits; the one that runs goes on to its end."""
+        with self._lock:
+            self._job = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to do; return whether that is so."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return thread is None or not thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                job, self._job = self._job, None
+                if job is None:
+                    self._thread = None
+                    return
+            try:
+                job()
+            except Exception:  # noqa: BLE001  # the jobs that come after it must still run
+                told = threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                threading.excepthook(told)
+
+
+def wait_for_all(
+    waits: Iterable[Callable[[float | None], bool]], timeout: float | None = None
+) -> bool:
+    """Wait for one after the other, for all of them together no longer than `timeout`."""
+    until = None if timeout is None else time.monotonic() + timeout
+    return all(
+        wait(None if until is None else max(0.0, until - time.monotonic())) for wait in waits
+    )
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop what runs, and wait a while for it."""
+    running = list(_ALIVE)
+    for work in running:
+        work.cancel()
+    for work in running:
+        work.wait(PATIENCE_AT_EXIT)

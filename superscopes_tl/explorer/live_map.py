@@ -1,0 +1,323 @@
+"""Plotly figures inside widgets: the map of a running sweep and the α curve of one site.
+
+1. A `LiveMap` lays out one panel per kind for a sweep that is about to fill it, all on one
+   colour scale; `draw` puts in what is finished, `mark` outlines the selected cell.
+2. A `LiveCurve` shows one site's numbers against α.
+3. `keep` writes a figure's present state to the widget state that a page reads when it is opened
+   anew: plotly itself does so at construction alone, and a reload would show an empty figure.
+
+Backgrounds are transparent and text takes the theme's colour from the style sheet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from superscopes_tl.experiment import SweepPlan, SweepResult
+from superscopes_tl.explorer.cell import Selection
+from superscopes_tl.explorer.plotly_widget import SharedFigureWidget
+from superscopes_tl.figures import (
+    COLOR_SCALE,
+    LABEL_LIMIT,
+    MARKS,
+    TITLES,
+    Shades,
+    hover_text,
+    mark_of,
+    score_range,
+    value_range,
+)
+
+MARKED = "#ff6d00"
+_TRACES = 1 + len(MARKS)
+"""How many a panel has: the colours, and one for each kind of mark."""
+_SMALL = {"not computed": 5}
+"""A mark that most cells carry while a sweep runs."""
+_TRANSPARENT = "rgba(0,0,0,0)"
+_THIS_TARGET = "same"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the cells of a sweep range over; a target is a layer or "same" as the source's."""
+
+    kinds: tuple[str, ...]
+    layers: tuple[int, ...]
+    alphas: tuple[float, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int | str, ...]
+
+    def selection(
+        self, kind: str, layer: int, alpha: float, position: int, target: int | str
+    ) -> Selection:
+        """Return the cell at the given values of the axes."""
+        into = layer if target == _THIS_TARGET else int(target)
+        return Selection(kind, layer, alpha, position, into)
+
+
+def axes_of(result: SweepResult) -> Axes:
+    """Return the axes of a finished sweep."""
+    table = result.table
+    same = result.provenance.get("config", {}).get("target_layer") == "same"
+    return Axes(
+        kinds=tuple(dict.fromkeys(table["kind"])),
+        layers=tuple(sorted(map(int, table["source_layer"].unique()))),
+        alphas=tuple(sorted(map(float, table["alpha"].unique()))),
+        positions=tuple(sorted(map(int, table["position"].unique()))),
+        targets=("same",) if same else tuple(sorted(map(int, table["target_layer"].unique()))),
+    )
+
+
+def axes_of_plan(plan: SweepPlan) -> Axes:
+    """Return the axes of a sweep that is about to run."""
+    same = plan.target_layer == "same"
+    return Axes(
+        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
+        layers=tuple(sorted({site.layer for site in plan.sites})),
+        alphas=tuple(sorted(plan.alphas)),
+        positions=tuple(sorted({site.position for site in plan.sites})),
+        targets=("same",) if same else tuple(sorted(map(int, plan.target_layer))),
+    )
+
+
+def axis_label(value: float) -> str:
+    """Return a number as the axes show it."""
+    return f"{value:.10g}"
+
+
+class LiveMap:
+    """The heatmaps of a sweep, side by side.
+
+    Attributes:
+        widget: the plotly widget.
+        marks: the names of the marks (`plots.MARKS`) that some cell carries.
+
+    Args:
+        axes: what the cells range over.
+        on_click: called with kind, layer and α of a clicked cell.
+    """
+
+    def __init__(self, axes: Axes, on_click: Callable[[str, int, float], None]) -> None:
+        self._axes, self._on_click = axes, on_click
+        self.marks: tuple[str, ...] = ()
+        self._x = [axis_label(alpha) for alpha in axes.alphas]
+        self._y = [str(layer) for layer in axes.layers]
+        self.widget = SharedFigureWidget(
+            make_subplots(
+                cols=len(axes.kinds),
+                shared_yaxes=True,
+                horizontal_spacing=0.025,
+                subplot_titles=[TITLES.get(kind, kind) for kind in axes.kinds],
+            )
+        )
+        for column, kind in enumerate(axes.kinds, start=1):
+            for trace in self._traces(kind):
+                self.widget.add_trace(trace, row=1, col=column)
+        for trace in self.widget.data:
+            trace.on_click(partial(self._clicked, str(trace.meta)))
+        self._lay_out()
+        self.draw(pd.DataFrame(), None, _THIS_TARGET, "score")
+        keep(self.widget)
+
+    def draw(
+        self, table: pd.DataFrame, position: int | None, target: int | str, value: str
+    ) -> None:
+        """Show the finished cells of one token and target, coloured by a column."""
+        rows: list[Any] = table.to_dict("records") if len(table) else []
+        grid = {
+            (row["kind"], str(row["source_layer"]), axis_label(row["alpha"])): row
+            for row in rows
+            if row["position"] == position
+            and row["target_layer"] == (row["source_layer"] if target == _THIS_TARGET else target)
+        }
+        with self.widget.batch_update():
+            for index, kind in enumerate(self._axes.kinds):
+                cells, *marks = self.widget.data[_TRACES * index : _TRACES * (index + 1)]
+                cells.z = [
+                    [_shown(grid.get((kind, y, x)), value) for x in self._x] for y in self._y
+                ]
+                cells.customdata = [
+                    [_hover(grid.get((kind, y, x))) for x in self._x] for y in self._y
+                ]
+                carried = {
+                    (x, y): mark_of(grid.get((kind, y, x)), value) for y in self._y for x in self._x
+                }
+                for trace in marks:
+                    found = [place for place, name in carried.items() if name == trace.name]
+                    trace.x, trace.y = [x for x, _ in found], [y for _, y in found]
+            scale = self.widget.layout.coloraxis
+            scale.cmin, scale.cmax = value_range(table, value) or score_range(table)
+            scale.colorbar.title.text = value
+        there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
+        self.marks = tuple(name for name in MARKS if name in there)
+
+    def mark(self, selection: Selection | None) -> None:
+        """Outline the selected cell."""
+        self.widget.layout.shapes = () if selection is None else (self._outline(selection),)
+
+    def _outline(self, selection: Selection) -> dict[str, Any]:
+        panel = self._axes.kinds.index(selection.kind)
+        axis = "" if panel == 0 else str(panel + 1)
+        column = self._axes.alphas.index(selection.alpha)
+        row = self._axes.layers.index(selection.source_layer)
+        return {
+            "type": "rect",
+            "xref": f"x{axis}",
+            "yref": f"y{axis}",
+            "x0": column - 0.5,
+            "x1": column + 0.5,
+            "y0": row - 0.5,
+            "y1": row + 0.5,
+            "line": {"color": MARKED, "width": 3},
+        }
+
+    def _traces(self, kind: str) -> list[Any]:
+        """Return the coloured cells of a panel and the kinds of marks on them."""
+        cells = go.Heatmap(
+            x=self._x,
+            y=self._y,
+            z=[[None] * len(self._x) for _ in self._y],
+            coloraxis="coloraxis",
+            hovertemplate="%{customdata}<extra></extra>",
+            hoverongaps=False,
+            texttemplate="%{z:.2f}" if len(self._x) <= LABEL_LIMIT else None,
+            textfont={"size": 10},
+            xgap=1,
+            ygap=1,
+            meta=kind,
+        )
+        marks = [
+            go.Scatter(
+                x=[],
+                y=[],
+                mode="markers",
+                name=name,
+                marker={
+                    "symbol": symbol,
+                    "color": "#8a8a8a",
+                    "size": _SMALL.get(name, 8),
+                    "line": {"color": "#8a8a8a"},
+                },
+                hoverinfo="skip",
+                showlegend=False,
+                meta=kind,
+            )
+            for name, (symbol, _) in MARKS.items()
+        ]
+        return [cells, *marks]
+
+    def _lay_out(self) -> None:
+        self.widget.update_xaxes(
+            title_text="α",
+            type="category",
+            categoryorder="array",
+            categoryarray=self._x,
+            range=[-0.5, len(self._x) - 0.5],
+        )
+        self.widget.update_yaxes(
+            type="category",
+            categoryorder="array",
+            categoryarray=self._y,
+            range=[-0.5, len(self._y) - 0.5],
+        )
+        self.widget.update_yaxes(title_text="source layer", col=1)
+        self.widget.update_annotations(font_size=13)  # the panels' titles
+        _plain(self.widget, height=min(720, 130 + 22 * max(6, len(self._y))))
+        self.widget.update_layout(
+            coloraxis={
+                "colorscale": COLOR_SCALE,
+                "colorbar": {"title": {"text": "score"}, "thickness": 10, "x": 1.01},
+            },
+            margin={"l": 46, "r": 10, "t": 28, "b": 42},
+        )
+
+    def _clicked(self, kind: str, trace: Any, points: Any, state: Any) -> None:
+        """Hand a click on; plotly reports the trace's own x and y."""
+        if points.xs and points.ys:
+            column, row = self._x.index(str(points.xs[0])), self._y.index(str(points.ys[0]))
+            self._on_click(kind, self._axes.layers[row], self._axes.alphas[column])
+
+
+class LiveCurve:
+    """What one site scores, or recovers, against α.
+
+    Attributes:
+        widget: the plotly widget.
+    """
+
+    def __init__(self) -> None:
+        self.widget = SharedFigureWidget(
+            go.Scatter(
+                mode="lines+markers",
+                line={"color": "#8a8a8a", "width": 2},
+                marker={"size": 8, "color": "#8a8a8a"},
+            )
+        )
+        _plain(self.widget, height=150)
+        self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36})
+        self.widget.update_xaxes(title_text="α", gridcolor="rgba(128,128,128,0.25)")
+        self.widget.update_yaxes(gridcolor="rgba(128,128,128,0.25)")
+        keep(self.widget)
+
+    def draw(
+        self, alphas: Sequence[float], numbers: Sequence[float], selected: float, shades: Shades
+    ) -> None:
+        """Show a site's numbers; the selected α has the colour of the map's outline.
+
+        The axis spans at least what the colours do: a flat line should look flat.
+        """
+        with self.widget.batch_update():
+            line = self.widget.data[0]
+            line.x = list(alphas)
+            finite = [float(number) if math.isfinite(number) else None for number in numbers]
+            line.y = finite
+            line.hovertemplate = f"α = %{{x}}<br>{shades.column} %{{y:.3f}}<extra></extra>"
+            self.widget.layout.yaxis.title.text = shades.column
+            there = [shades.low, shades.high, *(y for y in finite if y is not None)]
+            room = 0.05 * (max(there) - min(there))
+            self.widget.layout.yaxis.range = [min(there) - room, max(there) + room]
+            line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
+        keep(self.widget)
+
+
+def keep(figure: Any, *, data: bool = True) -> None:
+    """Make a page that is opened anew show the figure as it is now, or its layout alone."""
+    with figure.hold_sync():
+        figure._widget_layout = deepcopy(figure._layout_obj._props)
+        if data:
+            figure._widget_data = deepcopy(figure._data)
+
+
+def _plain(figure: Any, *, height: int) -> None:
+    figure.update_layout(
+        template="plotly_white",
+        paper_bgcolor=_TRANSPARENT,
+        plot_bgcolor=_TRANSPARENT,
+        font={"size": 12},
+        height=height,
+        autosize=True,
+        dragmode=False,
+        uirevision="keep",
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#1f2328"}, "align": "left"},
+    )
+    figure.update_xaxes(fixedrange=True, showgrid=False, zeroline=False)
+    figure.update_yaxes(fixedrange=True, showgrid=False, zeroline=False)
+    figure._config = {**figure._config, "displayModeBar": False, "responsive": True}
+
+
+def _shown(row: dict[str, Any] | None, value: str) -> float | None:
+    """Return a cell's number; `None` where there is none: a notebook sends finite numbers."""
+    return float(row[value]) if row is not None and math.isfinite(row[value]) else None
+
+
+def _hover(row: dict[str, Any] | None) -> str:
+    return "not computed" if row is None else hover_text(row)

@@ -1,0 +1,54 @@
+"""Other methods on the same model and places: lenses, causal tracing, next-token predictions."""
+
+from superscopes_tl.neighbours.causal import beside, causal_effects, causal_trace
+from superscopes_tl.neighbours.lenses import (
+    CONTROL,
+    LENSES,
+    Lens,
+    lens_kl,
+    lens_table,
+    logit_lens,
+    sites_of,
+)
+from superscopes_tl.neighbours.methods import NEIGHBOURS, side_by_side
+from superscopes_tl.neighbours.next_token import LOGIT_LENS, PATCHED, NextTokens, next_tokens
+from superscopes_tl.neighbours.replacements import (
+    amplified,
+    noise,
+    other_tokens,
+    resampled,
+    without,
+    zero,
+)
+from superscopes_tl.neighbours.selfie_relevancy import TokenEffect, relevancy, token_effects
+from superscopes_tl.neighbours.tuned_lens import TunedLens, train_tuned_lens
+
+__all__ = [
+    "CONTROL",
+    "LENSES",
+    "LOGIT_LENS",
+    "NEIGHBOURS",
+    "PATCHED",
+    "Lens",
+    "NextTokens",
+    "TokenEffect",
+    "TunedLens",
+    "amplified",
+    "beside",
+    "causal_effects",
+    "causal_trace",
+    "lens_kl",
+    "lens_table",
+    "logit_lens",
+    "next_tokens",
+    "noise",
+    "other_tokens",
+    "relevancy",
+    "resampled",
+    "side_by_side",
+    "sites_of",
+    "token_effects",
+    "train_tuned_lens",
+    "without",
+    "zero",
+]

@@ -1,0 +1,314 @@
+"""Read a vector with the model's own unembedding, beside what Superscopes reads at the same site.
+
+1. The *logit lens* (nostalgebraist, 2020, "interpreting GPT: the logit lens") takes a vector for
+   the last block's output: final norm, W_U, softmax. It writes no text; it names next tokens.
+2. A `Lens` translates vectors before they are unembedded: `logit_lens` leaves them as they are, a
+   `TunedLens` (`tuned_lens`) moves them to where the last block's output would be.
+3. `lens_table` reads all sites of a prompt through several lenses in one batch; `lens_kl` measures
+   over texts how far a lens is from what the model says in the end.
+4. The control of both is the same lens on a random vector of equal norm: what it still names, or
+   how near it still gets, owes nothing to the vector.
+
+α does not change what a lens reads: the final norm takes any positive scale away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from superscopes_tl.engine import site_vectors
+from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.model import (
+    HookKind,
+    LanguageModel,
+    Site,
+    TokenizedText,
+    check_kinds,
+    check_layers,
+    hook_name,
+    tokenize,
+)
+from superscopes_tl.vectors import random_direction
+
+Place: TypeAlias = tuple[HookKind, int]
+"""A kind and a layer."""
+
+Lens: TypeAlias = Callable[
+    [LanguageModel, Float[Tensor, "sites d_model"], Sequence[Site]],
+    Float[Tensor, "sites d_model"],
+]
+"""What is done to the vectors of some sites before they are unembedded."""
+
+LOGIT_LENS = "logit lens"
+CONTROL = "random vector"
+SEED = 0
+"""Chooses the random vectors."""
+
+_ROWS = 256
+"""Rows that are unembedded together: each has as many logits as there are tokens."""
+
+
+def untranslated(
+    model: LanguageModel, vectors: Float[Tensor, "sites d_model"], sites: Sequence[Site]
+) -> Float[Tensor, "sites d_model"]:
+    """Return the vectors as they are: the logit lens."""
+    return vectors
+
+
+LENSES: Mapping[str, Lens] = MappingProxyType({LOGIT_LENS: untranslated})
+"""The lenses that need no training, by the name that a table gives them."""
+
+
+def logit_lens(
+    model: LanguageModel, vectors: Float[Tensor, "... d_model"]
+) -> Float[Tensor, "... vocab"]:
+    """Return the log-probabilities of the next token as if `vectors` were the last block's output.
+
+    Args:
+        model: from `load_model`.
+        vectors: any vectors of the residual stream, or that are added to it.
+
+    Returns:
+        In nats, float32, on the CPU.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: vectors of another width than the model's.
+    """
+    if not isinstance(vectors, Tensor):
+        raise bad_type(
+            "vectors", expected="a tensor", got=vectors, fix="capture(...)['mlp_out', 5]"
+        )
+    if vectors.shape[-1:] != (model.d_model,):
+        raise bad_value(
+            "vectors",
+            expected=f"vectors of {model.d_model} numbers, the width of {model.name}",
+            got=tuple(vectors.shape),
+            fix="read the vectors from the same model",
+        )
+    rows = vectors.reshape(-1, model.d_model)
+    with model.lock, torch.no_grad():
+        likely = [model.decoder.unembed(part).log_softmax(dim=-1).cpu() for part in _parts(rows)]
+    return torch.cat(likely).reshape(*vectors.shape[:-1], -1)
+
+
+def _parts(rows: Float[Tensor, "rows d_model"]) -> list[Float[Tensor, "part d_model"]]:
+    return [rows[start : start + _ROWS] for start in range(0, max(1, len(rows)), _ROWS)]
+
+
+def sites_of(table: pd.DataFrame) -> tuple[Site, ...]:
+    """Return the sites of a table with the columns `kind`, `source_layer` and `position`.
+
+    `lens_table(model, prompt, sites_of(result.table))` reads what a sweep has read.
+    """
+    places = table[["kind", "source_layer", "position"]].drop_duplicates()
+    return tuple(
+        Site(row["kind"], int(row["source_layer"]), int(row["position"]))
+        for row in places.to_dict("records")
+    )
+
+
+def lens_table(
+    model: LanguageModel,
+    prompt: str | TokenizedText,
+    sites: Iterable[Site],
+    *,
+    lenses: Mapping[str, Lens] = LENSES,
+    top_k: int = 5,
+    control: bool = True,
+    chat: bool = False,
+) -> pd.DataFrame:
+    """Read sites of one prompt through lenses, all of them in one forward pass and one batch each.
+
+    Args:
+        model: from `load_model`.
+        prompt: the source prompt.
+        sites: the places to read: `plan.sites`, `sites_of(result.table)`, or your own.
+        lenses: by name, such as `{**LENSES, "tuned lens": tuned}`.
+        top_k: how many tokens of each site.
+        control: whether each lens also reads a random vector of equal norm, as another lens.
+        chat: whether the prompt stands in the model's chat template, as in a sweep with `chat`.
+
+    Returns:
+        One row per lens, site and rank, with the columns `prompt`, `position`, `token`, `kind`,
+        `source_layer` (these as in `SweepResult.table`), `lens`, `rank` (1 is the likeliest),
+        `top_token` (its text, with the space that it brings), `top_token_id`, `probability`.
+
+    Raises:
+        ValueError: no site, a site that the model or the prompt does not have, a bad `top_k`, or
+            a lens that cannot read a kind.
+    """
+    _check_lenses(lenses)
+    wanted = tuple(dict.fromkeys(sites))
+    check_count("top_k", top_k, least=1, fix="5 is the usual choice")
+    check_kinds((site.kind for site in wanted), model.kinds, model.name, model.absent)
+    check_layers((site.layer for site in wanted), model.n_layers, "sites")
+    tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
+    vectors = site_vectors(model, tokens, wanted)
+    rows: list[dict[str, Any]] = []
+    for name, moved in _through(model, lenses, vectors, wanted, control=control):
+        likely = logit_lens(model, moved)
+        top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
+        for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
+            rows += _rows(model, tokens, site, name, values, ids)
+    return pd.DataFrame(rows)
+
+
+def _check_lenses(lenses: Any) -> None:
+    if not isinstance(lenses, Mapping):
+        raise bad_type(
+            "lenses",
+            expected="lenses by name",
+            got=lenses,
+            fix='pass {**LENSES, "tuned lens": tuned}',
+        )
+
+
+def _through(
+    model: LanguageModel,
+    lenses: Mapping[str, Lens],
+    vectors: Float[Tensor, "sites d_model"],
+    sites: Sequence[Site],
+    *,
+    control: bool,
+) -> Iterator[tuple[str, Float[Tensor, "sites d_model"]]]:
+    """Yield for each lens, and for its control, a name and the translated vectors."""
+    for name, lens in lenses.items():
+        yield name, lens(model, vectors, sites)
+        if control:
+            random = random_direction(SEED)(1.0)(vectors)
+            yield control_name(name), lens(model, random, sites)
+
+
+def control_name(lens: str) -> str:
+    """Return the name of a lens's control, the same lens on a random vector of equal norm."""
+    return f"{lens}, {CONTROL}"
+
+
+def _rows(
+    model: LanguageModel,
+    tokens: TokenizedText,
+    site: Site,
+    lens: str,
+    probabilities: Float[Tensor, " top"],
+    ids: Int[Tensor, " top"],
+) -> Iterator[dict[str, Any]]:
+    """Yield the table's rows of one lens and site."""
+    position = site.position % len(tokens)
+    for rank, (probability, token_id) in enumerate(
+        zip(probabilities.tolist(), ids.tolist(), strict=True), start=1
+    ):
+        yield {
+            "prompt": tokens.text,
+            "position": position,
+            "token": tokens.labels[position],
+            "kind": site.kind,
+            "source_layer": site.layer % model.n_layers,
+            "lens": lens,
+            "rank": rank,
+            "top_token": token_text(model, token_id),
+            "top_token_id": token_id,
+            "probability": probability,
+        }
+
+
+def token_text(model: LanguageModel, token_id: int) -> str:
+    """Return a token's text, with the space in front that some tokenizers drop at a beginning."""
+    text = str(model.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+    piece = model.tokenizer.convert_ids_to_tokens(token_id) or ""
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def lens_kl(
+    model: LanguageModel,
+    texts: Sequence[str],
+    *,
+    lenses: Mapping[str, Lens] = LENSES,
+    kinds: str | Iterable[str] = "resid_post",
+    layers: int | Iterable[int] | None = None,
+    control: bool = True,
+) -> pd.DataFrame:
+    """Measure how far each lens is from the model's final prediction, over the tokens of texts.
+
+    KL(final ‖ lens), the loss that a tuned lens is trained on (Belrose et al., 2023, section 2).
+
+    Args:
+        model: from `load_model`.
+        texts: what the model reads; texts that the lens was not trained on, for an honest number.
+        lenses: by name.
+        kinds: out of `KINDS`.
+        layers: layer numbers; every layer unless given.
+        control: whether each lens also reads random vectors of equal norm, as another lens.
+
+    Returns:
+        One row per lens, kind and layer: `lens`, `kind`, `source_layer`, `kl` (the mean, in nats
+        per token; the BOS is left out), `tokens` (how many).
+
+    Raises:
+        ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
+    """
+    _check_lenses(lenses)
+    chosen = check_kinds(kinds, model.kinds, model.name, model.absent)
+    numbers = check_layers(layers, model.n_layers)
+    last: Place = ("resid_post", model.n_layers - 1)
+    places: list[Place] = [(kind, layer) for kind in chosen for layer in numbers]
+    states = token_states(model, texts, [*places, last])
+    rows = []
+    for kind, layer in places:
+        vectors = states[kind, layer].float()
+        sites = [Site(kind, layer, 0)] * len(vectors)
+        for name, moved in _through(model, lenses, vectors, sites, control=control):
+            total = sum(
+                float(divergence(logit_lens(model, final), logit_lens(model, part)).sum())
+                for final, part in zip(_parts(states[last]), _parts(moved), strict=True)
+            )
+            mean = total / len(vectors)
+            rows.append((name, kind, layer, mean, len(vectors)))
+    table = pd.DataFrame(rows, columns=["lens", "kind", "source_layer", "kl", "tokens"])
+    return table.sort_values(["lens", "kind"], kind="stable", ignore_index=True)
+
+
+def divergence(
+    final: Float[Tensor, "*batch vocab"], lens: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """Return KL(final ‖ lens) in nats, from log-probabilities."""
+    final, lens = final.clamp_min(-1e30), lens.clamp_min(-1e30)  # 0 · -inf is no number
+    return (final.exp() * (final - lens)).sum(dim=-1)
+
+
+def token_states(
+    model: LanguageModel, texts: Sequence[str], places: Sequence[Place]
+) -> dict[Place, Float[Tensor, "tokens d_model"]]:
+    """Return what the hook points saw at every token of some texts but the BOS, on the CPU.
+
+    Texts of equal length are run together, so that no padding has to be hidden from the model.
+
+    Raises:
+        ValueError, TypeError: no text, or one that the model cannot read.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise bad_type("texts", expected="a list of texts", got=texts, fix="pass texts=[...]")
+    if not texts:
+        raise bad_value("texts", expected="at least one text", got=texts, fix="pass some texts")
+    of_length: dict[int, list[TokenizedText]] = {}
+    for text in texts:
+        tokens = tokenize(model, text, argument="texts")
+        of_length.setdefault(len(tokens), []).append(tokens)
+    names = {place: hook_name(*place) for place in places}
+    seen: dict[Place, list[Tensor]] = {place: [] for place in places}
+    for same in of_length.values():
+        for start in range(0, len(same), 64):
+            batch = same[start : start + 64]
+            ids = torch.tensor([tokens.ids for tokens in batch], device=model.device)
+            found = model.activations(ids, list(names.values()))
+            for place, name in names.items():
+                states = found[name][:, batch[0].prefix :]
+                seen[place].append(states.reshape(-1, model.d_model).cpu().clone())
+    return {place: torch.cat(states) for place, states in seen.items()}

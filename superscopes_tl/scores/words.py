@@ -1,0 +1,260 @@
+"""What a model says of a name in its own words: the best that a patch can be asked for.
+
+1. Put the name itself in the placeholder's place, let the model go on greedily, and crop the
+   text to the description: the *own words* D. A text of the user's own may take their place.
+2. L_plain = log p(D | target prompt with the name), L_0 = log p(D | unpatched target prompt).
+3. For a patch with L = log p(D | patched target prompt):
+
+       recovered = (L - L_0) / (L_plain - L_0)
+
+   0 is what the prompt says anyway, 1 is as if the name stood there. In activation patching the
+   same ratio of logit differences is the fraction recovered (Zhang and Nanda 2024, "Towards Best
+   Practices of Activation Patching in Language Models").
+
+All are sums over the tokens of D, in nats. Nothing is generated behind a patch and no second model
+judges anything. Where L_plain - L_0 is under 1 nat there is nothing to recover, and the share is
+not defined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from superscopes_tl.engine import (
+    Patch,
+    PatchedGenerator,
+    TargetPrompt,
+    crop_description,
+    default_target_prompt,
+    tokens_told,
+)
+from superscopes_tl.errors import bad_value
+from superscopes_tl.model import (
+    LanguageModel,
+    Position,
+    check_template,
+    check_text,
+    load_model,
+    named_positions,
+    tokenize,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Shares = TypeVar("Shares", np.ndarray, "pd.Series[float]")
+"""Shares recovered, as an array or as a column of a table."""
+
+LEAST_GAP = 1.0
+"""Nats between plain and unpatched under which a share of them means nothing."""
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """What a model says of a name that it reads, and how likely that is with and without it.
+
+    Attributes:
+        about: the name, which stood in the placeholder's place.
+        token_ids: D, from the first token behind the prompt to the description's end.
+        text: the description in it.
+        plain_nats: log p(D) behind the target prompt with the name, in nats.
+        unpatched_nats: log p(D) behind the unpatched target prompt.
+        given: whether D is the user's own text.
+        too_long: whether the name does not fit into the target prompt, so that nothing was asked.
+    """
+
+    about: str
+    token_ids: tuple[int, ...]
+    text: str
+    plain_nats: float
+    unpatched_nats: float
+    given: bool = False
+    too_long: bool = False
+
+    @property
+    def gap(self) -> float:
+        """How much likelier the name makes D, in nats."""
+        return self.plain_nats - self.unpatched_nats
+
+    @property
+    def undefined(self) -> str:
+        """Why nothing can be recovered; empty where something can."""
+        if not self.about.strip():
+            return "no text stands at or before this token"
+        if self.too_long:
+            return f"{self.about[:40]!r}... does not fit into the target prompt"
+        if not self.token_ids:
+            return f"the model writes nothing of {self.about!r}"
+        if not self.gap >= LEAST_GAP:
+            return (
+                f"{self.text!r} is hardly likelier with {self.about!r} in the prompt than without "
+                f"({self.gap:.2f} nats)"
+            )
+        return ""
+
+    def recovered(self, nats: float) -> float:
+        """Return the share that a patch recovers, from its log p(D); NaN where undefined."""
+        return math.nan if self.undefined else (nats - self.unpatched_nats) / self.gap
+
+
+def own_words(
+    model: LanguageModel | Any,
+    prompt: str,
+    position: Position = -1,
+    target_prompt: TargetPrompt | str | None = None,
+    *,
+    about: str | None = None,
+    reference: str | None = None,
+    chat: bool = False,
+    source_template: str = "{}",
+    max_new_tokens: int | None = None,
+) -> OwnWords:
+    """Return what the model says of a prompt, up to a token, when it reads it as it stands.
+
+    Example:
+        >>> own_words(load_model(), "Pink Floyd").text  # doctest: +SKIP
+        'British rock band'
+
+    Args:
+        model: from `load_model`, or anything that it takes.
+        prompt: the source prompt.
+        position: one of its tokens: the text up to it is what the words are about, or the
+            substring that chose it.
+        target_prompt: the prompt with the placeholder; as in `SweepConfig`.
+        about: what the words are about instead.
+        reference: a text of your own, such as a true fact, in place of the model's words.
+        chat: as in `SweepConfig`.
+        source_template: as in `SweepConfig`.
+        max_new_tokens: the longest text; as in `SweepConfig`.
+
+    Raises:
+        ValueError, TypeError: a bad prompt, position or target prompt.
+    """
+    model = load_model(model)
+    check_template(source_template)
+    if about is None:
+        tokens = tokenize(model, prompt, chat=chat, template=source_template)
+        (about,) = named_positions(tokens, position).values()
+    else:
+        check_text(about, "about")
+    generator = PatchedGenerator(
+        model,
+        default_target_prompt(target_prompt, chat=chat),
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+    )
+    return words_of(generator, [about], reference)[0]
+
+
+def above_others(own: Shares, others: Shares) -> Shares:
+    """Return what is recovered above other prompts' vectors, or above nothing.
+
+    Vectors that make the words less likely than no patch at all are no merit of the own ones.
+    """
+    above: Shares = own - np.maximum(others, 0)
+    return above
+
+
+_KNOWN: WeakKeyDictionary[PatchedGenerator, dict[tuple[str, str | None], OwnWords]] = (
+    WeakKeyDictionary()
+)
+
+
+def words_of(
+    generator: PatchedGenerator, names: Iterable[str], reference: str | None = None
+) -> list[OwnWords]:
+    """Return the own words of several names; each is asked for once per generator.
+
+    Args:
+        generator: of the target prompt.
+        names: what the words are about.
+        reference: a text that takes the place of the words of all of them.
+
+    Raises:
+        ValueError: a name or reference that does not fit.
+    """
+    known = _KNOWN.setdefault(generator, {})
+    several = list(names)
+    new = [name for name in dict.fromkeys(several) if (name, reference) not in known]
+    there = [name for name in new if name.strip() and generator.fits(name)]
+    found = _written(generator, there) if reference is None else _given(generator, there, reference)
+    nothing = torch.zeros(generator.model.d_model)
+    unpatched = generator.log_probabilities(
+        [Patch(nothing, None) for _ in found], [words.token_ids for words in found]
+    )
+    for words, likely in zip(found, unpatched, strict=True):
+        known[words.about, reference] = replace(words, unpatched_nats=sum(likely))
+    known |= {
+        (name, reference): OwnWords(name, (), "", math.nan, math.nan, too_long=bool(name.strip()))
+        for name in new
+        if name not in there
+    }
+    return [known[name, reference] for name in several]
+
+
+def _written(generator: PatchedGenerator, names: Sequence[str]) -> list[OwnWords]:
+    """Return the model's own words, without what they are worth unpatched."""
+    found = []
+    for name, written in zip(names, generator.written_for(names), strict=True):
+        text = crop_description(written.text)
+        told = tokens_told(generator.model.tokenizer, written, text)
+        if told > generator.max_new_tokens:  # no longer than what a patch may write
+            told = generator.max_new_tokens
+            text = crop_description(generator.text_of(written.token_ids[:told]))
+        nats = sum(written.log_probabilities[:told])
+        found.append(OwnWords(name, written.token_ids[:told], text, nats, math.nan))
+    return found
+
+
+def _given(generator: PatchedGenerator, names: Sequence[str], reference: str) -> list[OwnWords]:
+    """Return a text of the user's own for each name, without what it is worth unpatched."""
+    check_text(reference, "reference")
+    ids = _continuation(generator, reference)
+    likely = generator.named_log_probabilities(names, [ids for _ in names])
+    text = reference.strip().removeprefix(":").strip()
+    return [
+        OwnWords(name, ids, text, sum(nats), math.nan, given=True)
+        for name, nats in zip(names, likely, strict=True)
+    ]
+
+
+def _continuation(generator: PatchedGenerator, text: str) -> tuple[int, ...]:
+    """Return a text's tokens as they stand behind the target prompt.
+
+    Raises:
+        ValueError: its first token joins the prompt's last one.
+    """
+    target, model = generator.target, generator.model
+    # What a few-shot prompt writes behind a name, and a sentence behind its first words.
+    lead = ": " if target.prompt.few_shot_names and not generator.chat else " "
+    if generator.chat and not target.prompt.answer:
+        lead = ""  # the template itself begins the answer
+    shown = text if text.startswith((":", " ", "\n")) else f"{lead}{text}"
+    read, answer = (
+        (target.prompt.text, target.prompt.answer)
+        if generator.chat
+        else (f"{target.prompt.text}{shown}", "")
+    )
+    whole = tokenize(
+        model,
+        read,
+        argument="reference",
+        chat=generator.chat,
+        answer=f"{answer}{shown}" if generator.chat else "",
+    )
+    before = target.tokens.ids
+    if whole.ids[: len(before)] != before:
+        raise bad_value(
+            "reference",
+            expected="a text whose first token is its own, behind the target prompt",
+            got=text,
+            fix="begin it with a space or a colon",
+        )
+    return whole.ids[len(before) :]

@@ -1,0 +1,347 @@
+"""Several methods on the same prompts, counted as in the paper and with a correction for chance.
+
+1. Score every text of every method against every prompt; each distinct text is embedded once.
+2. Per method, layer and prompt keep the best text of the budget: one cell.
+3. A cell is a hit when its score exceeds the paper's threshold (section 4.1, Figure 3), and a
+   corrected hit when it exceeds what the other prompts' texts of the same method and layer reach
+   against the same prompt (`significance`).
+4. Count the cells per layer, with bootstrap intervals over prompts and what chance would give,
+   and take the difference of every method to the first, paired by prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from superscopes_tl.engine import crop_description
+from superscopes_tl.errors import bad_value
+from superscopes_tl.scores import (
+    PAPER_THRESHOLD,
+    Scorer,
+    as_scorer,
+    scorer_name,
+    similarities,
+)
+from superscopes_tl.statistics import chance as significance
+
+COLUMNS = ("prompt", "source_layer", "alpha", "text")
+DISCOVERY = 0.05
+"""The q-value up to which a cell is a discovery."""
+
+ONE_ALPHA = "{}, one alpha"
+_SUMMED = ("hit", "corrected", "chance", "chance_corrected", "discovery")
+_PLACE = ["method", "source_layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What several methods read, counted in two ways.
+
+    Attributes:
+        cells: one row per method, prompt and source layer: `score`, the best of its texts against
+            its own prompt, with the `alpha` and `text` of that best; `hit`, whether it exceeds
+            the threshold; `null`, the percentile of the other prompts; `corrected`, whether it
+            exceeds that; `p_value` and `q_value` (Benjamini-Hochberg over all cells of the
+            method); `chance` and `chance_corrected`, the probability of either hit by chance.
+            A method "…, one alpha" has a row per α, each judged alone.
+        counts: one row per method and source layer: `prompts`, `hits` and `corrected`, each with
+            the ends `_low` and `_high` of its 95 % bootstrap interval, `expected_by_chance`
+            hits, `expected_corrected` hits by chance, and `discoveries`, cells with a q-value up
+            to 0.05. The counts of a method "…, one alpha" are means over its α.
+        differences: the method minus the first method, over the prompts that both have: `prompts`,
+            `hits` and `corrected` with the ends of their paired bootstrap intervals.
+        notes: what was missing, empty or unequal.
+        settings: threshold, percentile, scorer, score_on, resamples and seed.
+    """
+
+    cells: pd.DataFrame
+    counts: pd.DataFrame
+    differences: pd.DataFrame
+    notes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order in which they were given."""
+        return list(dict.fromkeys(self.counts["method"]))
+
+    @property
+    def layers(self) -> list[int]:
+        """The source layers that some method has."""
+        return sorted({int(layer) for layer in self.counts["source_layer"]})
+
+    def lines(self, corrected: bool = False) -> list[str]:
+        """Return a line per method, its name and its counts: `Patchscopes 13 3 1 1 5 4 2`.
+
+        Args:
+            corrected: corrected hits instead of hits.
+
+        Returns:
+            Lines with the layers in ascending order; `-` where a method lacks the layer.
+        """
+        column = "corrected" if corrected else "hits"
+        found = self.counts.set_index(_PLACE)[column].to_dict()
+        return [
+            " ".join([name, *(_shown(found.get((name, layer))) for layer in self.layers)])
+            for name in self.methods
+        ]
+
+
+def compare(
+    methods: Mapping[str, pd.DataFrame],
+    *,
+    scorer: Scorer | str | Path | None = None,
+    score_on: str = "text",
+    threshold: float = PAPER_THRESHOLD,
+    percentile: float = 95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    one_alpha: bool = False,
+) -> Comparison:
+    """Count at how many prompts each method reads something alike, with and without correction.
+
+    Args:
+        methods: by name, one row per generated text with the columns prompt, source_layer, alpha
+            and text; the rows of one prompt and layer are its budget. The first method is the one
+            that the others are compared with.
+        scorer: all-MiniLM-L6-v2, as in the paper, unless given.
+        score_on: the whole "text", as in the paper, or its "description" alone.
+        threshold: the similarity above which a text is a hit.
+        percentile: of the other prompts' best scores, for a corrected hit.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        one_alpha: count every method that has several α also with one α alone: the mean over its
+            α, under the name "…, one alpha". Its budget is that of a method with one α.
+
+    Raises:
+        ValueError: a method without rows or without one of the columns, fewer than three prompts
+            at every layer, methods that share no prompt and layer, or a setting out of range.
+    """
+    _check_settings(score_on, threshold, percentile, resamples)
+    tables = {name: _checked(name, table, score_on) for name, table in methods.items()}
+    _check_overlap(tables)
+    prompts = list(dict.fromkeys(p for table in tables.values() for p in table["prompt"]))
+    judged = list(dict.fromkeys(t for table in tables.values() for t in table["judged"]))
+    chosen = as_scorer(scorer)
+    scores = pd.DataFrame(similarities(chosen, judged, prompts), index=judged, columns=prompts)
+
+    def cells_of(name: str, table: pd.DataFrame) -> pd.DataFrame:
+        return _cells(name, table, scores, threshold, percentile)
+
+    cells = []
+    for name, table in tables.items():
+        cells.append(cells_of(name, table))
+        if one_alpha and table["alpha"].nunique() > 1:
+            cells += [cells_of(ONE_ALPHA.format(name), rows) for _, rows in table.groupby("alpha")]
+    everything = pd.concat([part for part in cells if len(part)], ignore_index=True)
+    counts, differences = _tally(everything, resamples=resamples, seed=seed)
+    return Comparison(
+        everything.drop(columns="discovery"),
+        counts,
+        differences,
+        tuple(_notes(tables, everything)),
+        {
+            "scorer": scorer_name(chosen),
+            "score_on": score_on,
+            "threshold": threshold,
+            "percentile": percentile,
+            "resamples": resamples,
+            "seed": seed,
+        },
+    )
+
+
+def _cells(
+    name: str, table: pd.DataFrame, scores: pd.DataFrame, threshold: float, percentile: float
+) -> pd.DataFrame:
+    """Return the cells of one budget: a row per prompt and layer, all layers one family of q."""
+    cells = []
+    for layer, rows in table.groupby("source_layer"):
+        groups = dict(iter(rows.groupby("prompt", sort=False)))
+        if len(groups) < significance.FEWEST_PROMPTS:
+            continue
+        at = scores[list(groups)]
+        of = [at.loc[group["judged"]].to_numpy() for group in groups.values()]
+        best = np.stack([significance.best_scores(each) for each in of])
+        pairs = zip(groups.values(), of, range(len(of)), strict=True)
+        chosen = pd.DataFrame([_best_row(group, own[:, i]) for group, own, i in pairs])
+        cells.append(
+            pd.DataFrame(
+                {
+                    "method": name,
+                    "prompt": list(groups),
+                    "source_layer": layer,
+                    "score": np.diagonal(best),
+                    "alpha": chosen["alpha"].to_numpy(),
+                    "text": chosen["text"].to_numpy(),
+                    "hit": np.diagonal(best) > threshold,
+                    "null": significance.other_prompt_null(best, percentile),
+                    "corrected": significance.corrected_hits(best, percentile),
+                    "p_value": significance.p_values(best),
+                    "q_value": math.nan,  # of all layers together, below
+                    "chance": significance.chance_hits(best, threshold),
+                    "chance_corrected": significance.chance_corrected(best, percentile),
+                }
+            )
+        )
+    if not cells:  # an α of few prompts, alone
+        return pd.DataFrame()
+    together = pd.concat(cells, ignore_index=True)
+    q = significance.q_values(together["p_value"].to_numpy())
+    return together.assign(q_value=q, discovery=q <= DISCOVERY)
+
+
+def _best_row(group: pd.DataFrame, own: Float[np.ndarray, " text"]) -> pd.Series:
+    """Return the best text; among equals that of the smallest |α|, as `SweepResult.best` does."""
+    order = np.lexsort((group["alpha"].abs(), -np.nan_to_num(own, nan=-math.inf)))
+    best: pd.Series = group.iloc[order[0]]
+    return best
+
+
+def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return counts and differences: sums over prompts of means over a prompt's rows."""
+    means = cells.astype(dict.fromkeys(_SUMMED, float))
+    means = means.groupby([*_PLACE, "prompt"], sort=False)[list(_SUMMED)].mean()
+    places = {
+        at: rows.droplevel(["method", "source_layer"])
+        for at, rows in means.groupby(_PLACE, sort=False)
+    }
+    first = cells["method"].iloc[0]
+
+    def summed(marks: pd.DataFrame) -> dict[str, float]:
+        ends = significance.bootstrap_interval(
+            marks[["hit", "corrected"]].to_numpy(), resamples=resamples, seed=seed
+        )
+        row: dict[str, float] = {"prompts": len(marks)}
+        for name, column, low, high in zip(
+            ("hits", "corrected"), ("hit", "corrected"), *ends, strict=True
+        ):
+            row |= {name: marks[column].sum(), f"{name}_low": low, f"{name}_high": high}
+        return row
+
+    counts, differences = [], []
+    for (method, layer), marks in places.items():
+        place = {"method": method, "source_layer": layer}
+        expected = {
+            "expected_by_chance": marks["chance"].sum(),
+            "expected_corrected": marks["chance_corrected"].sum(),
+            "discoveries": marks["discovery"].sum(),
+        }
+        counts.append(place | summed(marks) | expected)
+        if method != first and (first, layer) in places:
+            paired = (marks - places[first, layer]).dropna()  # the prompts that both have
+            if len(paired):
+                differences.append(place | summed(paired))
+    return pd.DataFrame(counts), pd.DataFrame(differences)
+
+
+def _checked(name: str, table: pd.DataFrame, score_on: str) -> pd.DataFrame:
+    """Return the rows of one method with what is scored of them in the column `judged`."""
+    missing = [column for column in COLUMNS if column not in table.columns]
+    if missing or table.empty:
+        got = f"no column {missing}" if missing else "an empty table"
+        wanted = f"at least one row with the columns {', '.join(COLUMNS)}"
+        raise _refused(name, wanted, got, "give one row per generated text")
+    for column, kind in (("prompt", str), ("text", str), ("source_layer", Real), ("alpha", Real)):
+        strange = [value for value in table[column] if not isinstance(value, kind)]
+        if strange:
+            what = "strings" if kind is str else "numbers"
+            fix = "give an empty text as '' (pd.read_csv: keep_default_na=False)"
+            raise _refused(name, f"{what} in the column {column}", strange[0], fix)
+    if table.groupby("source_layer")["prompt"].nunique().max() < significance.FEWEST_PROMPTS:
+        wanted = f"at least {significance.FEWEST_PROMPTS} prompts at some layer"
+        got = f"{table['prompt'].nunique()} prompts"
+        raise _refused(name, wanted, got, "a null is made of other prompts: add prompts")
+    rows = table.reset_index(drop=True)
+    judged = rows["text"].map(crop_description) if score_on == "description" else rows["text"]
+    return rows.assign(judged=judged)
+
+
+def _check_settings(score_on: str, threshold: float, percentile: float, resamples: int) -> None:
+    for argument, got, fine, expected in (
+        ("score_on", score_on, score_on in ("text", "description"), "'text' or 'description'"),
+        ("threshold", threshold, math.isfinite(threshold), "a finite number"),
+        ("percentile", percentile, 0 < percentile < 100, "a number between 0 and 100"),
+        ("resamples", resamples, resamples >= 1, "at least one resample"),
+    ):
+        if not fine:
+            raise bad_value(argument, expected=expected, got=got, fix="leave it out")
+
+
+def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse methods that cannot be compared with the first one."""
+    if not tables:
+        raise bad_value(
+            "methods", expected="at least one method", got={}, fix="give its table by its name"
+        )
+    (first, *_), (first_places, *_) = list(tables), [_places(t) for t in tables.values()]
+    for name, table in tables.items():
+        if not first_places & _places(table):
+            got = (
+                f"layers {_some(sorted(set(table['source_layer'])))} of the prompts "
+                f"{_some(list(dict.fromkeys(table['prompt'])))}"
+            )
+            fix = "compare methods on the same prompts and layers"
+            raise _refused(name, f"some prompt and source layer of {first}", got, fix)
+
+
+def _refused(name: str, expected: str, got: object, fix: str) -> ValueError:
+    return bad_value(f"methods[{name!r}]", expected=expected, got=got, fix=fix)
+
+
+def _places(table: pd.DataFrame) -> set[tuple[str, int]]:
+    return set(zip(table["prompt"], table["source_layer"], strict=True))
+
+
+def _notes(tables: Mapping[str, pd.DataFrame], cells: pd.DataFrame) -> Iterator[str]:
+    """Yield what a reader of the counts has to know."""
+    for column, what in (("source_layer", "layers"), ("prompt", "prompts")):
+        union = list(dict.fromkeys(v for table in tables.values() for v in table[column]))
+        for name, table in tables.items():
+            lacking = [value for value in union if value not in set(table[column])]
+            if lacking:
+                yield f"{name} lacks the {what} {_some(lacking)}: counted over what is there."
+    for name, table in tables.items():
+        mine = cells[cells["method"] == name]
+        empty = sum(not text.strip() for text in table["judged"])
+        if empty:
+            silent = mine[mine["score"].isna()]
+            places = [f"{row.prompt} at layer {row.source_layer}" for row in silent.itertuples()]
+            where = f", so {_some(places)} is no hit" if places else ""
+            yield f"{name}: {empty} of {len(table)} texts empty, without a score{where}."
+        left_out = sorted(set(table["source_layer"]) - set(mine["source_layer"]))
+        if left_out:
+            yield f"{name}: layers {_some(left_out)} have too few prompts and are left out."
+        budget = table.groupby(["prompt", "source_layer"]).size()
+        if budget.nunique() > 1:
+            yield (
+                f"{name} has {budget.min()} to {budget.max()} texts per prompt and layer: "
+                "more texts are more chances."
+            )
+    smallest = cells["p_value"].min()
+    family = max(int(cells["method"].eq(name).sum()) for name in tables)
+    if cells["q_value"].min() > DISCOVERY:
+        yield (
+            f"No q-value is up to {DISCOVERY}: the smallest p-value is {smallest:.3f}, and of "
+            f"{family} cells {math.ceil(family * smallest / DISCOVERY)} would have to be as small."
+        )
+
+
+def _some(values: Sequence[object], most: int = 5) -> str:
+    """Return the first few values as text that shows what a terminal would interpret."""
+    shown = ", ".join(repr(value) for value in values[:most])
+    return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
+
+
+def _shown(count: float | None) -> str:
+    """Return a count with at most one decimal, `-` where there is none."""
+    return "-" if count is None else f"{count:.1f}".removesuffix(".0")

@@ -1,0 +1,319 @@
+"""The command: what it prints, writes, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from superscopes_tl import LanguageModel, SweepResult, sweep
+from superscopes_tl.cli import demonstration as demo
+from superscopes_tl.cli.demonstration import read_share, rescue_table, run_demo
+from superscopes_tl.cli.main import app
+from superscopes_tl.cli.shell import parse_layers, parse_numbers
+from superscopes_tl.evaluation import Evaluation
+from superscopes_tl.experiment import SweepError, SweepInterrupted
+from superscopes_tl.scores import own_words
+from superscopes_tl.statistics import reveals_earlier
+from tests.support.same import assert_same_readings
+
+MINI = ["--model", "mini"]
+FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
+
+
+def run(*arguments: str) -> Any:
+    """Run the command as a user would."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+def test_the_command_and_each_subcommand_explain_themselves() -> None:
+    """--help names every command and what it does, and ends well."""
+    top = run("--help")
+    assert top.exit_code == 0
+    for name in ("sweep", "demo", "models", "fetch", "replay"):
+        assert name in top.stdout
+        help_text = run(name, "--help")
+        assert help_text.exit_code == 0
+        assert "Usage" in help_text.stdout
+
+
+def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path) -> None:
+    """The run file holds all cells; the page holds the figure."""
+    out, page = tmp_path / "run.zip", tmp_path / "map.html"
+    done = run(
+        "sweep", "--model", "mini", "Pearl Jam", *FAST, "--out", str(out), "--html", str(page)
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "Pearl Jam" in done.stdout
+    assert "resid_post" in done.stdout
+    result = SweepResult.load(out)
+    assert len(result) == 2 * 3 * 2
+    assert sorted(result.table["source_layer"].unique()) == [2, 5]
+    assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
+
+
+def test_all_cells_can_be_printed() -> None:
+    """--all prints a row per cell."""
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.count("mlp_out") == 4
+
+
+def test_markup_in_a_prompt_is_text() -> None:
+    """Brackets and colons that the terminal library would interpret are printed as they are."""
+    done = run("sweep", *MINI, "[/b] hi :x:", *FAST, "--kinds", "mlp_out")
+    assert done.exit_code == 0, done.stderr
+    assert "[/b] hi :x:" in done.stdout
+
+
+def test_a_page_has_a_figure_per_token(tmp_path: Path) -> None:
+    """All tokens of a prompt are drawn, one below the other."""
+    page = tmp_path / "map.html"
+    done = run("sweep", *MINI, "Pearl", *FAST, "--token", "all", "--html", str(page))
+    assert done.exit_code == 0, done.stderr
+    tokens = done.stdout.count("best reading")
+    assert tokens > 1
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == tokens
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    """A long sweep must not find out at its end that it cannot be saved."""
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert "expected a file in a folder that exists" in " ".join(done.stderr.split())
+
+
+def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path) -> None:
+    """Several target layers make a grid whose horizontal axis is the target layer."""
+    page = tmp_path / "grid.html"
+    done = run(
+        "sweep", "--model", "mini", "Pearl Jam", *FAST, "--target-layer", "0,4", "--html", str(page)
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "target layer" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", *FAST], "prompt: expected"),
+        (["Pearl Jam", "--alphas", "1,x"], "--alphas: expected numbers"),
+        (["Pearl Jam", "--layers", "5-2"], "--layers: expected numbers such as 0-5,8"),
+        (["Pearl Jam", "--out", "nowhere/run.zip"], "expected a file in a folder that exists"),
+        (["Pearl Jam", "--scorer", "no/such-scorer"], "scorer: expected the name or directory"),
+        (["[/b] Jam", "--layers", "99"], "layers: expected"),
+        (["Pearl Jam", "--layers", "2-x"], "--layers: expected numbers such as 0-5,8"),
+        (["Pearl Jam", "--layers", "99"], "layers: expected layers of a model with"),
+        (["Pearl Jam", "--kinds", "mlp"], "kinds: expected"),
+        (["Pearl Jam", "--target-prompt", "no place"], "target_prompt: expected"),
+        (["Pearl Jam", "--model", "./nowhere"], "model: expected"),
+        (["Pearl Jam", "--dtype", "int8"], "dtype: expected"),
+        (["Pearl Jam", "--token", "Juice"], "positions: expected a substring"),
+    ],
+)
+def test_bad_input_ends_with_two_and_says_what_to_do(arguments: list[str], message: str) -> None:
+    """Exit code 2, the message on the error stream, no traceback."""
+    done = run("sweep", *MINI, "--model", "mini", *arguments)
+    assert done.exit_code == 2
+    text = " ".join(done.stderr.split())
+    assert message in text
+    assert "Fix:" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("error", "code"), [(SweepInterrupted, 130), (SweepError, 1)])
+def test_a_sweep_that_breaks_off_saves_what_it_has(
+    error: Any,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mini: LanguageModel,
+    word_overlap: Any,
+) -> None:
+    """Exit code 130 for an interrupt, as a shell expects, and the finished cells in the file."""
+    partial = sweep(mini, "Pearl Jam", layers=2, scorer=word_overlap, progress=False)
+
+    def stopped(*args: Any, **kwargs: Any) -> SweepResult:
+        raise error("stopped after 18 of 99 cells", partial)
+
+    monkeypatch.setattr("superscopes_tl.experiment.run", stopped)
+    done = run("sweep", *MINI, "Pearl Jam", *FAST, "--out", str(tmp_path / "run.zip"))
+    assert done.exit_code == code
+    assert "stopped after 18 of 99 cells" in done.stderr
+    assert len(SweepResult.load(tmp_path / "run.zip")) == 18
+
+
+def test_models_shows_the_bundled_model_and_what_else_there_is() -> None:
+    """Name, kinds, size, and how to name another."""
+    done = run("models", "mini")
+    assert done.exit_code == 0, done.stderr
+    for word in ("mini", "resid_mid", "fingerprint", "hub name"):
+        assert word in done.stdout
+
+
+def test_lists_of_layers_and_numbers() -> None:
+    """Ranges include both ends; negative layers count from the last."""
+    assert parse_layers("0-3,8,-1", "--layers") == [0, 1, 2, 3, 8, -1]
+    assert parse_numbers("1, 2.5,-3", "--alphas") == [1.0, 2.5, -3.0]
+
+
+def _cells(*rows: tuple[str, int, float, float, float]) -> pd.DataFrame:
+    """Return cells of MLP outputs: name, layer, α, what it recovers and what other names do."""
+    names = ("prompt", "source_layer", "alpha", "recovered", "other_prompt_recovered")
+    table = pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
+    return table.assign(
+        kind="mlp_out", description=[f"said at {alpha:g}" for alpha in table["alpha"]]
+    )
+
+
+def test_a_cell_reads_by_what_it_recovers_above_other_names() -> None:
+    """Other names that recover less than nothing do not add to it."""
+    table = _cells(("Paris", 8, 1, 0.5, 0.3), ("Paris", 8, 6, 0.5, -2.0))
+    assert read_share(table).tolist() == pytest.approx([0.2, 0.5])
+
+
+def test_hits_and_misses_of_amplification_are_both_listed() -> None:
+    """Of the sites that α = 1 does not read, those that a larger one reads come first."""
+    table = _cells(
+        ("Titanic", 8, 1, 0.0, 0.0), ("Titanic", 8, 6, 0.1, 0.1),
+        ("Paris", 8, 1, 0.1, 0.1), ("Paris", 8, 6, 0.8, 0.2),
+        ("Paris", 4, 1, 0.9, 0.1), ("Paris", 4, 6, 0.9, 0.1),
+    )  # fmt: skip
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(rescue_table(table))
+    shown = screen.getvalue()
+    assert "(2 of 3)" in shown
+    assert shown.index("Paris") < shown.index("Titanic")
+    assert len(re.findall(r"not read", shown)) == 2  # the title, and Titanic
+    assert "said at 6" in shown
+
+
+def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) -> None:
+    """The model, its own words, a table per name, hits and misses, a page, run files."""
+    screen = io.StringIO()
+    config = replace(
+        demo.CONFIG, chat=False, source_template="{}", layers=(5, 2), alphas=(1.0, 6.0),
+        max_new_tokens=10,
+    )  # fmt: skip
+    names = ("Alexander the Great", "Titanic")
+    page = run_demo(mini, tmp_path, names, Console(file=screen, width=160), config)
+    shown = " ".join(screen.getvalue().split())
+    assert "LanguageModel('mini'" in shown
+    for name in names:
+        assert f"{name} · the model itself says: '{own_words(mini, name).text[:20]}" in shown
+    assert "MLP outputs that are not read at α = 1" in shown
+    assert "Mean over 2 names" in shown
+    assert "Found: " in shown
+    assert page.name in shown
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
+    assert len(list(tmp_path.glob("*.zip"))) == 2
+
+
+def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """One line per method, a file that is added to, and a page with the figure."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Pearl Jam\n\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
+    command = [
+        "evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,3,9",
+        "--max-new-tokens", "8", "--out", str(tmp_path / "run.sqlite"),
+        "--html", str(tmp_path / "run.html"), "--controls", "random_direction",
+    ]  # fmt: skip
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    for method in ("Patchscopes", "Superscopes", "Patchscopes, equal budget", "random direction"):
+        assert len(re.findall(rf"^{method} \d \d$", first.output, re.MULTILINE)) == 2
+    assert (tmp_path / "run.html").stat().st_size > 1_000_000
+    readings = Evaluation.load(tmp_path / "run.sqlite").table
+    assert len(readings) == 3 * 2 * (3 + 1)
+    again = CliRunner().invoke(app, [*command, "--layers", "5,2,7"])
+    assert again.exit_code == 0, again.output
+    assert len(Evaluation.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
+
+
+def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path) -> None:
+    """Shares alone are printed as means over prompts; the best α of each site is written later."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run.sqlite"
+    prompts.write_text("Pearl Jam\nAlexander the Great\nTitanic\n", encoding="utf-8")
+    command = ["evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+               "--target", "0", "--kinds", "resid_post", "--out", str(out)]  # fmt: skip
+    first = CliRunner().invoke(app, [*command, "--generate", "none"])
+    assert first.exit_code == 0, first.output
+    table = Evaluation.load(out).table
+    assert len(table) == 3 * 2 * 2
+    assert not table["written"].any()
+    shares = table.groupby(["source_layer", "alpha"])["recovered"].mean()
+    for layer in (5, 2):
+        line = next(x for x in first.output.splitlines() if re.match(rf"\W*{layer} \W", x))
+        assert f"{shares[layer, 1.0]:.2f}" in line
+        assert f"{shares[layer, 9.0]:.2f}" in line
+    later = CliRunner().invoke(app, [*command, "--generate", "best"])
+    assert later.exit_code == 0, later.output
+    again = Evaluation.load(out).table
+    assert len(again) == len(table)
+    assert again.groupby(["prompt", "source_layer"])["written"].sum().eq(1).all()
+
+
+def test_evaluate_by_workers_fills_the_same_file(tmp_path: Path) -> None:
+    """Two processes read and count what one does."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Pearl Jam\nDiana, Princess of Wales\nTitanic\n", encoding="utf-8")
+    key, found = ["prompt", "source_layer", "alpha"], []
+    for name, extra in (("several", ["--workers", "2"]), ("alone", [])):
+        out = tmp_path / f"{name}.sqlite"
+        run = CliRunner().invoke(
+            app,
+            ["evaluate", *MINI, "--prompts", str(prompts), "--layers", "5,2", "--alphas", "1,9",
+             "--max-new-tokens", "3", "--backend", "bridge", "--draws", "0", "--out", str(out),
+             *extra],
+        )  # fmt: skip
+        assert run.exit_code == 0, run.output
+        table = Evaluation.load(out).table.sort_values(key, ignore_index=True)
+        found.append((table, run.stdout.replace(name, "")))
+    (several, said), (alone, also) = found
+    assert len(several) == 3 * 2 * 2
+    assert_same_readings(several, alone)
+    assert said == also
+
+
+def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> None:
+    """Section 4.2: block outputs before the contextualization layer, prompt by prompt."""
+    run = CliRunner().invoke(
+        app,
+        ["evaluate", *MINI, "--section", "4.2", "--layers", "1-3", "--alphas", "1,2,3",
+         "--draws", "0",
+         "--target", "0", "--score-on", "description", "--out", str(tmp_path / "run.sqlite")],
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    found = reveals_earlier(Evaluation.load(tmp_path / "run.sqlite").table)
+    assert f"read {found['prompt'].nunique()} of 48 prompts ({len(found)} layers)" in run.output
+    for row in found.to_dict("records"):
+        assert f"{row['prompt']}, layer {row['source_layer']} before" in run.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--section", "5"], "--section: expected 4.1 or 4.2, got 5"),
+        (["--prompts", "nowhere.txt"], "--prompts: expected a text file"),
+        (["--target", "x"], "--target-layer: expected 'same' or layers"),
+        (["--controls", "luck"], "controls: expected controls out of"),
+        (["--out", "nowhere/run.sqlite"], "--out: expected a file in a folder that exists"),
+        (["--workers", "0"], "workers: expected 1 or more, got 0"),
+    ],
+)
+def test_bad_options_of_evaluate_end_with_2(
+    option: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the option and what it expects; no file is left."""
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["evaluate", *MINI, *option])
+    assert run.exit_code == 2
+    assert message in " ".join(run.output.split())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""The command `read-vector`, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from superscopes_tl import LanguageModel, SweepResult, read_vectors
+from superscopes_tl.cli.main import app
+from superscopes_tl.vectors import mlp_values
+
+FAST = [
+    "--model",
+    "mini",
+    "--backend",
+    "bridge",
+    "--device",
+    "cpu",
+    "--alphas",
+    "1",
+    "--max-new-tokens",
+    "8",
+]
+
+
+@pytest.fixture(scope="module")
+def file(mini: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arrays: feed-forward values of the bundled model, and one vector."""
+    path = tmp_path_factory.mktemp("vectors") / "mlp.safetensors"
+    values = mlp_values(mini, 5)[:9]
+    save_file({"values": values.contiguous(), "one": values[0].clone()}, path)
+    return path
+
+
+def _run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["read-vector", *map(str, arguments)])
+
+
+def test_rows_of_a_file_are_read_and_saved(file: Path, mini: LanguageModel, tmp_path: Path) -> None:
+    """The run file holds what `read_vectors` returns, named after array and row."""
+    out = tmp_path / "run.zip"
+    run = _run(file, "--name", "values", "--rows", "7,2", "--out", out, *FAST)
+    assert run.exit_code == 0, run.output
+    table = SweepResult.load(out).table
+    expected = read_vectors(
+        mini, mlp_values(mini, 5)[[7, 2]], names=["values 7", "values 2"], alphas=1,
+        max_new_tokens=8, controls="random_direction", progress=False,
+    ).table  # fmt: skip
+    assert table.equals(expected)
+    for row in table.to_dict("records"):
+        assert row["token"] in run.output
+        assert row["description"].split()[0] in run.output
+    assert "random direction" in run.output
+    assert "score" not in run.output
+
+
+def test_a_score_is_shown_where_there_is_a_reference(file: Path) -> None:
+    """Without controls their column is not there; with a reference the score is."""
+    run = _run(file, "--name", "one", "--reference", "rock band", "--controls", "", *FAST)
+    assert run.exit_code == 0, run.output
+    assert "score" in run.output
+    assert "random direction" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name: expected one array of the shape"),
+        (["--name", "values", "--rows", "9"], "rows: expected rows of an array with 9 rows"),
+        (["--name", "values", "--rows", "a"], "--rows: expected numbers such as 0-5,8"),
+        (["--name", "one", "--unit", "stream"], "unit: expected 'vector' or 'residual'"),
+        (["--name", "one", "--controls", "other_prompt"], "controls: expected controls that need"),
+        (["--name", "one", "--out", "no/such/run.zip"], "--out: expected a file in a folder"),
+    ],
+)
+def test_bad_input_ends_with_2(file: Path, arguments: list[str], message: str) -> None:
+    """The message says what was expected."""
+    run = _run(file, *FAST, *arguments)
+    assert run.exit_code == 2
+    assert message in " ".join(run.output.split())
+
+
+def test_a_vector_of_another_model_ends_with_2(tmp_path: Path) -> None:
+    """Both widths are named."""
+    save_file({"v": torch.ones(5, 7)}, tmp_path / "v.safetensors")
+    run = _run(tmp_path / "v.safetensors", *FAST)
+    assert run.exit_code == 2
+    assert "shape [n 192], the width of mini, got shape [5, 7]" in " ".join(run.output.split())

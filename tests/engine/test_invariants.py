@@ -1,0 +1,215 @@
+"""What holds for every model, prompt, layer and α: the method's invariants, by chance.
+
+Examples are drawn from a fixed seed: the same ones on every run. Models are as small as they can
+be; their texts are compared only where no token was a close call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from superscopes_tl import (
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    SweepResult,
+    TargetPrompt,
+    capture,
+    load_model,
+    sweep,
+)
+from superscopes_tl.engine import Generation
+from superscopes_tl.vectors import scale
+from tests.conftest import BACKENDS
+from tests.engine.test_engine import hooks_on
+from tests.support.tiny_models import random_hf, tiny_tokenizer
+
+CLEAR = 1e-3
+"""A closest call above this, in logits, is not turned by the order in which sums are taken."""
+
+TARGET = TargetPrompt("Syria: a land, x")
+KINDS = ("resid_mid", "mlp_out", "resid_post")
+EXAMPLES = 75
+
+models = st.builds(
+    lambda *parts: parts,
+    st.sampled_from(["llama", "gpt2", "qwen2", "gemma2"]),
+    st.sampled_from([2, 3, 4]),  # layers
+    st.sampled_from([(16, 2), (24, 3), (32, 4)]),  # width, heads
+    st.sampled_from(BACKENDS),
+)
+prompts = st.text(min_size=1, max_size=8).filter(lambda text: text.strip())
+alphas = st.floats(-20, 20).map(lambda alpha: round(alpha, 3))
+shares = st.floats(0, 1, exclude_max=True)
+"""Where in a list: a model's layers are as many as it has."""
+
+by_chance = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@cache
+def small(chosen: tuple[str, int, tuple[int, int], str]) -> LanguageModel:
+    """Return a model of random weights."""
+    architecture, n_layers, (width, heads), backend = chosen
+    if architecture == "gemma2" and backend == "hooked":
+        backend = "bridge"  # HookedTransformer loads Gemma by hub name alone
+    hf = random_hf(architecture, n_layers=n_layers, width=width, heads=heads)
+    return load_model(hf, tiny_tokenizer(), backend=backend)
+
+
+@cache
+def generator(chosen: Any, batch_size: int | None = None) -> PatchedGenerator:
+    """Return what writes three tokens."""
+    return PatchedGenerator(small(chosen), TARGET, max_new_tokens=3, batch_size=batch_size)
+
+
+def at(share: float, n: int) -> int:
+    """Return the place in a list of `n` that a share points to."""
+    return int(share * n)
+
+
+def vector(model: LanguageModel, seed: int) -> torch.Tensor:
+    """Return a random vector."""
+    return torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def same_text(one: Generation, other: Generation) -> bool:
+    """Tell whether two texts are the same, or too close a call to say."""
+    return min(one.margin, other.margin) < CLEAR or one.token_ids == other.token_ids
+
+
+def swept(chosen: Any, prompt: str, **changes: Any) -> SweepResult:
+    """Return a sweep of two tokens."""
+    given = {"target_prompt": TARGET, "max_new_tokens": 2, "progress": False, **changes}
+    given["scorer"] = lambda references, candidates: [0.5 for _ in candidates]
+    return sweep(small(chosen), prompt, **given)
+
+
+@by_chance
+@given(models, shares)
+def test_a_block_output_in_its_own_place_changes_nothing(chosen: Any, share: float) -> None:
+    """Patched with itself at α = 1, the placeholder's text is the unpatched one."""
+    model, writer = small(chosen), generator(chosen)
+    layer = at(share, model.n_layers)
+    own = capture(model, TARGET.text, kinds="resid_post", layers=[layer])
+    patch = Patch(scale(1.0)(own["resid_post", layer][writer.target.positions[0]]), layer)
+    assert same_text(writer.generate([patch])[0], writer.unpatched())
+
+
+@by_chance
+@given(models, prompts, shares, st.sampled_from(KINDS), alphas.map(abs).filter(lambda a: a > 0.05))
+def test_at_the_last_layer_every_positive_alpha_writes_the_same(
+    chosen: Any, prompt: str, share: float, kind: str, alpha: float
+) -> None:
+    """Nothing is added behind the last block, and the final norm takes the length away."""
+    last = small(chosen).n_layers - 1
+    table = swept(
+        chosen, prompt, kinds=kind, layers=at(share, last + 1), target_layer=last,
+        alphas=(1.0, alpha),
+    ).table  # fmt: skip
+    if table["margin"].min() > CLEAR:
+        assert table["text"].nunique() == 1
+
+
+@by_chance
+@given(models, st.randoms(use_true_random=False), st.integers(2, 7), st.sampled_from([1, 2, 3]))
+def test_a_text_does_not_depend_on_its_company(
+    chosen: Any, random: Any, count: int, batch_size: int
+) -> None:
+    """Alone, in another order, in batches of another size: each patch writes what it writes."""
+    model = small(chosen)
+    patches = [
+        Patch(random.uniform(-9, 9) * vector(model, seed), random.randrange(model.n_layers))
+        for seed in range(count)
+    ]
+    together = generator(chosen).generate(patches)
+    order = random.sample(range(count), count)
+    batches = generator(chosen, batch_size).generate([patches[i] for i in order])
+    alone = generator(chosen).generate([patches[order[0]]])[0]
+    assert same_text(alone, together[order[0]])
+    for place, i in enumerate(order):
+        assert same_text(batches[place], together[i])
+
+
+@by_chance
+@given(models, alphas, st.floats(0.01, 100), shares, st.integers(0, 99))
+def test_only_the_product_of_alpha_and_length_counts(
+    chosen: Any, alpha: float, factor: float, share: float, seed: int
+) -> None:
+    """α·(c·v) and (α·c)·v are one patch."""
+    model = small(chosen)
+    layer, v = at(share, model.n_layers), vector(model, seed)
+    patches = [Patch(scale(alpha)(factor * v), layer), Patch(scale(alpha * factor)(v), layer)]
+    one, other = generator(chosen).generate(patches)
+    likely = generator(chosen).next_token(patches)
+    torch.testing.assert_close(likely[0], likely[1], rtol=1e-3, atol=1e-3)
+    assert same_text(one, other)
+
+
+@by_chance
+@given(models, prompts, shares)
+def test_a_block_output_is_its_middle_plus_its_mlp(chosen: Any, prompt: str, share: float) -> None:
+    """resid_post = resid_mid + mlp_out at every token."""
+    model = small(chosen)
+    layer = at(share, model.n_layers)
+    found = capture(model, prompt, kinds=KINDS, layers=[layer])
+    total = found["resid_mid", layer] + found["mlp_out", layer]
+    torch.testing.assert_close(found["resid_post", layer], total, rtol=1e-5, atol=1e-5)
+
+
+@by_chance
+@given(
+    models,
+    prompts,
+    st.permutations(KINDS).flatmap(lambda kinds: st.integers(1, 3).map(lambda n: kinds[:n])),
+    st.permutations([1, 0]),
+    st.one_of(st.just("same"), st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True)),
+    st.lists(alphas, min_size=1, max_size=3, unique=True),
+    st.sampled_from([1, 2, 5]),
+)
+def test_rows_are_the_cells_in_the_order_of_the_settings(
+    chosen: Any, prompt: str, kinds: Any, layers: Any, into: Any, scales: Any, batch_size: int
+) -> None:
+    """One row each, with finite norms; afterwards the model carries no hook."""
+    model = small(chosen)
+    before = hooks_on(model)
+    table = swept(
+        chosen, prompt, kinds=kinds, layers=layers, target_layer=into, alphas=scales,
+        batch_size=batch_size,
+    ).table  # fmt: skip
+    expected = [
+        (kind, layer, target, alpha)
+        for kind in kinds
+        for layer in layers
+        for target in ([layer] if into == "same" else into)
+        for alpha in scales
+    ]
+    columns = ["kind", "source_layer", "target_layer", "alpha"]
+    assert list(table[columns].itertuples(index=False, name=None)) == expected
+    assert np.isfinite(table[["vector_norm", "norm_ratio"]]).all(axis=None)
+    assert hooks_on(model) == before
+
+
+@by_chance
+@given(models, prompts, st.lists(alphas, min_size=1, max_size=2, unique=True))
+def test_a_saved_result_is_the_same_when_loaded(
+    tmp_path: Path, chosen: Any, prompt: str, scales: list[float]
+) -> None:
+    """Every number, every character, and where they came from."""
+    found = swept(chosen, prompt, kinds="mlp_out", layers=(1, 0), alphas=scales)
+    loaded = SweepResult.load(found.save(tmp_path / "run.zip"))
+    pd.testing.assert_frame_equal(loaded.table, found.table)
+    assert loaded.provenance == found.provenance

@@ -1,0 +1,345 @@
+"""Experiments over many prompts: the same readings as sweeps, resumable, in one file."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from superscopes_tl import (
+    CONTROLS,
+    PAPER_PROMPTS,
+    LanguageModel,
+    PatchedGenerator,
+    compare,
+    evaluate,
+    sweep,
+)
+from superscopes_tl import evaluate as evaluate_function
+from superscopes_tl.evaluation import Evaluation, methods
+from superscopes_tl.vectors import mean_activation, random_direction, resid_mid
+from tests.support.same import assert_same_readings
+
+PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
+
+
+@pytest.fixture
+def settings(word_overlap: Any) -> dict[str, Any]:
+    """A small experiment."""
+    return {
+        "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 8, "scorer": word_overlap,
+        "progress": False, "draws": 0,
+    }  # fmt: skip
+
+
+def test_readings_equal_those_of_single_sweeps(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """Batches across prompts change nothing but the speed, for controls too."""
+    settings.pop("draws")  # a sweep has none
+    asked = ("unpatched", "random_direction", "unpatched_log_probability")
+    table = evaluate(mini, PROMPTS, batch_size=7, draws=0, controls=asked, **settings).table
+    for prompt in PROMPTS:
+        own = table[table["prompt"] == prompt].reset_index(drop=True)
+        alone = sweep(
+            mini, prompt, kinds="mlp_out", target_layer="same", score_on="text",
+            controls=asked, **settings,
+        ).table  # fmt: skip
+        exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
+        exact += ["unpatched_text", "random_direction_text", "random_direction", asked[-1]]
+        assert_same_readings(own, alone, exact, check_dtype=False)
+
+
+def test_controls_of_several_prompts_share_a_batch(
+    mini: LanguageModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts with six cells each: one run for the cells, one for their controls."""
+    generated: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        generated.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    evaluate(mini, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
+    assert generated == [18, 36]
+
+
+def test_a_finished_cell_is_never_computed_twice(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call computes what is new: nothing, or one more layer, α, prompt or mapping."""
+    path = tmp_path / "run.sqlite"
+    generated: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        generated.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    for expected, prompts, extra in (
+        (12, PROMPTS[:2], {}),
+        (0, PROMPTS[:2], {}),
+        (8, PROMPTS[:2], {"alphas": (1, 6, 12)}),
+        (6, PROMPTS, {}),
+        (9, PROMPTS, {"layers": (5, 7)}),
+        (18, PROMPTS, {"base": resid_mid}),
+        (12, PROMPTS, {"draws": 2}),
+    ):
+        generated.clear()
+        evaluate(mini, prompts, path, **{**settings, **extra})
+        assert sum(generated) == expected
+    table = Evaluation.load(path).table
+    assert len(table) == 65
+    assert not table.duplicated(["prompt", "source_layer", "alpha", "mapping", "draw"]).any()
+
+
+def test_a_broken_run_keeps_its_finished_batches(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the third batch, two are in the file; the next call does the rest."""
+    path, plain, calls = tmp_path / "run.sqlite", PatchedGenerator.generate, iter(range(99))
+
+    def breaking(self: PatchedGenerator, patches: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, PROMPTS, path, batch_size=5, **settings)
+    assert len(Evaluation.load(path)) == 10
+    whole = evaluate(mini, PROMPTS, path, batch_size=5, **settings).table
+    fresh = evaluate(mini, PROMPTS, **settings).table
+    key = ["prompt", "source_layer", "alpha"]
+    kept = whole.sort_values(key)["text"].tolist()
+    assert kept == fresh.sort_values(key)["text"].tolist()
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in the middle: the file opens, nothing finished is lost, the rest is added."""
+    path = tmp_path / "run.sqlite"
+    code = (
+        "from superscopes_tl import evaluate\n"
+        "def half(references, candidates):\n    return [0.5 for _ in candidates]\n"
+        "evaluate('mini', layers=(5, 2), alphas=(1, 3), draws=0, batch_size=4, max_new_tokens=6,\n"
+        f"         scorer=half, path={str(path)!r}, progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    deadline = time.monotonic() + 120
+    finished = 0
+    while finished < 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if path.exists():
+            try:
+                finished = len(Evaluation.load(path))
+            except ValueError:  # between making the file and its tables
+                finished = 0
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    after = len(Evaluation.load(path))
+    assert finished <= after < 192
+    assert after % 4 == 0
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert len(Evaluation.load(path)) == 192
+
+
+def test_methods_name_the_parts_that_are_compared(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """α = 1 is Patchscopes, other α Superscopes; draws, mappings and controls have their own."""
+    found = evaluate(mini, PROMPTS[:2], controls=CONTROLS, **{**settings, "draws": None})
+    parts = methods(found)
+    sizes = {name: len(part) for name, part in parts.items()}
+    assert sizes == {
+        "Patchscopes": 4,
+        "Superscopes": 8,
+        "Patchscopes, equal budget": 8,
+        **{name.replace("_", " "): 8 for name in CONTROLS[:-1]},
+    }
+    assert list(parts["unpatched"]["text"]) == list(parts["Superscopes"]["unpatched_text"])
+    with pytest.raises(ValueError, match="kind: expected one of \\['mlp_out'\\], got resid_mid"):
+        methods(found, kind="resid_mid")
+
+
+def test_another_experiment_is_refused(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What must not differ within a file is named, with both values; the file is left alone."""
+    path = tmp_path / "run.sqlite"
+    evaluate(mini, PROMPTS[:1], path, **settings)
+    before = path.read_bytes()
+    for extra, name in (
+        ({"max_new_tokens": 9}, "max_new_tokens 9 of the config"),
+        ({"target_prompt": "x means"}, "text 'x means'"),
+        ({"controls": "unpatched"}, r"controls \['unpatched'\]"),
+        (
+            {"target_model": replace(mini, name="other")},
+            "fingerprint '[0-9a-f]+' of the target_model",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"path: expected an experiment with {name}.*, got"):
+            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+    assert path.read_bytes() == before
+
+
+def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
+    """Foreign bytes, a foreign database, a view in a table's place, a missing file."""
+    foreign = tmp_path / "foreign.sqlite"
+    foreign.write_text("hello " * 100)
+    with pytest.raises(ValueError, match=r"path: expected a file of format .*not a database"):
+        Evaluation.load(foreign)
+    trap = tmp_path / "trap.sqlite"
+    with sqlite3.connect(trap) as database:
+        database.execute("CREATE VIEW readings AS SELECT 1")
+        database.execute("CREATE TABLE provenance (text TEXT)")
+    database.close()
+    with pytest.raises(ValueError, match="path: expected a file of format .*the tables"):
+        Evaluation.load(trap)
+    with pytest.raises(FileNotFoundError):
+        Evaluation.load(tmp_path / "nothing.sqlite")
+
+
+def test_a_folder_that_is_not_there_is_said_before_any_work(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """An `OSError` with the path."""
+    with pytest.raises(OSError, match=r"path: expected a file that can be opened.*nowhere"):
+        evaluate(mini, PROMPTS, tmp_path / "nowhere" / "run.sqlite", **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("Pearl Jam", "prompts: expected several texts"),
+        ((), "prompts: expected at least one text"),
+        (("Pearl Jam", ""), "prompt: expected"),
+    ],
+)
+def test_bad_prompts_are_said_before_any_work(
+    prompts: Any, message: str, mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """No file is left behind by them that holds readings."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(mini, prompts, **settings)
+
+
+def test_the_paper_s_prompts_are_the_default() -> None:
+    """48 of them, as in Figure 3."""
+    defaults = evaluate_function.__defaults__
+    assert defaults is not None
+    assert defaults[0] is PAPER_PROMPTS
+    assert len(set(PAPER_PROMPTS)) == 48
+
+
+def test_under_a_true_null_about_five_per_cent_are_accepted(mini: LanguageModel) -> None:
+    """Random vectors in every prompt's place: what they read holds up as rarely as it should.
+
+    192 cells, 6.9 % expected (see `significance.corrected_hits`): 13 plus or minus four standard
+    deviations of 3.5.
+    """
+    found = evaluate(
+        mini, layers=(2, 4, 5, 7), alphas=(9,), controls="random_direction", draws=0,
+        max_new_tokens=12, batch_size=192, progress=False,
+    )  # fmt: skip
+    null = compare({"random direction": methods(found)["random direction"]}).counts
+    assert null["prompts"].sum() == 192
+    assert 1 <= null["corrected"].sum() <= 27
+    assert null["expected_corrected"].sum() == pytest.approx(0.069 * 192, rel=0.15)
+    assert null["discoveries"].sum() == 0
+
+
+def test_bases_and_seeds_of_one_name_family_are_told_apart(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Means of other texts are other bases; functions without a name cannot go into a file."""
+    path = tmp_path / "run.sqlite"
+    for texts in (("Pink Floyd", "Titanic"), ("Star Wars", "Will Smith")):
+        found = evaluate(mini, PROMPTS[:1], path, base=mean_activation(mini, texts), **settings)
+    assert found.table["mapping"].nunique() == 2
+    assert len(found) == 12
+    for extra in (
+        {"mapping": lambda alpha: lambda v: alpha * v},
+        {"scorer": lambda references, candidates: [0.5 for _ in candidates]},
+    ):
+        with pytest.raises(ValueError, match="expected functions with names of their own.*lambda"):
+            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+    with pytest.raises(ValueError, match="draw: expected 0, the greedy texts, got 2"):
+        evaluate(mini, PROMPTS[:1], **settings, draw=2)
+    with pytest.raises(TypeError, match="settings: expected settings out of"):
+        evaluate(mini, PROMPTS[:1], **settings, layer=2)
+
+
+def test_random_directions_differ_between_prompts_and_not_between_batches(
+    mini: LanguageModel, settings: dict[str, Any]
+) -> None:
+    """As a mapping, too: a null over prompts needs another vector for each of them."""
+    wide = evaluate(mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9}).table
+    narrow = evaluate(
+        mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9, "layers": 2}
+    ).table
+    at_2 = wide[wide["source_layer"] == 2]
+    assert_same_readings(at_2, narrow, ["text"])
+    assert at_2["text"].nunique() == 3
+
+
+def test_methods_have_equal_budgets_or_say_so(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """α = 1 is no try of another mapping; draws follow the α of the whole file."""
+    path, budget = tmp_path / "run.sqlite", {**settings, "draws": None}
+    evaluate(mini, PROMPTS, path, **budget)
+    found = evaluate(mini, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})
+    evaluate(mini, PROMPTS, path, base=resid_mid, **budget)
+    cells = {name: len(part) / 6 for name, part in methods(found).items()}
+    assert cells == {"Patchscopes": 1, "Superscopes": 4, "Patchscopes, equal budget": 4}
+    cells = {name: len(part) / 6 for name, part in methods(Evaluation.load(path)).items()}
+    assert cells["Superscopes, scale, from resid_mid"] == 2
+    fewer = evaluate(mini, PROMPTS, **{**settings, "alphas": (1, 3, 6, 9, 12), "draws": 1})
+    assert len(methods(fewer)["Patchscopes, 2 readings"]) == 12
+
+
+def test_two_target_layers_in_a_file_are_not_counted_together(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """They would be two tries of one method: one of them has to be chosen."""
+    path = tmp_path / "run.sqlite"
+    evaluate(mini, PROMPTS, path, **settings)
+    both = evaluate(mini, PROMPTS, path, target_layer=0, positions=(-2, -1), **settings)
+    with pytest.raises(ValueError, match="target_layer: expected 'same' or one of .*got None"):
+        methods(both)
+    for target in ("same", 0):
+        part = methods(both, target_layer=target)["Patchscopes"]  # type: ignore[arg-type]
+        assert len(part) == 6
+        wanted = part["source_layer"] if target == "same" else 0
+        assert (part["target_layer"] == wanted).all()
+
+
+def test_what_a_killed_writer_left_is_undone_on_loading(
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A journal beside the file belongs to a batch that was never finished."""
+    path, copy = tmp_path / "run.sqlite", tmp_path / "copy.sqlite"
+    evaluate(mini, PROMPTS[:1], path, **settings)
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA cache_size = 1")
+    database.execute("BEGIN")
+    database.execute("UPDATE readings SET text = 'half' || hex(zeroblob(9000))")
+    journal = tmp_path / "run.sqlite-journal"
+    assert journal.exists()
+    copy.write_bytes(path.read_bytes())  # as a kill at this moment would leave the two files
+    (tmp_path / "copy.sqlite-journal").write_bytes(journal.read_bytes())
+    database.close()
+    loaded = Evaluation.load(copy).table
+    pd.testing.assert_frame_equal(loaded, Evaluation.load(path).table)
+    assert not loaded["text"].str.startswith("half").any()

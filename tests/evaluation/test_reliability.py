@@ -1,0 +1,332 @@
+"""When things go wrong: killed and concurrent runs, full disks, folders that cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from superscopes_tl import heatmap, write_html
+from superscopes_tl.evaluation import Evaluation
+from superscopes_tl.experiment import COLUMNS
+from superscopes_tl.figures import save_as
+from superscopes_tl.figures.export import SUFFIXES
+from superscopes_tl.neighbours import TunedLens
+from superscopes_tl.vectors import AffineMap, save_maps
+from tests.experiment.test_results import LADDER
+from tests.support.browser import ROOT
+from tests.support.killed_run import child, run
+from tests.support.same import assert_same_readings
+
+KEY = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping", "alpha", "draw"]
+
+forks = pytest.mark.skipif(sys.platform == "win32", reason="no processes by fork")
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Start processes that have imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.killed_run"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # whence it takes what it is to import
+        forkserver.ensure_running()
+    return context
+
+
+def start(processes: Any, path: Path, **changes: Any) -> tuple[Any, Connection]:
+    """Start an evaluation and wait until it begins."""
+    said, says = processes.Pipe(duplex=False)
+    process = processes.Process(target=child, args=(str(path), says, changes), daemon=True)
+    process.start()
+    says.close()
+    assert said.poll(120)
+    assert said.recv() == "ready"
+    return process, said
+
+
+def last_words(said: Connection) -> list[Any]:
+    """Return everything that a process said until it ended."""
+    words = []
+    with contextlib.suppress(EOFError):
+        while said.poll(120):
+            words.append(said.recv())
+    return words
+
+
+def rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the readings in an order of their own."""
+    return table[list(COLUMNS)].sort_values(KEY).reset_index(drop=True)
+
+
+@forks
+def test_a_run_that_is_killed_ten_times_loses_nothing(processes: Any, tmp_path: Path) -> None:
+    """SIGKILL at ten random moments: the file opens, rows only grow, the end is the same."""
+    process, said = start(processes, tmp_path / "whole.sqlite")
+    began = time.monotonic()
+    assert last_words(said)[-1] == "done"
+    lasts = time.monotonic() - began
+    process.join()
+    whole = rows(Evaluation.load(tmp_path / "whole.sqlite").table)
+
+    path, moment = tmp_path / "run.sqlite", random.Random(4)
+    held, killed = pd.DataFrame(columns=list(COLUMNS)), 0
+    for _ in range(10):
+        process, said = start(processes, path)
+        process.join(moment.uniform(0, lasts / 5))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        safe = [word for word in last_words(said) if isinstance(word, int)]
+        if not path.exists() or path.stat().st_size == 0:
+            assert len(held) == 0
+            assert not safe
+            continue
+        now = Evaluation.load(path).table
+        assert not now.duplicated(KEY).any()
+        assert len(now) >= len(held) + max(safe, default=0)
+        pd.testing.assert_frame_equal(now[list(COLUMNS)].head(len(held)), held, check_dtype=False)
+        held = now[list(COLUMNS)]
+    assert killed >= 7
+    assert len(held) > 0
+    process, said = start(processes, path)
+    assert last_words(said)[-1] == "done"
+    process.join()
+    assert_same_readings(rows(Evaluation.load(path).table), whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.sqlite", "whole.sqlite"]
+
+
+@forks
+def test_two_runs_on_one_file_share_it(processes: Any, tmp_path: Path) -> None:
+    """Both finish, no cell is there twice, and the table is that of one run alone."""
+    path = tmp_path / "run.sqlite"
+    both = [start(processes, path) for _ in range(2)]
+    for process, said in both:
+        assert last_words(said)[-1] == "done"
+        process.join()
+    found = Evaluation.load(path).table
+    assert not found.duplicated(KEY).any()
+    # What one run has finished is missing from the other's batches, and the margin, a difference of
+    # two float32 logits, is not quite the same in other batches.
+    assert_same_readings(rows(found), rows(run(None).table))
+
+
+@forks
+def test_a_run_with_other_settings_is_refused_while_the_first_one_writes(
+    processes: Any, tmp_path: Path
+) -> None:
+    """One of two runs that begin together has the file; the other one is told what differs."""
+    path = tmp_path / "run.sqlite"
+    both = [start(processes, path, max_new_tokens=count) for count in (3, 4)]
+    ends = sorted(last_words(said)[-1] for _, said in both)
+    for process, _ in both:
+        process.join()
+    assert ends[1] == "done"
+    assert ends[0].startswith("ValueError: path: expected an experiment with max_new_tokens ")
+    assert "Fix: choose another file, or the settings of this one" in ends[0]
+    table = Evaluation.load(path).table
+    assert len(table) == len(run(None).table)
+
+
+# Writers.
+
+
+def maps() -> AffineMap:
+    """Return a map of 64 numbers to 64 numbers."""
+    return AffineMap(
+        torch.eye(64), torch.zeros(64), "resid_post", 5, 2, "a", "1", "a", "1", "t", 9, 0.0, 0.5
+    )
+
+
+def lens() -> TunedLens:
+    """Return an untrained lens."""
+    return TunedLens(
+        matrices=torch.zeros(6, 32, 32), biases=torch.zeros(6, 32), model="a", fingerprint="1",
+        training={},
+    )  # fmt: skip
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "run.zip": LADDER.save,
+    "page.html": lambda path: write_html(heatmap(LADDER), path),
+    "maps.safetensors": lambda path: save_maps([maps()], path),
+    "lens.safetensors": lambda path: lens().save(path),
+    **{f"table{suffix}": lambda path: save_as(LADDER, path) for suffix in SUFFIXES},
+}
+REFUSED = r"path: expected a file that can be opened and written, got .*{}.* Fix: check folder"
+
+
+@contextlib.contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes: a disk that is full, without one."""
+    resource = pytest.importorskip("resource", reason="no limit on the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB of its own, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    """Fill a disk up to so many bytes."""
+    free = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - leave))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_that_does_not_fit_leaves_the_older_one(
+    name: str, there: bool, tmp_path: Path
+) -> None:
+    """The message names the file and what to check; nothing half is left beside it."""
+    path = tmp_path / name
+    if there:
+        path.write_bytes(b"old")
+    with at_most(500), pytest.raises(OSError, match=REFUSED.format(f"{name} .*too large")):
+        WRITERS[name](path)
+    assert [p.name for p in tmp_path.iterdir()] == ([name] if there else [])
+    assert not there or path.read_bytes() == b"old"
+    WRITERS[name](path)  # with room it works, and replaces the older one
+    assert path.stat().st_size > 500
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_the_older_file(name: str, disk: Path) -> None:
+    """As above, with a disk that is really full."""
+    path = disk / name
+    path.write_bytes(b"old")
+    fill(disk, leave=0)
+    with pytest.raises(OSError, match=REFUSED.format(f"{name} .*No space left")):
+        WRITERS[name](path)
+    assert sorted(p.name for p in disk.iterdir()) == sorted(["filler", name])
+    assert path.read_bytes() == b"old"
+
+
+def test_a_disk_that_says_late_that_it_is_full_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some disks take what they cannot keep, and say so when it is to be stored."""
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = LADDER.save(tmp_path / "run.zip")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=REFUSED.format("No space left")):
+        LADDER.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.zip"]
+
+
+def grown(path: Path) -> None:
+    """Assert that an evaluation broke off with a whole file, and goes on to the end."""
+    held = Evaluation.load(path).table
+    assert 0 < len(held) < 96
+    assert len(held) % 2 == 0
+    assert not path.with_name(f"{path.name}-journal").exists()
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name("filler").unlink()
+    whole = run(path).table
+    pd.testing.assert_frame_equal(whole.head(len(held)), held)
+    assert_same_readings(rows(whole), rows(run(None).table))
+
+
+def test_an_evaluation_that_does_not_fit_keeps_what_is_finished(tmp_path: Path) -> None:
+    """It ends with an `OSError`; with more room the next call goes on."""
+    path = tmp_path / "run.sqlite"
+    with at_most(20_000), pytest.raises(OSError, match=REFUSED.format("run.sqlite .*I/O error")):
+        run(path)
+    grown(path)
+
+
+def test_an_evaluation_on_a_full_disk_keeps_what_is_finished(disk: Path) -> None:
+    """As above, with a disk that is really full."""
+    path = disk / "run.sqlite"
+    fill(disk, leave=40 * 1024)
+    with pytest.raises(OSError, match=REFUSED.format("run.sqlite .*full")):
+        run(path)
+    grown(path)
+
+
+def missing(folder: Path) -> Path:
+    """Return a folder that is not there."""
+    return folder / "missing"
+
+
+def below_a_file(folder: Path) -> Path:
+    """Return a folder that cannot be: its place is a file's."""
+    (folder / "file").write_text("x")
+    return folder / "file"
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "run.sqlite"])
+@pytest.mark.parametrize("place", [missing, below_a_file], ids=lambda place: place.__name__)
+def test_a_folder_that_is_none_is_named(
+    name: str, place: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Not there, or a file: said with the path, and nothing is left."""
+    path = place(tmp_path) / name
+    before = sorted(tmp_path.iterdir())
+    asked = "path: expected (a file that can be opened|a folder that exists).*Fix: (check|make it)"
+    with pytest.raises((OSError, ValueError), match=asked) as raised:
+        (WRITERS | {"run.sqlite": run})[name](path)
+    assert str(path.parent) in str(raised.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "run.sqlite"])
+def test_a_path_that_is_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    """A folder is not replaced by a file, not even an empty one."""
+    path = tmp_path / name
+    path.mkdir()
+    with pytest.raises(OSError, match=REFUSED.format(name)):
+        (WRITERS | {"run.sqlite": run})[name](path)
+    assert path.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "run.sqlite"])
+def test_a_folder_that_is_read_only_is_named(name: str, disk: Path) -> None:
+    """The older file stays, an evaluation's rows too."""
+    path, write = disk / name, (WRITERS | {"run.sqlite": run})[name]
+    write(path) if name != "run.sqlite" else run(path, layers=2)
+    before = path.read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(OSError, match=REFUSED.format(f"{name} .*(Read-only|readonly|unable)")):
+        write(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in disk.iterdir()] == [name]
+    if name == "run.sqlite":
+        assert len(Evaluation.load(path)) == 48

@@ -1,0 +1,443 @@
+"""Files from anyone: what they may try, and that nothing comes of it but one clear error."""
+
+from __future__ import annotations
+
+import io
+import os
+import sqlite3
+import struct
+import threading
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from superscopes_tl import LanguageModel, SweepResult, files
+from superscopes_tl.errors import RunFileError
+from superscopes_tl.evaluation import Evaluation
+from superscopes_tl.evaluation import store as evaluation
+from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.neighbours import TunedLens
+from superscopes_tl.statistics import read_recording
+from superscopes_tl.statistics.recordings import COLUMNS
+from superscopes_tl.vectors import load_maps, load_vectors
+from superscopes_tl.vectors import stored as vector_files
+from tests.experiment.test_results import LADDER, header, rewritten
+from tests.support.killed_run import run
+
+NO_RUN_FILE = (
+    r"path: expected a run file of format .* got .* with .*{}.*Fix: pass a file that Sweep"
+)
+NO_EVALUATION = r"path: expected a file of format .* got .* with .*{}.*Fix: pass a file that eval"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small evaluation's file."""
+    path = tmp_path_factory.mktemp("written") / "run.sqlite"
+    run(path, layers=2, alphas=3, draws=0)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def database(written: bytes, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    path = tmp_path / "run.sqlite"
+    path.write_bytes(written)
+    return path
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Return how many bytes Python and numpy held at most while `call` ran into its error."""
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="expected"):
+        call()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+# Run files.
+
+
+def zipped(path: Path, entries: list[tuple[str, bytes]], **options: Any) -> Path:
+    """Write a zip of these entries."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "provenance.json", "more"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_entries_of_other_names_are_refused(name: str, tmp_path: Path) -> None:
+    """Nothing is unpacked to the disk; a path that leads elsewhere is not even read."""
+    path = LADDER.save(tmp_path / "run.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"{}")
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format("the entries")):
+        SweepResult.load(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_entry_that_is_a_link_is_data(tmp_path: Path) -> None:
+    """Its content is the name of another file, and no provenance."""
+    path = rewritten(tmp_path / "run.zip")
+    link = zipfile.ZipInfo("provenance.json")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path) as archive:
+        table = archive.read("table.parquet")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("table.parquet", table)
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format("JSONDecodeError")):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_lies_about_its_size_unpacks_no_more(method: int, tmp_path: Path) -> None:
+    """200 MB that are declared as 20 bytes: at most some are unpacked, then it is refused."""
+    path = zipped(
+        tmp_path / "run.zip",
+        [("provenance.json", bytes(200 * 2**20)), ("table.parquet", b"")],
+        compression=method,
+    )
+    data = path.read_bytes().replace(struct.pack("<I", 200 * 2**20), struct.pack("<I", 20))
+    path.write_bytes(data)
+    assert len(data) < 10**6
+    assert peak(lambda: SweepResult.load(path)) < 20 * 2**20
+
+
+def test_a_zip_that_declares_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    """The limit is that of all that a run file holds."""
+    path = LADDER.save(tmp_path / "run.zip")
+    with zipfile.ZipFile(path) as archive:
+        size = archive.getinfo("table.parquet").file_size
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", 2**31)))
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format("more than 1073741824 bytes")):
+        SweepResult.load(path)
+
+
+def parquet(frame: pd.DataFrame, **options: Any) -> bytes:
+    """Return a table as Parquet."""
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False, **options)
+    return buffer.getvalue()
+
+
+def test_a_table_of_one_repeated_text_is_refused_before_it_is_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte in the file that would be gigabytes in memory: its sum is known beforehand."""
+    many = pd.concat([LADDER.table.head(1)] * 20_000)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(many, preserve_index=False)
+    at = table.column_names.index("text")
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, "int32")), ["x" * 200_000])
+    table = table.set_column(at, pa.field("text", repeated.type), [repeated])
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, store_schema=False)  # so that the column says that it is a text
+    path = rewritten(tmp_path / "run.zip", table=buffer.getvalue())
+    assert path.stat().st_size < 3 * 2**20
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format("more than 1073741824 bytes of tab")):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"score": ["high"] * 12}, "a column 'score' that does not hold float"),
+        ({"text": [1] * 12}, "a column 'text' that does not hold str"),
+        ({"text": [b"x"] * 12}, "a column 'text' of binary"),
+        ({"text": [None] * 12}, "a column 'text' that does not hold str"),
+        ({"few_shot_copy": [2] * 12}, "a column 'few_shot_copy' that does not hold bool"),
+        ({"source_layer": [1.5] * 12}, "a column 'source_layer' that does not hold int"),
+        ({"source_layer": [-2] * 12}, "a source_layer below -1"),
+        ({"position": [-1] * 12}, "a position below 0"),
+        ({"alpha": [np.inf] * 12}, "an alpha that is not finite"),
+        ({"alpha": [np.nan] * 12}, "an alpha that is not finite"),
+        ({"more": [[1]] * 12}, "a column 'more' of list"),
+        ({"more": [pd.Timestamp(0)] * 12}, "a column 'more' of timestamp"),
+    ],
+)
+def test_columns_hold_what_they_say(change: Any, why: str, tmp_path: Path) -> None:
+    """A table that the rest of the package could not rely on does not load, and is not saved."""
+    spoilt = LADDER.table.assign(**change)
+    path = rewritten(tmp_path / "run.zip", table=parquet(spoilt))
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format(why)):
+        SweepResult.load(path)
+    with pytest.raises(ValueError, match=f"result: expected a table .* got {why}.*Fix: keep"):
+        SweepResult(spoilt, LADDER.provenance).save(tmp_path / "other.zip")
+    assert not (tmp_path / "other.zip").exists()
+
+
+def test_a_table_that_is_packed_without_bound_is_refused(tmp_path: Path) -> None:
+    """As this package writes them, and not by methods that pack a million bytes into a few."""
+    path = rewritten(tmp_path / "run.zip", table=parquet(LADDER.table, compression="zstd"))
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format("a table packed by ZSTD")):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"[" * 200_000, "RecursionError"),
+        (b'{"a":' * 200_000, "RecursionError"),
+        (header(provenance={"seconds": np.nan}), "NaN in JSON"),
+        (header(provenance={"seconds": -np.inf}), "-Infinity in JSON"),
+        (header(provenance={"model": "mini"}), "provenance whose model is str"),
+        (header(provenance={"config": [1]}), "provenance whose config is list"),
+        (header(provenance={"prompt": {}}), "provenance whose prompt is dict"),
+        (header(provenance={"tokens": {"labels": 3}}), "provenance whose token labels are no list"),
+        (b"9" * 10_000, "ValueError|Exceeds"),
+        (b" " * (files.MAX_JSON_BYTES + 1), "more than 16777216 bytes of JSON"),
+    ],
+    ids=range(10),
+)
+def test_provenance_of_other_shapes_is_refused(text: bytes, why: str, tmp_path: Path) -> None:
+    """Too deep, too large, not JSON, or parts of another type than the ones that are read."""
+    with pytest.raises(RunFileError, match=NO_RUN_FILE.format(f"({why})")):
+        SweepResult.load(rewritten(tmp_path / "run.zip", provenance=text))
+
+
+def test_a_provenance_cannot_put_code_into_what_is_copied() -> None:
+    """Neither behind a line break nor in letters that only look like others."""
+    for mapping in ("x\nboom()", "ｂｏｏｍ()", "head\rboom()", "x\u2028boom()"):
+        said = LADDER.provenance | {"config": {"mapping": mapping, "base": mapping}}
+        code = code_for(SweepResult(LADDER.table, said), select(LADDER.table.iloc[0]))
+        called = [line for line in code.splitlines() if "boom" in line and line[:1] != "#"]
+        assert called == []
+        assert "ｂｏｏｍ" not in code.replace("# my_", "").split("result = sweep")[1]
+
+
+# Evaluation files.
+
+
+@pytest.mark.parametrize(
+    ("sql", "why"),
+    [
+        ("CREATE VIEW more AS SELECT 1", "the tables .*'more'"),
+        ("CREATE TRIGGER t AFTER INSERT ON readings BEGIN DELETE FROM readings; END", "tables .*t"),
+        ("CREATE VIRTUAL TABLE more USING fts5(a)", "the tables .*'more"),
+        ("CREATE INDEX more ON readings(hex(text))", "the tables .*'more'"),
+        ("ALTER TABLE readings ADD COLUMN more AS (hex(zeroblob(1000000000)))", "not made by"),
+        ("DROP TABLE readings", "the tables"),
+        ("UPDATE provenance SET text = NULL", "TypeError"),
+        ("DELETE FROM provenance", "not made by evaluate"),
+        (f"UPDATE provenance SET text = '{'[' * 100_000}'", "RecursionError"),
+        ("UPDATE provenance SET text = '[1]'", "JSON that is no object but list"),
+        ("UPDATE provenance SET text = replace(text, '\"config\": ', '\"config\": [], \"x\": ')",
+         "provenance whose config is list"),
+        ("UPDATE readings SET text = 5.5 || x'ff'", "OperationalError|column 'text'"),
+        ("UPDATE readings SET text = NULL", "a column 'text' that does not hold str"),
+        ("UPDATE readings SET source_layer = 'x'", "a column 'source_layer' that does not hold"),
+        ("UPDATE readings SET few_shot_copy = 'no'", "a column 'few_shot_copy' that does not"),
+        ("UPDATE readings SET alpha = 9e999", "an alpha that is not finite"),
+        ("UPDATE readings SET position = -7", "a position below 0"),
+        ("UPDATE readings SET controls = '[1]'", "JSON that is no object"),
+        ("UPDATE readings SET controls = '{\"score\": 1}'", r"two columns \['score'\]"),
+        ("UPDATE readings SET controls = '{\"more\": [1]}'", "a column 'more'"),
+        ("UPDATE readings SET controls = NULL", "TypeError"),
+        (f"UPDATE readings SET text = zeroblob({70 * 2**20})", "DataError|too big"),
+    ],
+    ids=range(22),
+)  # fmt: skip
+def test_a_spoilt_database_is_refused(sql: str, why: str, database: Path) -> None:
+    """Other tables, views, triggers, computed columns; values of other types; texts without end."""
+    with sqlite3.connect(database) as opened:
+        opened.execute(sql)
+    opened.close()
+    began = time.monotonic()
+    with pytest.raises(RunFileError, match=NO_EVALUATION.format(f"({why})")):
+        Evaluation.load(database)
+    assert time.monotonic() - began < 5
+    with pytest.raises(ValueError, match="path: expected"):
+        run(database, layers=2, alphas=3, draws=0)
+
+
+def test_a_file_whose_rows_lead_in_a_circle_is_counted(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read is counted, whatever the size of the file."""
+    monkeypatch.setattr(evaluation, "MAX_FILE_BYTES", database.stat().st_size)
+    assert len(Evaluation.load(database)) == 12
+    with sqlite3.connect(database) as opened:
+        opened.execute("UPDATE readings SET text = hex(zeroblob(900))")
+    opened.close()
+    monkeypatch.setattr(evaluation, "MAX_FILE_BYTES", 12 * 1800)
+    monkeypatch.setattr(evaluation, "unfit", lambda path, most: "")
+    with pytest.raises(RunFileError, match=NO_EVALUATION.format("more than 21600 bytes")):
+        Evaluation.load(database)
+
+
+@pytest.mark.parametrize("reader", [Evaluation.load, lambda path: run(path, layers=2)])
+def test_a_journal_cannot_make_sqlite_delete_another_file(
+    reader: Callable[[Path], Any], database: Path, tmp_path: Path
+) -> None:
+    """A journal may name a file that SQLite reads and then deletes: such a one is not opened."""
+    victim = tmp_path / "precious.txt"
+    victim.write_text("precious")
+    opened = sqlite3.connect(database, isolation_level=None)
+    opened.execute("PRAGMA cache_size = 1")
+    opened.execute("BEGIN")
+    opened.execute("UPDATE readings SET text = 'half' || hex(zeroblob(9000))")
+    copy = tmp_path / "copy.sqlite"
+    copy.write_bytes(database.read_bytes())
+    journal = (tmp_path / "run.sqlite-journal").read_bytes()
+    opened.close()
+    named = str(victim).encode()
+    page = struct.pack(">I", 2**30 // 4096 + 1)
+    tail = struct.pack(">II", len(named), sum(named)) + bytes.fromhex("d9d505f920a163d7")
+    (tmp_path / "copy.sqlite-journal").write_bytes(journal + page + named + tail)
+    with pytest.raises(RunFileError, match=NO_EVALUATION.format("a journal that names other")):
+        reader(copy)
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_without_a_line_says_so(tmp_path: Path) -> None:
+    """As a run leaves it that was killed right at its beginning; the next run takes it up."""
+    path = tmp_path / "run.sqlite"
+    path.write_bytes(b"")
+    with pytest.raises(RunFileError, match=NO_EVALUATION.format("nothing yet: its run was")):
+        Evaluation.load(path)
+    assert len(run(path, layers=2, alphas=3, draws=0)) == 12
+
+
+# Both, and the other loaders.
+
+
+LOADERS: dict[str, Callable[..., Any]] = {
+    "run.zip": lambda path, model: SweepResult.load(path),
+    "run.sqlite": lambda path, model: Evaluation.load(path),
+    "maps.safetensors": lambda path, model: load_maps(path),
+    "lens.safetensors": TunedLens.load,
+    "vectors.safetensors": lambda path, model: load_vectors(path),
+    "vectors.npy": lambda path, model: load_vectors(path),
+    "vectors.npz": lambda path, model: load_vectors(path),
+    "recording.csv": lambda path, model: read_recording(path),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_pipe_is_not_waited_for(name: str, mini: LanguageModel, tmp_path: Path) -> None:
+    """Neither a pipe nor a device has an end: they are not opened."""
+    os.mkfifo(tmp_path / name)
+    said: list[str] = []
+
+    def load() -> None:
+        with pytest.raises(ValueError, match="path: expected") as raised:
+            LOADERS[name](tmp_path / name, mini)
+        said.append(str(raised.value))
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert said
+
+
+@pytest.mark.parametrize("name", [name for name in LOADERS if name.endswith("safetensors")])
+@pytest.mark.parametrize(
+    "head",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 100_000) + b"{" * 100_000,
+        struct.pack("<Q", 200_000) + b'{"a":' * 40_000,
+        struct.pack("<Q", 66)
+        + b'{"v":{"dtype":"F32","shape":[1099511627776,9],"data_offsets":[0,8]}',
+        struct.pack("<Q", 2) + b"{}",
+    ],
+    ids=range(5),
+)
+def test_headers_that_no_tensors_have_are_refused(
+    name: str, head: bytes, mini: LanguageModel, tmp_path: Path
+) -> None:
+    """Longer than the file, nested without end, of shapes that are not there, or of nothing."""
+    (tmp_path / name).write_bytes(head + b"\0" * 8)
+    with pytest.raises(ValueError, match="(path|name): expected"):
+        LOADERS[name](tmp_path / name, mini)
+
+
+def test_numbers_of_any_size_are_not_unpacked(tmp_path: Path) -> None:
+    """An array of one row whose every entry is large, and one packed by another method."""
+    path = tmp_path / "vectors.npz"
+    np.savez_compressed(path, v=np.zeros((1, 60), dtype="V1000000"))
+    size, vector_files.MAX_BYTES = vector_files.MAX_BYTES, 2**20
+    try:
+        assert peak(lambda: load_vectors(path)) < 20 * 2**20
+    finally:
+        vector_files.MAX_BYTES = size
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((2, 3)))
+        archive.writestr("v.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match="path: expected a whole .npz .*packed by method 12"):
+        load_vectors(path)
+
+
+def test_a_recording_of_many_columns_and_short_lines_is_read_in_time(tmp_path: Path) -> None:
+    """A line costs what it holds, not what the header promises."""
+    path = tmp_path / "recording.csv"
+    extra = ",".join(f"c{i}" for i in range(100_000))
+    path.write_text(f"{','.join(COLUMNS)},{extra}\n" + "a,b,1,1,x\n" * 20_000)
+    began = time.monotonic()
+    assert len(read_recording(path).table) == 20_000
+    assert time.monotonic() - began < 10
+
+
+def spoil(whole: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:
+    """Return a file's bytes, cut off and with some changed."""
+    data = bytearray(whole[: max(1, int(len(whole) * cut))])
+    for place, change in flips:
+        data[int(place * len(data))] ^= change
+    return bytes(data)
+
+
+spoilt = given(
+    cut=st.one_of(st.just(1.0), st.floats(0, 1)),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),
+)
+lightly = settings(
+    max_examples=150, deadline=5_000, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
+@lightly
+@spoilt
+def test_any_damage_to_a_run_file_is_noticed_or_harmless(
+    tmp_path: Path, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """It loads, or it is said that it is no run file; nothing else comes out."""
+    path = LADDER.save(tmp_path / "run.zip")
+    path.write_bytes(spoil(path.read_bytes(), cut, flips))
+    try:
+        outcome = f"{len(SweepResult.load(path))} rows"
+    except RunFileError as error:
+        outcome = str(error)
+    assert outcome.startswith(("12 rows", "path: expected a run file of format"))
+
+
+@lightly
+@spoilt
+def test_any_damage_to_an_evaluation_is_noticed_or_harmless(
+    written: bytes, tmp_path: Path, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """It loads, or it is said what is wrong with the file; nothing else comes out."""
+    path = tmp_path / "run.sqlite"
+    path.write_bytes(spoil(written, cut, flips))
+    try:
+        outcome = repr(Evaluation.load(path))
+    except (RunFileError, OSError) as error:
+        outcome = str(error)
+    assert outcome.startswith(("Evaluation(", "path: expected a file"))

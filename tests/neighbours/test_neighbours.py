@@ -1,0 +1,157 @@
+"""One site, all methods, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from typer.testing import CliRunner
+
+from superscopes_tl import LanguageModel, TargetPrompt, sweep
+from superscopes_tl.cli.main import app
+from superscopes_tl.figures import side_by_side_figure
+from superscopes_tl.neighbours import NEIGHBOURS, causal_effects, side_by_side
+from superscopes_tl.neighbours.methods import OWN_TOKENS
+from superscopes_tl.vectors import add, fit_affine
+
+PROMPT = "Red Hot Chili Peppers"
+Tiny = Callable[[str, str], LanguageModel]
+
+
+@pytest.fixture(scope="module")
+def table(mini: LanguageModel) -> pd.DataFrame:
+    """All methods at one site of the bundled model."""
+    return side_by_side(mini, PROMPT, layer=5, progress=False)
+
+
+@pytest.mark.parametrize("method", ["Patchscopes", "SelfIE, five placeholders", "SelfIE, added"])
+def test_a_method_is_the_sweep_with_its_settings(
+    method: str, mini: LanguageModel, table: pd.DataFrame
+) -> None:
+    """A row is the best reading of a sweep of its own, and its control the best of as many."""
+    alone = sweep(
+        mini, PROMPT, layers=5, kinds="mlp_out", controls="random_direction", progress=False,
+        **NEIGHBOURS[method],
+    )  # fmt: skip
+    best = alone.best().iloc[0]
+    row = table[table["method"] == method].iloc[0]
+    assert (row["reading"], row["alpha"]) == (best["description"], best["alpha"])
+    assert row["score"] == pytest.approx(best["score"], abs=1e-3)
+    assert row["control"] == pytest.approx(alone.table["random_direction"].max(), abs=1e-3)
+    assert row["tries"] == len(alone)
+
+
+def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFrame) -> None:
+    """First the methods, then lenses with likely tokens instead of a score, then the ablation."""
+    assert table["method"].tolist() == [
+        *NEIGHBOURS, "logit lens", "logit lens, random vector", "ablated in its own run"
+    ]  # fmt: skip
+    lens = table[table["method"] == "logit lens"].iloc[0]
+    assert lens[["alpha", "target_layer", "score", "control", "tries"]].isna().all()
+    effects = causal_effects(
+        mini, PROMPT, kinds="mlp_out", layers=5, continuation=OWN_TOKENS
+    ).iloc[0]  # fmt: skip
+    assert f"{effects['effect']:+.2g} nats per token" in table["reading"].iloc[-1]
+    assert f"{effects['control_effect']:+.2g} with a random change" in table["reading"].iloc[-1]
+
+
+def test_what_stands_around_the_prompt_stands_around_it_in_its_own_run(
+    tiny: Tiny, word_overlap: Any
+) -> None:
+    """The ablated vector is the one that the methods read, in the same template."""
+    model = tiny("llama", "bridge")
+    found = side_by_side(
+        model, PROMPT, layer=2, source_template="Syria: {}", methods={"Patchscopes": {"alphas": 1}},
+        scorer=word_overlap, progress=False,
+    )  # fmt: skip
+    effects = causal_effects(
+        model, f"Syria: {PROMPT}", kinds="mlp_out", layers=2, continuation=OWN_TOKENS
+    ).iloc[0]  # fmt: skip
+    assert f"{effects['effect']:+.2g} nats per token" in found["reading"].iloc[-1]
+
+
+def test_a_target_prompt_is_read_once_for_all_its_methods(
+    tiny: Tiny, word_overlap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six ways to read through two target prompts cost two prefixes, not six."""
+    model = tiny("llama", "bridge")
+    read: list[int] = []
+    original = model.decoder.prefill
+
+    def prefill(tokens: Any) -> Any:
+        read.append(tokens.shape[1])
+        return original(tokens)
+
+    monkeypatch.setattr(model.decoder, "prefill", prefill)
+    other = TargetPrompt("Syria: Country, _ _", placeholder="_")
+    methods: dict[str, dict[str, Any]] = {
+        "one": {"alphas": 1},
+        "two": {},
+        "three": {"target_prompt": other},
+        "four": {"write": add},
+        "five": {"target_prompt": other, "alphas": 3},
+        "six": {"unit": "residual"},
+    }
+    found = side_by_side(
+        model, PROMPT, layer=2, kind="resid_post", methods=methods, scorer=word_overlap,
+        target_prompt=TargetPrompt("Syria: Country in the Middle East, x"),
+        max_new_tokens=4, progress=False,
+    )  # fmt: skip
+    assert found["method"].tolist()[:6] == list(methods)
+    assert len([length for length in read if length > len("Syria")]) == 2
+    assert found["tries"].tolist()[:6] == [1, 6, 6, 6, 1, 6]
+
+
+def test_an_affine_map_is_one_more_method(mini: LanguageModel) -> None:
+    """Maps fitted from the site's layer are read as a method of their own."""
+    maps = fit_affine(mini, ["Red Hot Chili Peppers", "Back to the Future"], [(5, 2)])
+    found = side_by_side(
+        mini, PROMPT, layer=5, kind="resid_post", maps=maps,
+        methods={"Patchscopes": {"alphas": 1}}, progress=False,
+    )  # fmt: skip
+    assert found["method"].tolist()[:2] == ["Patchscopes", "affine map"]
+    assert found["target_layer"].tolist()[:2] == [5, 2]
+
+
+def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
+    """A setting that would read other sites is refused."""
+    with pytest.raises(ValueError, match="settings: expected .*alone, got .*layers"):
+        side_by_side(mini, PROMPT, layer=5, layers=[5, 2])
+    with pytest.raises(ValueError, match="mine: expected .*alone, got .*controls"):
+        side_by_side(mini, PROMPT, layer=5, methods={"mine": {"controls": ()}})
+    with pytest.raises(ValueError, match="methods: expected at least one method"):
+        side_by_side(mini, PROMPT, layer=5, methods={})
+    several: Any = (5, 2)
+    with pytest.raises(TypeError, match=r"layer: expected one layer, got tuple \(5, 2\)"):
+        side_by_side(mini, PROMPT, layer=several)
+
+
+def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    """`superscopes side-by-side` shows every method, and says what is wrong with a bad kind."""
+    page = tmp_path / "site.html"
+    asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--backend", "bridge"]
+    run = CliRunner().invoke(app, [*asked, "--html", str(page)])
+    assert run.exit_code == 0, run.output
+    for method in ("Patchscopes", "Superscopes", "SelfIE", "logit lens", "ablated"):
+        assert method in run.output
+    assert "plotly" in page.read_text(encoding="utf-8")
+    bad = CliRunner().invoke(app, ["side-by-side", "Pearl Jam", "--layer", "5", "--kind", "mlp"])
+    assert bad.exit_code != 0
+    assert "kinds: expected kinds out of" in " ".join(bad.output.split())
+
+
+def test_the_figure_is_the_table(table: pd.DataFrame) -> None:
+    """A line per method; generated text is escaped."""
+    nasty = table.copy()
+    nasty.loc[0, "reading"] = "<script>alert(1)</script>"
+    figure = side_by_side_figure(nasty)
+    assert isinstance(figure, go.Figure)
+    cells = figure.data[0].cells["values"]
+    assert len(cells[0]) == len(table)
+    assert cells[1][0] == "&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert cells[5][0] == f"{table['score'].iloc[0]:.2f}"
+    assert cells[5][-1] == ""

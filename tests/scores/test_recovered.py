@@ -1,0 +1,356 @@
+"""What a cell recovers of the model's own words, against whole passes in plain Hugging Face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superscopes_tl import (
+    CHAT_PROMPT,
+    DESCRIPTION_PROMPT,
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    Site,
+    SweepConfig,
+    TargetPrompt,
+    plan_sweep,
+    sweep,
+)
+from superscopes_tl.experiment import finished_cells
+from superscopes_tl.experiment.cells import is_echo
+from superscopes_tl.scores import OwnWords, own_words, words_of
+from tests.conftest import BACKENDS, tiny_model
+from tests.model.test_chat import TEMPLATES, with_template
+from tests.support import plain_hf
+from tests.support.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
+
+Tiny = Callable[[str, str], LanguageModel]
+SOURCE = "Red Hot Chili Peppers"
+TARGET = TargetPrompt("Syria: Country in the Middle East, x")
+SEVERAL = TargetPrompt("The x and the x of Peppers", "x")
+PROMPT = "Alexander the Great"
+FAST: dict[str, Any] = {
+    "layers": (5, 2),
+    "kinds": ("mlp_out", "resid_post"),
+    "alphas": (1, 9),
+    "target_layer": 0,
+    "progress": False,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_known_texts_are_as_likely_as_in_one_whole_pass(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Texts of several lengths behind patches at several layers and placeholders."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    torch.manual_seed(1)
+    for target in (TARGET, SEVERAL):
+        generator = PatchedGenerator(model, target)
+        ids, positions = list(generator.target.tokens.ids), generator.target.positions
+        patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in (5, 2, 0)]
+        texts = [[7, 40, 5, 6, 90], [9], [31, 30]]
+        found = generator.log_probabilities([*patches, Patch(torch.zeros(32), None)], [*texts, [8]])
+        for patch, text, likely in zip(patches, texts, found, strict=False):
+            place = (positions, patch.vector, patch.target_layer)
+            assert sum(likely) == pytest.approx(
+                plain_hf.log_probability(hf, ids, text, place), abs=1e-3
+            )
+            assert len(likely) == len(text)
+        assert sum(found[3]) == pytest.approx(plain_hf.log_probability(hf, ids, [8]), abs=1e-3)
+
+
+@given(
+    layer=st.integers(0, 5),
+    texts=st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=6), min_size=1, max_size=5),
+    batch_size=st.integers(1, 5),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=25)
+def test_neither_batch_size_nor_order_changes_what_is_likely(
+    layer: int, texts: list[list[int]], batch_size: int, order: Any
+) -> None:
+    """A row is its own: alone, in any batch and in any place."""
+    model = tiny_model("llama", "bridge")
+    torch.manual_seed(layer)
+    patches = [Patch(torch.randn(model.d_model), (layer + i) % 6) for i in range(len(texts))]
+    alone = PatchedGenerator(model, TARGET, batch_size=1).log_probabilities(patches, texts)
+    places = list(range(len(texts)))
+    order.shuffle(places)
+    mixed = PatchedGenerator(model, TARGET, batch_size=batch_size).log_probabilities(
+        [patches[p] for p in places], [texts[p] for p in places]
+    )
+    for place, row in zip(places, mixed, strict=True):
+        assert row == pytest.approx(alone[place], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("target", [TARGET, SEVERAL], ids=["one", "several"])
+def test_the_placeholder_s_own_state_recovers_nothing(
+    backend: str, target: TargetPrompt, tiny: Tiny
+) -> None:
+    """Writing back what stands there anyway is no patch."""
+    model = tiny("llama", backend)
+    generator = PatchedGenerator(model, target)
+    states = generator.placeholder_states
+    patches = [Patch(states[layer], layer) for layer in (5, 2, 0)]
+    text = [7, 40, 5]
+    *found, unpatched = generator.log_probabilities(
+        [*patches, Patch(torch.zeros(32), None)], [text] * 4
+    )
+    words = OwnWords("name", tuple(text), "text", sum(unpatched) + 2.0, sum(unpatched))
+    for row in found:
+        assert words.recovered(sum(row)) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_guided_rows_are_as_likely_as_the_mixed_logits_say(tiny: Tiny) -> None:
+    """With guidance on logits the known text is read by the unpatched twin too."""
+    model, hf = tiny("llama", "bridge"), tiny_hf("llama")
+    generator = PatchedGenerator(model, TARGET)
+    ids, text, w = list(generator.target.tokens.ids), [7, 40, 5], 2.5
+    torch.manual_seed(3)
+    patch = Patch(torch.randn(32) * 4, 2, guidance=w)
+    found = generator.log_probabilities([patch, replace(patch, guidance=1.0)], [text, text])
+    with torch.no_grad():
+        plain = hf(torch.tensor([[*ids, *text]]), use_cache=False).logits[0]
+    patched = plain_hf.patched_logits(
+        hf, [*ids, *text], generator.target.positions, patch.vector, 2
+    )
+    mixed = (plain + w * (patched - plain)).log_softmax(-1)
+    for i, token in enumerate(text):
+        assert found[0][i] == pytest.approx(float(mixed[len(ids) - 1 + i, token]), abs=1e-3)
+    assert found[0] != found[1]
+
+
+def test_own_words_are_the_greedy_text_behind_the_name(mini: LanguageModel) -> None:
+    """The name takes the placeholder's place; the words end with their description."""
+    words = own_words(mini, PROMPT)
+    expected = "Ancient Greek king of Macedon who conquered Persia"
+    assert words.text == expected
+    assert (
+        mini.tokenizer.decode(list(words.token_ids)).strip().removeprefix(":").strip() == expected
+    )
+    assert words.plain_nats > words.unpatched_nats
+    assert not words.undefined
+    assert words.recovered(words.plain_nats) == pytest.approx(1.0)
+    assert words.recovered(words.unpatched_nats) == pytest.approx(0.0)
+
+
+def test_names_asked_together_are_those_asked_alone(mini: LanguageModel) -> None:
+    """Names of several lengths share batches only where they are equally long."""
+    names = ["Pink Floyd", PROMPT, "Titanic", "Led Zeppelin", "Pink Floyd"]
+    together = words_of(PatchedGenerator(mini), names)
+    assert [words.about for words in together] == names
+    for words in together:
+        (alone,) = words_of(PatchedGenerator(mini), [words.about])
+        assert alone.token_ids == words.token_ids
+        assert alone.plain_nats == pytest.approx(words.plain_nats, abs=1e-3)
+
+
+def test_words_of_nothing_are_not_defined(mini: LanguageModel) -> None:
+    """Where no text stands before a token, or D is no likelier with the name, nothing is shared."""
+    (nothing,) = words_of(PatchedGenerator(mini), [""])
+    assert nothing.undefined
+    assert math.isnan(nothing.recovered(-1.0))
+    near = OwnWords("name", (5,), "text", -3.0, -3.9)
+    assert near.undefined
+    assert math.isnan(near.recovered(-3.0))
+
+
+def test_a_reference_takes_the_place_of_the_own_words(mini: LanguageModel) -> None:
+    """A text of the user's own is scored as it stands behind the prompt, colon included."""
+    own = own_words(mini, PROMPT)
+    given_words = own_words(mini, PROMPT, reference=own.text)
+    assert given_words.given
+    assert given_words.token_ids == own.token_ids
+    assert given_words.plain_nats == pytest.approx(own.plain_nats, abs=1e-3)
+    table = sweep(mini, PROMPT, reference="English rock band", **FAST).table
+    assert set(table["own_words"]) == {"English rock band"}
+    with pytest.raises(ValueError, match=r"^reference: "):
+        own_words(mini, PROMPT, reference=" ")
+
+
+def test_every_cell_of_a_sweep_has_its_share(mini: LanguageModel, word_overlap: Any) -> None:
+    """Recovered = (L - L_0) / (L_plain - L_0), of the patch that the cell is."""
+    plan = plan_sweep(mini, PROMPT, **{k: v for k, v in FAST.items() if k != "progress"},
+                      scorer=word_overlap)  # fmt: skip
+    table = sweep(mini, PROMPT, scorer=word_overlap, **FAST).table
+    words = own_words(mini, PROMPT)
+    from superscopes_tl.experiment import make_patches
+
+    likely = plan.generator.log_probabilities(
+        make_patches(plan), [words.token_ids] * len(plan.cells)
+    )
+    shares = [
+        (sum(row) - words.unpatched_nats) / (words.plain_nats - words.unpatched_nats)
+        for row in likely
+    ]
+    assert table["recovered"].tolist() == pytest.approx(shares, abs=1e-3)
+    assert set(table["own_words"]) == {words.text}
+    assert table["written"].all()
+    # The bundled model reads this name's block output at layer 5, and not its MLP's.
+    at = table.set_index(["kind", "source_layer", "alpha"])["recovered"]
+    assert at["resid_post", 5, 1.0] > 0.8 > at["mlp_out", 2, 1.0]
+
+
+def test_controls_have_shares_and_leave_what_is_specific(
+    mini: LanguageModel, word_overlap: Any
+) -> None:
+    """Own minus the mean over several other prompts whose own words differ."""
+    table = sweep(
+        mini, PROMPT, controls=("unpatched", "alpha_zero", "random_direction", "other_prompt"),
+        scorer=word_overlap, **FAST,
+    ).table  # fmt: skip
+    assert (table["unpatched_recovered"] == 0).all()
+    assert table.groupby("target_layer")["alpha_zero_recovered"].nunique().max() == 1
+    specific = table["recovered"] - table["other_prompt_recovered"]
+    assert table["specific"].tolist() == pytest.approx(specific.tolist())
+    best = table[(table["kind"] == "resid_post") & (table["source_layer"] == 5)]
+    assert best["random_direction_recovered"].max() < best["recovered"].max()
+    two = sweep(
+        mini, PROMPT, controls="other_prompt", others=2, scorer=word_overlap, **FAST
+    ).table  # fmt: skip
+    assert (two["other_prompt_recovered"] != table["other_prompt_recovered"]).any()
+
+
+@pytest.mark.parametrize("generate", ["best", "none"])
+def test_only_the_best_of_each_site_is_written_out(
+    generate: Any, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """The shares are those of the whole sweep; of each site the α that recovers most is written."""
+    whole = sweep(mini, PROMPT, scorer=word_overlap, controls="other_prompt", **FAST).table
+    settings_ = {**FAST, "generate": generate, "controls": "other_prompt"}
+    table = sweep(mini, PROMPT, scorer=word_overlap, **settings_).table
+    assert table["recovered"].tolist() == pytest.approx(whole["recovered"].tolist(), abs=1e-3)
+    assert table["specific"].tolist() == pytest.approx(whole["specific"].tolist(), abs=1e-3)
+    written = table[table["written"]]
+    if generate == "none":
+        assert written.empty
+        assert (table["text"] == "").all()
+        return
+    sites = ["kind", "source_layer"]
+    assert len(written) == len(whole.drop_duplicates(sites))
+    best = whole.loc[whole.groupby(sites)["recovered"].idxmax()].sort_index()
+    assert written.index.tolist() == best.index.tolist()
+    assert written["text"].tolist() == best["text"].tolist()
+    assert written["other_prompt_text"].tolist() == best["other_prompt_text"].tolist()
+    assert table.loc[~table["written"], "score"].isna().all()
+
+
+def test_what_needs_no_more_work_depends_on_what_is_to_be_written() -> None:
+    """A map can be written out later; a site with its best text is done."""
+    low, high = (Site("mlp_out", 2, 3), 0, 1.0), (Site("mlp_out", 2, 3), 0, 9.0)
+    other = (Site("mlp_out", 5, 3), 0, 1.0)
+    written = {low: False, high: True, other: False}
+    assert finished_cells(written, "none") == {low, high, other}
+    assert finished_cells(written, "best") == {low, high}
+    assert finished_cells(written, "all") == {high}
+
+
+def test_a_template_stands_around_the_name_alone(mini: LanguageModel, word_overlap: Any) -> None:
+    """Positions, the score and the own words are those of the name, in any sentence."""
+    plan = plan_sweep(
+        mini, PROMPT, source_template="He is {} of Macedon", positions=(-1, "Alexander"),
+        scorer=word_overlap,
+    )  # fmt: skip
+    source = plan.source
+    assert source.text == PROMPT
+    assert [source.text[a:b] for a, b in source.spans if b > a][-1].strip() == "Great"
+    last, first = (site.position for site in (plan.sites[0], plan.sites[-1]))
+    assert first < last < len(source) - 1
+    assert plan.about(last) == PROMPT
+    assert plan.about(first) == "Alexander"
+    plan = plan_sweep(
+        mini, PROMPT, source_template="He is {} of Macedon", scorer=word_overlap
+    )  # fmt: skip
+    there = plan.at_prompt("Titanic")
+    assert there.about(there.sites[0].position) == "Titanic"
+    with pytest.raises(ValueError, match=r"^source_template: "):
+        plan_sweep(mini, PROMPT, source_template="no place for a name")
+
+
+def test_a_position_is_scored_against_what_it_can_know(mini: LanguageModel) -> None:
+    """The text up to the token, unless a substring chose it or `about` says what it is."""
+    seen: list[str] = []
+
+    def scorer(references: Any, candidates: Any) -> list[float]:
+        seen.extend(references)
+        return [0.5] * len(references)
+
+    quick: dict[str, Any] = {**FAST, "layers": 5, "alphas": 1, "kinds": "resid_post"}
+    table = sweep(mini, PROMPT, positions=(1, -1), scorer=scorer, **quick).table
+    assert set(seen) <= {*table["about"]}
+    assert table["about"].tolist()[1] == PROMPT
+    assert PROMPT.startswith(table["about"].tolist()[0])
+    assert len(table["about"].tolist()[0]) < len(PROMPT)
+    named = sweep(mini, PROMPT, about="a king", scorer=scorer, **quick).table
+    assert set(named["about"]) == {"a king"}
+
+
+def test_chat_takes_its_own_prompt_and_longer_texts() -> None:
+    """`chat=True` alone asks a question: the few-shot prompt is none that a chat model expects."""
+    assert SweepConfig(chat=True).asked == CHAT_PROMPT
+    assert SweepConfig().asked == DESCRIPTION_PROMPT
+    assert SweepConfig(chat=True, target_prompt=TARGET).asked == TARGET
+
+
+@pytest.mark.parametrize(
+    ("said", "echoes"),
+    [("-great-great-great", True), ("Alexander the Great, a king", True), ("King of Rome", False),
+     ("", False)],
+)  # fmt: skip
+def test_an_echo_repeats_the_name(said: str, *, echoes: bool) -> None:
+    """A repeated name is no reading of it."""
+    assert is_echo(said, PROMPT) is echoes
+
+
+def test_a_name_that_does_not_fit_costs_no_sweep(tiny: Tiny, word_overlap: Any) -> None:
+    """Where the name in the target prompt is longer than the context, nothing is asked of it."""
+    model = tiny("llama", "bridge")
+    generator = PatchedGenerator(model, TARGET)
+    count = next(n for n in range(1, 400) if not generator.fits("Red " * n))
+    (long,) = words_of(generator, ["Red " * count])
+    assert long.too_long
+    assert math.isnan(long.recovered(-1.0))
+    table = sweep(
+        model, "Red " * count, layers=5, kinds="resid_post", alphas=1, target_prompt=TARGET,
+        max_new_tokens=10, scorer=word_overlap, progress=False,
+    ).table  # fmt: skip
+    assert table["recovered"].isna().all()
+    assert table["written"].all()
+
+
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    target=st.sampled_from([TARGET, SEVERAL, TargetPrompt("Red x means: hot", "x")]),
+    chat=st.booleans(),
+    guidance=st.sampled_from([1.0, 0.5, 2.0]),
+    layers=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_a_written_text_is_as_likely_as_it_was_token_by_token(
+    architecture: str, target: TargetPrompt, chat: bool, guidance: float, layers: list[int],
+    seed: int,
+) -> None:  # fmt: skip
+    """One pass over a text gives each of its tokens what writing it step by step did."""
+    model = tiny_model(architecture, "bridge")
+    if chat:
+        model = replace(model, tokenizer=with_template(tiny_tokenizer(), TEMPLATES["chatml"]))
+    generator = PatchedGenerator(model, target, max_new_tokens=5, chat=chat)
+    torch.manual_seed(seed)
+    patches = [Patch(torch.randn(32) * 4, layer, guidance=guidance) for layer in layers]
+    written = generator.generate(patches)
+    found = generator.log_probabilities(patches, [text.token_ids for text in written])
+    for text, likely in zip(written, found, strict=True):
+        if not math.isnan(text.margin):
+            assert likely == pytest.approx(list(text.log_probabilities), abs=1e-3)

@@ -1,0 +1,335 @@
+"""Affine maps: least squares in closed form, what is fitted on, files, and their use in a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from superscopes_tl import LanguageModel, capture, plan_sweep
+from superscopes_tl.errors import RunFileError
+from superscopes_tl.experiment import make_patches
+from superscopes_tl.model import TokenizedText, tokenize
+from superscopes_tl.vectors import (
+    AffineMap,
+    fit_affine,
+    load_maps,
+    mapped,
+    save_maps,
+)
+from superscopes_tl.vectors import affine as files
+from superscopes_tl.vectors.affine_fit import (
+    SMALL_RIDGE,
+    least_squares,
+    matched,
+    r_squared,
+)
+from tests.conftest import BACKENDS
+from tests.support import plain_hf
+from tests.support.tiny_models import tiny_hf
+
+Tiny = Callable[[str, str], LanguageModel]
+
+PROMPT = "Red Hot Chili Peppers"
+TEXTS = (
+    "Syria: Country in the Middle East",
+    "Red Hot Chili Peppers",
+    "American rock band from the Middle East",
+    "x is a Country, Peppers are hot",
+    "the band of Syria is American",
+    "Chili in the Country: Red Peppers",
+    "Syria and the rock band",
+)
+PAIRS = [(5, 2), (2, 4), (5, 5)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), d_in=st.integers(1, 8), d_out=st.integers(1, 8))
+def test_an_exactly_affine_relation_is_recovered(seed: int, d_in: int, d_out: int) -> None:
+    """Y = A·x + b gives back A and b, and R² = 1 on vectors that were not fitted on."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(d_out, d_in, generator=generator), torch.randn(d_out, generator=generator)
+    x = 3 + torch.randn(3 * d_in + 5, d_in, generator=generator)
+    weight, bias = least_squares(x, x @ a.T + b)
+    torch.testing.assert_close(weight, a, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias, b, rtol=1e-2, atol=1e-2)
+    fresh = torch.randn(9, d_in, generator=generator)
+    assert r_squared(fresh @ weight.T + bias, fresh @ a.T + b) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_ridge_is_the_closed_form() -> None:
+    """With fewer vectors than dimensions, A = YᵀX (XᵀX + λI)⁻¹ of the centred vectors."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(2, 1, (9, 14)), rng.normal(-1, 3, (9, 5))
+    weight, bias = least_squares(torch.tensor(x), torch.tensor(y), ridge=0.03)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    gram = xc.T @ xc
+    expected = yc.T @ xc @ np.linalg.inv(gram + 0.03 * np.trace(gram) / 14 * np.eye(14))
+    np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(bias, y.mean(0) - expected @ x.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_direction_that_never_occurs_is_not_inverted() -> None:
+    """Of all maps that fit exactly, the one that maps an unseen direction to nothing."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = x[:, 0]  # (1, 0, -1) does not occur
+    weight, _ = least_squares(x, x @ torch.tensor([[2.0, 1.0, 4.0]]).T)
+    torch.testing.assert_close(weight, torch.tensor([[3.0, 1.0, 3.0]]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_maps_equal_those_of_plain_hugging_face(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Every distinct beginning of a text once, every fifth text held out, numpy's least squares."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    rows: dict[tuple[int, ...], tuple[int, dict[Any, torch.Tensor]]] = {}
+    for number in (0, 1, 2, 3, 5, 6, 4):
+        ids = [0, *model.tokenizer.encode(TEXTS[number], add_special_tokens=False)]
+        seen = {
+            place: plain_hf.source_vectors(hf, ids, *place)
+            for place in [(k, n) for k in ("mlp_out", "resid_post") for n in (5, 4, 2)]
+        }
+        for p in range(1, len(ids)):
+            at = {place: vectors[p] for place, vectors in seen.items()}
+            rows.setdefault(tuple(ids[: p + 1]), (number, at))
+    fitted = [at for number, at in rows.values() if number != 4]
+    held_out = [at for number, at in rows.values() if number == 4]
+    maps = fit_affine(model, TEXTS, PAIRS, kinds=["mlp_out", "resid_post"])
+    assert [(m.kind, m.source_layer, m.target_layer) for m in maps] == [
+        (kind, *pair) for kind in ("mlp_out", "resid_post") for pair in PAIRS
+    ]
+    for one in maps:
+        source, target = (one.kind, one.source_layer), ("resid_post", one.target_layer)
+        x, y = (torch.stack([at[p] for at in fitted]).numpy() for p in (source, target))
+        ones = np.c_[x, np.ones(len(x))].astype(float)
+        solution = np.linalg.lstsq(ones, y.astype(float))[0]
+        x2, y2 = (torch.stack([at[p] for at in held_out]) for p in (source, target))
+        expected = torch.tensor(np.c_[x2.numpy(), np.ones(len(x2))] @ solution)
+        scale = float(expected.abs().max())
+        assert float((one(x2) - expected).abs().max()) < 1e-2 * scale
+        error = float((y2 - expected).square().sum() / (y2 - y2.mean(0)).square().sum())
+        assert one.r2 == pytest.approx(1 - error, rel=1e-2, abs=1e-2)
+        assert (one.n_vectors, one.ridge) == (len(fitted), 0.0)
+        assert one.source_fingerprint == one.target_fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_s_map_to_itself_is_the_identity(backend: str, tiny: Tiny) -> None:
+    """Source = target: A = I, b = 0, R² = 1."""
+    model = tiny("llama", backend)
+    (one,) = fit_affine(model, TEXTS, [(2, 2)])
+    torch.testing.assert_close(one.weight, torch.eye(model.d_model), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.bias, torch.zeros(model.d_model), rtol=1e-3, atol=1e-3)
+    assert one.r2 == pytest.approx(1, abs=1e-6)
+
+
+def test_all_pairs_are_fitted_from_one_forward_pass_per_text(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many layers and kinds there are."""
+    model, runs = tiny("llama", "bridge"), []
+    run = LanguageModel.activations
+
+    def counted(self: LanguageModel, *args: Any) -> Any:
+        runs.append(args)
+        return run(self, *args)
+
+    monkeypatch.setattr(LanguageModel, "activations", counted)
+    fit_affine(model, TEXTS, PAIRS, kinds=["mlp_out", "resid_post"])
+    assert len(runs) == len(TEXTS)
+
+
+def test_too_few_vectors_take_a_small_ridge(tiny: Tiny) -> None:
+    """What was done is recorded; a ridge of the user's own is taken as it is."""
+    model = tiny("llama", "bridge")
+    (few,) = fit_affine(model, TEXTS[:2], [(5, 2)])
+    assert few.n_vectors <= model.d_model
+    assert few.ridge == SMALL_RIDGE
+    (own,) = fit_affine(model, TEXTS, [(5, 2)], ridge=0.5)
+    assert own.ridge == 0.5
+
+
+def _cut(text: str, *pieces: str) -> TokenizedText:
+    """Return a text cut into the given pieces, behind a BOS."""
+    spans, end = [(0, 0)], 0
+    for piece in pieces:
+        spans.append((end, end + len(piece)))
+        end += len(piece)
+    assert "".join(pieces) == text
+    ids, own = tuple(range(len(spans))), range(1, len(spans))
+    return TokenizedText(text, ids, tuple(spans), ("", *pieces), prefix=1, own=own)
+
+
+def test_tokens_meet_where_they_end() -> None:
+    """Pep|pers and P|eppers meet at the end of the word, and at the words before it."""
+    text = "Red Hot Peppers"
+    one, other = (
+        _cut(text, "Red", " Hot", " Pep", "pers"),
+        _cut(text, "R", "ed", " Hot P", "eppers"),
+    )
+    assert matched(one, other) == [(1, 2), (4, 4)]
+    assert matched(other, one) == [(2, 1), (4, 4)]
+    assert matched(one, one) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_a_character_of_several_tokens_meets_at_its_last(tiny: Tiny) -> None:
+    """An emoji takes four bytes here; its last one has read all of it."""
+    tokens = tokenize(tiny("llama", "bridge"), "a🌶")
+    assert len(tokens) == 6
+    assert matched(tokens, _cut("a🌶", "a🌶")) == [(5, 1)]
+
+
+def test_a_sweep_patches_what_the_maps_give(tiny: Tiny, word_overlap: Any) -> None:
+    """f(v) = α·(A·v + b), with the A and b of the site's and the target's layer."""
+    model = tiny("llama", "bridge")
+    pairs = [(5, 4), (5, 1), (2, 4), (2, 1)]
+    maps = fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"])
+    plan = plan_sweep(
+        model, PROMPT, layers=[5, 2], kinds=["resid_post", "mlp_out"], alphas=[1, 3],
+        target_layer=[4, 1], positions=["Hot", -1], vectors=mapped(maps), scorer=word_overlap,
+    )  # fmt: skip
+    seen = capture(model, PROMPT, kinds=["resid_post", "mlp_out"])
+    found = {(one.kind, one.source_layer, one.target_layer): one for one in maps}
+    for (site, target_layer, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
+        one = found[site.kind, site.layer, target_layer]
+        expected = alpha * (one.weight @ seen.at(site) + one.bias)
+        torch.testing.assert_close(patch.vector, expected, rtol=1e-4, atol=1e-3)
+    assert plan.mapping_name.startswith("scale, of 8 affine maps ")
+    again = mapped(fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"]))
+    other = mapped(fit_affine(model, TEXTS[:-1], pairs, kinds=["mlp_out", "resid_post"]))
+    assert again.__name__ == mapped(maps).__name__ != other.__name__
+
+
+def test_a_layer_without_a_map_is_refused(tiny: Tiny, word_overlap: Any) -> None:
+    """By name, with the layers that there are."""
+    model = tiny("llama", "bridge")
+    maps = fit_affine(model, TEXTS, [(5, 2)])
+    plan = plan_sweep(
+        model, PROMPT, layers=4, kinds="resid_post", target_layer=2, vectors=mapped(maps),
+        scorer=word_overlap,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got none for \('resid_post', 4, 2\), only for \[\('r"):
+        make_patches(plan)
+    with pytest.raises(ValueError, match="maps: expected one map for the same layers"):
+        mapped([*maps, *maps])
+
+
+def test_maps_of_other_weights_are_refused(tiny: Tiny, word_overlap: Any) -> None:
+    """A map fitted on another model is no map of this one, whichever side differs."""
+    model = tiny("llama", "bridge")
+    (one,) = fit_affine(model, TEXTS, [(5, 2)])
+    for change, argument in (
+        ({"source_fingerprint": "abc"}, "model"),
+        ({"target_fingerprint": "abc"}, "target_model"),
+    ):
+        foreign = mapped([replace(one, **change)])
+        plan = plan_sweep(
+            model, PROMPT, layers=5, kinds="resid_post", target_layer=2, vectors=foreign,
+            scorer=word_overlap,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{argument}: expected .* with fingerprint abc, on"):
+            make_patches(plan)
+    with pytest.raises(ValueError, match="v: expected 32 numbers, the width of"):
+        one(torch.zeros(2, 31))
+
+
+@pytest.fixture
+def maps(tiny: Tiny) -> tuple[AffineMap, ...]:
+    return fit_affine(tiny("llama", "bridge"), TEXTS, PAIRS)
+
+
+def test_a_file_gives_back_the_maps(maps: tuple[AffineMap, ...], tmp_path: Path) -> None:
+    """Numbers bit for bit, and every word of their provenance; nothing else is left behind."""
+    path = save_maps(maps, tmp_path / "maps.safetensors")
+    for one, again in zip(maps, load_maps(path), strict=True):
+        assert torch.equal(one.weight, again.weight)
+        assert torch.equal(one.bias, again.bias)
+        assert one.provenance() == again.provenance()
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="maps: expected at least one map"):
+        save_maps([], path)
+    with pytest.raises(FileNotFoundError):
+        load_maps(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, h: (t, {}), "safetensors that are no affine maps"),
+        (lambda t, h: (t, h | {"version": "2"}), "format version '2'"),
+        (lambda t, h: ({"0.weight": t["0.weight"]}, h), "SafetensorError"),
+        (lambda t, h: (t | {"0.bias": torch.zeros(3)}, h), "a map of shapes"),
+        (lambda t, h: (t | {"0.bias": t["0.bias"] * torch.nan}, h), "not of finite float32"),
+        (lambda t, h: (t | {"0.bias": t["0.bias"].double()}, h), "not of finite float32"),
+        (lambda t, h: (t, h | {"maps": "[{}]"}), "TypeError"),
+        (lambda t, h: (t, h | {"maps": "3"}), "TypeError"),
+        (
+            lambda t, h: (t, h | {"maps": h["maps"].replace('"kind": "resid_post"', '"kind": 3')}),
+            "TypeError: kind 3",
+        ),
+    ],
+    ids=range(9),
+)
+def test_a_bad_file_is_refused(
+    change: Callable[..., Any], message: str, maps: tuple[AffineMap, ...], tmp_path: Path
+) -> None:
+    """Foreign, newer, incomplete or inconsistent: one kind of error that says which."""
+    path = save_maps(maps, tmp_path / "maps.safetensors")
+    header = {
+        "format": files.FORMAT,
+        "version": "1",
+        "maps": json.dumps([one.provenance() for one in maps]),
+    }
+    tensors, header = change(load_file(path), header)
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(RunFileError, match=message):
+        load_maps(path)
+
+
+def test_bytes_that_are_no_safetensors_and_large_files_are_refused(
+    maps: tuple[AffineMap, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A truncated file, and one above the limit."""
+    path = save_maps(maps, tmp_path / "maps.safetensors")
+    short = tmp_path / "short"
+    short.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(RunFileError, match="SafetensorError"):
+        load_maps(short)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
+    with pytest.raises(RunFileError, match="more than 100 bytes"):
+        load_maps(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": "Red"}, "texts: expected at least two different texts, got Red"),
+        ({"texts": ["Red", "Red"]}, "texts: expected at least two different texts"),
+        ({"texts": ["Red Hot", "Red"]}, "got 2 vectors to fit on, 0 held out"),
+        ({"pairs": []}, "pairs: expected pairs of a source and a target layer"),
+        ({"pairs": [5]}, "pairs: expected pairs of a source and a target layer"),
+        ({"pairs": [(9, 0)]}, "source layer: expected layers of a model with 6 layers, got 9"),
+        ({"pairs": [(0, 9)]}, "target layer: expected layers of a model with 6 layers, got 9"),
+        ({"kinds": "mlp"}, "kinds: expected kinds out of"),
+        ({"ridge": -1}, "ridge: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_input_says_what_was_expected(
+    arguments: dict[str, Any], message: str, tiny: Tiny
+) -> None:
+    """Refused by name."""
+    given: dict[str, Any] = {"texts": TEXTS, "pairs": [(5, 2)], **arguments}
+    texts, pairs = given.pop("texts"), given.pop("pairs")
+    with pytest.raises(ValueError, match=message):
+        fit_affine(tiny("llama", "bridge"), texts, pairs, **given)

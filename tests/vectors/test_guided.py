@@ -1,0 +1,158 @@
+"""Bases and units: f(v) = b + α(v − b), and lengths in residual norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from superscopes_tl import (
+    LanguageModel,
+    PatchedGenerator,
+    SweepConfig,
+    capture,
+    plan_sweep,
+    sweep,
+)
+from superscopes_tl.experiment import make_patches
+from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.vectors import PlaceVectors, mean_activation, placeholder_state, resid_mid
+from tests.support.tiny_models import D_MODEL, N_LAYERS
+
+PROMPT = "Red Hot Chili Peppers"
+TEXTS = ("Pearl Jam", "Will Smith", "Titanic")
+
+
+def _vectors(model: LanguageModel, scorer: Any, **settings: Any) -> dict[Any, torch.Tensor]:
+    plan = plan_sweep(model, PROMPT, scorer=scorer, **settings)
+    return dict(zip(plan.cells, (p.vector for p in make_patches(plan)), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
+    """B + α(v − b) with b the mean of texts, the state before the MLP, or the placeholder's."""
+    model = tiny(architecture, "bridge")
+    generator = PatchedGenerator(model)
+    own = capture(model, PROMPT)
+    others = [capture(model, text) for text in TEXTS]
+    for name, base in (
+        ("mean", mean_activation(model, TEXTS)),
+        ("mid", resid_mid),
+        ("placeholder", placeholder_state),
+    ):
+        made = _vectors(
+            model, word_overlap, layers=(5, 2), kinds=("mlp_out", "resid_post"),
+            alphas=(0, 1, 3), target_layer=(4, 1), base=base,
+        )  # fmt: skip
+        for (site, target_layer, alpha), vector in made.items():
+            v = own.at(site)
+            b = {
+                "mean": torch.stack([o[site.kind, site.layer][-1] for o in others]).mean(0),
+                "mid": own["resid_mid", site.layer][site.position],
+                "placeholder": generator.placeholder_states[target_layer].mean(0),
+            }[name]
+            torch.testing.assert_close(vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
+
+
+def test_resid_mid_as_base_repeats_the_mlp_s_step(mini: LanguageModel, word_overlap: Any) -> None:
+    """V − b of resid_post is the MLP output: α = 2 adds it twice (paper, Figure 1)."""
+    made = _vectors(mini, word_overlap, layers=5, kinds="resid_post", alphas=(1, 2), base=resid_mid)
+    mlp = capture(mini, PROMPT)["mlp_out", 5][-1]
+    once, twice = made.values()
+    torch.testing.assert_close(twice - once, mlp, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("target_layer", [0, "same"])
+def test_residual_units_make_the_norm_ratio_alpha(
+    target_layer: Any, mini: LanguageModel, word_overlap: Any
+) -> None:
+    """`unit="residual"`: α = 1 is as long as what it replaces, at every target layer."""
+    table = sweep(
+        mini, PROMPT, layers=(7, 2), alphas=(0.5, 1, 4), target_layer=target_layer,
+        unit="residual", max_new_tokens=3, scorer=word_overlap, progress=False,
+    ).table  # fmt: skip
+    assert table["norm_ratio"].tolist() == pytest.approx(table["alpha"].tolist(), rel=1e-4)
+
+
+def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) -> None:
+    """Rows of different amplifiers can be told apart after they were put together."""
+    settings: dict[str, Any] = {
+        "layers": 5, "kinds": "mlp_out", "alphas": 3, "max_new_tokens": 3,
+        "scorer": word_overlap, "progress": False,
+    }  # fmt: skip
+    names = [
+        sweep(mini, PROMPT, **settings, **extra).table["mapping"][0]
+        for extra in (
+            {},
+            {"base": resid_mid},
+            {"base": mean_activation(mini, TEXTS)},
+            {"unit": "residual"},
+            {"guide": "logits"},
+        )
+    ]
+    assert names == [
+        "scale",
+        "scale, from resid_mid",
+        "scale, from mean of 3 texts 2d5333e8",
+        "scale, in residual norms",
+        "scale, on logits",
+    ]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"base": resid_mid}, {"base": placeholder_state}, {"unit": "residual"}, {"guide": "logits"},
+     {"draw": 3}],
+    ids=str,
+)  # fmt: skip
+def test_the_code_of_a_cell_reads_it_again(
+    extra: dict[str, Any], mini: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python that the Explorer shows prints the same text for every amplifier."""
+    result = sweep(
+        mini, PROMPT, layers=(7, 3), kinds=("mlp_out",), alphas=(1, 3), progress=False, **extra
+    )
+    row = result.table.iloc[1]
+    exec(compile(code_for(result, select(row)), "code", "exec"), {})
+    assert repr(row["text"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unit": "meter"}, r"unit: expected 'vector' or 'residual', got meter"),
+        ({"guide": "both"}, r"guide: expected 'vector' or 'logits', got both"),
+        ({"draw": -1}, r"draw: expected 0 or more, got -1"),
+        ({"draw": 1.5}, r"draw: expected a whole number, got float 1\.5"),
+        ({"base": 3}, r"base: expected a callable"),
+    ],
+)
+def test_bad_settings_say_what_was_expected(
+    settings: dict[str, Any], message: str, mini: LanguageModel
+) -> None:
+    """Refused before anything is computed."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        plan_sweep(mini, PROMPT, SweepConfig(**settings))
+
+
+def test_a_base_of_another_shape_is_refused(tiny: Any, word_overlap: Any) -> None:
+    """One vector per site is expected, as wide as the model."""
+
+    def narrow(plan: Any, places: Any) -> torch.Tensor:
+        return torch.zeros(len(places), 3)
+
+    base: PlaceVectors = narrow
+    plan = plan_sweep(
+        tiny("llama", "bridge"), PROMPT, base=base, scorer=word_overlap, kinds="mlp_out"
+    )
+    shape = rf"\({N_LAYERS}, {D_MODEL}\)"
+    with pytest.raises(ValueError, match=rf"base: expected vectors of shape {shape}.*got \(6, 3\)"):
+        make_patches(plan)
+
+
+def test_a_mean_needs_several_texts(mini: LanguageModel) -> None:
+    """One text has no mean; a string is no list of texts."""
+    for texts in (("Pearl Jam",), "Pearl Jam"):
+        with pytest.raises(ValueError, match="texts: expected at least two texts"):
+            mean_activation(mini, texts)
