@@ -8,6 +8,12 @@ do. `bad_value` writes them in that order, for example:
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
+Choice = TypeVar("Choice")
+
 
 class UnavailableKindError(ValueError):
     """The model does not compute the requested kind of activation."""
@@ -29,7 +35,7 @@ LONGEST_GOT = 200
 """How many characters of a bad value a message shows."""
 
 
-def describe(argument: str, *, expected: str, got: object, fix: str) -> str:
+def describe(argument: str, expected: str, got: object, fix: str) -> str:
     """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `LONGEST_GOT`.
 
     A string is shown as it is, unless that would show nothing or break the line.
@@ -52,15 +58,29 @@ def reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
-def bad_value(argument: str, *, expected: str, got: object, fix: str) -> ValueError:
+def bad_value(argument: str, expected: str, got: object, fix: str) -> ValueError:
     """Return (not raise) the `ValueError` for a bad value of `argument`."""
-    return ValueError(describe(argument, expected=expected, got=got, fix=fix))
+    return ValueError(describe(argument, expected, got, fix))
 
 
-def bad_type(argument: str, *, expected: str, got: object, fix: str) -> TypeError:
+def bad_type(argument: str, expected: str, got: object, fix: str) -> TypeError:
     """Return (not raise) the `TypeError` for an `argument` of the wrong type."""
     shown = f"{type(got).__name__} {got!r}"
-    return TypeError(describe(argument, expected=expected, got=shown, fix=fix))
+    return TypeError(describe(argument, expected, shown, fix))
+
+
+def check_choice(argument: str, value: Choice, choices: Iterable[Choice]) -> Choice:
+    """Return `value` after checking that it is one of `choices`.
+
+    Raises:
+        ValueError: it is not; the message suggests the closest one.
+    """
+    names = list(choices)
+    if value in names:
+        return value
+    close = difflib.get_close_matches(str(value), [str(name) for name in names], n=1, cutoff=0.5)
+    fix = f"did you mean {close[0]!r}" if close else "pass one of them"
+    raise bad_value(argument, f"one of {', '.join(map(repr, names))}", value, fix)
 
 
 def check_callable(argument: str, given: object, *, expected: str, fix: str) -> None:
@@ -70,7 +90,7 @@ def check_callable(argument: str, given: object, *, expected: str, fix: str) -> 
         TypeError: it is not.
     """
     if not callable(given):
-        raise bad_type(argument, expected=expected, got=given, fix=fix)
+        raise bad_type(argument, expected, given, fix)
 
 
 def check_count(argument: str, value: object, *, least: int, fix: str) -> int:
@@ -81,7 +101,7 @@ def check_count(argument: str, value: object, *, least: int, fix: str) -> int:
         ValueError: too small.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_type(argument, expected="a whole number", got=value, fix=f"pass {least} or more")
+        raise bad_type(argument, "a whole number", value, f"pass {least} or more")
     if value < least:
-        raise bad_value(argument, expected=f"{least} or more", got=value, fix=fix)
+        raise bad_value(argument, f"{least} or more", value, fix)
     return value

@@ -98,9 +98,9 @@ def unwritable(path: object, error: Exception) -> OSError:
     return OSError(
         describe(
             "path",
-            expected="a file that can be opened and written",
-            got=f"{path} ({reason})",
-            fix="check folder, rights, free space and other runs on this file; what was in it "
+            "a file that can be opened and written",
+            f"{path} ({reason})",
+            "check folder, rights, free space and other runs on this file; what was in it "
             "before is still whole",
         )
     )

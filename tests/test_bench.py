@@ -167,8 +167,7 @@ def test_the_arithmetic_is_counted_as_torch_counts_it(architecture: str) -> None
     """The formula against every product that the limit really computes for a batch."""
     hf = tiny_hf(architecture)  # eager attention: each product is one that is counted
     generator = PatchedGenerator(
-        load_model(over_the_same_weights(hf), tiny_tokenizer(), backend="bridge"),
-        max_new_tokens=7,
+        load_model(over_the_same_weights(hf), tiny_tokenizer(), backend="bridge"), max_new_tokens=7
     )
     cells = make_cells(generator.model, 5)
     loop = Limit(hf, generator, rows=5)

@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from superscopes_tl import (
-    CHAT_PROMPT,
-    DESCRIPTION_PROMPT,
-    LanguageModel,
-    load_model,
-    sweep,
-)
+from superscopes_tl import CHAT_PROMPT, DESCRIPTION_PROMPT, LanguageModel, load_model, sweep
 from superscopes_tl.engine import NEAR_TIE, crop_description
 from superscopes_tl.engine.generation import LOOK_AHEAD
 from superscopes_tl.model import PACKAGED

@@ -123,7 +123,7 @@ def evaluate(
             check_folder(path, option)
         config = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}.get(section)
         if config is None:
-            raise bad_value("--section", expected="4.1 or 4.2", got=section, fix="leave it out")
+            raise bad_value("--section", "4.1 or 4.2", section, "leave it out")
         into = _one_target(target)
         changed: dict[str, Any] = {}  # what is not given stays as the section has it
         if layers:
@@ -161,7 +161,7 @@ def _one_target(text: str) -> Any:
     """Return "same" or one layer: several would be more tries."""
     into = options.parse_target(text)
     if into != "same" and len(into) != 1:
-        raise bad_value("--target", expected="'same' or one layer", got=text, fix="run it twice")
+        raise bad_value("--target", "'same' or one layer", text, "run it twice")
     return into if into == "same" else into[0]
 
 

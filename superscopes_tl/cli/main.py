@@ -18,15 +18,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from superscopes_tl.cli import (
-    experiments as cli_experiments,
-)
-from superscopes_tl.cli import (
-    models as cli_models,
-)
-from superscopes_tl.cli import (
-    neighbours as cli_neighbours,
-)
+from superscopes_tl.cli import experiments as cli_experiments
+from superscopes_tl.cli import models as cli_models
+from superscopes_tl.cli import neighbours as cli_neighbours
 from superscopes_tl.cli import options as options
 from superscopes_tl.cli.shell import (
     ERRORS,
@@ -130,8 +124,8 @@ def sweep(
         own = (target_prompt, answer, chat, target_layer.lower(), source_template)
         if auto and own != (None, "", False, "same", "{}"):
             raise bad_value(
-                "--auto", expected="no prompt, template or target layer of your own beside it",
-                got=own, fix="leave one of the two out",
+                "--auto", "no prompt, template or target layer of your own beside it",
+                own, "leave one of the two out",
             )  # fmt: skip
         loaded = options.load(model, backend, dtype, device)
         if auto:
@@ -245,9 +239,9 @@ def benchmark_in(root: Path) -> Any:
     if not folder.is_dir():
         raise bad_value(
             "bench",
-            expected="a clone of the repository, with tests/benchmarks beside the package",
-            got="an installed package without its tests",
-            fix="clone the repository, run pip install -e . there, then superscopes bench",
+            "a clone of the repository, with tests/benchmarks beside the package",
+            "an installed package without its tests",
+            "clone the repository, run pip install -e . there, then superscopes bench",
         )
     sys.path.insert(0, str(root))
     try:

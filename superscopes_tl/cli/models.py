@@ -17,12 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.cli import options as options
-from superscopes_tl.cli.shell import (
-    OUTPUT,
-    check_folder,
-    explained,
-    read_lines,
-)
+from superscopes_tl.cli.shell import OUTPUT, check_folder, explained, read_lines
 from superscopes_tl.errors import bad_value
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import DEFAULT_MODEL
@@ -60,12 +55,7 @@ def models(
     """List the packaged models, or show what a model is."""
     with explained():
         if model and remove:
-            raise bad_value(
-                "--remove",
-                expected="no model to show beside it",
-                got=remove,
-                fix="give one of the two",
-            )
+            raise bad_value("--remove", "no model to show beside it", remove, "give one of the two")
         if remove:
             _remove(remove)
         elif model:

@@ -10,13 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.cli import options as options
-from superscopes_tl.cli.shell import (
-    OUTPUT,
-    check_folder,
-    explained,
-    parse_layers,
-    parse_numbers,
-)
+from superscopes_tl.cli.shell import OUTPUT, check_folder, explained, parse_layers, parse_numbers
 from superscopes_tl.model import DEFAULT_MODEL
 
 

@@ -39,8 +39,7 @@ Answer: TypeAlias = Annotated[
     str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
 ]
 MaxNewTokens: TypeAlias = Annotated[
-    int | None,
-    typer.Option(help="Longest text. The model's own default, else 10, with --chat 24."),
+    int | None, typer.Option(help="Longest text. The model's own default, else 10, with --chat 24.")
 ]
 Template: TypeAlias = Annotated[
     str, typer.Option(help="What stands around the source prompt, such as 'Tell me about {}'.")
@@ -85,8 +84,8 @@ def parse_target(text: str) -> Literal["same"] | list[int]:
         return parse_layers(text, "--target-layer")
     except ValueError as error:
         raise bad_value(
-            "--target-layer", expected="'same' or layers such as 0,3,6", got=text,
-            fix="write for example --target-layer same",
+            "--target-layer", "'same' or layers such as 0,3,6", text,
+            "write for example --target-layer same",
         ) from error  # fmt: skip
 
 

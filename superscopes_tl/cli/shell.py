@@ -34,10 +34,7 @@ def parse_numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise bad_value(
-            option,
-            expected="numbers with commas between them",
-            got=text,
-            fix=f"write for example {option} 1,3,6",
+            option, "numbers with commas between them", text, f"write for example {option} 1,3,6"
         ) from error
 
 
@@ -59,10 +56,7 @@ def parse_layers(text: str, option: str) -> list[int]:
             layers += chosen
         except ValueError as error:
             raise bad_value(
-                option,
-                expected="numbers such as 0-5,8",
-                got=text,
-                fix=f"write for example {option} 0-5,8",
+                option, "numbers such as 0-5,8", text, f"write for example {option} 0-5,8"
             ) from error
     return layers
 
@@ -145,21 +139,19 @@ def read_lines(path: Path, option: str) -> list[str]:
     """
     if not path.is_file():
         raise bad_value(
-            option, expected="a text file with one entry per line", got=str(path),
-            fix="leave it out for the default",
+            option, "a text file with one entry per line", str(path),
+            "leave it out for the default",
         )  # fmt: skip
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad_value(
-            option, expected="a text in UTF-8", got=f"{path} ({error.reason})",
-            fix="save it as UTF-8",
+            option, "a text in UTF-8", f"{path} ({error.reason})",
+            "save it as UTF-8",
         ) from error  # fmt: skip
     lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
-        raise bad_value(
-            option, expected="at least one line", got=f"nothing in {path}", fix="add prompts"
-        )
+        raise bad_value(option, "at least one line", f"nothing in {path}", "add prompts")
     return [line for line in lines if line]
 
 
@@ -167,8 +159,5 @@ def check_folder(path: Path | None, option: str = "--out or --html") -> None:
     """Find out before a long sweep that its result would have no place."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise bad_value(
-            option,
-            expected="a file in a folder that exists",
-            got=str(path),
-            fix=f"mkdir -p {path.parent}",
+            option, "a file in a folder that exists", str(path), f"mkdir -p {path.parent}"
         )

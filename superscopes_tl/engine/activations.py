@@ -50,9 +50,9 @@ class Activations:
         if place not in self.vectors:
             raise bad_value(
                 "activations",
-                expected=f"one of {sorted(self.vectors)}",
-                got=place,
-                fix="name it in capture(kinds=..., layers=...)",
+                f"one of {sorted(self.vectors)}",
+                place,
+                "name it in capture(kinds=..., layers=...)",
             )
         return self.vectors[place]
 
@@ -66,9 +66,9 @@ class Activations:
         if not -len(vectors) <= site.position < len(vectors):
             raise bad_value(
                 "position",
-                expected=f"0 to {len(vectors) - 1}",
-                got=site.position,
-                fix=f"choose from {self.tokens.numbered()}",
+                f"0 to {len(vectors) - 1}",
+                site.position,
+                f"choose from {self.tokens.numbered()}",
             )
         return vectors[site.position]
 
@@ -96,8 +96,8 @@ def capture(
     tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
     if not len(tokens):
         raise bad_value(
-            "prompt", expected="at least one token to run", got="no source prompt",
-            fix="leave out what needs one, such as base=resid_mid",
+            "prompt", "at least one token to run", "no source prompt",
+            "leave out what needs one, such as base=resid_mid",
         )  # fmt: skip
     names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
     seen = model.activations(tokens.tensor(model.device), list(names.values()))

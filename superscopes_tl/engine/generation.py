@@ -26,12 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.engine.decoding import (
-    Batch,
-    Generation,
-    decode,
-    guide,
-)
+from superscopes_tl.engine.decoding import Batch, Generation, decode, guide
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
 from superscopes_tl.engine.patch import Patch, check_patch, patch_hooks
 from superscopes_tl.engine.target_prompt import (
@@ -97,9 +92,9 @@ class PatchedGenerator:
         if self.max_new_tokens >= model.n_ctx:
             raise bad_value(
                 "max_new_tokens",
-                expected=f"fewer than {model.n_ctx}, the context of {model.name}",
-                got=self.max_new_tokens,
-                fix="10 is the paper's choice",
+                f"fewer than {model.n_ctx}, the context of {model.name}",
+                self.max_new_tokens,
+                "10 is the paper's choice",
             )
         target = as_target_prompt(target_prompt)
         self.target = target.locate(model, self.max_new_tokens, chat=chat)
@@ -461,9 +456,7 @@ class PatchedGenerator:
         return self._tokens[:, self._first :].expand(rows, -1)
 
 
-def _with_twins(
-    patches: Sequence[Patch],
-) -> tuple[list[Patch], Float[Tensor, " patches"]]:
+def _with_twins(patches: Sequence[Patch]) -> tuple[list[Patch], Float[Tensor, " patches"]]:
     """Return the patches with the unpatched twin of each guided row behind, and all w."""
     twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
     return [*patches, *twins], torch.tensor([patch.guidance for patch in patches])

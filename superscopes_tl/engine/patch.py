@@ -75,9 +75,7 @@ def check_patch(model: LanguageModel, patch: Patch) -> None:
     if patch.target_layer is not None:
         check_layers(patch.target_layer, model.n_layers, "target_layer")
     if not math.isfinite(patch.keep):
-        raise bad_value(
-            "keep", expected="a finite number", got=patch.keep, fix="0 replaces, 1 adds"
-        )
+        raise bad_value("keep", "a finite number", patch.keep, "0 replaces, 1 adds")
 
 
 def patch_hooks(
@@ -119,10 +117,10 @@ def _cast(
         if vector.shape not in ((model.d_model,), (placeholders, model.d_model)):
             raise bad_value(
                 "vector",
-                expected=f"{model.d_model} numbers, the width of {model.name}, or as many for "
+                f"{model.d_model} numbers, the width of {model.name}, or as many for "
                 f"each of {placeholders} placeholder tokens",
-                got=f"shape {tuple(vector.shape)}",
-                fix="read the vector from the same model, or map it to this one's width",
+                f"shape {tuple(vector.shape)}",
+                "read the vector from the same model, or map it to this one's width",
             )
     stacked = torch.stack([vector.float().expand(placeholders, -1) for vector in vectors])
     return cast_for(model, stacked, "vector")
@@ -138,9 +136,9 @@ def cast_for(model: LanguageModel, vectors: Tensor, argument: str) -> Tensor:
     if not torch.isfinite(cast).all():
         raise bad_value(
             argument,
-            expected=f"numbers that {model.dtype} can hold",
-            got=f"up to {vectors.abs().max().item():.3g}",
-            fix="use a smaller α, or load the model with dtype='float32'",
+            f"numbers that {model.dtype} can hold",
+            f"up to {vectors.abs().max().item():.3g}",
+            "use a smaller α, or load the model with dtype='float32'",
         )
     return cast.to(model.device)
 

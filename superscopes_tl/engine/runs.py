@@ -126,9 +126,9 @@ def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
     if whole.ids[: len(source)] != source.ids or len(whole) == len(source):
         raise bad_value(
             "continuation",
-            expected=f"a text that goes on behind the tokens {source.numbered()}",
-            got=continuation,
-            fix="begin it where a new token begins, with a space or a mark such as ':'",
+            f"a text that goes on behind the tokens {source.numbered()}",
+            continuation,
+            "begin it where a new token begins, with a space or a mark such as ':'",
         )
     return whole.ids[len(source) :]
 

@@ -12,12 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from superscopes_tl.errors import (
-    PlaceholderError,
-    bad_type,
-    bad_value,
-    describe,
-)
+from superscopes_tl.errors import PlaceholderError, bad_type, bad_value, describe
 from superscopes_tl.model import LanguageModel, TokenizedText, covering, tokenize
 
 PAPER_ALPHAS: tuple[float, ...] = (1, 3, 6, 9, 12, 15)
@@ -135,15 +130,13 @@ class TargetPrompt:
         for name in ("text", "placeholder", "answer"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                raise bad_type(
-                    f"target_prompt.{name}", expected="a string", got=value, fix="pass text"
-                )
+                raise bad_type(f"target_prompt.{name}", "a string", value, "pass text")
             if not value.strip() and (name, value) != ("answer", ""):
                 raise bad_value(
                     f"target_prompt.{name}",
-                    expected="visible characters",
-                    got=value,
-                    fix="see DESCRIPTION_PROMPT and CHAT_PROMPT for examples",
+                    "visible characters",
+                    value,
+                    "see DESCRIPTION_PROMPT and CHAT_PROMPT for examples",
                 )
         if not self.spans:
             raise PlaceholderError(

@@ -192,8 +192,8 @@ def readability(
     several = list(dict.fromkeys(names))
     if isinstance(names, str) or len(several) < SCREENED_NAMES:
         raise bad_value(
-            "names", expected=f"at least {SCREENED_NAMES} names of different kinds", got=names,
-            fix="leave it out for a dozen of ours",
+            "names", f"at least {SCREENED_NAMES} names of different kinds", names,
+            "leave it out for a dozen of ours",
         )  # fmt: skip
     few = several[:SCREENED_NAMES]
     first = list(_settings(model, prompts or {}))

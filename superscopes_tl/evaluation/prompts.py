@@ -24,12 +24,7 @@ from tqdm.auto import tqdm
 
 from superscopes_tl.engine import PAPER_PROMPTS
 from superscopes_tl.errors import bad_type, bad_value, check_count
-from superscopes_tl.evaluation.shares import (
-    Outline,
-    Share,
-    outline,
-    read_shares,
-)
+from superscopes_tl.evaluation.shares import Outline, Share, outline, read_shares
 from superscopes_tl.evaluation.spread import Spread, Workers
 from superscopes_tl.evaluation.store import Evaluation, EvaluationFile
 from superscopes_tl.evaluation.workers import Loader
@@ -180,12 +175,10 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
         ValueError, TypeError: none, or something that is no text.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise bad_type(
-            "prompts", expected="several texts", got=prompts, fix="pass a list, or use sweep()"
-        )
+        raise bad_type("prompts", "several texts", prompts, "pass a list, or use sweep()")
     several = tuple(dict.fromkeys(prompts))
     if not several:
-        raise bad_value("prompts", expected="at least one text", got=(), fix="PAPER_PROMPTS")
+        raise bad_value("prompts", "at least one text", (), "PAPER_PROMPTS")
     return several
 
 
@@ -193,19 +186,19 @@ def _check_file_settings(there: Outline, config: SweepConfig, path: object) -> N
     """Refuse what a table of many readings could not tell apart."""
     if config.about is not None:
         raise bad_value(
-            "about", expected="nothing: each prompt is scored against itself", got=config.about,
-            fix="leave it out, or write what stands around the prompts as source_template=",
+            "about", "nothing: each prompt is scored against itself", config.about,
+            "leave it out, or write what stands around the prompts as source_template=",
         )  # fmt: skip
     if config.draw:
         raise bad_value(
-            "draw", expected="0, the greedy texts", got=config.draw,
-            fix="pass draws=4 for more readings of α = 1",
+            "draw", "0, the greedy texts", config.draw,
+            "pass draws=4 for more readings of α = 1",
         )  # fmt: skip
     named = f"{there.mapping}, {there.scorer}"
     if path is not None and "<lambda>" in named:
         raise bad_value(
-            "mapping, base or scorer", expected="functions with names of their own", got=named,
-            fix="define it with def: the file knows it by its name",
+            "mapping, base or scorer", "functions with names of their own", named,
+            "define it with def: the file knows it by its name",
         )  # fmt: skip
 
 
@@ -245,9 +238,9 @@ def methods(
     rows = _at_one_place(evaluation.table, kind, target_layer, position)
     if not rows["written"].all():  # what was chosen to be written is no fair sample
         raise bad_value(
-            "evaluation", expected="cells that were all written out",
-            got=f"{int((~rows['written']).sum())} without a text",
-            fix="compare what they recover, or evaluate with generate='all'",
+            "evaluation", "cells that were all written out",
+            f"{int((~rows['written']).sum())} without a text",
+            "compare what they recover, or evaluate with generate='all'",
         )  # fmt: skip
     amplified = rows[(rows["alpha"] != 1) & (rows["draw"] == 0)]
     plain = rows[(rows["alpha"] == 1) & (rows["mapping"] == PAPER_MAPPING)]
@@ -281,7 +274,7 @@ def _at_one_place(
     if kind is None and len(kinds) == 1:
         kind = kinds[0]
     if kind not in kinds:
-        raise bad_value("kind", expected=f"one of {kinds}", got=kind, fix="choose one of these")
+        raise bad_value("kind", f"one of {kinds}", kind, "choose one of these")
     rows = table[table["kind"] == kind]
     rightmost = rows.groupby("prompt")["position"].transform("max")
     rows = rows[rows["position"] == (rightmost if position is None else position)]
@@ -292,7 +285,7 @@ def _at_one_place(
     if rows.empty or targets.max() > 1:
         there = sorted({int(layer) for layer in table["target_layer"]})
         raise bad_value(
-            "target_layer", expected=f"'same' or one of {there}, for one token",
-            got=f"{target_layer} and token {position}", fix="choose one target layer",
+            "target_layer", f"'same' or one of {there}, for one token",
+            f"{target_layer} and token {position}", "choose one target layer",
         )  # fmt: skip
     return rows

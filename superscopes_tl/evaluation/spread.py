@@ -27,19 +27,9 @@ from typing import Any, Protocol, Self, TypeAlias
 
 import torch
 
-from superscopes_tl.errors import (
-    bad_type,
-    bad_value,
-    check_count,
-    describe,
-)
+from superscopes_tl.errors import bad_type, bad_value, check_count, describe
 from superscopes_tl.evaluation.shares import Outline, Share, portions
-from superscopes_tl.evaluation.workers import (
-    Experiment,
-    as_loader,
-    outline_there,
-    read_there,
-)
+from superscopes_tl.evaluation.workers import Experiment, as_loader, outline_there, read_there
 from superscopes_tl.experiment import Reading, SweepConfig
 
 IN_FLIGHT = 256
@@ -228,9 +218,9 @@ def _dead(why: BaseException, often: str = "", fix: str = "") -> ChildProcessErr
     return ChildProcessError(
         describe(
             "executor",
-            expected="workers that live until their task is done",
-            got=f"{type(why).__name__} ({why}){often}",
-            fix="read what the workers wrote last (memory? a script without "
+            "workers that live until their task is done",
+            f"{type(why).__name__} ({why}){often}",
+            "read what the workers wrote last (memory? a script without "
             f"if __name__ == '__main__'?) and run again: a file goes on where it was{fix}",
         )
     )
@@ -242,8 +232,8 @@ def _starter(executor: Any) -> Callable[[], Any] | None:
         return None
     if not callable(executor):
         raise bad_type(
-            "executor", expected="an executor, or a function that starts one", got=executor,
-            fix="executor=local_workers(2), or client.get_executor() of a Dask client",
+            "executor", "an executor, or a function that starts one", executor,
+            "executor=local_workers(2), or client.get_executor() of a Dask client",
         )  # fmt: skip
     start: Callable[[], Any] = executor
     return start
@@ -266,7 +256,7 @@ def _check_sendable(pool: object, experiment: Experiment) -> None:
         except Exception as error:
             raise bad_value(
                 name,
-                expected="something that can be sent to another process",
-                got=f"{part!r} ({error})",
-                fix="define the function with def at the top of a module, and import it from there",
+                "something that can be sent to another process",
+                f"{part!r} ({error})",
+                "define the function with def at the top of a module, and import it from there",
             ) from error

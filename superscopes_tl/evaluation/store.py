@@ -24,12 +24,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from superscopes_tl.errors import (
-    RunFileError,
-    bad_value,
-    describe,
-    reason,
-)
+from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.experiment import (
     COLUMNS,
     TYPES,
@@ -40,13 +35,7 @@ from superscopes_tl.experiment import (
     SweepResult,
     finished_cells,
 )
-from superscopes_tl.files import (
-    checked_provenance,
-    checked_rows,
-    read_json,
-    unfit,
-    unwritable,
-)
+from superscopes_tl.files import checked_provenance, checked_rows, read_json, unfit, unwritable
 from superscopes_tl.model import Site
 from superscopes_tl.vectors import PAPER_MAPPING
 
@@ -155,9 +144,7 @@ class Evaluation:
         for column, wanted in (("prompt", prompt), ("mapping", mapping), ("draw", draw)):
             there = list(dict.fromkeys(rows[column]))
             if wanted not in there:
-                raise bad_value(
-                    column, expected=f"one of {there}", got=wanted, fix="choose one of these"
-                )
+                raise bad_value(column, f"one of {there}", wanted, "choose one of these")
             rows = rows[rows[column] == wanted]
         config = {**self.provenance.get("config", {}), "mapping": mapping, "draw": draw}
         provenance = {**self.provenance, "prompt": prompt, "config": config}
@@ -213,9 +200,9 @@ class EvaluationFile:
             if our != their:
                 raise bad_value(
                     "path",
-                    expected=f"an experiment with {name} {our!r} of the {part}",
-                    got=f"{self._path} with {their!r}",
-                    fix="choose another file, or the settings of this one",
+                    f"an experiment with {name} {our!r} of the {part}",
+                    f"{self._path} with {their!r}",
+                    "choose another file, or the settings of this one",
                 )
 
     def finished(self, prompt: str, mapping: str, draw: int, generate: Generate) -> frozenset[Cell]:
@@ -370,8 +357,8 @@ def _unreadable(path: object, got: str) -> RunFileError:
     return RunFileError(
         describe(
             "path",
-            expected=f"a file of format {FORMAT} version {FORMAT_VERSION}",
-            got=f"{path} with {got}",
-            fix="pass a file that evaluate wrote",
+            f"a file of format {FORMAT} version {FORMAT_VERSION}",
+            f"{path} with {got}",
+            "pass a file that evaluate wrote",
         )
     )

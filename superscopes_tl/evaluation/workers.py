@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.evaluation.shares import (
-    Outline,
-    Share,
-    outline,
-    read_shares,
-)
+from superscopes_tl.evaluation.shares import Outline, Share, outline, read_shares
 from superscopes_tl.experiment import Reading, SweepConfig, SweepPlan, plan_sweep
 from superscopes_tl.model import LanguageModel, absolute, load_model
 
@@ -46,9 +41,9 @@ def as_loader(model: Any, argument: str = "model") -> Loader:
     if found is None or any(part in key for part in ("<locals>", "<lambda>", " at 0x")):
         raise bad_value(
             argument,
-            expected="a model that every worker can load for itself",
-            got=" ".join(repr(model).split()),
-            fix="pass a name, a directory, or a function of no arguments, defined with def at the "
+            "a model that every worker can load for itself",
+            " ".join(repr(model).split()),
+            "pass a name, a directory, or a function of no arguments, defined with def at the "
             "top of a module, that returns the loaded model; such as "
             "functools.partial(load_model, 'smollm2', backend='bridge')",
         )
@@ -137,7 +132,7 @@ def read_there(
         found = plan.model.fingerprint, plan.generator.model.fingerprint
         if found != fingerprints:
             raise bad_value(
-                "model", expected=f"weights with the fingerprints {fingerprints} in every worker",
-                got=found, fix="give all machines the same files, or name a revision",
+                "model", f"weights with the fingerprints {fingerprints} in every worker",
+                found, "give all machines the same files, or name a revision",
             )  # fmt: skip
         return [reading for batch in read_shares(plan, shares) for reading in batch]

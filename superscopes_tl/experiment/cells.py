@@ -92,9 +92,7 @@ def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Pa
         return patch
     written = plan.config.write(patch, alpha)
     if not isinstance(written, Patch):
-        raise bad_type(
-            "write", expected="a Patch", got=written, fix="return dataclasses.replace(patch, ...)"
-        )
+        raise bad_type("write", "a Patch", written, "return dataclasses.replace(patch, ...)")
     return written
 
 
@@ -121,9 +119,9 @@ def _vectors(
     if not isinstance(vectors, Tensor) or vectors.shape != shape:
         raise bad_value(
             argument,
-            expected=f"vectors of shape {shape}, one per site and target layer",
-            got=tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
-            fix="see superscopes_tl.experiment.config.PlaceVectors",
+            f"vectors of shape {shape}, one per site and target layer",
+            tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
+            "see superscopes_tl.experiment.config.PlaceVectors",
         )
     return vectors.float().cpu()
 
@@ -151,17 +149,17 @@ def _map(
     if not callable(function):
         raise bad_type(
             name,
-            expected="a mapping function, from vectors to vectors",
-            got=function,
-            fix="mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
+            "a mapping function, from vectors to vectors",
+            function,
+            "mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
         )
     mapped = function(vectors)
     if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
         raise bad_value(
             name,
-            expected=f"vectors of shape {tuple(vectors.shape)}, as it was given",
-            got=tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
-            fix="return one vector per vector",
+            f"vectors of shape {tuple(vectors.shape)}, as it was given",
+            tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
+            "return one vector per vector",
         )
     mapped = base + mapped.float()
     dtype = plan.generator.model.dtype
@@ -169,9 +167,9 @@ def _map(
     if not fits.all():
         raise bad_value(
             name,
-            expected=f"numbers that {dtype} can hold",
-            got=f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
-            fix="use a smaller α, or load the model with dtype='float32'",
+            f"numbers that {dtype} can hold",
+            f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
+            "use a smaller α, or load the model with dtype='float32'",
         )
     return mapped
 

@@ -8,12 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from superscopes_tl.engine import PAPER_ALPHAS, TargetPrompt, default_target_prompt
-from superscopes_tl.errors import (
-    bad_type,
-    bad_value,
-    check_callable,
-    check_count,
-)
+from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.model import (
     PAPER_KINDS,
     LanguageModel,
@@ -150,9 +145,7 @@ def check_names(settings: dict[str, Any]) -> None:
     """
     names = [field.name for field in fields(SweepConfig)]
     if unknown := [name for name in settings if name not in names]:
-        raise bad_type(
-            "settings", expected=f"settings out of {names}", got=unknown, fix="correct the name"
-        )
+        raise bad_type("settings", f"settings out of {names}", unknown, "correct the name")
 
 
 def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepConfig:
@@ -160,18 +153,15 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
     if config is not None and settings:
         raise bad_value(
             "config",
-            expected="either config or single settings",
-            got=settings,
-            fix="use dataclasses.replace(config, ...)",
+            "either config or single settings",
+            settings,
+            "use dataclasses.replace(config, ...)",
         )
     check_names(settings)
     config = config or SweepConfig(**settings)
     if config.score_on not in ("description", "text"):
         raise bad_value(
-            "score_on",
-            expected="'description' or 'text'",
-            got=config.score_on,
-            fix="'text' is the paper's protocol",
+            "score_on", "'description' or 'text'", config.score_on, "'text' is the paper's protocol"
         )
     for name, choices in (
         ("unit", ("vector", "residual")),
@@ -181,18 +171,16 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
         if getattr(config, name) not in choices:
             raise bad_value(
                 name,
-                expected=" or ".join(map(repr, choices)),
-                got=getattr(config, name),
-                fix="leave it out for the default",
+                " or ".join(map(repr, choices)),
+                getattr(config, name),
+                "leave it out for the default",
             )
     _check_source(config)
     if not isinstance(config.chat, bool):
-        raise bad_type("chat", expected="True or False", got=config.chat, fix="chat=True")
+        raise bad_type("chat", "True or False", config.chat, "chat=True")
     asked = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
     if unknown := [name for name in asked if name not in CONTROLS]:
-        raise bad_value(
-            "controls", expected=f"controls out of {CONTROLS}", got=unknown, fix="correct the name"
-        )
+        raise bad_value("controls", f"controls out of {CONTROLS}", unknown, "correct the name")
     config = replace(config, controls=tuple(name for name in CONTROLS if name in asked))
     check_count("others", config.others, least=1, fix="3 is the default")
     check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
@@ -203,9 +191,9 @@ def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepC
     if not callable(config.mapping):
         raise bad_type(
             "mapping",
-            expected="a callable from α to a mapping function",
-            got=config.mapping,
-            fix="see superscopes_tl.vectors.amplify",
+            "a callable from α to a mapping function",
+            config.mapping,
+            "see superscopes_tl.vectors.amplify",
         )
     return config
 
@@ -228,21 +216,19 @@ def check_alphas(alphas: Any) -> tuple[float, ...]:
         ValueError, TypeError: none, or something that is no finite number.
     """
     if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
-        raise bad_type(
-            "alphas", expected="finite numbers", got=alphas, fix="pass numbers, as in alphas=(1, 3)"
-        )
+        raise bad_type("alphas", "finite numbers", alphas, "pass numbers, as in alphas=(1, 3)")
     given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
     fix = "pass for example alphas=(1, 3, 6, 9, 12, 15)"
     if not given:
-        raise bad_value("alphas", expected="at least one finite number", got=given, fix=fix)
+        raise bad_value("alphas", "at least one finite number", given, fix)
     checked: dict[float, None] = {}
     for alpha in given:
         try:
             number = float(alpha)
         except (TypeError, ValueError) as error:
-            raise bad_type("alphas", expected="finite numbers", got=alpha, fix=fix) from error
+            raise bad_type("alphas", "finite numbers", alpha, fix) from error
         if not math.isfinite(number):
-            raise bad_value("alphas", expected="finite numbers", got=alpha, fix=fix)
+            raise bad_value("alphas", "finite numbers", alpha, fix)
         checked[number] = None
     return tuple(checked)
 
@@ -259,9 +245,9 @@ def check_target_layer(
         if target_layer != "same":
             raise bad_value(
                 "target_layer",
-                expected="a layer, 'same' or a list of layers",
-                got=target_layer,
-                fix="0 and 'same' are the paper's choices",
+                "a layer, 'same' or a list of layers",
+                target_layer,
+                "0 and 'same' are the paper's choices",
             )
         return "same"
     return check_layers(target_layer, n_layers, "target_layer")

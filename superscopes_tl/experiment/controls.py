@@ -26,13 +26,7 @@ import torch
 from torch import Tensor
 
 from superscopes_tl.engine import MANY_KINDS, PAPER_PROMPTS, Patch, crop_description, tokens_told
-from superscopes_tl.experiment.cells import (
-    Part,
-    cell_of,
-    make_patches,
-    mean,
-    score_readings,
-)
+from superscopes_tl.experiment.cells import Part, cell_of, make_patches, mean, score_readings
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
 from superscopes_tl.scores import words_of

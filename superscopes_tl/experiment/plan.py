@@ -200,9 +200,9 @@ class SweepPlan:
         if needed > free:
             raise bad_value(
                 "positions, layers, kinds, alphas",
-                expected=f"a sweep that takes at most {free / 1e9:.1f} GB, which are free",
-                got=f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
-                fix="read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
+                f"a sweep that takes at most {free / 1e9:.1f} GB, which are free",
+                f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
+                "read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
             )
 
     def estimate_seconds(self) -> float:
@@ -320,9 +320,9 @@ def plan_sweep(
     if asked.d_model != model.d_model and config.vectors is None:
         raise bad_value(
             "target_model",
-            expected=f"a model as wide as {model.name}, {model.d_model}",
-            got=f"{asked.name}, {asked.d_model}",
-            fix="fit an affine map between the two: vectors=mapped(fit_affine(...))",
+            f"a model as wide as {model.name}, {model.d_model}",
+            f"{asked.name}, {asked.d_model}",
+            "fit an affine map between the two: vectors=mapped(fit_affine(...))",
         )
     plan = SweepPlan(
         model=model,

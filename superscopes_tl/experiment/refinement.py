@@ -96,8 +96,8 @@ def _site(table: pd.DataFrame, plan: SweepPlan, site: Site, target_layer: int) -
     if rows.empty:
         raise bad_value(
             "result",
-            expected=f"readings of {site} of {plan.source.text!r} by {plan.mapping_name}",
-            got="none",
-            fix="pass the result of this plan's sweep",
+            f"readings of {site} of {plan.source.text!r} by {plan.mapping_name}",
+            "none",
+            "pass the result of this plan's sweep",
         )
     return rows

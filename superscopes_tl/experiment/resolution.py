@@ -89,8 +89,8 @@ def contextualization(
     rows = rows.sort_values("source_layer")
     if by == "recovered" and threshold is not None:
         raise bad_value(
-            "threshold", expected="none beside by='recovered'", got=threshold,
-            fix="leave it out, or judge by='score'",
+            "threshold", "none beside by='recovered'", threshold,
+            "leave it out, or judge by='score'",
         )  # fmt: skip
     if by is None:
         defined = bool(rows["recovered"].notna().any())
@@ -102,9 +102,9 @@ def contextualization(
     if by not in ("score", "recovered") or (needs_texts and not rows["written"].all()):
         raise bad_value(
             "by",
-            expected="'recovered'" + (" or 'score'" if rows["written"].all() else
+            "'recovered'" + (" or 'score'" if rows["written"].all() else
                                       ", as not all cells are written out"),
-            got=by, fix="leave it out, or sweep with generate='all'",
+            by, "leave it out, or sweep with generate='all'",
         )  # fmt: skip
     if reads is not None:
         worth = rows["description"].map(lambda text: float(reads(text)))

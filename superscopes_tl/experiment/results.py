@@ -22,12 +22,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from superscopes_tl.errors import (
-    RunFileError,
-    bad_value,
-    describe,
-    reason,
-)
+from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.experiment.caveats import doubts
 from superscopes_tl.experiment.resolution import By, Contextualization, contextualization
 from superscopes_tl.files import (
@@ -194,9 +189,9 @@ class SweepResult:
             if chosen.empty:
                 raise bad_value(
                     "alpha",
-                    expected=f"one of {self._values('alpha')}",
-                    got=alpha,
-                    fix="choose an α of this sweep, or sweep over it",
+                    f"one of {self._values('alpha')}",
+                    alpha,
+                    "choose an α of this sweep, or sweep over it",
                 )
         order = chosen.sort_values(column, ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
@@ -243,18 +238,18 @@ class SweepResult:
         if rows.empty:
             raise bad_value(
                 "contextualization_layer",
-                expected="a sweep with kind 'resid_post' and α = 1",
-                got=f"kinds {self._values('kind')}, alphas "
+                "a sweep with kind 'resid_post' and α = 1",
+                f"kinds {self._values('kind')}, alphas "
                 f"{self._values('alpha')}, target layers "
                 f"{self._values('target_layer')}",
-                fix="sweep over these too",
+                "sweep over these too",
             )
         if rows.duplicated("source_layer").any():
             raise bad_value(
                 "target_layer",
-                expected=f"one of {self._values('target_layer')}",
-                got=target_layer,
-                fix="say which one to read, or tell the mappings of this result apart",
+                f"one of {self._values('target_layer')}",
+                target_layer,
+                "say which one to read, or tell the mappings of this result apart",
             )
         return contextualization(rows, by=by, threshold=threshold, reads=reads)
 
@@ -268,7 +263,7 @@ class SweepResult:
         if by is None:
             return "score" if self.table["written"].all() else "recovered"
         if by not in ("score", "recovered"):
-            raise bad_value("by", expected="'score' or 'recovered'", got=by, fix="leave it out")
+            raise bad_value("by", "'score' or 'recovered'", by, "leave it out")
         return by
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -287,8 +282,8 @@ class SweepResult:
             _parsed(text, buffer.getvalue())
         except ValueError as error:
             raise bad_value(
-                "result", expected="a table and provenance to read again", got=reason(error),
-                fix="keep result.table as the sweep made it; save your own table with pandas",
+                "result", "a table and provenance to read again", reason(error),
+                "keep result.table as the sweep made it; save your own table with pandas",
             ) from error  # fmt: skip
         with (
             written_whole(target) as fresh,
@@ -316,19 +311,16 @@ class SweepResult:
     def _at(self, position: int | None) -> pd.DataFrame:
         if self.table.empty:
             raise bad_value(
-                "result",
-                expected="at least one cell",
-                got="an empty table",
-                fix="let the sweep finish a batch",
+                "result", "at least one cell", "an empty table", "let the sweep finish a batch"
             )
         positions = self._values("position")
         chosen = positions[-1] if position is None else position
         if chosen not in positions:
             raise bad_value(
                 "position",
-                expected=f"one of {positions}",
-                got=position,
-                fix="choose a token of this sweep, or sweep over it",
+                f"one of {positions}",
+                position,
+                "choose a token of this sweep, or sweep over it",
             )
         return self.table[self.table["position"] == chosen]
 
@@ -390,8 +382,8 @@ def _unreadable(path: object, got: str) -> RunFileError:
     return RunFileError(
         describe(
             "path",
-            expected=f"a run file of format {FORMAT} version {FORMAT_VERSION}",
-            got=f"{path} with {got}",
-            fix="pass a file that SweepResult.save wrote, complete",
+            f"a run file of format {FORMAT} version {FORMAT_VERSION}",
+            f"{path} with {got}",
+            "pass a file that SweepResult.save wrote, complete",
         )
     )

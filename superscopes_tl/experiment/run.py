@@ -23,13 +23,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from superscopes_tl.engine import Patch
-from superscopes_tl.experiment.cells import (
-    Part,
-    cell_of,
-    make_patches,
-    read,
-    unwritten,
-)
+from superscopes_tl.experiment.cells import Part, cell_of, make_patches, read, unwritten
 from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.experiment.controls import add_controls
 from superscopes_tl.experiment.plan import Cell, SweepPlan, plan_sweep

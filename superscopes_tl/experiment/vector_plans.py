@@ -88,8 +88,8 @@ def plan_vectors(
     sources = _sources(layers, len(rows), model)
     if NO_LAYER in sources and config.get("target_layer") == "same":
         raise bad_value(
-            "target_layer", expected="layers, as there are vectors that come from none", got="same",
-            fix="say where they come from: layers=...",
+            "target_layer", "layers, as there are vectors that come from none", "same",
+            "say where they come from: layers=...",
         )  # fmt: skip
     meanings = _one_each("references", references, len(rows)) or [None] * len(rows)
     for meaning in dict.fromkeys(meanings):
@@ -165,8 +165,8 @@ def read_vector(
     dims = getattr(v, "ndim", 1)
     if dims != 1:
         raise bad_value(
-            "v", expected="one vector, of shape [d_model]", got=f"shape {list(v.shape)}",
-            fix="use read_vectors, or choose a row",
+            "v", "one vector, of shape [d_model]", f"shape {list(v.shape)}",
+            "use read_vectors, or choose a row",
         )  # fmt: skip
     return read_vectors(model, v, names=[name], **settings)
 
@@ -202,15 +202,15 @@ def _checked(vectors: Any, model: LanguageModel) -> Float[Tensor, "n d_model"]:
     try:
         rows = torch.as_tensor(vectors).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise bad_type("vectors", expected="a tensor or array", got=vectors, fix=fix) from error
+        raise bad_type("vectors", "a tensor or array", vectors, fix) from error
     if rows.dim() not in (1, 2) or not rows.numel() or rows.shape[-1] != model.d_model:
         turned = rows.dim() == 2 and rows.shape[0] == model.d_model
         raise bad_value(
-            "vectors", expected=f"shape [n {model.d_model}], the width of {model.name}",
-            got=f"shape {list(rows.shape)}", fix="transpose them: vectors.T" if turned else fix,
+            "vectors", f"shape [n {model.d_model}], the width of {model.name}",
+            f"shape {list(rows.shape)}", "transpose them: vectors.T" if turned else fix,
         )  # fmt: skip
     if not torch.isfinite(rows).all():
-        raise bad_value("vectors", expected="finite numbers", got="NaN or infinity", fix=fix)
+        raise bad_value("vectors", "finite numbers", "NaN or infinity", fix)
     return rows.reshape(-1, model.d_model)
 
 
@@ -221,9 +221,7 @@ def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
     for name in given:
         check_text(name, "names")
     if len(set(given)) < n:
-        raise bad_value(
-            "names", expected="a name of its own for each", got=given, fix="number them"
-        )
+        raise bad_value("names", "a name of its own for each", given, "number them")
     return tuple(given)
 
 
@@ -236,8 +234,8 @@ def _sources(layers: Any, n: int, model: LanguageModel) -> list[int]:
     # Were −2 the last layer but one, −1 would be taken for the last one, not for no layer.
     if backwards := [one for one in given if one < NO_LAYER]:
         raise bad_value(
-            "layers", expected=f"layers counted from 0, or NO_LAYER, {NO_LAYER}", got=backwards,
-            fix="count from 0",
+            "layers", f"layers counted from 0, or NO_LAYER, {NO_LAYER}", backwards,
+            "count from 0",
         )  # fmt: skip
     return checked
 
@@ -251,8 +249,8 @@ def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:
     several = list(given)
     if len(several) != n:
         raise bad_value(
-            argument, expected=f"one for each of {n} vectors", got=f"{len(several)}",
-            fix="give as many",
+            argument, f"one for each of {n} vectors", f"{len(several)}",
+            "give as many",
         )  # fmt: skip
     return several
 
@@ -265,12 +263,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
     check_names(settings)
     if senseless := [name for name in settings if name in _OF_A_PROMPT]:
         raise bad_type(
-            "settings", expected="settings that need no source prompt", got=senseless,
-            fix="leave them out",
+            "settings", "settings that need no source prompt", senseless,
+            "leave them out",
         )  # fmt: skip
     controls = settings.get("controls", ())
     if "other_prompt" in ((controls,) if isinstance(controls, str) else controls):
         raise bad_value(
-            "controls", expected="controls that need no source prompt", got="other_prompt",
-            fix="random_direction and shuffled_dimensions keep the norm",
+            "controls", "controls that need no source prompt", "other_prompt",
+            "random_direction and shuffled_dimensions keep the norm",
         )  # fmt: skip

@@ -134,9 +134,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     """
     cell = cell_of(reading)
     if cell not in plan.all_cells:
-        raise bad_value(
-            "reading", expected="a cell of the plan", got=cell, fix="pass the plan of its sweep"
-        )
+        raise bad_value("reading", "a cell of the plan", cell, "pass the plan of its sweep")
     patch = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))[0]
     unpatched = Patch(torch.zeros_like(patch.vector), None)
     random = random_direction(0)(1.0)(patch.vector[None])[0]

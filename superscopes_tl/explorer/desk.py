@@ -207,8 +207,8 @@ class Desk:
         """Raise if a run or a search is under way."""
         if self.state in ("running", "finding"):
             raise bad_value(
-                what, expected="no run or search under way", got=self.state,
-                fix="cancel the run or wait first",
+                what, "no run or search under way", self.state,
+                "cancel the run or wait first",
             )  # fmt: skip
 
     def wait(self, timeout: float | None = None) -> bool:

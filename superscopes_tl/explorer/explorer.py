@@ -98,9 +98,7 @@ class Explorer:
         """
         table = result.table
         if table.empty:
-            raise bad_value(
-                "result", expected="at least one cell", got="an empty table", fix="run a sweep"
-            )
+            raise bad_value("result", "at least one cell", "an empty table", "run a sweep")
         self = cls.__new__(cls)
         self.model = None
         self._set_up(View([], 1, {"MiniLM (paper)": PAPER_SCORER}))
@@ -211,8 +209,8 @@ class Explorer:
             unknown = set(cell) - {"kind", "layer", "alpha", "position", "target_layer"}
             if axes is None or unknown:
                 raise bad_value(
-                    "select", expected="kind, layer, alpha, position or target_layer of a sweep",
-                    got=cell, fix="run a sweep first" if axes is None else "correct the name",
+                    "select", "kind, layer, alpha, position or target_layer of a sweep",
+                    cell, "run a sweep first" if axes is None else "correct the name",
                 )  # fmt: skip
             chosen = axes.selection(
                 cell.get("kind", view.kind.value),
@@ -279,8 +277,8 @@ class Explorer:
     def _at_desk(self) -> Desk:
         if self._desk is None:
             raise bad_value(
-                "explorer", expected="an Explorer with a model", got="a saved result",
-                fix="Explorer(model)",
+                "explorer", "an Explorer with a model", "a saved result",
+                "Explorer(model)",
             )  # fmt: skip
         return self._desk
 
@@ -291,8 +289,8 @@ class Explorer:
         name = name.removesuffix(view.format.value) + view.format.value
         if name != Path(name).name:  # whoever sees a served page must not write anywhere
             raise bad_value(
-                "file name", expected="a name without folders", got=name,
-                fix="give a name alone; explorer.export(path) takes any path",
+                "file name", "a name without folders", name,
+                "give a name alone; explorer.export(path) takes any path",
             )  # fmt: skip
         path = self.export(name).resolve()
         link = ""

@@ -17,20 +17,8 @@ import pandas as pd
 from plotly.colors import sample_colorscale
 
 from superscopes_tl.experiment import Reading, SweepResult
-from superscopes_tl.explorer.cell import (
-    Control,
-    LensReading,
-    Probe,
-    Selection,
-)
-from superscopes_tl.figures import (
-    COLOR_SCALE,
-    MARKS,
-    USUAL_SCORES,
-    Shades,
-    at_target,
-    unsaid,
-)
+from superscopes_tl.explorer.cell import Control, LensReading, Probe, Selection
+from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades, at_target, unsaid
 from superscopes_tl.model import PAPER_KINDS
 from superscopes_tl.neighbours import TokenEffect
 

@@ -32,13 +32,7 @@ from superscopes_tl.explorer.cell import (
     reading_at,
     select,
 )
-from superscopes_tl.explorer.live_map import (
-    Axes,
-    LiveCurve,
-    LiveMap,
-    axis_label,
-    keep,
-)
+from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label, keep
 from superscopes_tl.explorer.view import BEST, View
 from superscopes_tl.figures import Shades, usual_value
 from superscopes_tl.neighbours import LENSES, Lens
@@ -193,9 +187,7 @@ class Panel:
             or selection.alpha not in axes.alphas
             or selection.position not in axes.positions
         ):
-            raise bad_value(
-                "selection", expected=f"a cell of {axes}", got=selection, fix="choose one of these"
-            )
+            raise bad_value("selection", f"a cell of {axes}", selection, "choose one of these")
         view = self._view
         self._quiet = True
         try:

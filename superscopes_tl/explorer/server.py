@@ -142,16 +142,14 @@ def _checked(port: int, token: str | None) -> str:
     """Refuse what cannot be served; return the token."""
     if importlib.util.find_spec("voila") is None:
         raise bad_value(
-            "app", expected="Voilà", got="no package voila",
-            fix="pip install 'superscopes-tl[app]'",
+            "app", "Voilà", "no package voila",
+            "pip install 'superscopes-tl[app]'",
         )  # fmt: skip
     if not 1 <= port <= 65535:
-        raise bad_value("port", expected="1 to 65535", got=port, fix="for example 8866")
+        raise bad_value("port", "1 to 65535", port, "for example 8866")
     token = secrets.token_urlsafe(24) if token is None else token
     if not token.strip():
-        raise bad_value(
-            "token", expected="a secret", got=token, fix="leave it out for a random one"
-        )
+        raise bad_value("token", "a secret", token, "leave it out for a random one")
     return token
 
 

@@ -18,18 +18,8 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment import SweepConfig, SweepPlan, plan_sweep
 from superscopes_tl.explorer.view import ALPHA_PRESETS, OWN, View
 from superscopes_tl.model import LanguageModel, TokenizedText
-from superscopes_tl.scores import (
-    PAPER_SCORER,
-    as_scorer,
-    no_scores,
-    scorer_name,
-)
-from superscopes_tl.vectors import (
-    MappingFamily,
-    family_name,
-    in_units_of,
-    scale,
-)
+from superscopes_tl.scores import PAPER_SCORER, as_scorer, no_scores, scorer_name
+from superscopes_tl.vectors import MappingFamily, family_name, in_units_of, scale
 
 _SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows what comes out"
 
@@ -48,12 +38,10 @@ def read_config(view: View, base: SweepConfig, norm_at: NormAt) -> SweepConfig:
     first, last = view.layers.value
     kinds = tuple(kind for kind, box in view.kinds.items() if box.value)
     if not kinds:
-        raise bad_value("kinds", expected="at least one kind", got=kinds, fix="tick one")
+        raise bad_value("kinds", "at least one kind", kinds, "tick one")
     chat = bool(view.chat.value)
     target_prompt = view.presets.get(view.target_preset.value) or TargetPrompt(
-        view.target_text.value,
-        view.placeholder.value.strip(),
-        base.asked.answer if chat else "",
+        view.target_text.value, view.placeholder.value.strip(), base.asked.answer if chat else ""
     )
     usual = base.target_prompt is None and target_prompt == default_target_prompt(None, chat=chat)
     into = view.fixed.value if view.target.value == "fixed" else view.target.value
@@ -97,10 +85,10 @@ def parse_alphas(text: str) -> tuple[float, ...]:
         numbers = tuple(float(part) for part in re.split(r"[\s,;]+", text) if part)
     except ValueError as error:
         raise bad_value(
-            "alphas", expected="numbers with commas between them", got=text, fix="write 1, 3, 6"
+            "alphas", "numbers with commas between them", text, "write 1, 3, 6"
         ) from error
     if not numbers:
-        raise bad_value("alphas", expected="at least one number", got=text, fix="write 1, 3, 6")
+        raise bad_value("alphas", "at least one number", text, "write 1, 3, 6")
     return numbers
 
 
@@ -128,10 +116,10 @@ def write_config(
         if round(units, 4) != own:
             raise bad_value(
                 "mapping",
-                expected=f"in_units_of({own}), the model's own norm at this target prompt and "
+                f"in_units_of({own}), the model's own norm at this target prompt and "
                 "layer, or another family",
-                got=family_name(config.mapping),
-                fix=_SHOWS_ALL,
+                family_name(config.mapping),
+                _SHOWS_ALL,
             )
 
     view.units.value = "norm" if units or config.unit == "residual" else "vector"
@@ -184,23 +172,20 @@ def show_tokens(view: View, tokens: TokenizedText) -> None:
 def _checked(config: SweepConfig, model: LanguageModel, prompt: str) -> SweepPlan:
     """Return the sweep that `config` means, without loading its scorer: that takes seconds."""
     if not isinstance(config, SweepConfig):
-        raise bad_type("config", expected="a SweepConfig", got=config, fix="SweepConfig(alphas=3)")
+        raise bad_type("config", "a SweepConfig", config, "SweepConfig(alphas=3)")
     if config.target_model is not None:  # layers and norms of the controls are those of `model`
         raise bad_value(
             "target_model",
-            expected=f"the model that is read, {model.name}, which the controls are for",
-            got=getattr(config.target_model, "name", config.target_model),
-            fix=f"leave it out; {_SHOWS_ALL}",
+            f"the model that is read, {model.name}, which the controls are for",
+            getattr(config.target_model, "name", config.target_model),
+            f"leave it out; {_SHOWS_ALL}",
         )
     as_scorer(config.scorer)
     plan = plan_sweep(model, prompt, replace(config, scorer=no_scores))
     target = plan.generator.target.prompt
     if target.placeholder != target.placeholder.strip():
         raise bad_value(
-            "target_prompt.placeholder",
-            expected="no blanks around it",
-            got=repr(target.placeholder),
-            fix=_SHOWS_ALL,
+            "target_prompt.placeholder", "no blanks around it", repr(target.placeholder), _SHOWS_ALL
         )
     return plan
 
@@ -211,15 +196,15 @@ def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if step < 1 or layers != tuple(range(layers[0], layers[-1] + 1, step)):
         raise bad_value(
-            "layers", expected="every layer of a range, or every k-th", got=list(layers),
-            fix=_SHOWS_ALL,
+            "layers", "every layer of a range, or every k-th", list(layers),
+            _SHOWS_ALL,
         )  # fmt: skip
     positions = tuple(dict.fromkeys(site.position for site in plan.sites))
     if len(positions) > 1:
-        raise bad_value("positions", expected="one token", got=positions, fix=_SHOWS_ALL)
+        raise bad_value("positions", "one token", positions, _SHOWS_ALL)
     into = plan.target_layer
     if into != "same" and len(into) > 1:
-        raise bad_value("target_layer", expected="one layer or 'same'", got=into, fix=_SHOWS_ALL)
+        raise bad_value("target_layer", "one layer or 'same'", into, _SHOWS_ALL)
     return layers, positions[0], into if into == "same" else into[0]
 
 
@@ -236,9 +221,9 @@ def _own_norm(norm_at: NormAt, target_prompt: TargetPrompt, into: Any, chat: boo
     if into == "same":
         raise bad_value(
             "mapping",
-            expected="one target layer, whose norm is meant",
-            got="the same layer as the source",
-            fix="unit='residual' takes each layer's own",
+            "one target layer, whose norm is meant",
+            "the same layer as the source",
+            "unit='residual' takes each layer's own",
         )
     return round(norm_at(target_prompt, into, chat), 4)
 

@@ -18,12 +18,7 @@ import anywidget
 import ipywidgets as widgets
 import traitlets
 
-from superscopes_tl.engine import (
-    CHAT_PROMPT,
-    DESCRIPTION_PROMPT,
-    IDENTITY_PROMPT,
-    PAPER_ALPHAS,
-)
+from superscopes_tl.engine import CHAT_PROMPT, DESCRIPTION_PROMPT, IDENTITY_PROMPT, PAPER_ALPHAS
 from superscopes_tl.evaluation import LONG_PROMPT, SHORT_PROMPT
 from superscopes_tl.model import PAPER_KINDS
 
@@ -148,12 +143,7 @@ class View:
     """
 
     def __init__(
-        self,
-        kinds: Sequence[str],
-        n_layers: int,
-        scorers: Mapping[str, Any],
-        *,
-        chat: bool = False,
+        self, kinds: Sequence[str], n_layers: int, scorers: Mapping[str, Any], *, chat: bool = False
     ) -> None:
         self.presets = CHAT_PRESETS if chat else TARGET_PRESETS
         self._make_source(kinds, n_layers)
@@ -247,11 +237,7 @@ class View:
 
     def _make_settings(self, n_layers: int, scorers: Mapping[str, Any]) -> None:
         self.target = widgets.Dropdown(
-            options=[
-                ("layer 0", 0),
-                ("same layer", "same"),
-                ("fixed layer", "fixed"),
-            ],
+            options=[("layer 0", 0), ("same layer", "same"), ("fixed layer", "fixed")],
             description="Patch into",
         )
         self.fixed = widgets.BoundedIntText(

@@ -39,12 +39,10 @@ def effect_heatmap(
         ValueError: another `x`, a column or token that is not there, or several rows per site.
     """
     if x not in ("kind", "position"):
-        raise bad_value("x", expected="'kind' or 'position'", got=x, fix="leave it out")
+        raise bad_value("x", "'kind' or 'position'", x, "leave it out")
     numeric = list(effects.select_dtypes("number").columns)
     if value not in numeric:
-        raise bad_value(
-            "value", expected=f"one of the numeric columns {numeric}", got=value, fix="leave it out"
-        )
+        raise bad_value("value", f"one of the numeric columns {numeric}", value, "leave it out")
     rows = _one_row_per_site(effects, position if x == "position" else _token(effects, position))
     panels = list(dict.fromkeys(rows["kind"])) if x == "position" else [None]
     figure = make_subplots(
@@ -83,9 +81,7 @@ def _token(effects: pd.DataFrame, position: int | None) -> int:
     """Return the position to draw; the rightmost one unless given."""
     there = sorted(effects["position"].unique().tolist())
     if not there or (position is not None and position not in there):
-        raise bad_value(
-            "position", expected=f"one of {there}", got=position, fix="choose one of this table"
-        )
+        raise bad_value("position", f"one of {there}", position, "choose one of this table")
     return there[-1] if position is None else position
 
 
@@ -94,9 +90,9 @@ def _one_row_per_site(effects: pd.DataFrame, position: int | None) -> pd.DataFra
     if rows.empty or rows.duplicated(["kind", "source_layer", "position"]).any():
         raise bad_value(
             "effects",
-            expected="one row per kind, layer and token",
-            got=f"{len(rows)} rows",
-            fix="draw one prompt, replacement and reading per site at a time",
+            "one row per kind, layer and token",
+            f"{len(rows)} rows",
+            "draw one prompt, replacement and reading per site at a time",
         )
     return rows
 

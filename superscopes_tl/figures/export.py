@@ -73,17 +73,13 @@ def save_as(
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise bad_value(
-            "path", expected=f"a file name that ends in one of {SUFFIXES}", got=str(path),
-            fix="superscopes.html, for example",
+            "path", f"a file name that ends in one of {SUFFIXES}", str(path),
+            "superscopes.html, for example",
         )  # fmt: skip
     if not target.parent.is_dir():
-        raise bad_value(
-            "path", expected="a folder that exists", got=str(target.parent), fix="make it first"
-        )
+        raise bad_value("path", "a folder that exists", str(target.parent), "make it first")
     if result.table.empty:
-        raise bad_value(
-            "result", expected="at least one cell", got="an empty table", fix="run a sweep first"
-        )
+        raise bad_value("result", "at least one cell", "an empty table", "run a sweep first")
     if target.suffix == ".zip":
         return result.save(target)
     if target.suffix == ".csv":
@@ -113,9 +109,9 @@ def _at(result: SweepResult, position: int, target_layer: int | None) -> SweepRe
     if table.empty:  # of a run that was cancelled, for example
         raise bad_value(
             "result",
-            expected="at least one finished cell of the token and target layer to draw",
-            got=f"none of token {position}",
-            fix="choose another token or target layer, or write .zip or .csv, which hold them all",
+            "at least one finished cell of the token and target layer to draw",
+            f"none of token {position}",
+            "choose another token or target layer, or write .zip or .csv, which hold them all",
         )
     return SweepResult(table, part.provenance)
 

@@ -17,12 +17,7 @@ import plotly.graph_objects as go
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import SweepResult
 from superscopes_tl.figures.paper_figures import METHOD_COLORS
-from superscopes_tl.figures.sweeps import (
-    COLOR_SCALE,
-    LABEL_LIMIT,
-    heatmap,
-    or_none,
-)
+from superscopes_tl.figures.sweeps import COLOR_SCALE, LABEL_LIMIT, heatmap, or_none
 from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, NextTokens
 
 Measure = Literal["precision", "surprisal"]
@@ -172,9 +167,7 @@ def _chosen(
 ) -> pd.DataFrame:
     """Return the rows of a summary that are of one kind and α; the logit lens has no α."""
     if value not in _TITLES:
-        raise bad_value(
-            "value", expected="'precision' or 'surprisal'", got=value, fix="leave it out"
-        )
+        raise bad_value("value", "'precision' or 'surprisal'", value, "leave it out")
     rows = _only(found.summary(), "kind", kind)
     lens = rows["method"] == LOGIT_LENS
     patched = _only(rows[~lens], "alpha", alpha)
@@ -190,9 +183,7 @@ def _only(rows: pd.DataFrame, column: str, wanted: Any) -> pd.DataFrame:
         return rows
     there = sorted(rows[column].unique().tolist())
     if wanted not in there:
-        raise bad_value(
-            column, expected=f"one of {there}", got=wanted, fix="choose one that was computed"
-        )
+        raise bad_value(column, f"one of {there}", wanted, "choose one that was computed")
     kept: pd.DataFrame = rows[rows[column] == wanted]
     return kept
 
@@ -200,9 +191,9 @@ def _only(rows: pd.DataFrame, column: str, wanted: Any) -> pd.DataFrame:
 def _several(column: str, there: pd.Series) -> ValueError:
     return bad_value(
         column,
-        expected=f"one of {sorted(there.dropna().unique().tolist())}",
-        got=None,
-        fix="choose one, or draw next_token_grid for target layers",
+        f"one of {sorted(there.dropna().unique().tolist())}",
+        None,
+        "choose one, or draw next_token_grid for target layers",
     )
 
 

@@ -53,7 +53,7 @@ def lens_heatmap(
         ValueError: several prompts, or a kind, position or lens that the table does not have.
     """
     if x not in ("position", "kind"):
-        raise bad_value("x", expected="'position' or 'kind'", got=x, fix="leave it out")
+        raise bad_value("x", "'position' or 'kind'", x, "leave it out")
     prompt = _one_prompt(table)
     if x == "position":
         chosen: Any = table["kind"].iloc[0] if kind is None else kind
@@ -84,8 +84,7 @@ def lens_heatmap(
     label = "token" if x == "position" else "kind"
     labels = rows.drop_duplicates(x).set_index(x, drop=False)[label]
     figure.update_xaxes(
-        tickvals=list(range(len(columns))),
-        ticktext=[html.escape(str(labels[c])) for c in columns],
+        tickvals=list(range(len(columns))), ticktext=[html.escape(str(labels[c])) for c in columns]
     )
     figure.update_xaxes(title_text=label, row=down)
     figure.update_yaxes(type="category", title_text="layer", col=1)
@@ -176,7 +175,5 @@ def lens_kl_figure(table: pd.DataFrame) -> go.Figure:
 def _one_prompt(table: pd.DataFrame) -> str:
     prompts = table["prompt"].unique().tolist()
     if len(prompts) != 1:
-        raise bad_value(
-            "table", expected="rows of one prompt", got=prompts, fix="draw one prompt at a time"
-        )
+        raise bad_value("table", "rows of one prompt", prompts, "draw one prompt at a time")
     return str(prompts[0])

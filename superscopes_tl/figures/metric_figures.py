@@ -34,9 +34,7 @@ def earlier_table(found: pd.DataFrame) -> go.Figure:
     """
     kinds = found["kind"].unique().tolist()
     if len(kinds) > 1:
-        raise bad_value(
-            "found", expected="readings of one kind", got=kinds, fix="draw a table for each kind"
-        )
+        raise bad_value("found", "readings of one kind", kinds, "draw a table for each kind")
     kind = kinds[0] if kinds else "resid_post"
     head = ["prompt", "token", "layer", "resid_post"]
     head += [f"amplified {kind}"] if kind == "resid_post" else [kind, f"amplified {kind}"]

@@ -32,9 +32,9 @@ def at_target(result: SweepResult, target_layer: int | None) -> SweepResult:
     if target_layer not in set(targets):
         raise bad_value(
             "target_layer",
-            expected=f"one of {sorted(set(targets.tolist()))}",
-            got=target_layer,
-            fix="choose a target layer of this sweep, or sweep over it",
+            f"one of {sorted(set(targets.tolist()))}",
+            target_layer,
+            "choose a target layer of this sweep, or sweep over it",
         )
     return SweepResult(result.table[targets == target_layer], result.provenance)
 
@@ -61,9 +61,7 @@ def decomposition(
     """
     readings = at_target(result, target_layer).by_layer(alpha=alpha, position=position)
     if layer not in readings.index:
-        raise bad_value(
-            "layer", expected=f"one of {list(readings.index)}", got=layer, fix="choose one of these"
-        )
+        raise bad_value("layer", f"one of {list(readings.index)}", layer, "choose one of these")
     figure = go.Figure()
     for column, kind in enumerate(PAPER_KINDS):
         text = "not computed"

@@ -21,12 +21,7 @@ from plotly.subplots import make_subplots
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Evaluation, methods
 from superscopes_tl.experiment import SweepResult
-from superscopes_tl.figures.paper import (
-    at_target,
-    best_table,
-    decomposition,
-    text_lines,
-)
+from superscopes_tl.figures.paper import at_target, best_table, decomposition, text_lines
 from superscopes_tl.figures.sweeps import alpha_curve
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.statistics import Comparison, compare
@@ -79,8 +74,8 @@ def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
         config = counted.provenance["config"]
         if config["scorer"] != PAPER_SCORER:
             raise bad_value(
-                "counted", expected=f"an evaluation scored by {PAPER_SCORER}",
-                got=config["scorer"], fix="figure_3(compare(methods(evaluation), scorer=...))",
+                "counted", f"an evaluation scored by {PAPER_SCORER}",
+                config["scorer"], "figure_3(compare(methods(evaluation), scorer=...))",
             )  # fmt: skip
         comparison = compare(methods(counted), score_on=config["score_on"])
         title = title or str(counted.provenance["model"]["name"])
@@ -219,16 +214,14 @@ def _one(readings: Readings, prompt: str | None) -> SweepResult:
         own = readings.provenance.get("prompt")
         if prompt not in (None, own):
             raise bad_value(
-                "prompt", expected=f"{own!r}, the prompt of this sweep", got=prompt,
-                fix="leave it out",
+                "prompt", f"{own!r}, the prompt of this sweep", prompt,
+                "leave it out",
             )  # fmt: skip
         return readings
     if prompt is None and len(readings.prompts) == 1:
         prompt = readings.prompts[0]
     if prompt is None:
-        raise bad_value(
-            "prompt", expected=f"one of {list(readings.prompts)}", got=None, fix="choose one"
-        )
+        raise bad_value("prompt", f"one of {list(readings.prompts)}", None, "choose one")
     return readings.of(prompt)
 
 

@@ -65,7 +65,7 @@ def relevancy_figure(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
     check_count("tokens", tokens, least=1, fix="16 is the default")
     table = table[table["step"] < tokens]
     if table.empty:
-        raise bad_value("table", expected="tokens", got="none", fix="pass cells that wrote a text")
+        raise bad_value("table", "tokens", "none", "pass cells that wrote a text")
     cells = [*SITE, "alpha"]
     lines = [group.set_index("step") for _, group in table.groupby(cells, sort=False)]
     steps = range(int(table["step"].max()) + 1)

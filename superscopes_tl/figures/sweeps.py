@@ -96,7 +96,7 @@ def heatmap(
         rows = _less(rows, value, minus)
         value = f"{value} − {minus}"
     if x not in ("alpha", "target_layer"):
-        raise bad_value("x", expected="'alpha' or 'target_layer'", got=x, fix="leave it out")
+        raise bad_value("x", "'alpha' or 'target_layer'", x, "leave it out")
     if x == "alpha":
         rows = _one_target_layer(rows, target_layer)
     else:
@@ -319,18 +319,15 @@ def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFr
     table = result.table
     if table.empty:
         raise bad_value(
-            "result",
-            expected="at least one cell",
-            got="an empty table",
-            fix="let the sweep finish a batch",
+            "result", "at least one cell", "an empty table", "let the sweep finish a batch"
         )
     numeric = list(table.select_dtypes("number").columns)
     if value not in numeric:
         raise bad_value(
             "value",
-            expected=f"one of the numeric columns {numeric}",
-            got=value,
-            fix="value='score' is the similarity",
+            f"one of the numeric columns {numeric}",
+            value,
+            "value='score' is the similarity",
         )
     chosen = max(table["position"]) if position is None else position
     return having(table, "position", [chosen])
@@ -342,9 +339,9 @@ def _less(rows: pd.DataFrame, value: str, minus: str) -> pd.DataFrame:
     if minus not in numeric:
         raise bad_value(
             "minus",
-            expected=f"one of the numeric columns {numeric}",
-            got=minus,
-            fix="sweep with controls=('random_direction',), for example",
+            f"one of the numeric columns {numeric}",
+            minus,
+            "sweep with controls=('random_direction',), for example",
         )
     return rows.assign(**{f"{value} − {minus}": rows[value] - rows[minus]})
 
@@ -358,7 +355,7 @@ def having(rows: pd.DataFrame, column: str, wanted: Sequence[Any]) -> pd.DataFra
     there = sorted(rows[column].unique().tolist())
     for item in wanted:
         if item not in there:
-            raise bad_value(column, expected=f"one of {there}", got=item, fix="choose one of these")
+            raise bad_value(column, f"one of {there}", item, "choose one of these")
     return rows[rows[column].isin(list(wanted))]
 
 
@@ -368,17 +365,17 @@ def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFr
     if rows["mapping"].nunique() > 1:
         raise bad_value(
             "result",
-            expected="readings of one mapping",
-            got=rows["mapping"].unique().tolist(),
-            fix="draw a figure for each of them",
+            "readings of one mapping",
+            rows["mapping"].unique().tolist(),
+            "draw a figure for each of them",
         )
     if rows.duplicated(["kind", "source_layer", "alpha"]).any():
         there = sorted(rows["target_layer"].unique().tolist())
         raise bad_value(
             "target_layer",
-            expected=f"one of {there}",
-            got=target_layer,
-            fix="choose one, or draw the grid with heatmap(result, x='target_layer')",
+            f"one of {there}",
+            target_layer,
+            "choose one, or draw the grid with heatmap(result, x='target_layer')",
         )
     return rows
 

@@ -23,10 +23,7 @@ COLUMNS = ("kind", "name", "description", "source")
 FEW_SHOT: tuple[tuple[str, str], ...] = (
     ("Syria", "Country in the Middle East"),
     ("Leonardo DiCaprio", "American actor"),
-    (
-        "Samsung",
-        "South Korean multinational major appliance and consumer electronics corporation",
-    ),
+    ("Samsung", "South Korean multinational major appliance and consumer electronics corporation"),
 )
 """The entries of the paper's target prompt; their descriptions are kept word for word."""
 

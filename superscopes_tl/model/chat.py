@@ -60,9 +60,9 @@ def check_answer(answer: str, *, chat: bool, argument: str) -> None:
     if answer and not chat:
         raise bad_value(
             f"{argument}.answer",
-            expected="no beginning of an answer without chat=True",
-            got=answer,
-            fix="pass chat=True, or write it at the end of the text",
+            "no beginning of an answer without chat=True",
+            answer,
+            "pass chat=True, or write it at the end of the text",
         )
 
 
@@ -81,18 +81,18 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
     if not getattr(model.tokenizer, "chat_template", None):
         raise bad_value(
             "chat",
-            expected="a model with a chat template",
-            got=f"{model.name}, whose tokenizer has none",
-            fix="leave chat out, or set model.tokenizer.chat_template to the template that the "
+            "a model with a chat template",
+            f"{model.name}, whose tokenizer has none",
+            "leave chat out, or set model.tokenizer.chat_template to the template that the "
             "model was trained with",
         )
     whole, marked = _render(model, text, answer), _render(model, _MARK, answer)
     if marked.count(_MARK) != 1:
         raise bad_value(
             "chat",
-            expected="a chat template that shows the user's message once, as it is",
-            got=f"one that shows it {marked.count(_MARK)} times: {marked}",
-            fix="set another model.tokenizer.chat_template, or leave chat out",
+            "a chat template that shows the user's message once, as it is",
+            f"one that shows it {marked.count(_MARK)} times: {marked}",
+            "set another model.tokenizer.chat_template, or leave chat out",
         )
     before, behind = marked.split(_MARK)
     start, end = len(before), len(whole) - len(behind)
@@ -101,16 +101,16 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
     if not framed or shown.strip() != text.strip() or shown not in text:
         raise bad_value(
             argument,
-            expected=f"a text that the chat template of {model.name} leaves as it is",
-            got=f"{text!r}, which it renders as {whole!r}",
-            fix="write it without what the template changes, or leave chat out",
+            f"a text that the chat template of {model.name} leaves as it is",
+            f"{text!r}, which it renders as {whole!r}",
+            "write it without what the template changes, or leave chat out",
         )
     if not whole.endswith(answer):
         raise bad_value(
             f"{argument}.answer",
-            expected=f"a beginning that the chat template of {model.name} leaves as it is",
-            got=f"{answer!r}, rendered as {whole!r}",
-            fix="write it without blanks around it",
+            f"a beginning that the chat template of {model.name} leaves as it is",
+            f"{answer!r}, rendered as {whole!r}",
+            "write it without blanks around it",
         )
     return Framed(whole, start, end, text.index(shown))
 
@@ -134,9 +134,9 @@ def _render(model: LanguageModel, text: str, answer: str) -> str:
     except Exception as error:  # a template is a program: it may raise anything
         raise bad_value(
             "chat",
-            expected=f"a chat template of {model.name} that takes one message of a user"
+            f"a chat template of {model.name} that takes one message of a user"
             + (" and an answer that is begun" if answer else ""),
-            got=f"{type(error).__name__}: {error}",
-            fix="set another model.tokenizer.chat_template, or leave chat out",
+            f"{type(error).__name__}: {error}",
+            "set another model.tokenizer.chat_template, or leave chat out",
         ) from error
     return rendered

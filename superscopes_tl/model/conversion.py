@@ -20,21 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from superscopes_tl.errors import (
-    ModelLoadError,
-    brief,
-    describe,
-    reason,
-)
+from superscopes_tl.errors import ModelLoadError, brief, describe, reason
 from superscopes_tl.model.decoder import decoder_for
 from superscopes_tl.model.repairs import repair_bridge
-from superscopes_tl.model.verification import (
-    TOKENS,
-    Probe,
-    Seen,
-    probe,
-    verify,
-)
+from superscopes_tl.model.verification import TOKENS, Probe, Seen, probe, verify
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,19 +67,19 @@ def check_hugging_face(model: Any) -> None:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a model whose adapter is merged into its weights",
-                got=type(model).__name__,
-                fix="pass model.merge_and_unload()",
+                "a model whose adapter is merged into its weights",
+                type(model).__name__,
+                "pass model.merge_and_unload()",
             )
         )
     if not isinstance(model, PreTrainedModel):
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a name, a directory, a HookedTransformer, a TransformerBridge or a "
+                "a name, a directory, a HookedTransformer, a TransformerBridge or a "
                 "Hugging Face model",
-                got=type(model).__name__,
-                fix="load_model() loads SmolLM2-135M, load_model(model, tokenizer) yours"
+                type(model).__name__,
+                "load_model() loads SmolLM2-135M, load_model(model, tokenizer) yours"
                 + _inside(model),
             )
         )
@@ -98,27 +87,27 @@ def check_hugging_face(model: Any) -> None:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a model of a decoder alone, which goes on from a prompt",
-                got=f"{type(model).__name__}, which has an encoder",
-                fix="load a causal language model such as 'openai-community/gpt2'",
+                "a model of a decoder alone, which goes on from a prompt",
+                f"{type(model).__name__}, which has an encoder",
+                "load a causal language model such as 'openai-community/gpt2'",
             )
         )
     if not model.can_generate():
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a causal language model, which predicts the next token",
-                got=f"{type(model).__name__}, which cannot generate",
-                fix="load it with AutoModelForCausalLM.from_pretrained, or pass its name",
+                "a causal language model, which predicts the next token",
+                f"{type(model).__name__}, which cannot generate",
+                "load it with AutoModelForCausalLM.from_pretrained, or pass its name",
             )
         )
     if any(p.is_meta for p in model.parameters()):
         raise ModelLoadError(
             describe(
                 "model",
-                expected="weights in memory",
-                got=f"{type(model).__name__} with weights on the meta device",
-                fix="load them with from_pretrained; where a device_map left some on disk, use "
+                "weights in memory",
+                f"{type(model).__name__} with weights on the meta device",
+                "load them with from_pretrained; where a device_map left some on disk, use "
                 "one that does not",
             )
         )
@@ -162,9 +151,9 @@ def to_transformer_lens(
             raise ModelLoadError(
                 describe(
                     "model",
-                    expected="a language model that runs on a few tokens",
-                    got=called,
-                    fix=f"run it with transformers first ({brief(reason(error))})",
+                    "a language model that runs on a few tokens",
+                    called,
+                    f"run it with transformers first ({brief(reason(error))})",
                 )
             ) from error
     if backend != "bridge":
@@ -176,9 +165,9 @@ def to_transformer_lens(
                 raise ModelLoadError(
                     describe(
                         "backend",
-                        expected="a model that HookedTransformer can hold",
-                        got=name,
-                        fix=f"use backend='bridge' ({brief(reason(error))})",
+                        "a model that HookedTransformer can hold",
+                        name,
+                        f"use backend='bridge' ({brief(reason(error))})",
                     )
                 ) from error
             _LOG.info("%s: TransformerBridge, because %s", name, reason(error))
@@ -188,10 +177,9 @@ def to_transformer_lens(
         raise ModelLoadError(
             describe(
                 "model",
-                expected=f"an architecture that TransformerLens {version('transformer-lens')} can "
-                "wrap",
-                got=called,
-                fix=f"load another model, or install a newer release ({brief(reason(error))})",
+                f"an architecture that TransformerLens {version('transformer-lens')} can wrap",
+                called,
+                f"load another model, or install a newer release ({brief(reason(error))})",
             )
         ) from error
     return lens, verified(lens, given, called) if given else None
@@ -214,10 +202,9 @@ def verified(lens: Any, given: Probe, called: str) -> Seen:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a model whose numbers stay the same in TransformerLens and behind a "
-                "cached prompt",
-                got=f"{called}: {brief(error, 130)}",
-                fix="load another model, or install another release of TransformerLens; "
+                "a model whose numbers stay the same in TransformerLens and behind a cached prompt",
+                f"{called}: {brief(error, 130)}",
+                "load another model, or install another release of TransformerLens; "
                 "check=False loads this one, wrong as it is",
             )
         ) from error

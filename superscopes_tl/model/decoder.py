@@ -250,9 +250,9 @@ class BridgeDecoder:
         if not self._unembeds:
             raise bad_value(
                 "model",
-                expected="one whose logits are a final norm and W_U of the last block's output",
-                got=type(lens.original_model).__name__,
-                fix="read this model by patching alone, or take another one for its logits",
+                "one whose logits are a final norm and W_U of the last block's output",
+                type(lens.original_model).__name__,
+                "read this model by patching alone, or take another one for its logits",
             )
         logits: Tensor = lens.unembed(lens.ln_final(residual.to(lens.unembed.W_U)))
         # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).

@@ -77,9 +77,9 @@ def locate(model: str, gguf_file: Any, hub_options: Mapping[str, Any]) -> GGUFFi
     if gguf_file is not None and (not isinstance(gguf_file, str) or not gguf_file.strip()):
         raise bad_value(
             "gguf_file",
-            expected="the name of a .gguf file in the folder or repository",
-            got=gguf_file,
-            fix="pass for example gguf_file='model-Q8_0.gguf'",
+            "the name of a .gguf file in the folder or repository",
+            gguf_file,
+            "pass for example gguf_file='model-Q8_0.gguf'",
         )
     path = Path(model)
     if model.strip() and path.is_dir():  # "" is no folder, though Path("") is the working one
@@ -88,9 +88,9 @@ def locate(model: str, gguf_file: Any, hub_options: Mapping[str, Any]) -> GGUFFi
         if gguf_file is not None:
             raise bad_value(
                 "gguf_file",
-                expected="no such argument beside the path of a file",
-                got=gguf_file,
-                fix="leave it out, or pass the folder as the model",
+                "no such argument beside the path of a file",
+                gguf_file,
+                "leave it out, or pass the folder as the model",
             )
         if not path.is_file():
             raise _missing(str(path), "check the path")
@@ -107,9 +107,9 @@ def _in_folder(folder: Path, gguf_file: str | None) -> GGUFFile | None:
             raise ModelLoadError(
                 describe(
                     "model",
-                    expected="a folder with one .gguf file",
-                    got=f"{folder} with {', '.join(found)}",
-                    fix=f"choose one, such as gguf_file={found[0]!r}",
+                    "a folder with one .gguf file",
+                    f"{folder} with {', '.join(found)}",
+                    f"choose one, such as gguf_file={found[0]!r}",
                 )
             )
         gguf_file = found[0]
@@ -130,18 +130,16 @@ def _on_the_hub(model: str, gguf_file: str, hub_options: Mapping[str, Any]) -> G
         raise ModelLoadError(
             describe(
                 "model",
-                expected=f"a hub name with {gguf_file}",
-                got=model,
-                fix=f"check both names and the connection ({_short(error)})",
+                f"a hub name with {gguf_file}",
+                model,
+                f"check both names and the connection ({_short(error)})",
             )
         ) from error
     return GGUFFile(model, gguf_file, Path(path), model)
 
 
 def _missing(path: str, hint: str) -> ModelLoadError:
-    return ModelLoadError(
-        describe("model", expected="a GGUF file that is there", got=path, fix=hint)
-    )
+    return ModelLoadError(describe("model", "a GGUF file that is there", path, hint))
 
 
 def _starts_as_gguf(path: Path) -> bool:
@@ -166,9 +164,9 @@ def read_header(path: Path) -> Header:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a whole GGUF file",
-                got=f"{path} ({_short(error)})",
-                fix="download it again, or convert it anew with llama.cpp",
+                "a whole GGUF file",
+                f"{path} ({_short(error)})",
+                "download it again, or convert it anew with llama.cpp",
             )
         ) from error
 
@@ -309,9 +307,9 @@ def unreadable(found: GGUFFile, error: Exception) -> ModelLoadError:
     return ModelLoadError(
         describe(
             "model",
-            expected="a GGUF file whose architecture and quantization transformers can read",
-            got=f"{found.file} ({header.architecture[:40]}, {header.quantization})",
-            fix=f"take another quantization, or the original weights ({_short(error)})",
+            "a GGUF file whose architecture and quantization transformers can read",
+            f"{found.file} ({header.architecture[:40]}, {header.quantization})",
+            f"take another quantization, or the original weights ({_short(error)})",
         )
     )
 

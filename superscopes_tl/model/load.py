@@ -19,12 +19,7 @@ from typing import Any
 
 import torch
 
-from superscopes_tl.errors import (
-    ModelLoadError,
-    bad_value,
-    brief,
-    describe,
-)
+from superscopes_tl.errors import ModelLoadError, bad_value, brief, describe
 from superscopes_tl.model import gguf as gguf_files
 from superscopes_tl.model.conversion import (
     Backend,
@@ -105,9 +100,9 @@ def load_model(
     if backend not in ("auto", "hooked", "bridge"):
         raise bad_value(
             "backend",
-            expected="'auto', 'hooked' or 'bridge'",
-            got=backend,
-            fix="leave it out, or choose 'bridge' for speed",
+            "'auto', 'hooked' or 'bridge'",
+            backend,
+            "leave it out, or choose 'bridge' for speed",
         )
     if isinstance(model, LanguageModel):
         given = {"tokenizer": tokenizer, "prepend_bos": prepend_bos, **from_pretrained}
@@ -118,10 +113,7 @@ def load_model(
         return _wrap(model, tokenizer, prepend_bos=prepend_bos, check=check)
     if device is not None and "device_map" in from_pretrained:
         raise bad_value(
-            "device",
-            expected="no device beside a device_map",
-            got=device,
-            fix="leave one of the two out",
+            "device", "no device beside a device_map", device, "leave one of the two out"
         )
     number_type, place = _dtype(dtype), device_of(device)
     origin = source = None
@@ -171,9 +163,9 @@ def _check_hugging_face(model: Any, tokenizer: Any) -> str:
         raise ModelLoadError(
             describe(
                 "tokenizer",
-                expected="the tokenizer of the Hugging Face model",
-                got="None",
-                fix="load_model(model, tokenizer)",
+                "the tokenizer of the Hugging Face model",
+                "None",
+                "load_model(model, tokenizer)",
             )
         )
     return str(model.config.name_or_path or type(model).__name__)
@@ -190,9 +182,7 @@ _SPELLINGS = {
 def _refuse_other_spellings(options: dict[str, Any]) -> None:
     for name, fix in _SPELLINGS.items():
         if name in options:
-            raise bad_value(
-                name, expected="an option that transformers 5 has", got=options[name], fix=fix
-            )
+            raise bad_value(name, "an option that transformers 5 has", options[name], fix)
 
 
 def _prefix(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
@@ -200,9 +190,9 @@ def _prefix(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
     if prepend_bos and tokenizer.bos_token_id is None:
         raise bad_value(
             "prepend_bos",
-            expected="False or None for a tokenizer without a BOS token",
-            got=prepend_bos,
-            fix="set tokenizer.bos_token, or leave prepend_bos out",
+            "False or None for a tokenizer without a BOS token",
+            prepend_bos,
+            "set tokenizer.bos_token, or leave prepend_bos out",
         )
     if prepend_bos is None:
         return _own_prefix(tokenizer)
@@ -222,12 +212,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         return torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise bad_value(
-            "dtype",
-            expected="float32, bfloat16 or float16",
-            got=dtype,
-            fix="leave it out for float32",
-        )
+        raise bad_value("dtype", "float32, bfloat16 or float16", dtype, "leave it out for float32")
     return found
 
 
@@ -243,9 +228,9 @@ def device_of(device: torch.device | str | None) -> torch.device:
         except (RuntimeError, TypeError, AssertionError) as error:
             raise bad_value(
                 "device",
-                expected="a device of this machine such as 'cuda', 'mps' or 'cpu'",
-                got=device,
-                fix=f"leave it out for the best there is ({error})",
+                "a device of this machine such as 'cuda', 'mps' or 'cpu'",
+                device,
+                f"leave it out for the best there is ({error})",
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():
@@ -262,9 +247,9 @@ def _refuse_load_options(
         if value is not None:
             raise bad_value(
                 name,
-                expected="no such argument with a model that is already loaded",
-                got=value,
-                fix=f"load the model with this {name} in the first place, "
+                "no such argument with a model that is already loaded",
+                value,
+                f"load the model with this {name} in the first place, "
                 "or pass its name instead of the object",
             )
 
@@ -319,19 +304,19 @@ def _from_pretrained(
         raise ModelLoadError(
             describe(
                 "model",
-                expected=f"{DEFAULT_MODEL!r}, a local Hugging Face directory or a hub name "
+                f"{DEFAULT_MODEL!r}, a local Hugging Face directory or a hub name "
                 "such as 'openai-community/gpt2'",
-                got=source,
-                fix=_advice(error),
+                source,
+                _advice(error),
             )
         ) from error
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ModelLoadError(
             describe(
                 "model",
-                expected="weights for every parameter (a missing one would be random)",
-                got=f"{source} without fitting {', '.join(wrong)}",
-                fix="download or save the model again, complete",
+                "weights for every parameter (a missing one would be random)",
+                f"{source} without fitting {', '.join(wrong)}",
+                "download or save the model again, complete",
             )
         )
     if found:
@@ -358,9 +343,9 @@ def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a Hugging Face directory with the whole model",
-                got=f"{path} with an adapter alone",
-                fix="load its base model, add the adapter with peft, and save_pretrained what "
+                "a Hugging Face directory with the whole model",
+                f"{path} with an adapter alone",
+                "load its base model, add the adapter with peft, and save_pretrained what "
                 "merge_and_unload() returns",
             )
         )
@@ -372,9 +357,9 @@ def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
             raise ModelLoadError(
                 describe(
                     "model",
-                    expected=f"a Hugging Face directory with {' or '.join(names)}",
-                    got=f"{path} with {', '.join(found) or 'no file'}",
-                    fix=f"save it there (save_pretrained writes {names[0]})"
+                    f"a Hugging Face directory with {' or '.join(names)}",
+                    f"{path} with {', '.join(found) or 'no file'}",
+                    f"save it there (save_pretrained writes {names[0]})"
                     + (", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""),
                 )
             )
@@ -385,9 +370,9 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
         raise ModelLoadError(
             describe(
                 "tokenizer",
-                expected="a fast tokenizer, which knows the characters of each token",
-                got=f"{type(tokenizer).__name__} of {name}",
-                fix="convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
+                "a fast tokenizer, which knows the characters of each token",
+                f"{type(tokenizer).__name__} of {name}",
+                "convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
             )
         )
 
@@ -401,9 +386,9 @@ def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None, check: bool) -
         raise ModelLoadError(
             describe(
                 "tokenizer",
-                expected=f"a tokenizer on {name} or beside it",
-                got="None",
-                fix="load_model(model, tokenizer)",
+                f"a tokenizer on {name} or beside it",
+                "None",
+                "load_model(model, tokenizer)",
             )
         )
     _check_tokenizer(own, name)

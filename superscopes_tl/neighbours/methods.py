@@ -54,10 +54,7 @@ NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},
         "SelfIE, five placeholders": {"target_prompt": SELFIE_PROMPT},
         "SelfIE, added": {"write": add},
-        "SelfIE, added at layers 0 and 1": {
-            "write": both(add, at_layers(0, 1)),
-            "target_layer": 0,
-        },
+        "SelfIE, added at layers 0 and 1": {"write": both(add, at_layers(0, 1)), "target_layer": 0},
         "SelfIE, interpolated": {"write": interpolate, "alphas": (0.25, 0.5, 0.75, 0.9)},
         "the kind summed over layers": {"vectors": accumulated()},
     }
@@ -110,19 +107,14 @@ def side_by_side(
     """
     model = load_model(model)
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise bad_type("layer", expected="one layer", got=layer, fix="sweep() reads several")
+        raise bad_type("layer", "one layer", layer, "sweep() reads several")
     if not methods:
-        raise bad_value(
-            "methods",
-            expected="at least one method",
-            got=methods,
-            fix="leave it out for NEIGHBOURS",
-        )
+        raise bad_value("methods", "at least one method", methods, "leave it out for NEIGHBOURS")
     for name, own in {"settings": settings, **methods}.items():
         if misplaced := sorted(_FIXED & own.keys()):
             raise bad_value(
-                name, expected="settings that leave site and control alone", got=misplaced,
-                fix="say where to read with layer=, kind= and position=",
+                name, "settings that leave site and control alone", misplaced,
+                "say where to read with layer=, kind= and position=",
             )  # fmt: skip
     site = {"layers": layer, "kinds": kind, "positions": position, "controls": CONTROL}
     if settings.get("target_model") is not None:  # once, not once per method

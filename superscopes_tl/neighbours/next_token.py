@@ -108,15 +108,13 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
     """
     distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
     if not distinct:
-        raise bad_value(
-            "texts", expected="at least one text", got=texts, fix="PAPER_PROMPTS, for example"
-        )
+        raise bad_value("texts", "at least one text", texts, "PAPER_PROMPTS, for example")
     if misplaced := [name for name in _OF_TEXTS if name in settings]:
         raise bad_value(
             "settings",
-            expected=f"none of {_OF_TEXTS}, which concern whole texts",
-            got=misplaced,
-            fix="leave them out, or use sweep",
+            f"none of {_OF_TEXTS}, which concern whole texts",
+            misplaced,
+            "leave them out, or use sweep",
         )
     plans = _plans(model, distinct, settings)
     own, lens = zip(*map(_read, plans), strict=True)
@@ -169,16 +167,16 @@ def _check_plan(plan: SweepPlan) -> None:
     if asked is not plan.model and asked.tokenizer.get_vocab() != plan.model.tokenizer.get_vocab():
         raise bad_value(
             "target_model",
-            expected=f"a model with the tokens of {plan.model.name}",
-            got=asked.name,
-            fix="a next token of one cannot be compared with one of the other: use sweep",
+            f"a model with the tokens of {plan.model.name}",
+            asked.name,
+            "a next token of one cannot be compared with one of the other: use sweep",
         )
     if "unpatched_log_probability" in plan.config.controls:
         raise bad_value(
             "controls",
-            expected="controls that predict a next token",
-            got="unpatched_log_probability",
-            fix="the surprisal of 'unpatched' is its counterpart",
+            "controls that predict a next token",
+            "unpatched_log_probability",
+            "the surprisal of 'unpatched' is its counterpart",
         )
 
 

@@ -21,14 +21,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import Row, Run, capture, site_vectors
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model import (
-    Positions,
-    Site,
-    check_text,
-    covering,
-    resolve_positions,
-    tokenize,
-)
+from superscopes_tl.model import Positions, Site, check_text, covering, resolve_positions, tokenize
 from superscopes_tl.vectors import MappingFamily, PlaceVectors, family_name, scale
 
 Corruption = Callable[[Run], Sequence[Row]]
@@ -58,9 +51,9 @@ def resampled(text: str) -> PlaceVectors:
         if short := [site for site, _ in places if site.position + shift < 0]:
             raise bad_value(
                 "text",
-                expected=f"a token for position {short[0].position} of {len(run.source)}",
-                got=f"{len(tokens)} tokens",
-                fix="positions are counted from the end: take a longer text",
+                f"a token for position {short[0].position} of {len(run.source)}",
+                f"{len(tokens)} tokens",
+                "positions are counted from the end: take a longer text",
             )
         moved = [Site(site.kind, site.layer, site.position + shift) for site, _ in places]
         return site_vectors(run.model, tokens, moved)
@@ -118,9 +111,9 @@ def other_tokens(text: str) -> Corruption:
         if len(tokens) != len(run.source):
             raise bad_value(
                 "text",
-                expected=f"{len(run.source)} tokens, as {run.source.text!r} has",
-                got=f"{len(tokens)}: {tokens.numbered()}",
-                fix="take a text of the same length, or noise(subject)",
+                f"{len(run.source)} tokens, as {run.source.text!r} has",
+                f"{len(tokens)}: {tokens.numbered()}",
+                "take a text of the same length, or noise(subject)",
             )
         return [Row(tokens.ids)]
 

@@ -86,9 +86,7 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
         ValueError: a cell that is none of the plan's.
     """
     if not isinstance(plan, SweepPlan):
-        raise bad_type(
-            "plan", expected="a plan", got=plan, fix="pass plan_sweep(model, prompt, ...)"
-        )
+        raise bad_type("plan", "a plan", plan, "pass plan_sweep(model, prompt, ...)")
     every = frozenset(plan.all_cells)
     named: Any = () if rows is None else rows.itertuples(index=False)
     wanted = every if rows is None else frozenset(map(cell_of, named))
@@ -97,13 +95,13 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
         there = () if rows is None else rows.get(column, ())
         if others := set(there) - {value}:
             raise bad_value(
-                "rows", expected=f"rows with {column} {value!r}, as the plan has it", got=others,
-                fix="pass rows of the table of its sweep",
+                "rows", f"rows with {column} {value!r}, as the plan has it", others,
+                "pass rows of the table of its sweep",
             )  # fmt: skip
     if not wanted <= every:
         raise bad_value(
-            "rows", expected="cells of the plan", got=next(iter(wanted - every)),
-            fix="pass rows of the table of its sweep",
+            "rows", "cells of the plan", next(iter(wanted - every)),
+            "pass rows of the table of its sweep",
         )  # fmt: skip
     part = replace(plan, finished=every - wanted)
     patches = make_patches(part)

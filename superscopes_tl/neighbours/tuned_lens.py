@@ -32,12 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from superscopes_tl.errors import (
-    RunFileError,
-    bad_value,
-    check_count,
-    describe,
-)
+from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
 from superscopes_tl.files import unfit, write_tensors
 from superscopes_tl.model import LanguageModel, Site
 from superscopes_tl.neighbours.lenses import Place, divergence, token_states
@@ -78,10 +73,7 @@ class TunedLens:
         return cls(model.name, model.fingerprint, matrices, torch.zeros(shape), {"steps": 0})
 
     def __call__(
-        self,
-        model: LanguageModel,
-        vectors: Float[Tensor, "sites d_model"],
-        sites: Sequence[Site],
+        self, model: LanguageModel, vectors: Float[Tensor, "sites d_model"], sites: Sequence[Site]
     ) -> Float[Tensor, "sites d_model"]:
         """Return the vectors translated, each as its site asks for (see the module).
 
@@ -155,9 +147,9 @@ class TunedLens:
         if self.fingerprint != model.fingerprint:
             raise bad_value(
                 argument,
-                expected=f"a lens of {model.name} (weights {model.fingerprint})",
-                got=f"one of {self.model} (weights {self.fingerprint})",
-                fix="train one for this model with train_tuned_lens",
+                f"a lens of {model.name} (weights {model.fingerprint})",
+                f"one of {self.model} (weights {self.fingerprint})",
+                "train one for this model with train_tuned_lens",
             )
 
 
@@ -176,9 +168,9 @@ def _no_lens(path: object, got: str) -> RunFileError:
     return RunFileError(
         describe(
             "path",
-            expected="a safetensors file that TunedLens.save wrote",
-            got=f"{path} with {got}",
-            fix="train one with train_tuned_lens and save it",
+            "a safetensors file that TunedLens.save wrote",
+            f"{path} with {got}",
+            "train one with train_tuned_lens and save it",
         )
     )
 

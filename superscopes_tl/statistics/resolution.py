@@ -133,8 +133,8 @@ def _cells(
     at_token = _at(table, position)
     if "written" in at_token and not at_token["written"].all():
         raise bad_value(
-            "table", expected="readings that were all written out", got="some without a text",
-            fix="read with generate='all'; SweepResult.contextualization_layer judges by recovered",
+            "table", "readings that were all written out", "some without a text",
+            "read with generate='all'; SweepResult.contextualization_layer judges by recovered",
         )  # fmt: skip
     paper = (at_token["draw"] == 0) & (at_token["mapping"] == PAPER_MAPPING)
     rows = at_token[paper & (at_token["kind"] == kind)]
@@ -149,17 +149,17 @@ def _cells(
         wanted = "an α other than 1" if amplified else "α = 1"
         raise bad_value(
             "contextualization_layer",
-            expected=f"a sweep with kind {kind!r} and {wanted}",
-            got=f"kinds {kinds}, alphas {swept}, target layers {targets}, mappings {mappings} of "
+            f"a sweep with kind {kind!r} and {wanted}",
+            f"kinds {kinds}, alphas {swept}, target layers {targets}, mappings {mappings} of "
             f"{min(lacking)!r}",
-            fix="sweep over these too",
+            "sweep over these too",
         )
     if rows.duplicated([*_PLACE, "alpha"]).any():
         raise bad_value(
             "target_layer",
-            expected=f"one of {sorted(rows['target_layer'].unique().tolist())}",
-            got=target_layer,
-            fix="say which one to read, and pass the readings of one model alone",
+            f"one of {sorted(rows['target_layer'].unique().tolist())}",
+            target_layer,
+            "say which one to read, and pass the readings of one model alone",
         )
     return rows
 
@@ -167,13 +167,10 @@ def _cells(
 def _at(table: pd.DataFrame, position: int | None) -> pd.DataFrame:
     """Return the cells of one token of each prompt."""
     if not isinstance(table, pd.DataFrame):
-        raise bad_type("table", expected="a table of readings", got=table, fix="pass result.table")
+        raise bad_type("table", "a table of readings", table, "pass result.table")
     if table.empty:
         raise bad_value(
-            "table",
-            expected="at least one cell",
-            got="an empty table",
-            fix="let the sweep finish a batch",
+            "table", "at least one cell", "an empty table", "let the sweep finish a batch"
         )
     last = table.groupby("prompt")["position"].transform("max")
     rows = table[table["position"] == (last if position is None else position)]
@@ -182,9 +179,9 @@ def _at(table: pd.DataFrame, position: int | None) -> pd.DataFrame:
         there = table.loc[table["prompt"] == min(lacking), "position"]
         raise bad_value(
             "position",
-            expected=f"one of {sorted(there.unique().tolist())}",
-            got=position,
-            fix="choose a token of this sweep, or sweep over it",
+            f"one of {sorted(there.unique().tolist())}",
+            position,
+            "choose a token of this sweep, or sweep over it",
         )
     return rows
 

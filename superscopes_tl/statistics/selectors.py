@@ -121,9 +121,9 @@ def fixed_alpha(alpha: float) -> Selector:
         if not (table["alpha"] == alpha).any():
             raise bad_value(
                 "alpha",
-                expected=f"one of {sorted(table['alpha'].unique().tolist())}",
-                got=alpha,
-                fix="choose an α of this sweep, or sweep over it",
+                f"one of {sorted(table['alpha'].unique().tolist())}",
+                alpha,
+                "choose an α of this sweep, or sweep over it",
             )
         return (table["alpha"] == alpha).astype(float).where(table["alpha"] == alpha)
 
@@ -164,9 +164,7 @@ def rate(
     rows = table.reset_index(drop=True)
     greedy = rows[rows["draw"] == 0]
     if greedy.empty:
-        raise bad_value(
-            "table", expected="greedy rows (draw 0)", got="none", fix="pass a finished sweep"
-        )
+        raise bad_value("table", "greedy rows (draw 0)", "none", "pass a finished sweep")
     correct = right(greedy).astype(float)
     site = correct.groupby([greedy[column] for column in SITE])
     shares = {
@@ -225,16 +223,16 @@ def amplifiers(
         if rows.empty or not share.index.equals(first.index):
             raise bad_value(
                 f"ways[{name!r}]",
-                expected=f"greedy rows of the prompts {first.index.tolist()}",
-                got=share.index.tolist(),
-                fix="evaluate every way on the same prompts",
+                f"greedy rows of the prompts {first.index.tolist()}",
+                share.index.tolist(),
+                "evaluate every way on the same prompts",
             )
         draws = np.random.default_rng(seed).integers(len(share), size=(resamples, len(share)))
         parts = (share, chosen, share - first)
         found[name] = [len(rows) / len(share)]
         found[name] += [value for part in parts for value in _mean_and_interval(part, draws)]
     if not found:
-        raise bad_value("ways", expected="at least one way", got={}, fix="give its table by name")
+        raise bad_value("ways", "at least one way", {}, "give its table by name")
     columns = ["readings"]
     for what, before in (("share", ""), ("chosen", "chosen_"), ("difference", "difference_")):
         columns += [what, f"{before}low", f"{before}high"]
@@ -247,9 +245,9 @@ def _chosen(rows: pd.DataFrame, selector: Selector) -> pd.Index[int]:
     if not isinstance(ranks, pd.Series) or not ranks.index.equals(rows.index):
         raise bad_value(
             "selector",
-            expected=f"a Series of {len(rows)} ranks with the table's index",
-            got=ranks,
-            fix="return one rank per row, NaN where there is none",
+            f"a Series of {len(rows)} ranks with the table's index",
+            ranks,
+            "return one rank per row, NaN where there is none",
         )
     order = rows.assign(_rank=ranks, _size=rows["alpha"].abs())[rows["draw"] == 0].sort_values(
         ["_rank", "_size"], ascending=[False, True], na_position="last", kind="stable"
@@ -275,5 +273,5 @@ def _says_something(table: pd.DataFrame) -> pd.Series[bool]:
 
 def _column(table: pd.DataFrame, name: str, fix: str) -> pd.Series[float]:
     if name not in table.columns:
-        raise bad_value("table", expected=f"a column {name!r}", got=list(table.columns), fix=fix)
+        raise bad_value("table", f"a column {name!r}", list(table.columns), fix)
     return table[name]

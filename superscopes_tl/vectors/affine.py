@@ -82,9 +82,9 @@ class AffineMap:
         if v.shape[-1] != self.weight.shape[1]:
             raise bad_value(
                 "v",
-                expected=f"{self.weight.shape[1]} numbers, the width of {self.source_model}",
-                got=f"{v.shape[-1]} numbers",
-                fix="map vectors of the model that the map was fitted on",
+                f"{self.weight.shape[1]} numbers, the width of {self.source_model}",
+                f"{v.shape[-1]} numbers",
+                "map vectors of the model that the map was fitted on",
             )
         out: Tensor = v.float() @ self.weight.to(v.device).T + self.bias.to(v.device)
         return out
@@ -115,10 +115,10 @@ class AffineMap:
             if model.fingerprint != fingerprint:
                 raise bad_value(
                     argument,
-                    expected=f"{name} with fingerprint {fingerprint}, on which the map of layer "
+                    f"{name} with fingerprint {fingerprint}, on which the map of layer "
                     f"{self.source_layer} to {self.target_layer} was fitted",
-                    got=f"{model.name} with fingerprint {model.fingerprint}",
-                    fix="fit_affine on these models",
+                    f"{model.name} with fingerprint {model.fingerprint}",
+                    "fit_affine on these models",
                 )
 
 
@@ -136,9 +136,7 @@ def mapped(maps: Iterable[AffineMap]) -> PlaceVectors:
     for one in maps:
         place = (one.kind, one.source_layer, one.target_layer)
         if place in found:
-            raise bad_value(
-                "maps", expected="one map for the same layers", got=place, fix="leave one out"
-            )
+            raise bad_value("maps", "one map for the same layers", place, "leave one out")
         found[place] = one
 
     def through_maps(
@@ -148,9 +146,9 @@ def mapped(maps: Iterable[AffineMap]) -> PlaceVectors:
         if missing := [place for place in wanted if place not in found]:
             raise bad_value(
                 "maps",
-                expected="a map for every (kind, source layer, target layer) of the sweep",
-                got=f"none for {missing[0]}, only for {sorted(found)}",
-                fix="name these layers in fit_affine(model, texts, pairs)",
+                "a map for every (kind, source layer, target layer) of the sweep",
+                f"none for {missing[0]}, only for {sorted(found)}",
+                "name these layers in fit_affine(model, texts, pairs)",
             )
         read = site_vectors(plan.model, plan.source, [site for site, _ in places])
         vectors = torch.empty(len(places), plan.generator.model.d_model)
@@ -177,9 +175,7 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
     """
     chosen, target = tuple(maps), Path(path)
     if not chosen:
-        raise bad_value(
-            "maps", expected="at least one map", got=chosen, fix="fit_affine makes them"
-        )
+        raise bad_value("maps", "at least one map", chosen, "fit_affine makes them")
     tensors = {
         f"{i}.{name}": getattr(one, name).contiguous()
         for i, one in enumerate(chosen)
@@ -243,8 +239,8 @@ def _unreadable(path: object, got: str) -> RunFileError:
     return RunFileError(
         describe(
             "path",
-            expected=f"affine maps, a file of format {FORMAT} version {FORMAT_VERSION}",
-            got=f"{path} with {got}",
-            fix="pass a file that save_maps wrote, complete",
+            f"affine maps, a file of format {FORMAT} version {FORMAT_VERSION}",
+            f"{path} with {got}",
+            "pass a file that save_maps wrote, complete",
         )
     )

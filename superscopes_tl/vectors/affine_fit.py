@@ -72,7 +72,7 @@ def fit_affine(
     layers = _check_pairs(pairs, model, target)
     distinct = _check_texts(texts)
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
-        raise bad_value("ridge", expected="0 or more", got=ridge, fix="leave it out")
+        raise bad_value("ridge", "0 or more", ridge, "leave it out")
     held_out = distinct[4::5] or distinct[-1:]
     kept_back = set(held_out)
     fitted_on = [text for text in distinct if text not in kept_back]
@@ -83,10 +83,10 @@ def fit_affine(
     if not 0 < n < both:
         raise bad_value(
             "texts",
-            expected="texts to fit on and held-out ones that begin unlike these, with tokens that "
+            "texts to fit on and held-out ones that begin unlike these, with tokens that "
             "end at the same characters in both models",
-            got=f"{n} vectors to fit on, {both - n} held out",
-            fix="give more and different texts, PAPER_PROMPTS for example",
+            f"{n} vectors to fit on, {both - n} held out",
+            "give more and different texts, PAPER_PROMPTS for example",
         )
     digest = f"{zlib.crc32(repr((fitted_on, held_out)).encode()):08x}"
     fingerprints = (model.name, model.fingerprint, target.name, target.fingerprint)
@@ -242,9 +242,9 @@ def _check_pairs(
     if not given or not all(isinstance(p, Sequence) and len(p) == 2 for p in given):
         raise bad_value(
             "pairs",
-            expected="pairs of a source and a target layer",
-            got=given,
-            fix="pass for example [(5, 0), (2, 0)]",
+            "pairs of a source and a target layer",
+            given,
+            "pass for example [(5, 0), (2, 0)]",
         )
     checked = {
         (
@@ -260,9 +260,6 @@ def _check_texts(texts: Sequence[str]) -> list[str]:
     distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
     if len(distinct) < 2:
         raise bad_value(
-            "texts",
-            expected="at least two different texts",
-            got=texts,
-            fix="PAPER_PROMPTS, for example",
+            "texts", "at least two different texts", texts, "PAPER_PROMPTS, for example"
         )
     return distinct

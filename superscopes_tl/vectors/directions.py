@@ -46,8 +46,8 @@ def mlp_keys(
     gate = _weight(model, layer, "W_gate")
     if part not in (None, "in", "gate") or (part == "gate" and gate is None):
         raise bad_value(
-            "part", expected="'in'" if gate is None else "'in' or 'gate'", got=part,
-            fix=f"{model.name} has {'no gate' if gate is None else 'a gate'}: leave it out",
+            "part", "'in'" if gate is None else "'in' or 'gate'", part,
+            f"{model.name} has {'no gate' if gate is None else 'a gate'}: leave it out",
         )  # fmt: skip
     keys = gate if gate is not None and part != "in" else _needed(model, layer, "W_in")
     return keys.T.contiguous()
@@ -79,8 +79,8 @@ def _needed(model: LanguageModel, layer: int, name: str) -> Tensor:
     weight = _weight(model, layer, name)
     if weight is None or weight.dim() != 2:
         raise bad_value(
-            "layer", expected=f"a block with one feed-forward layer, whose {name} is a matrix",
-            got=f"block {layer} of {model.name}", fix="take the vectors from the weights yourself",
+            "layer", f"a block with one feed-forward layer, whose {name} is a matrix",
+            f"block {layer} of {model.name}", "take the vectors from the weights yourself",
         )  # fmt: skip
     return weight
 
@@ -112,7 +112,7 @@ def difference_of_means(
     means = []
     for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
         if isinstance(texts, str) or not len(texts):
-            raise bad_value(argument, expected="texts", got=texts, fix="pass a list of texts")
+            raise bad_value(argument, "texts", texts, "pass a list of texts")
         several = [tokenize(model, text, argument=argument, chat=chat) for text in texts]
         rows = [
             site_vectors(model, text, [Site(checked, number, text.own.stop - 1)])

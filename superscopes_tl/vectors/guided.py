@@ -44,9 +44,7 @@ def mean_activation(
         ValueError: fewer than two texts.
     """
     if isinstance(texts, str) or len(texts) < 2:
-        raise bad_value(
-            "texts", expected="at least two texts", got=texts, fix="PAPER_PROMPTS, for example"
-        )
+        raise bad_value("texts", "at least two texts", texts, "PAPER_PROMPTS, for example")
     several = [tokenize(model, text, chat=chat) for text in texts]
     seen = [(capture(model, text, kinds=model.kinds), text.own.stop - 1) for text in several]
 

@@ -49,7 +49,7 @@ def head(*numbers: int) -> PlaceVectors:
             sum of its heads because a norm follows (Gemma 2).
     """
     if not numbers:
-        raise bad_value("head", expected="at least one head", got=numbers, fix="pass head(0)")
+        raise bad_value("head", "at least one head", numbers, "pass head(0)")
     for number in numbers:
         check_count("head", number, least=0, fix="heads are counted from 0")
 
@@ -60,17 +60,17 @@ def head(*numbers: int) -> PlaceVectors:
         if kinds := {site.kind for site in sites} - {"attn_out"}:
             raise bad_value(
                 "kinds",
-                expected="'attn_out', the kind that heads add up to",
-                got=sorted(kinds),
-                fix="sweep with kinds='attn_out'",
+                "'attn_out', the kind that heads add up to",
+                sorted(kinds),
+                "sweep with kinds='attn_out'",
             )
         n_heads = plan.model.lens.cfg.n_heads
         if max(numbers) >= n_heads:
             raise bad_value(
                 "head",
-                expected=f"0 to {n_heads - 1}, the heads of a layer of {plan.model.name}",
-                got=max(numbers),
-                fix="choose one of these",
+                f"0 to {n_heads - 1}, the heads of a layer of {plan.model.name}",
+                max(numbers),
+                "choose one of these",
             )
         return _head_outputs(plan, sites, sorted(set(numbers)))
 
@@ -105,9 +105,9 @@ def _head_outputs(
         if (total - attn_out).norm() > HEADS_TOLERANCE * attn_out.norm():
             raise bad_value(
                 "head",
-                expected="a model whose attn_out is the sum of its heads and the output bias",
-                got=f"{model.name}, where something else, such as a norm, follows",
-                fix="read the kind 'attn_out' as a whole",
+                "a model whose attn_out is the sum of its heads and the output bias",
+                f"{model.name}, where something else, such as a norm, follows",
+                "read the kind 'attn_out' as a whole",
             )
         found.update(zip(there, outputs.cpu(), strict=True))
     return torch.stack([found[site] for site in sites])
@@ -171,12 +171,10 @@ def sum_of(sites: Iterable[Site]) -> PlaceVectors:
     """
     terms = tuple(sites)
     if not terms:
-        raise bad_value("sites", expected="at least one site", got=terms, fix="pass Site(...)")
+        raise bad_value("sites", "at least one site", terms, "pass Site(...)")
     for term in terms:
         if not isinstance(term, Site):
-            raise bad_type(
-                "sites", expected="sites", got=term, fix="pass Site(kind, layer, position)"
-            )
+            raise bad_type("sites", "sites", term, "pass Site(kind, layer, position)")
 
     def of_sites(
         plan: SourceRun, places: Sequence[tuple[Site, int]]

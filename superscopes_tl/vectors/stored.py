@@ -69,9 +69,7 @@ def load_vectors(
     """
     file = Path(path)
     if not file.is_file():
-        raise bad_value(
-            "path", expected="a file with vectors", got=str(file), fix="check the spelling"
-        )
+        raise bad_value("path", "a file with vectors", str(file), "check the spelling")
     with _opened(file) as arrays:
         chosen = _chosen(arrays, name, file)
         array = arrays[chosen]
@@ -86,9 +84,9 @@ def load_vectors(
     finite = torch.isfinite(vectors).all(dim=-1)
     if not finite.all():
         raise bad_value(
-            "path", expected="finite numbers",
-            got=f"{int((~finite).sum())} rows of {chosen!r} with NaN, or beyond float32",
-            fix="take the other rows with rows=[...]",
+            "path", "finite numbers",
+            f"{int((~finite).sum())} rows of {chosen!r} with NaN, or beyond float32",
+            "take the other rows with rows=[...]",
         )  # fmt: skip
     return vectors
 
@@ -99,8 +97,8 @@ def _opened(file: Path) -> Iterator[Mapping[str, _Array]]:
     readers = {".safetensors": _safetensors, ".npy": _npy, ".npz": _npz}
     if file.suffix.lower() not in readers:
         raise bad_value(
-            "path", expected=f"a file that ends in {', '.join(readers)}", got=str(file),
-            fix="save it with safetensors.torch.save_file or numpy.save",
+            "path", f"a file that ends in {', '.join(readers)}", str(file),
+            "save it with safetensors.torch.save_file or numpy.save",
         )  # fmt: skip
     with contextlib.ExitStack() as stack:
         try:
@@ -169,13 +167,13 @@ def _chosen(arrays: Mapping[str, _Array], name: str | None, file: Path) -> str:
         return fit[0]
     if name is None:
         raise bad_value(
-            "name", expected="one array of the shape [n d_model] or [d_model] to choose",
-            got=f"{shown} in {file.name}", fix="name the array: load_vectors(path, name)",
+            "name", "one array of the shape [n d_model] or [d_model] to choose",
+            f"{shown} in {file.name}", "name the array: load_vectors(path, name)",
         )  # fmt: skip
     if name not in fit:
         raise bad_value(
-            "name", expected="an array of the shape [n d_model] or [d_model]",
-            got=f"{name!r}; {file.name} holds {shown}", fix="choose one of these",
+            "name", "an array of the shape [n d_model] or [d_model]",
+            f"{name!r}; {file.name} holds {shown}", "choose one of these",
         )  # fmt: skip
     return name
 
@@ -187,20 +185,20 @@ def _checked_rows(rows: Rows, n: int) -> list[int] | None:
     given = list(rows)
     fix = f"choose from 0 to {n - 1}"
     if not given:
-        raise bad_value("rows", expected="at least one row", got=given, fix=fix)
+        raise bad_value("rows", "at least one row", given, fix)
     for row in given:
         if isinstance(row, bool) or not hasattr(row, "__index__"):
-            raise bad_type("rows", expected="whole numbers", got=row, fix=fix)
+            raise bad_type("rows", "whole numbers", row, fix)
         if not -n <= row < n:
-            raise bad_value("rows", expected=f"rows of an array with {n} rows", got=row, fix=fix)
+            raise bad_value("rows", f"rows of an array with {n} rows", row, fix)
     return [row.__index__() % n for row in given]
 
 
 def _check_size(what: str, size: int) -> None:
     if size > MAX_BYTES:
         raise bad_value(
-            "path", expected=f"at most {MAX_BYTES / 2**30:g} GiB of numbers at once",
-            got=f"{what}, {size / 2**30:.1f} GiB", fix="take some rows with rows=[...]",
+            "path", f"at most {MAX_BYTES / 2**30:g} GiB of numbers at once",
+            f"{what}, {size / 2**30:.1f} GiB", "take some rows with rows=[...]",
         )  # fmt: skip
 
 
@@ -217,8 +215,8 @@ def _read(array: _Array, rows: Rows, file: Path) -> Tensor:
     )
     if not real:
         raise bad_value(
-            "path", expected="real numbers", got=f"{taken.dtype} in {file.name}",
-            fix="save them as float32",
+            "path", "real numbers", f"{taken.dtype} in {file.name}",
+            "save them as float32",
         )  # fmt: skip
     if isinstance(taken, np.ndarray):
         with np.errstate(over="ignore"):  # what overflows is infinite, which is checked
@@ -230,7 +228,7 @@ def _read(array: _Array, rows: Rows, file: Path) -> Tensor:
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
     return bad_value(
-        "path", expected=f"a whole {file.suffix} file of numbers, not of objects",
-        got=f"{file} ({type(error).__name__}: {error})",
-        fix="save it again with safetensors.torch.save_file or numpy.save",
+        "path", f"a whole {file.suffix} file of numbers, not of objects",
+        f"{file} ({type(error).__name__}: {error})",
+        "save it again with safetensors.torch.save_file or numpy.save",
     )  # fmt: skip

@@ -50,8 +50,8 @@ def interpolate(patch: Patch, alpha: float) -> Patch:
     """
     if patch.guidance != 1:
         raise bad_value(
-            "write", expected="add or at_layers where α acts on the logits", got="interpolate",
-            fix="leave out guide='logits'",
+            "write", "add or at_layers where α acts on the logits", "interpolate",
+            "leave out guide='logits'",
         )  # fmt: skip
     return replace(patch, keep=1.0 - alpha)
 
@@ -70,14 +70,10 @@ def at_layers(*layers: int) -> Write:
         TypeError: something that is not a whole number.
     """
     if not layers:
-        raise bad_value(
-            "layers", expected="at least one layer", got=layers, fix="for example at_layers(0, 3)"
-        )
+        raise bad_value("layers", "at least one layer", layers, "for example at_layers(0, 3)")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise bad_type(
-                "layers", expected="whole numbers", got=layer, fix="for example at_layers(0, 3)"
-            )
+            raise bad_type("layers", "whole numbers", layer, "for example at_layers(0, 3)")
 
     return _at_layers(layers)
 

@@ -16,13 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from superscopes_tl import (
-    PAPER_ALPHAS,
-    PAPER_PROMPTS,
-    LanguageModel,
-    Patch,
-    capture,
-)
+from superscopes_tl import PAPER_ALPHAS, PAPER_PROMPTS, LanguageModel, Patch, capture
 from superscopes_tl.model import tokenize
 from superscopes_tl.vectors import scale
 

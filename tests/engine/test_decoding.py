@@ -12,13 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import (
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    TargetPrompt,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
 from superscopes_tl.engine import crop_description, description_is_over
 from superscopes_tl.engine.decoding import Batch, decode, guide
 from superscopes_tl.experiment.cells import tokens_told
@@ -202,10 +196,7 @@ def test_texts_that_end_with_their_description_change_no_result(mini: LanguageMo
         assert text.endswith(":"), "and not a token later"
 
 
-@given(
-    text=st.text(alphabet=":,\n ab", max_size=30),
-    more=st.text(alphabet=":,\n ab", max_size=30),
-)
+@given(text=st.text(alphabet=":,\n ab", max_size=30), more=st.text(alphabet=":,\n ab", max_size=30))
 def test_a_description_that_is_over_stays_as_it_is(text: str, more: str) -> None:
     """However the text goes on, its description is the same, and it stays over."""
     if description_is_over(text):

@@ -67,8 +67,7 @@ def test_a_sweep_that_cannot_fit_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("parameters", "rows"),
-    [(6e6, 1024), (1.24e8, 277), (2.5e8, 137), (1e9, 64)],
+    ("parameters", "rows"), [(6e6, 1024), (1.24e8, 277), (2.5e8, 137), (1e9, 64)]
 )
 def test_small_models_get_larger_batches(
     parameters: float, rows: int, monkeypatch: pytest.MonkeyPatch

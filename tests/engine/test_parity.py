@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from superscopes_tl import (
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    TargetPrompt,
-    capture,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, capture, sweep
 from superscopes_tl.engine import Generation
 from tests.conftest import BACKENDS
 from tests.support import plain_hf

@@ -10,20 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from superscopes_tl import (
-    LanguageModel,
-    SweepConfig,
-    load_model,
-    readability,
-    sweep,
-)
+from superscopes_tl import LanguageModel, SweepConfig, load_model, readability, sweep
 from superscopes_tl.cli.main import app
-from superscopes_tl.evaluation import (
-    Readability,
-    best_config,
-    keep,
-    kept_readability,
-)
+from superscopes_tl.evaluation import Readability, best_config, keep, kept_readability
 from superscopes_tl.figures import readability_figure
 from superscopes_tl.model.packaged import find
 from superscopes_tl.scores import no_scores

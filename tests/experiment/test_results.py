@@ -230,9 +230,7 @@ def test_by_layer_leaves_holes_where_a_layer_was_not_read() -> None:
 def test_by_layer_of_an_interrupted_sweep() -> None:
     """A kind that the last token was not read for yet is no reason to show nothing."""
     result = result_of(
-        reading(5, position=4),
-        reading(5, position=4, kind="mlp_out"),
-        reading(5, position=6),
+        reading(5, position=4), reading(5, position=4, kind="mlp_out"), reading(5, position=6)
     )
     assert list(result.by_layer()["resid_post", "description"]) == ["resid_post 5 x 1"]
     assert "resid_post 5 x 1" in result._repr_html_()

@@ -141,11 +141,7 @@ def test_a_mapping_of_the_papers_name_is_not_the_papers(model: LanguageModel) ->
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"max_new_tokens": 2},
-        {"target_prompt": "x is"},
-        {"mapping": random_direction(0)},
-    ],
+    [{"max_new_tokens": 2}, {"target_prompt": "x is"}, {"mapping": random_direction(0)}],
     ids=lambda changed: next(iter(changed)),
 )
 def test_cells_of_other_texts_are_not_reused(model: LanguageModel, changed: Any) -> None:

@@ -425,9 +425,7 @@ def test_the_code_keeps_how_the_model_was_loaded(mini: LanguageModel) -> None:
 def test_the_static_map_has_fixed_colours_and_explains_its_marks() -> None:
     """Shares run from 0 to 1 and scores over at least 0 to 0.6; each mark is in the legend."""
     result = result_of(
-        replace(reading(2, 1, 0.2), recovered=0.1),
-        reading(2, 3, NAN),
-        unwritten(5, 1, 0.3),
+        replace(reading(2, 1, 0.2), recovered=0.1), reading(2, 3, NAN), unwritten(5, 1, 0.3)
     )
     scores, shares = heatmap(result), heatmap(result, value="recovered")
     limits = [(f.layout.coloraxis.cmin, f.layout.coloraxis.cmax) for f in (scores, shares)]

@@ -159,8 +159,7 @@ def test_a_port_that_is_none_is_refused(recorded: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ip", "here"),
-    [("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")],
+    ("ip", "here"), [("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")]
 )
 def test_the_addresses_can_be_opened(recorded: Any, ip: str, here: str) -> None:
     """Where it listens everywhere, this machine's own address and its name are said."""

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 
-from superscopes_tl import (
-    Explorer,
-    SweepResult,
-    alpha_curve,
-    heatmap,
-    write_html,
-)
+from superscopes_tl import Explorer, SweepResult, alpha_curve, heatmap, write_html
 from superscopes_tl.figures import best_table, decomposition, save_as
 from tests.experiment.test_results import reading
 from tests.support.browser import browser_path, chromium

@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from superscopes_tl import (
-    LanguageModel,
-    SweepResult,
-    compare,
-    evaluate,
-    sweep,
-)
+from superscopes_tl import LanguageModel, SweepResult, compare, evaluate, sweep
 from superscopes_tl.evaluation import Evaluation, methods
 from superscopes_tl.figures import (
     alpha_ladder,

@@ -15,12 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superscopes_tl import (
-    SweepResult,
-    alpha_curve,
-    heatmap,
-    write_html,
-)
+from superscopes_tl import SweepResult, alpha_curve, heatmap, write_html
 from superscopes_tl.experiment import Reading
 
 NAN = math.nan
@@ -108,10 +103,7 @@ def test_the_map_has_a_panel_per_kind_in_the_order_of_the_sweep() -> None:
     """Panels are titled by kind, share one colour scale and have axes that say what they show."""
     figure = heatmap(MAP)
     assert [(panel.xaxis, panel.yaxis) for panel in heatmaps(figure)] == [("x", "y"), ("x2", "y2")]
-    assert [a.text for a in figure.layout.annotations] == [
-        "resid_post (block output)",
-        "mlp_out",
-    ]
+    assert [a.text for a in figure.layout.annotations] == ["resid_post (block output)", "mlp_out"]
     assert {panel.coloraxis for panel in heatmaps(figure)} == {"coloraxis"}
     assert figure.layout.coloraxis.colorbar.title.text == "score"
     assert figure.layout.coloraxis.colorscale[0][1] == "#00224e"  # cividis
@@ -374,10 +366,7 @@ def test_a_grid_of_another_value_still_shows_the_best_amplifier() -> None:
 
 def test_the_same_target_layer_leaves_most_of_the_grid_uncomputed() -> None:
     """Patching each layer into itself fills the diagonal."""
-    result = result_of(
-        reading(5, 1, 0.5, target_layer=5),
-        reading(2, 1, 0.2, target_layer=2),
-    )
+    result = result_of(reading(5, 1, 0.5, target_layer=5), reading(2, 1, 0.2, target_layer=2))
     figure = heatmap(result, x="target_layer")
     assert rows_of(heatmaps(figure)[0].z) == [[0.2, None], [None, 0.5]]
     assert marks(figure, "not computed") == [("x", "5", "2"), ("x", "2", "5")]

@@ -15,13 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from superscopes_tl import (
-    PAPER_PROMPTS,
-    Patch,
-    PatchedGenerator,
-    capture,
-    load_model,
-)
+from superscopes_tl import PAPER_PROMPTS, Patch, PatchedGenerator, capture, load_model
 from superscopes_tl.engine import crop_description
 from superscopes_tl.mini import MODEL_DIR, train
 from superscopes_tl.mini.corpus import Corpus, EncodedFact, train_tokenizer

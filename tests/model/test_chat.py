@@ -34,12 +34,7 @@ from superscopes_tl.experiment import make_control, make_patches
 from superscopes_tl.experiment.run import run_plan
 from superscopes_tl.explorer.cell import code_for, select
 from superscopes_tl.model import resolve_positions, tokenize
-from superscopes_tl.neighbours import (
-    beside,
-    causal_effects,
-    lens_table,
-    sites_of,
-)
+from superscopes_tl.neighbours import beside, causal_effects, lens_table, sites_of
 from superscopes_tl.vectors import mean_activation, sum_of
 from tests.conftest import BACKENDS
 from tests.model.test_tokens_and_prompts import by_hand

@@ -12,14 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from superscopes_tl import (
-    LanguageModel,
-    TargetPrompt,
-    capture,
-    load_model,
-    plan_sweep,
-    sweep,
-)
+from superscopes_tl import LanguageModel, TargetPrompt, capture, load_model, plan_sweep, sweep
 from superscopes_tl.engine import NEAR_TIE, crop_description
 from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.mini.facts import load_facts

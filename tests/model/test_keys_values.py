@@ -10,12 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import (
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    TargetPrompt,
-)
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt
 from superscopes_tl.model.prefix_cache import RowBuffer, SharedPrefix
 from tests.conftest import BACKENDS
 from tests.support.tiny_models import ARCHITECTURES

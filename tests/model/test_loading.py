@@ -18,13 +18,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from superscopes_tl import (
-    KINDS,
-    LanguageModel,
-    capture,
-    load_model,
-    plan_sweep,
-)
+from superscopes_tl import KINDS, LanguageModel, capture, load_model, plan_sweep
 from superscopes_tl.errors import ModelLoadError
 from superscopes_tl.mini import MODEL_DIR
 from tests.conftest import BACKENDS

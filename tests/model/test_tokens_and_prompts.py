@@ -493,8 +493,7 @@ def test_locate_counts_the_bos_only_where_there_is_one(trim_offsets: bool) -> No
 
 
 @pytest.mark.parametrize(
-    ("pieces", "text"),
-    [(("x:",), "Red x: Hot"), ((",x",), "Red,x"), (("x,", "x, y"), "x, y")],
+    ("pieces", "text"), [(("x:",), "Red x: Hot"), ((",x",), "Red,x"), (("x,", "x, y"), "x, y")]
 )
 def test_a_placeholder_that_is_merged_into_another_token_is_refused(
     pieces: tuple[str, ...], text: str

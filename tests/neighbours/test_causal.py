@@ -12,13 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from superscopes_tl import (
-    LanguageModel,
-    Site,
-    capture,
-    load_model,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Site, capture, load_model, sweep
 from superscopes_tl.engine import Run
 from superscopes_tl.figures import effect_heatmap
 from superscopes_tl.model import tokenize

@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from superscopes_tl import (
-    LanguageModel,
-    Site,
-    capture,
-    load_model,
-    plan_sweep,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Site, capture, load_model, plan_sweep, sweep
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment.run import run_plan
 from superscopes_tl.explorer.cell import probe

@@ -13,12 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from superscopes_tl import LanguageModel, load_model
 from superscopes_tl.engine import IDENTITY_PROMPT
-from superscopes_tl.neighbours import (
-    LOGIT_LENS,
-    PATCHED,
-    NextTokens,
-    next_tokens,
-)
+from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, NextTokens, next_tokens
 from superscopes_tl.statistics import bootstrap_interval
 from superscopes_tl.vectors import head
 from tests.conftest import BACKENDS

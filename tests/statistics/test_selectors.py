@@ -181,12 +181,7 @@ def test_rate_compares_selectors_by_hand() -> None:
     found = rate(table, {"similarity": by_similarity, "α = 1": fixed_alpha(1)}, is_right)
     assert list(found.index) == ["similarity", "α = 1", ORACLE, BLIND]
     assert found["share"].tolist() == pytest.approx(
-        [
-            (1 / 2 + 1 + 0) / 3,
-            (0 + 1 + 1 / 4) / 3,
-            (1 + 1 + 1 / 4) / 3,
-            (1 / 2 + 1 / 2 + 1 / 8) / 3,
-        ]
+        [(1 / 2 + 1 + 0) / 3, (0 + 1 + 1 / 4) / 3, (1 + 1 + 1 / 4) / 3, (1 / 2 + 1 / 2 + 1 / 8) / 3]
     )
     assert found["difference"].tolist() == pytest.approx(found["share"] - 0.5)
     assert found.loc["similarity", ["difference_low", "difference_high"]].tolist() == [0, 0]

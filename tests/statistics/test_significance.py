@@ -23,12 +23,7 @@ from superscopes_tl.statistics.chance import (
 
 # Rows are source prompts, columns references; the diagonal is each prompt's own score.
 BEST = np.array(
-    [
-        [0.9, 0.4, 0.5, 0.1],
-        [0.2, 0.4, 0.5, 0.3],
-        [0.4, 0.4, 0.1, 0.2],
-        [0.0, 0.1, 0.9, 0.3],
-    ]
+    [[0.9, 0.4, 0.5, 0.1], [0.2, 0.4, 0.5, 0.3], [0.4, 0.4, 0.1, 0.2], [0.0, 0.1, 0.9, 0.3]]
 )
 MANY = 48
 

@@ -13,12 +13,7 @@ from typing import Any
 import torch
 import transformer_lens  # noqa: F401 - slow to import: once, before the processes begin
 
-from superscopes_tl import (
-    LanguageModel,
-    TargetPrompt,
-    evaluate,
-    load_model,
-)
+from superscopes_tl import LanguageModel, TargetPrompt, evaluate, load_model
 from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.evaluation.store import EvaluationFile
 from tests.support.tiny_models import random_hf, tiny_tokenizer

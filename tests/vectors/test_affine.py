@@ -19,20 +19,9 @@ from superscopes_tl import LanguageModel, capture, plan_sweep
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import TokenizedText, tokenize
-from superscopes_tl.vectors import (
-    AffineMap,
-    fit_affine,
-    load_maps,
-    mapped,
-    save_maps,
-)
+from superscopes_tl.vectors import AffineMap, fit_affine, load_maps, mapped, save_maps
 from superscopes_tl.vectors import affine as files
-from superscopes_tl.vectors.affine_fit import (
-    SMALL_RIDGE,
-    least_squares,
-    matched,
-    r_squared,
-)
+from superscopes_tl.vectors.affine_fit import SMALL_RIDGE, least_squares, matched, r_squared
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.tiny_models import tiny_hf

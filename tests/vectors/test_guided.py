@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from superscopes_tl import (
-    LanguageModel,
-    PatchedGenerator,
-    SweepConfig,
-    capture,
-    plan_sweep,
-    sweep,
-)
+from superscopes_tl import LanguageModel, PatchedGenerator, SweepConfig, capture, plan_sweep, sweep
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.explorer.cell import code_for, select
 from superscopes_tl.vectors import PlaceVectors, mean_activation, placeholder_state, resid_mid

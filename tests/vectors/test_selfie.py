@@ -11,14 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from superscopes_tl import (
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    TargetPrompt,
-    plan_sweep,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
 from superscopes_tl.experiment import plan_vectors
 from superscopes_tl.figures import relevancy_figure
 from superscopes_tl.neighbours import relevancy, token_effects

@@ -11,22 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superscopes_tl import (
-    LanguageModel,
-    Site,
-    SweepResult,
-    capture,
-    plan_sweep,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Site, SweepResult, capture, plan_sweep, sweep
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import tokenize
-from superscopes_tl.vectors import (
-    accumulated,
-    head,
-    sum_of,
-    window,
-)
+from superscopes_tl.vectors import accumulated, head, sum_of, window
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import blocks_of
 from tests.support.tiny_models import tiny_hf
