@@ -16,6 +16,9 @@ TL4 := 4.3.0
 IPYKERNEL6 := 6.31.0
 # pip resolves everything within constraints.txt, so that every machine gets the same versions.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# A worker that has finished takes over tests of the other; the ten slowest are printed.
+PYTEST := -m pytest --dist worksteal --durations 10 --durations-min 1
+WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -24,14 +27,14 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
 
-test: check $(VENV_TL4)/ready browser models
-	$(OFFLINE) $(VENV)/bin/python -m pytest
-	$(OFFLINE) $(VENV_TL4)/bin/python -m pytest tests/test_parity.py tests/test_engine.py \
-		tests/test_loading.py tests/test_patches.py tests/test_sources.py tests/test_causal.py \
-		tests/test_gguf_files.py tests/test_packaged.py tests/test_verification.py \
-		tests/test_recovered.py tests/test_real_models.py \
-		tests/test_lenses.py tests/test_vectors.py tests/test_keys_values.py tests/test_decoding.py \
-		tests/test_explorer_browser.py
+# One worker per core, each with one torch thread; the browser tests alone, for they watch a clock.
+test: $(VENV)/ready $(VENV_TL4)/ready browser models
+	@started=$$(date +%s); set -x; \
+	$(MAKE) --no-print-directory check && \
+	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -n $(WORKERS) -m "not browser" && \
+	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -m browser && \
+	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -n $(WORKERS) -m transformer_lens && \
+	{ set +x; } 2>/dev/null && echo "Every check and test passed in $$(( $$(date +%s) - started )) s."
 
 # Downloads, checks and converts what is not in the user's cache folder yet; else quick.
 smollm2: $(VENV)/ready

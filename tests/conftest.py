@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker of pytest-xdist per core, a thread each
 
 import pytest
 from hypothesis import settings
@@ -40,6 +41,14 @@ def tiny_model(architecture: str, backend: str) -> LanguageModel:
     if backend == "hooked" and architecture == "gemma2":
         return load_model(hooked_gemma2(hf), tiny_tokenizer())
     return load_model(hf, tiny_tokenizer(), backend=backend)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs per backend; begin with what takes longest, so that no worker ends alone."""
+    for item in items:
+        if "backend" in getattr(getattr(item, "callspec", None), "params", {}):
+            item.add_marker(pytest.mark.transformer_lens)
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
 
 
 @pytest.fixture(scope="session")

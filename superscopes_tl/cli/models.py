@@ -139,8 +139,7 @@ def _list() -> None:
 
 
 def _show(name: str) -> None:
-    from superscopes_tl.mini import MODEL_DIR
-    from superscopes_tl.mini.report import headline, load_figures
+    from superscopes_tl.mini import measured
     from superscopes_tl.model import BUNDLED_MODEL, load_model
 
     loaded = load_model(name)
@@ -163,6 +162,6 @@ def _show(name: str) -> None:
             OUTPUT.print(f"{fact:<22}{value}", markup=False)
     if loaded.name == BUNDLED_MODEL:
         OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
-        for fact, value in headline(load_figures(MODEL_DIR)).items():
+        for fact, value in measured().items():
             OUTPUT.print(f"{fact:<22}{value}", markup=False)
     OUTPUT.print(_OTHERS)

@@ -97,7 +97,7 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
     "extra",
     [{"base": resid_mid}, {"base": placeholder_state}, {"unit": "residual"}, {"guide": "logits"},
      {"draw": 3}],
-    ids=str,
+    ids=lambda extra: next(iter(extra)),
 )  # fmt: skip
 def test_the_code_of_a_cell_reads_it_again(
     extra: dict[str, Any], mini: LanguageModel, capsys: pytest.CaptureFixture[str]
