@@ -99,9 +99,7 @@ def _plans(model: LanguageModel, names: Sequence[str], config: SweepConfig) -> l
         replace(
             plan,
             finished=frozenset(
-                (site, into, alpha)
-                for site, into, alpha in plan.all_cells
-                if site.kind == "resid_post" and alpha != 1
+                cell for cell in plan.all_cells if cell.kind == "resid_post" and cell.alpha != 1
             ),
         )
         for plan in plans

@@ -36,7 +36,6 @@ from superscopes_tl.experiment import (
     finished_cells,
 )
 from superscopes_tl.files import checked_provenance, checked_rows, read_json, unfit, unwritable
-from superscopes_tl.model import Site
 from superscopes_tl.vectors import PAPER_MAPPING
 
 FORMAT = "superscopes_tl.evaluation.store"
@@ -213,7 +212,7 @@ class EvaluationFile:
             [prompt, mapping, draw],
         )
         written = {
-            (Site(kind, layer, at), into, alpha): bool(there)
+            Cell(at, kind, layer, into, alpha): bool(there)
             for kind, layer, at, into, alpha, there in rows
         }
         return finished_cells(written, generate)

@@ -1,12 +1,6 @@
 """One source prompt: settings, plan, cells, controls, the run, and its result."""
 
-from superscopes_tl.experiment.cells import (
-    cell_of,
-    finished_cells,
-    make_patches,
-    mean,
-    score_readings,
-)
+from superscopes_tl.experiment.cells import finished_cells, make_patches, mean, score_readings
 from superscopes_tl.experiment.config import (
     CONTROLS,
     Generate,
@@ -44,7 +38,6 @@ __all__ = [
     "SweepInterrupted",
     "SweepPlan",
     "SweepResult",
-    "cell_of",
     "check_config",
     "check_names",
     "collect",

@@ -14,7 +14,6 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,17 +79,17 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
             found = _map(plan, alpha, base[rows], moved[rows])
             mapped |= {(*place, alpha): v for place, v in zip(places[rows], found, strict=True)}
     return [
-        _patch(plan, cell, mapped[(*cell[:2], 1.0) if on_logits else cell]) for cell in plan.cells
+        _patch(plan, cell, mapped[*cell.place, 1.0 if on_logits else cell.alpha])
+        for cell in plan.cells
     ]
 
 
 def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Patch:
-    _, target_layer, alpha = cell
-    guidance = alpha if plan.config.guide == "logits" else 1.0
-    patch = Patch(vector, target_layer, guidance=guidance, seed=_seed(plan, cell))
+    guidance = cell.alpha if plan.config.guide == "logits" else 1.0
+    patch = Patch(vector, cell.target_layer, guidance=guidance, seed=_seed(plan, cell))
     if plan.config.write is None:
         return patch
-    written = plan.config.write(patch, alpha)
+    written = plan.config.write(patch, cell.alpha)
     if not isinstance(written, Patch):
         raise bad_type("write", "a Patch", written, "return dataclasses.replace(patch, ...)")
     return written
@@ -100,7 +99,9 @@ def _seed(plan: SweepPlan, cell: Cell) -> int | None:
     """Return what a drawn text starts from: the same in every run and every batch."""
     if plan.config.draw == 0:
         return None
-    return zlib.crc32(repr((plan.config.draw, plan.source.text, cell)).encode())
+    return zlib.crc32(
+        repr((plan.config.draw, plan.source.text, (*cell.place, cell.alpha))).encode()
+    )
 
 
 def _captured(
@@ -212,20 +213,20 @@ def unwritten(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) 
     """Return the rows of some cells without what the model writes there."""
     norms = plan.generator.placeholder_norms
     rows = []
-    for (site, target_layer, alpha), patch in zip(cells, patches, strict=True):
+    for cell, patch in zip(cells, patches, strict=True):
         norm = patch.norm
         rows.append(
             Reading(
                 prompt=plan.source.text,
-                position=site.position,
-                token=plan.source.labels[site.position],
-                kind=site.kind,
-                source_layer=site.layer,
-                target_layer=target_layer,
+                position=cell.position,
+                token=plan.source.labels[cell.position],
+                kind=cell.kind,
+                source_layer=cell.source_layer,
+                target_layer=cell.target_layer,
                 mapping=plan.mapping_name,
-                alpha=alpha,
+                alpha=cell.alpha,
                 vector_norm=norm,
-                norm_ratio=norm / float(norms[target_layer]),
+                norm_ratio=norm / float(norms[cell.target_layer]),
                 text="",
                 description="",
                 score=math.nan,
@@ -234,17 +235,10 @@ def unwritten(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) 
                 margin=math.nan,
                 draw=plan.config.draw,
                 written=False,
-                about=plan.about(site.position),
+                about=plan.about(cell.position),
             )
         )
     return rows
-
-
-def cell_of(reading: Reading) -> Cell:
-    """Return the cell that a reading fills."""
-    kind: Any = reading.kind
-    site = Site(kind, reading.source_layer, reading.position)
-    return site, reading.target_layer, reading.alpha
 
 
 def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozenset[Cell]:
@@ -258,8 +252,8 @@ def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozense
         return frozenset(written)
     if generate == "all":
         return frozenset(cell for cell, there in written.items() if there)
-    sites = {cell[:2] for cell, there in written.items() if there}
-    return frozenset(cell for cell in written if cell[:2] in sites)
+    places = {cell.place for cell, there in written.items() if there}
+    return frozenset(cell for cell in written if cell.place in places)
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -272,4 +266,4 @@ def score_readings(
 ) -> list[float]:
     """Score what was written in some cells, whole or cropped, against what each is about."""
     judged = descriptions if plan.config.score_on == "description" else texts
-    return score_texts(plan.scorer, [plan.about(site.position) for site, _, _ in cells], judged)
+    return score_texts(plan.scorer, [plan.about(cell.position) for cell in cells], judged)

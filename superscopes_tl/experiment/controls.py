@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from superscopes_tl.engine import MANY_KINDS, PAPER_PROMPTS, Patch, crop_description, tokens_told
-from superscopes_tl.experiment.cells import Part, cell_of, make_patches, mean, score_readings
+from superscopes_tl.experiment.cells import Part, make_patches, mean, score_readings
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
 from superscopes_tl.scores import words_of
@@ -45,7 +45,7 @@ def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch])
 def _alpha_zero(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
     """Patch f(v) at α = 0: a zero vector, or the base alone."""
     at_zero = replace(plan, alphas=(0.0,), finished=frozenset())
-    return _found(at_zero, [(site, target_layer, 0.0) for site, target_layer, _ in cells], patches)
+    return _found(at_zero, [replace(cell, alpha=0.0) for cell in cells], patches)
 
 
 def _random_direction(
@@ -91,13 +91,13 @@ def other_patches(
     """
     made: list[Patch] = []
     for position, group in groupby(
-        zip(cells, patches, strict=True), key=lambda pair: pair[0][0].position
+        zip(cells, patches, strict=True), key=lambda pair: pair[0].position
     ):
         mine, given = zip(*group, strict=True)
         other = _other_names(plan, position)[number]
         there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
         last = there.sites[0].position
-        wanted = [(replace(site, position=last), layer, alpha) for site, layer, alpha in mine]
+        wanted = [replace(cell, position=last) for cell in mine]
         made += _found(there, wanted, given)
     return made
 
@@ -184,7 +184,7 @@ def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Rea
 
 def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
     """Return the readings, their controls included, as the plan's scorer judges them."""
-    cells = [cell_of(reading) for reading in readings]
+    cells = [Cell.of(reading) for reading in readings]
 
     def scores(texts: Sequence[str]) -> list[float]:
         return score_readings(plan, cells, texts, [crop_description(text) for text in texts])
@@ -242,9 +242,9 @@ def _at_random(
     return [
         replace(
             patch,
-            vector=change(patch.vector, torch.Generator().manual_seed(_seed(plan, site, layer))),
+            vector=change(patch.vector, torch.Generator().manual_seed(_seed(plan, *cell.place))),
         )
-        for (site, layer, _), patch in zip(cells, patches, strict=True)
+        for cell, patch in zip(cells, patches, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 
@@ -47,8 +47,51 @@ from superscopes_tl.scores import (
 )
 from superscopes_tl.vectors import family_name
 
-Cell: TypeAlias = tuple[Site, int, float]
-"""What one reading takes: a site, a target layer and an α."""
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """The address of one reading: a token, a kind, a source layer, a target layer and an α.
+
+    Attributes:
+        position: the token whose activation is read, counted from 0.
+        kind: the kind of activation.
+        source_layer: where it is read.
+        target_layer: where it is patched.
+        alpha: the amplifier.
+    """
+
+    position: int
+    kind: str
+    source_layer: int
+    target_layer: int
+    alpha: float
+
+    @classmethod
+    def at(cls, site: Site, target_layer: int, alpha: float) -> Cell:
+        """Return the cell that patches the vector of a site, amplified, into a layer."""
+        return cls(site.position, site.kind, site.layer, target_layer, alpha)
+
+    @classmethod
+    def of(cls, reading: Any) -> Cell:
+        """Return the cell of a `Reading`, or of a row of `SweepResult.table`."""
+        return cls(
+            int(reading.position),
+            str(reading.kind),
+            int(reading.source_layer),
+            int(reading.target_layer),
+            float(reading.alpha),
+        )
+
+    @property
+    def site(self) -> Site:
+        """Where the vector is read."""
+        kind: Any = self.kind
+        return Site(kind, self.source_layer, self.position)
+
+    @property
+    def place(self) -> tuple[Site, int]:
+        """The site and the target layer: what the cells that differ in α alone share."""
+        return self.site, self.target_layer
 
 
 def target_layers(site: Site, target_layer: Literal["same"] | tuple[int, ...]) -> tuple[int, ...]:
@@ -61,7 +104,7 @@ def lay_out(
 ) -> tuple[Cell, ...]:
     """Return every cell of some sites: site, target layer, α."""
     return tuple(
-        (site, into, alpha)
+        Cell.at(site, into, alpha)
         for site in sites
         for into in target_layers(site, target_layer)
         for alpha in alphas

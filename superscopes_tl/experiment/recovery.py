@@ -31,9 +31,9 @@ def add_recovered(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Re
         parts: of plans that differ in their prompts and draws alone.
         readings: those of all parts, one behind the other.
     """
-    own = [part.plan.own_words(site.position for site, _, _ in part.cells) for part in parts]
-    words = [found[site.position] for part, found in zip(parts, own, strict=True)
-             for site, _, _ in part.cells]  # fmt: skip
+    own = [part.plan.own_words(cell.position for cell in part.cells) for part in parts]
+    words = [found[cell.position] for part, found in zip(parts, own, strict=True)
+             for cell in part.cells]  # fmt: skip
     columns = {name: list(patches) for name, patches in _columns(parts)}
     wanted = [
         (patch, one)

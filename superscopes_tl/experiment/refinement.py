@@ -42,14 +42,14 @@ def refine(
     judge = "score" if result.table["written"].all() else "recovered"
     for _ in range(rounds):
         wanted = [
-            (site, target_layer, alpha)
+            Cell.at(site, target_layer, alpha)
             for site in plan.sites
             for target_layer in plan.target_layers(site)
             for alpha in midpoints(_site(result.table, plan, site, target_layer), judge)
         ]
         if not wanted:
             break
-        alphas = tuple(dict.fromkeys([*plan.alphas, *(alpha for _, _, alpha in wanted)]))
+        alphas = tuple(dict.fromkeys([*plan.alphas, *(cell.alpha for cell in wanted)]))
         finer = replace(plan, alphas=alphas)
         todo = replace(finer, finished=frozenset(finer.all_cells) - frozenset[Cell](wanted))
         new = collect([todo], progress=progress).table

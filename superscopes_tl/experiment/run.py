@@ -23,7 +23,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from superscopes_tl.engine import Patch
-from superscopes_tl.experiment.cells import Part, cell_of, make_patches, read, unwritten
+from superscopes_tl.experiment.cells import Part, make_patches, read, unwritten
 from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.experiment.controls import add_controls
 from superscopes_tl.experiment.plan import Cell, SweepPlan, plan_sweep
@@ -158,7 +158,7 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
             for number, plan in enumerate(plans):
                 for batch in run_batches(plan, progress=progress):
                     # A cell that comes once more, with its text, takes its own place.
-                    found.update({(number, cell_of(reading)): reading for reading in batch})
+                    found.update({(number, Cell.of(reading)): reading for reading in batch})
         else:
             with tqdm(total=planned, unit="cell", disable=not progress) as bar:
                 for batch in run_plans(plans):
@@ -231,7 +231,7 @@ def _best_of_sites(readings: Sequence[Reading]) -> list[int]:
 
     best: dict[tuple[Site, int], int] = {}
     for place, reading in enumerate(readings):
-        site = cell_of(reading)[:2]
+        site = Cell.of(reading).place
         if site not in best or worth(place) > worth(best[site]):
             best[site] = place
     return sorted(best.values(), key=worth, reverse=True)

@@ -29,7 +29,6 @@ from superscopes_tl.experiment import (
     Reading,
     SweepPlan,
     SweepResult,
-    cell_of,
     finished_cells,
     rescored,
     run_batches,
@@ -116,7 +115,7 @@ class CellStore:
         key, scored = _text_key(plan), _scored_by(plan)
         if key not in self._kept:
             self._plans.append(plan)
-        self._kept.setdefault(key, {}).update({cell_of(r): _Kept(r, scored) for r in readings})
+        self._kept.setdefault(key, {}).update({Cell.of(r): _Kept(r, scored) for r in readings})
 
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
@@ -205,9 +204,9 @@ class BackgroundSweep:
             return Progress(0, 0, self._reused, self._seconds)
         written = to_write = 0
         if self.plan.config.generate == "best":
-            to_write = len({cell[:2] for cell in self.plan.all_cells})
+            to_write = len({cell.place for cell in self.plan.all_cells})
             there = [cell for cell, reading in self._readings.items() if reading.written]
-            written = len({cell[:2] for cell in there})
+            written = len({cell.place for cell in there})
         return Progress(
             len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
             written, to_write,
@@ -268,7 +267,7 @@ class BackgroundSweep:
     def _hand_on(self, readings: list[Reading]) -> None:
         if readings:
             with self._lock:
-                self._readings.update({cell_of(r): r for r in readings})
+                self._readings.update({Cell.of(r): r for r in readings})
                 self._on_batch(readings)
 
 

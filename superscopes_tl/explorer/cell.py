@@ -1,6 +1,6 @@
 """Everything about one cell of a sweep.
 
-1. `Selection` names the cell; `reading_at` and `ladder` look up its row and its site's other α.
+1. `reading_at` and `ladder` look up its row and its site's other α.
 2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
    equal norm, how likely each token of the cell's text is with the patch and without, and which
    next tokens the logit lens names at the same site.
@@ -13,7 +13,7 @@ import ast
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,10 @@ from superscopes_tl.engine import Patch, crop_description, default_target_prompt
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import (
     COLUMNS,
+    Cell,
     Reading,
     SweepPlan,
     SweepResult,
-    cell_of,
     make_patches,
     score_readings,
 )
@@ -35,17 +35,6 @@ from superscopes_tl.model import BUNDLED_MODEL, KINDS, PACKAGED, LanguageModel, 
 from superscopes_tl.neighbours import LENSES, Lens, TokenEffect, lens_table, token_effects
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.vectors import PAPER_MAPPING, random_direction
-
-
-@dataclass(frozen=True)
-class Selection:
-    """One cell of a result."""
-
-    kind: str
-    source_layer: int
-    alpha: float
-    position: int
-    target_layer: int
 
 
 @dataclass(frozen=True)
@@ -81,19 +70,7 @@ class Probe:
     lenses: tuple[LensReading, ...]
 
 
-def select(reading: Reading | pd.Series) -> Selection:
-    """Return the selection of the cell of a reading or of a row of `SweepResult.table`."""
-    row = asdict(reading) if isinstance(reading, Reading) else reading
-    return Selection(
-        kind=str(row["kind"]),
-        source_layer=int(row["source_layer"]),
-        alpha=float(row["alpha"]),
-        position=int(row["position"]),
-        target_layer=int(row["target_layer"]),
-    )
-
-
-def reading_at(result: SweepResult, selection: Selection) -> Reading | None:
+def reading_at(result: SweepResult, selection: Cell) -> Reading | None:
     """Return the cell's reading; `None` if it was not computed."""
     rows = _site(result, selection)
     rows = rows[rows["alpha"] == selection.alpha]
@@ -104,13 +81,13 @@ def reading_at(result: SweepResult, selection: Selection) -> Reading | None:
     return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
 
 
-def ladder(result: SweepResult, selection: Selection) -> pd.DataFrame:
+def ladder(result: SweepResult, selection: Cell) -> pd.DataFrame:
     """Return the readings of the selected site at every α, smallest first."""
     columns = ["alpha", "norm_ratio", "score", "recovered", "description", "written"]
     return _site(result, selection).sort_values("alpha")[columns].reset_index(drop=True)
 
 
-def _site(result: SweepResult, selection: Selection) -> pd.DataFrame:
+def _site(result: SweepResult, selection: Cell) -> pd.DataFrame:
     table = result.table
     wanted = (
         (table["kind"] == selection.kind)
@@ -132,7 +109,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     Raises:
         ValueError: the cell is none of the plan's, or a lens is another model's.
     """
-    cell = cell_of(reading)
+    cell = Cell.of(reading)
     if cell not in plan.all_cells:
         raise bad_value("reading", "a cell of the plan", cell, "pass the plan of its sweep")
     patch = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))[0]
@@ -147,11 +124,11 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
-    shares = _shares(plan, cell[0].position, controls["random vector of equal norm"])
+    shares = _shares(plan, cell.position, controls["random vector of equal norm"])
     return Probe(
         tokens=token_effects(generator, [patch], [written.token_ids])[0],
         controls=tuple(map(Control, controls, texts, descriptions, scores, shares)),
-        lenses=_through_lenses(plan, cell[0], lenses),
+        lenses=_through_lenses(plan, cell.site, lenses),
     )
 
 
@@ -177,7 +154,7 @@ def _through_lenses(
     )
 
 
-def code_for(result: SweepResult, selection: Selection, plan: SweepPlan | None = None) -> str:
+def code_for(result: SweepResult, selection: Cell, plan: SweepPlan | None = None) -> str:
     """Return Python that reads this cell again, and writes it out.
 
     What a provenance cannot hold has to be put in by hand, and a comment says so: a mapping family
@@ -247,7 +224,7 @@ def _line(said: object) -> str:
     return " ".join(str(said).split())
 
 
-def _prompts(result: SweepResult, selection: Selection) -> dict[str, Any]:
+def _prompts(result: SweepResult, selection: Cell) -> dict[str, Any]:
     """Return the settings of both prompts that are not the default ones."""
     provenance = result.provenance
     config = provenance.get("config", {})

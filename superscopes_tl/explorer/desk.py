@@ -396,7 +396,7 @@ def _texts(plan: SweepPlan) -> int:
     """Return how many texts a run would write."""
     if plan.config.generate == "all":
         return len(plan.cells)
-    return len({cell[:2] for cell in plan.cells}) if plan.config.generate == "best" else 0
+    return len({cell.place for cell in plan.cells}) if plan.config.generate == "best" else 0
 
 
 def _under_way(progress: Progress) -> str:

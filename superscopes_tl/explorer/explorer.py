@@ -22,10 +22,10 @@ from typing import Any, Self
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Readability
-from superscopes_tl.experiment import Reading, SweepConfig, SweepResult, check_config
+from superscopes_tl.experiment import Cell, Reading, SweepConfig, SweepResult, check_config
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import wait_for_all
-from superscopes_tl.explorer.cell import Selection, code_for, reading_at
+from superscopes_tl.explorer.cell import code_for, reading_at
 from superscopes_tl.explorer.desk import Desk
 from superscopes_tl.explorer.live_map import axes_of
 from superscopes_tl.explorer.panel import Guard, Panel
@@ -138,7 +138,7 @@ class Explorer:
         return self._panel.result
 
     @property
-    def selection(self) -> Selection | None:
+    def selection(self) -> Cell | None:
         """The chosen cell."""
         return self._panel.selection
 
@@ -195,7 +195,7 @@ class Explorer:
         desk = [self._desk.wait] if self._desk is not None else []
         return wait_for_all([*desk, self._panel.wait], timeout)
 
-    def select(self, **cell: Any) -> Selection:
+    def select(self, **cell: Any) -> Cell:
         """Choose a cell; what is not given stays as it is.
 
         Args:
@@ -261,7 +261,7 @@ class Explorer:
 
     def _set_up(self, view: View, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.view = view
-        self.pins: list[tuple[Selection, Reading, str]] = []
+        self.pins: list[tuple[Cell, Reading, str]] = []
         self._guard = Guard(view.status)
         self._panel = Panel(view, self._guard, lenses)
         self._desk = None

@@ -22,8 +22,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from superscopes_tl.experiment import SweepPlan, SweepResult
-from superscopes_tl.explorer.cell import Selection
+from superscopes_tl.experiment import Cell, SweepPlan, SweepResult
 from superscopes_tl.explorer.plotly_widget import SharedFigureWidget
 from superscopes_tl.figures import (
     COLOR_SCALE,
@@ -58,10 +57,10 @@ class Axes:
 
     def selection(
         self, kind: str, layer: int, alpha: float, position: int, target: int | str
-    ) -> Selection:
+    ) -> Cell:
         """Return the cell at the given values of the axes."""
         into = layer if target == _THIS_TARGET else int(target)
-        return Selection(kind, layer, alpha, position, into)
+        return Cell(position, kind, layer, into, alpha)
 
 
 def axes_of(result: SweepResult) -> Axes:
@@ -160,11 +159,11 @@ class LiveMap:
         there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
         self.marks = tuple(name for name in MARKS if name in there)
 
-    def mark(self, selection: Selection | None) -> None:
+    def mark(self, selection: Cell | None) -> None:
         """Outline the selected cell."""
         self.widget.layout.shapes = () if selection is None else (self._outline(selection),)
 
-    def _outline(self, selection: Selection) -> dict[str, Any]:
+    def _outline(self, selection: Cell) -> dict[str, Any]:
         panel = self._axes.kinds.index(selection.kind)
         axis = "" if panel == 0 else str(panel + 1)
         column = self._axes.alphas.index(selection.alpha)

@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from superscopes_tl.experiment import Reading, SweepResult
-from superscopes_tl.explorer.cell import Control, LensReading, Probe, Selection
+from superscopes_tl.experiment import Cell, Reading, SweepResult
+from superscopes_tl.explorer.cell import Control, LensReading, Probe
 from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades, at_target, unsaid
 from superscopes_tl.model import PAPER_KINDS
 from superscopes_tl.neighbours import TokenEffect
@@ -83,7 +83,7 @@ def findings(layer: str, doubts: Sequence[str]) -> str:
     return f"<div role='note'>{found}{doubtful}</div>" if found or doubtful else ""
 
 
-def detail(reading: Reading | None, selection: Selection | None, shades: Shades) -> str:
+def detail(reading: Reading | None, selection: Cell | None, shades: Shades) -> str:
     """Return the selected cell: where it is, what was read, the whole text."""
     if selection is None:
         return note("Click a cell, or move the cursors below, to read it here.")
@@ -214,7 +214,7 @@ def _probability(log: float) -> str:
     return f"{math.exp(log):.2g}"
 
 
-def pins(pinned: Sequence[tuple[Selection, Reading, str]], shades: Shades) -> str:
+def pins(pinned: Sequence[tuple[Cell, Reading, str]], shades: Shades) -> str:
     """Return the pinned cells side by side; each comes with its source prompt's token."""
     cards = "".join(
         f"<article><b>{html.escape(s.kind)} · layer {s.source_layer} → {s.target_layer} · "
@@ -264,7 +264,7 @@ def _best_cell(cell: pd.Series, nothing: str, shades: Shades) -> str:
     )
 
 
-def parts(result: SweepResult, selection: Selection, shades: Shades) -> str:
+def parts(result: SweepResult, selection: Cell, shades: Shades) -> str:
     """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
     table = result.table
     there = table[

@@ -20,18 +20,10 @@ import ipywidgets as widgets
 import pandas as pd
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.experiment import Reading, SweepPlan, SweepResult
+from superscopes_tl.experiment import Cell, Reading, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import Latest
-from superscopes_tl.explorer.cell import (
-    Probe,
-    Selection,
-    code_for,
-    ladder,
-    probe,
-    reading_at,
-    select,
-)
+from superscopes_tl.explorer.cell import Probe, code_for, ladder, probe, reading_at
 from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label, keep
 from superscopes_tl.explorer.view import BEST, View
 from superscopes_tl.figures import Shades, usual_value
@@ -90,7 +82,7 @@ class Panel:
     def __init__(self, view: View, guard: Guard, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.result: SweepResult | None = None
         self.axes: Axes | None = None
-        self.selection: Selection | None = None
+        self.selection: Cell | None = None
         self.plan: SweepPlan | None = None
         self.over = False
         self._chosen_colour = False
@@ -99,7 +91,7 @@ class Panel:
         self._curve = LiveCurve()
         self._quiet = False
         self._drawn: tuple[Any, Any] = (None, None)
-        self._probes: dict[Selection, Probe] = {}
+        self._probes: dict[Cell, Probe] = {}
         self._prober = Latest()
         for cursor in (view.kind, view.layer, view.alpha, view.position, view.into):
             cursor.observe(guard(self._moved), "value")
@@ -169,7 +161,7 @@ class Panel:
         column = self._view.colour.value
         return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
-    def select(self, selection: Selection) -> None:
+    def select(self, selection: Cell) -> None:
         """Choose a cell.
 
         Raises:
@@ -213,11 +205,11 @@ class Panel:
         if self.result is not None and not self.result.table.empty:
             by = self._view.colour.value
             best = self.result.best(by=by).sort_values(by, ascending=False, na_position="last")
-            self.select(select(best.iloc[0]))
+            self.select(Cell.of(best.iloc[0]))
 
     def refresh(self, readings: Sequence[Reading]) -> None:
         """Show the chosen cell anew if it is among newly finished ones."""
-        if any(select(reading) == self.selection for reading in readings):
+        if any(Cell.of(reading) == self.selection for reading in readings):
             self._show_cell()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -229,7 +221,7 @@ class Panel:
         return self._probes.get(self.selection) if self.selection else None
 
     @staticmethod
-    def _leads_to(selection: Selection, target: int | str) -> bool:
+    def _leads_to(selection: Cell, target: int | str) -> bool:
         into = selection.source_layer if target == "same" else target
         return selection.target_layer == into
 
@@ -358,7 +350,7 @@ class Panel:
             view.probe.value = markup.note("Comparing with controls …")
             self._ask(self.plan, selection)
 
-    def _ask(self, plan: SweepPlan, selection: Selection) -> None:
+    def _ask(self, plan: SweepPlan, selection: Cell) -> None:
         """Probe the cell in a thread and show the answer if it is still wanted."""
         reading = reading_at(self.result, selection) if self.result is not None else None
         if reading is None or self.result is None:

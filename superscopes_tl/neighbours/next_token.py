@@ -122,7 +122,9 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
         dict(zip(plan.sites, tokens.tolist(), strict=True))
         for plan, tokens in zip(plans, own, strict=True)
     ]
-    cells: list[_Place] = [(text, *cell) for text, plan in enumerate(plans) for cell in plan.cells]
+    cells: list[_Place] = [
+        (text, *cell.place, cell.alpha) for text, plan in enumerate(plans) for cell in plan.cells
+    ]
     sites: list[_Place] = [
         (text, site, None, math.nan) for text, plan in enumerate(plans) for site in plan.sites
     ]

@@ -18,7 +18,7 @@ import pandas as pd
 
 from superscopes_tl.engine import Patch, PatchedGenerator
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.experiment import SITE, SweepPlan, cell_of, make_patches
+from superscopes_tl.experiment import SITE, Cell, SweepPlan, make_patches
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
         raise bad_type("plan", "a plan", plan, "pass plan_sweep(model, prompt, ...)")
     every = frozenset(plan.all_cells)
     named: Any = () if rows is None else rows.itertuples(index=False)
-    wanted = every if rows is None else frozenset(map(cell_of, named))
+    wanted = every if rows is None else frozenset(map(Cell.of, named))
     own = {"prompt": plan.source.text, "mapping": plan.mapping_name, "draw": plan.config.draw}
     for column, value in own.items():
         there = () if rows is None else rows.get(column, ())
@@ -108,11 +108,11 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
     texts = [generation.token_ids for generation in plan.generator.generate(patches)]
     found = [
         (
-            plan.source.text, site.position, site.kind, site.layer, target_layer,
-            plan.mapping_name, plan.source.labels[site.position], alpha, step, effect.token,
+            plan.source.text, cell.position, cell.kind, cell.source_layer, cell.target_layer,
+            plan.mapping_name, plan.source.labels[cell.position], cell.alpha, step, effect.token,
             math.exp(effect.patched), math.exp(effect.unpatched), effect.relevancy,
         )
-        for (site, target_layer, alpha), effects in zip(
+        for cell, effects in zip(
             part.cells, token_effects(plan.generator, patches, texts), strict=True
         )
         for step, effect in enumerate(effects)

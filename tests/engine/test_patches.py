@@ -23,7 +23,7 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.engine.patch import patch_hooks
-from superscopes_tl.experiment import make_patches
+from superscopes_tl.experiment import Cell, make_patches
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import blocks_of
 from tests.support.same import assert_same_readings
@@ -148,7 +148,7 @@ def test_vectors_are_asked_for_once_with_all_places(tiny: Tiny, word_overlap: An
     assert len(calls) == 1
     assert [(site.layer, target) for site, target in calls[0]] == [(5, 4), (2, 4), (5, 1), (2, 1)]
     for number, (site, target) in enumerate(calls[0]):
-        assert float(patches[site, target, 3.0].vector[0]) == 3 * number
+        assert float(patches[Cell.at(site, target, 3.0)].vector[0]) == 3 * number
     assert plan.mapping_name == "scale, of numbered"
 
 
@@ -161,7 +161,7 @@ def test_a_write_changes_the_patch_of_every_cell(tiny: Tiny, word_overlap: Any) 
 
     plan = plan_sweep(model, PROMPT, alphas=[1, 3], write=half, scorer=word_overlap)
     for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
-        assert (patch.keep, patch.layers) == (cell[2] / 2, (2, 4))
+        assert (patch.keep, patch.layers) == (cell.alpha / 2, (2, 4))
     assert plan.mapping_name == "scale, by half"
 
 

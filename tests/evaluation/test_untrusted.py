@@ -24,7 +24,8 @@ from superscopes_tl import LanguageModel, SweepResult, files
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.evaluation import store as evaluation
-from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.experiment import Cell
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.neighbours import TunedLens
 from superscopes_tl.statistics import read_recording
 from superscopes_tl.statistics.recordings import COLUMNS
@@ -214,7 +215,7 @@ def test_a_provenance_cannot_put_code_into_what_is_copied() -> None:
     """Neither behind a line break nor in letters that only look like others."""
     for mapping in ("x\nboom()", "ｂｏｏｍ()", "head\rboom()", "x\u2028boom()"):
         said = LADDER.provenance | {"config": {"mapping": mapping, "base": mapping}}
-        code = code_for(SweepResult(LADDER.table, said), select(LADDER.table.iloc[0]))
+        code = code_for(SweepResult(LADDER.table, said), Cell.of(LADDER.table.iloc[0]))
         called = [line for line in code.splitlines() if "boom" in line and line[:1] != "#"]
         assert called == []
         assert "ｂｏｏｍ" not in code.replace("# my_", "").split("result = sweep")[1]

@@ -331,9 +331,10 @@ def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, t
     (plan,) = plan_vectors(model, vectors, base=placeholder_state, **settings)
     tokens = plan.generator.target
     ids, at = list(tokens.tokens.ids), tokens.positions[0]
-    for (site, layer, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
+    for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
+        layer, alpha = cell.target_layer, cell.alpha
         b = plain_hf.source_vectors(hf, ids, "resid_post", layer)[at]
-        v = vectors[site.position] / vectors[site.position].norm() * b.norm()
+        v = vectors[cell.position] / vectors[cell.position].norm() * b.norm()
         torch.testing.assert_close(patch.vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
         assert alpha != 1 or patch.norm == pytest.approx(float(b.norm()), rel=1e-4)
     (kept,) = plan_vectors(model, vectors, base=placeholder_state, unit="vector", **settings)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from superscopes_tl import LanguageModel, sweep
-from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.experiment import Cell
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.vectors import MappingFamily, in_units_of, random_direction, scale
 
 
@@ -31,7 +32,7 @@ def test_the_code_gives_the_same_text(
     result = sweep(mini, "Alexander the Great", progress=False, scorer=word_overlap, **settings)
     for index in (0, 3, 6):
         row = result.table.iloc[index]
-        code = code_for(result, select(row))
+        code = code_for(result, Cell.of(row))
         space: dict[str, Any] = {}
         with contextlib.redirect_stdout(io.StringIO()):
             exec(code, space)
@@ -51,7 +52,7 @@ def test_an_own_mapping_is_named_and_left_to_fill_in(
         scorer=word_overlap,
         progress=False,
     )
-    code = code_for(result, select(result.table.iloc[0]))
+    code = code_for(result, Cell.of(result.table.iloc[0]))
     compile(code, "code", "exec")
     assert "mapping=my_mapping" in code
     assert "# my_mapping: the sweep's own, <lambda>" in code
@@ -62,9 +63,9 @@ def test_the_code_says_what_a_provenance_cannot_hold(
 ) -> None:
     """Models that are not the bundled one may need their path; half precision is not exact."""
     result = sweep(mini, "Pearl Jam", layers=(5,), alphas=(2,), scorer=word_overlap, progress=False)
-    assert "# load_model" not in code_for(result, select(result.table.iloc[0]))
+    assert "# load_model" not in code_for(result, Cell.of(result.table.iloc[0]))
     result.provenance["model"] |= {"name": "my-llama", "dtype": "bfloat16"}
-    code = code_for(result, select(result.table.iloc[0]))
+    code = code_for(result, Cell.of(result.table.iloc[0]))
     assert "give the path if the model came from a folder" in code
     assert "in half precision another batch size" in code
     assert "dtype='bfloat16'" in code

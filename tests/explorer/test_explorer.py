@@ -28,18 +28,16 @@ from superscopes_tl import (
     plan_sweep,
     sweep,
 )
-from superscopes_tl.experiment import cell_of, make_patches
+from superscopes_tl.experiment import Cell, make_patches
 from superscopes_tl.explorer.cell import (
     Control,
     LensReading,
     Probe,
-    Selection,
     TokenEffect,
     code_for,
     ladder,
     probe,
     reading_at,
-    select,
 )
 from superscopes_tl.explorer.settings import alphas_text, parse_alphas
 from superscopes_tl.figures import value_range
@@ -92,7 +90,7 @@ def test_run_fills_the_map_and_chooses_the_best_cell(ran: Explorer) -> None:
     assert ran.result is not None
     assert_same_readings(ran.result.table, expected.table)
     best = expected.best().sort_values("score", ascending=False).iloc[0]
-    assert ran.selection == select(best)
+    assert ran.selection == Cell.of(best)
     assert "data-state='done' data-run='1'" in shows(ran)
     assert not ran.view.run.disabled
     assert ran.view.cancel.disabled
@@ -395,7 +393,7 @@ def test_click_cursors_and_python_choose_the_same_cell(ran: Explorer) -> None:
     points = Points(point_inds=[[1, 1]], xs=["3"], ys=["1"], trace_name="", trace_index=3)
     trace._dispatch_on_click(points, InputDeviceState())
     clicked = ran.selection
-    assert clicked == Selection("mlp_out", 1, 3.0, clicked.position, 1)  # type: ignore[union-attr]
+    assert clicked == Cell(clicked.position, "mlp_out", 1, 1, 3.0)  # type: ignore[union-attr]
     assert "data-cell='mlp_out/1/3'" in ran.view.detail.value
     ran.view.layer.value = 2
     ran.view.kind.value = "resid_post"
@@ -427,12 +425,12 @@ def test_the_probe_weighs_each_token(model: LanguageModel, config: SweepConfig) 
     """Unpatched greedy text is its own control; log-probabilities agree with a plain forward."""
     plan = plan_sweep(model, PROMPT, config)
     result = sweep(model, PROMPT, config, progress=False)
-    reading = reading_at(result, select(result.table.iloc[5]))
+    reading = reading_at(result, Cell.of(result.table.iloc[5]))
     found = probe(plan, reading)  # type: ignore[arg-type]
     generator = plan.generator
     assert "".join(t.token for t in found.tokens) == reading.text  # type: ignore[union-attr]
     assert found.controls[0].text == generator.unpatched().text
-    alone = replace(plan, finished=frozenset(plan.all_cells) - {cell_of(reading)})  # type: ignore[arg-type]
+    alone = replace(plan, finished=frozenset(plan.all_cells) - {Cell.of(reading)})  # type: ignore[arg-type]
     ids = generator.generate(make_patches(alone))[0].token_ids
     assert len(ids) == reading.n_tokens > 0  # type: ignore[union-attr]
     tokens = torch.tensor([[*generator.target.tokens.ids, *ids]])
@@ -521,7 +519,7 @@ def test_a_reloaded_page_gets_the_present_figure(ran: Explorer) -> None:
 def test_the_code_reads_exactly_this_cell(mini: LanguageModel) -> None:
     """Run as it stands, the code prints the cell's text and score."""
     result = sweep(mini, PROMPT, layers=(1, 2), alphas=(3,), progress=False)
-    chosen = select(result.table.iloc[3])
+    chosen = Cell.of(result.table.iloc[3])
     space: dict[str, Any] = {}
     exec(code_for(result, chosen), space)
     assert len(space["result"]) == 1
@@ -537,7 +535,7 @@ def test_the_code_names_what_differs_from_the_defaults(model: LanguageModel) -> 
         target_prompt=TargetPrompt("_ is", "_"), mapping=random_direction(1), scorer=flat,
         progress=False,
     )  # fmt: skip
-    code = code_for(result, select(result.table.iloc[1]))
+    code = code_for(result, Cell.of(result.table.iloc[1]))
     for part in (
         "TargetPrompt('_ is', '_')", "mapping=random_direction(seed=1)", "score_on='text'",
         "scorer='flat'", "from superscopes_tl import load_model, random_direction, sweep",
@@ -549,7 +547,7 @@ def test_the_code_names_what_differs_from_the_defaults(model: LanguageModel) -> 
 def test_the_ladder_has_every_alpha_of_a_site(model: LanguageModel, config: SweepConfig) -> None:
     """One row per α, smallest first."""
     result = sweep(model, PROMPT, config, progress=False)
-    rows = ladder(result, select(result.table.iloc[0]))
+    rows = ladder(result, Cell.of(result.table.iloc[0]))
     assert rows["alpha"].tolist() == [1.0, 3.0]
 
 

@@ -27,8 +27,9 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.evaluation import Readability
+from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.background import BackgroundSweep
-from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.figures import MARKS, value_range
 from tests.figures.test_plots import heatmaps, marks, reading, result_of
 from tests.model.test_chat import TEMPLATES, with_template
@@ -106,7 +107,7 @@ def test_the_best_cell_is_that_of_the_shown_column(best: Explorer) -> None:
     """After the run the cell that recovers most is chosen."""
     table = best.result.table  # type: ignore[union-attr]
     best._panel.select_best()
-    assert best.selection == select(table.loc[table["recovered"].idxmax()])
+    assert best.selection == Cell.of(table.loc[table["recovered"].idxmax()])
 
 
 def test_the_panel_says_what_is_recovered_and_by_what_else(best: Explorer) -> None:
@@ -123,7 +124,7 @@ def test_a_cell_that_was_not_written_says_so(best: Explorer) -> None:
     """It has its share and no text, in the panel, in the ladder and under the mouse."""
     table = best.result.table  # type: ignore[union-attr]
     row = table[~table["written"]].iloc[0]
-    chosen = select(row)
+    chosen = Cell.of(row)
     best.select(kind=chosen.kind, layer=chosen.source_layer, alpha=chosen.alpha)
     for shown in (best.view.detail.value, best.view.ladder.value):
         assert "<i>not written out</i>" in shown
@@ -393,7 +394,7 @@ def test_the_code_of_a_local_model_runs_as_it_stands(
     assert made.wait(WAIT)
     assert made.state == "done"
     row = made.result.table.iloc[1]  # type: ignore[union-attr]
-    chosen = select(row)
+    chosen = Cell.of(row)
     made.select(kind=chosen.kind, layer=chosen.source_layer, alpha=chosen.alpha)
     monkeypatch.chdir(tmp_path)
     assert repr(str(folder)) in made.code
@@ -414,12 +415,12 @@ def test_the_code_keeps_how_the_model_was_loaded(mini: LanguageModel) -> None:
     model = replace(mini, origin=type(origin)(origin.func, "some/name", **options))
     plan = plan_sweep(model, PROMPT, layers=3, alphas=1, generate="none")
     result = sweep(model, PROMPT, layers=3, alphas=1, generate="none", progress=False)
-    code = code_for(result, select(result.table.iloc[0]), plan)
+    code = code_for(result, Cell.of(result.table.iloc[0]), plan)
     assert "load_model('some/name', backend='bridge'" in code
     assert "gguf_file='a.gguf'" in code
     assert "secret" not in code
     memory = replace(plan, model=replace(mini, origin=None))
-    assert "made in memory" in code_for(result, select(result.table.iloc[0]), memory)
+    assert "made in memory" in code_for(result, Cell.of(result.table.iloc[0]), memory)
 
 
 def test_the_static_map_has_fixed_colours_and_explains_its_marks() -> None:

@@ -30,9 +30,9 @@ from superscopes_tl import (
 )
 from superscopes_tl.cli.main import app
 from superscopes_tl.errors import PlaceholderError
-from superscopes_tl.experiment import make_control, make_patches
+from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.experiment.run import run_plan
-from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.model import resolve_positions, tokenize
 from superscopes_tl.neighbours import beside, causal_effects, lens_table, sites_of
 from superscopes_tl.vectors import mean_activation, sum_of
@@ -499,13 +499,13 @@ def test_an_evaluation_is_chat_or_not(
 def test_the_code_of_a_cell_says_chat(model: LanguageModel, word_overlap: Any) -> None:
     """The printed call has the template and the beginning of the answer, and only where used."""
     result = sweep(model, SOURCE, scorer=word_overlap, progress=False, **FAST)
-    code = code_for(result, select(result.table.iloc[0]))
+    code = code_for(result, Cell.of(result.table.iloc[0]))
     compile(code, "code", "exec")
     assert "    chat=True,\n" in code
     assert f"target_prompt=TargetPrompt({TARGET.text!r}, 'x', 'It is')," in code
     plain = {**FAST, "chat": False, "target_prompt": TargetPrompt(TARGET.text)}
     result = sweep(model, SOURCE, scorer=word_overlap, progress=False, **plain)
-    code = code_for(result, select(result.table.iloc[0]))
+    code = code_for(result, Cell.of(result.table.iloc[0]))
     assert "chat" not in code
     assert f"target_prompt=TargetPrompt({TARGET.text!r}, 'x')," in code
 

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from superscopes_tl import fetch, load_model, sweep
 from superscopes_tl.cli.main import app
 from superscopes_tl.errors import ModelLoadError
-from superscopes_tl.explorer.cell import Selection, code_for
+from superscopes_tl.experiment import Cell
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.model import PACKAGED, packaged
 from superscopes_tl.model.packaged import PackagedModel, find, remove_packaged
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -442,6 +443,6 @@ def test_smollm2_is_the_default_and_knows_where_it_came_from() -> None:
     assert model.tokenizer.decode(logits.argmax()) == " Paris"
     result = sweep(model, "Pink Floyd", layers=6, kinds="resid_post", alphas=1, progress=False)
     assert result.provenance["model"]["source"] == source
-    code = code_for(result, Selection("resid_post", 6, 1.0, 2, 0))
+    code = code_for(result, Cell(2, "resid_post", 6, 0, 1.0))
     assert "load_model('smollm2'" in code
     assert "# load_model" not in code

@@ -18,13 +18,12 @@ from superscopes_tl import (
     LanguageModel,
     Patch,
     PatchedGenerator,
-    Site,
     SweepConfig,
     TargetPrompt,
     plan_sweep,
     sweep,
 )
-from superscopes_tl.experiment import finished_cells
+from superscopes_tl.experiment import Cell, finished_cells
 from superscopes_tl.experiment.cells import is_echo
 from superscopes_tl.scores import OwnWords, own_words, words_of
 from tests.conftest import BACKENDS, tiny_model
@@ -248,8 +247,8 @@ def test_only_the_best_of_each_site_is_written_out(
 
 def test_what_needs_no_more_work_depends_on_what_is_to_be_written() -> None:
     """A map can be written out later; a site with its best text is done."""
-    low, high = (Site("mlp_out", 2, 3), 0, 1.0), (Site("mlp_out", 2, 3), 0, 9.0)
-    other = (Site("mlp_out", 5, 3), 0, 1.0)
+    low, high = Cell(3, "mlp_out", 2, 0, 1.0), Cell(3, "mlp_out", 2, 0, 9.0)
+    other = Cell(3, "mlp_out", 5, 0, 1.0)
     written = {low: False, high: True, other: False}
     assert finished_cells(written, "none") == {low, high, other}
     assert finished_cells(written, "best") == {low, high}

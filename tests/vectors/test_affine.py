@@ -190,9 +190,9 @@ def test_a_sweep_patches_what_the_maps_give(tiny: Tiny, word_overlap: Any) -> No
     )  # fmt: skip
     seen = capture(model, PROMPT, kinds=["resid_post", "mlp_out"])
     found = {(one.kind, one.source_layer, one.target_layer): one for one in maps}
-    for (site, target_layer, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
-        one = found[site.kind, site.layer, target_layer]
-        expected = alpha * (one.weight @ seen.at(site) + one.bias)
+    for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
+        one = found[cell.kind, cell.source_layer, cell.target_layer]
+        expected = cell.alpha * (one.weight @ seen.at(cell.site) + one.bias)
         torch.testing.assert_close(patch.vector, expected, rtol=1e-4, atol=1e-3)
     assert plan.mapping_name.startswith("scale, of 8 affine maps ")
     again = mapped(fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"]))

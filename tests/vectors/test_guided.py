@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from superscopes_tl import LanguageModel, PatchedGenerator, SweepConfig, capture, plan_sweep, sweep
-from superscopes_tl.experiment import make_patches
-from superscopes_tl.explorer.cell import code_for, select
+from superscopes_tl.experiment import Cell, make_patches
+from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.vectors import PlaceVectors, mean_activation, placeholder_state, resid_mid
 from tests.support.tiny_models import D_MODEL, N_LAYERS
 
@@ -38,7 +38,8 @@ def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
             model, word_overlap, layers=(5, 2), kinds=("mlp_out", "resid_post"),
             alphas=(0, 1, 3), target_layer=(4, 1), base=base,
         )  # fmt: skip
-        for (site, target_layer, alpha), vector in made.items():
+        for cell, vector in made.items():
+            site, target_layer, alpha = *cell.place, cell.alpha
             v = own.at(site)
             b = {
                 "mean": torch.stack([o[site.kind, site.layer][-1] for o in others]).mean(0),
@@ -107,7 +108,7 @@ def test_the_code_of_a_cell_reads_it_again(
         mini, PROMPT, layers=(7, 3), kinds=("mlp_out",), alphas=(1, 3), progress=False, **extra
     )
     row = result.table.iloc[1]
-    exec(compile(code_for(result, select(row)), "code", "exec"), {})
+    exec(compile(code_for(result, Cell.of(row)), "code", "exec"), {})
     assert repr(row["text"]) in capsys.readouterr().out
 
 

@@ -234,7 +234,7 @@ def test_relevancy_is_the_difference_of_two_plain_runs(
     table = relevancy(plan)
     target, tokenizer = plan.generator.target, model.tokenizer
     source = [0, *tokenizer.encode(PROMPT, add_special_tokens=False)]
-    texts = {(s.layer, a): g for (s, _, a), g in _written(plan)}
+    texts = {(cell.source_layer, cell.alpha): g for cell, g in _written(plan)}
     for (layer, alpha), rows in table.groupby(["source_layer", "alpha"]):
         v = plain_hf.source_vectors(hf, source, "mlp_out", layer)[-1]
         new = list(texts[layer, alpha])

@@ -179,8 +179,8 @@ def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: A
         plan = plan_sweep(mini, PROMPT, vectors=source, target_layer=(0, 7), **asked)
         own = source(plan, [(site, 0) for site in plan.sites])
         by_site = dict(zip(plan.sites, own, strict=True))
-        for (site, _, alpha), patch in zip(plan.cells, make_patches(plan), strict=True):
-            torch.testing.assert_close(patch.vector, alpha * by_site[site])
+        for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
+            torch.testing.assert_close(patch.vector, cell.alpha * by_site[cell.site])
 
 
 def test_names_say_the_parameters() -> None:
