@@ -67,7 +67,7 @@ EQUAL = 0.05
 """Settings that recover as much as the best one but for this are as good: the first tried wins."""
 LEAST_SHARE = 0.2
 """A layer that recovers less of the model's own words is not said to be readable."""
-FORMAT = "superscopes_tl.evaluation.model_check 1"
+FORMAT = "superscopes_tl.readability 1"
 
 Target: TypeAlias = int | Literal["same"]
 Generators: TypeAlias = dict[tuple[str, TargetPrompt, bool], PatchedGenerator]

@@ -38,7 +38,7 @@ from superscopes_tl.experiment import (
 from superscopes_tl.files import checked_provenance, checked_rows, read_json, unfit, unwritable
 from superscopes_tl.vectors import PAPER_MAPPING
 
-FORMAT = "superscopes_tl.evaluation.store"
+FORMAT = "superscopes_tl.evaluation"
 FORMAT_VERSION = 2
 MAX_FILE_BYTES = 4 * 2**30
 """A file that holds more than this is refused."""

@@ -11,7 +11,6 @@ from superscopes_tl.experiment.config import (
 from superscopes_tl.experiment.controls import make_control, rescored
 from superscopes_tl.experiment.plan import Cell, SweepPlan, lay_out, plan_sweep
 from superscopes_tl.experiment.refinement import refine
-from superscopes_tl.experiment.resolution import Contextualization
 from superscopes_tl.experiment.results import COLUMNS, SITE, TYPES, Reading, SweepResult
 from superscopes_tl.experiment.run import (
     SweepError,
@@ -22,6 +21,13 @@ from superscopes_tl.experiment.run import (
     run_plans,
     sweep,
 )
+from superscopes_tl.experiment.summary import (
+    By,
+    Contextualization,
+    Reads,
+    contextualization,
+    rows_at,
+)
 from superscopes_tl.experiment.vector_plans import plan_vectors, read_vector, read_vectors
 
 __all__ = [
@@ -29,10 +35,12 @@ __all__ = [
     "CONTROLS",
     "SITE",
     "TYPES",
+    "By",
     "Cell",
     "Contextualization",
     "Generate",
     "Reading",
+    "Reads",
     "SweepConfig",
     "SweepError",
     "SweepInterrupted",
@@ -41,6 +49,7 @@ __all__ = [
     "check_config",
     "check_names",
     "collect",
+    "contextualization",
     "finished_cells",
     "iter_sweep",
     "lay_out",
@@ -53,6 +62,7 @@ __all__ = [
     "read_vectors",
     "refine",
     "rescored",
+    "rows_at",
     "run_batches",
     "run_plans",
     "score_readings",

@@ -15,16 +15,22 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 
-from superscopes_tl.errors import RunFileError, bad_value, describe, reason
-from superscopes_tl.experiment.caveats import doubts
-from superscopes_tl.experiment.resolution import By, Contextualization, contextualization
+from superscopes_tl.errors import RunFileError, bad_value, check_choice, describe, reason
+from superscopes_tl.experiment.summary import (
+    By,
+    Contextualization,
+    Reads,
+    caveats,
+    contextualization,
+    rows_at,
+)
 from superscopes_tl.files import (
     checked_provenance,
     checked_rows,
@@ -34,7 +40,7 @@ from superscopes_tl.files import (
     written_whole,
 )
 
-FORMAT = "superscopes_tl.experiment.run"
+FORMAT = "superscopes_tl.sweep"
 FORMAT_VERSION = 1
 ENTRIES = ("provenance.json", "table.parquet")
 MAX_FILE_BYTES = 2**30
@@ -140,6 +146,31 @@ class SweepResult:
     def __len__(self) -> int:
         return len(self.table)
 
+    def at(
+        self,
+        position: int | None = None,
+        target_layer: int | Literal["same", "all"] | None = None,
+        kind: str | None = None,
+        alpha: float | None = None,
+    ) -> SweepResult:
+        """Return the readings of one token and one target layer (see `rows_at`).
+
+        Args:
+            position: the token; defaults to the rightmost one.
+            target_layer: a target layer, or "same" as the source layer. Defaults to the only one
+                per source layer; "all" keeps several.
+            kind: one kind of activation; defaults to all of them.
+            alpha: one amplifier; defaults to all of them.
+
+        Raises:
+            ValueError: an empty result, a value that it does not have, or several target layers
+                of which none was chosen.
+        """
+        rows = rows_at(
+            self.table, position=position, target_layer=target_layer, kind=kind, alpha=alpha
+        )
+        return SweepResult(rows, self.provenance)
+
     def best(self, *, by: By | None = None) -> pd.DataFrame:
         """Return the best cell of every site: the automatic amplifier.
 
@@ -181,18 +212,8 @@ class SweepResult:
             ValueError: an α or position that the sweep does not have.
         """
         column = self._by(by)
-        chosen = self._at(position)
-        if alpha is None:
-            chosen = SweepResult(chosen, self.provenance).best(by=by)
-        else:
-            chosen = chosen[chosen["alpha"] == alpha]
-            if chosen.empty:
-                raise bad_value(
-                    "alpha",
-                    f"one of {self._values('alpha')}",
-                    alpha,
-                    "choose an α of this sweep, or sweep over it",
-                )
+        at = self.at(position, "all", alpha=alpha)
+        chosen = at.best(by=by) if alpha is None else at.table
         order = chosen.sort_values(column, ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
         wide = one.pivot(index="source_layer", columns="kind", values=list(_SHOWN))
@@ -205,7 +226,7 @@ class SweepResult:
         *,
         by: By | None = None,
         threshold: float | None = None,
-        reads: Callable[[str], bool] | None = None,
+        reads: Reads | None = None,
         position: int | None = None,
         target_layer: int | None = None,
     ) -> Contextualization:
@@ -221,7 +242,8 @@ class SweepResult:
                 (`controls="other_prompt"`). "score": the paper's threshold.
             threshold: with the score, from which a description counts as reading the entity;
                 the paper's 0.3 unless given.
-            reads: judges a description instead, for example `lambda text: "rock band" in text`.
+            reads: judges prompt and description instead, for example
+                `lambda prompt, text: "rock band" in text`.
             position: the token; the rightmost one of the sweep unless given.
             target_layer: which target layer, if the sweep patched several per source layer.
 
@@ -231,40 +253,32 @@ class SweepResult:
         Raises:
             ValueError: the sweep has no `resid_post` at α = 1, or several target layers.
         """
-        rows = self._at(position)
+        rows = self.at(position, "all").table
         rows = rows[(rows["kind"] == "resid_post") & (rows["alpha"] == 1)]
-        if target_layer is not None:
-            rows = rows[rows["target_layer"] == target_layer]
         if rows.empty:
             raise bad_value(
-                "contextualization_layer",
-                "a sweep with kind 'resid_post' and α = 1",
-                f"kinds {self._values('kind')}, alphas "
-                f"{self._values('alpha')}, target layers "
-                f"{self._values('target_layer')}",
+                "contextualization_layer", "a sweep with kind 'resid_post' and α = 1",
+                {c: self.table[c].unique().tolist() for c in ("kind", "alpha")},
                 "sweep over these too",
-            )
+            )  # fmt: skip
+        rows = rows_at(rows, position=position, target_layer=target_layer)
         if rows.duplicated("source_layer").any():
             raise bad_value(
-                "target_layer",
-                f"one of {self._values('target_layer')}",
-                target_layer,
-                "say which one to read, or tell the mappings of this result apart",
-            )
+                "result", "one reading per source layer", f"mappings {set(rows['mapping'])}",
+                "choose the rows of one mapping and draw",
+            )  # fmt: skip
         return contextualization(rows, by=by, threshold=threshold, reads=reads)
 
     @property
-    def doubts(self) -> tuple[str, ...]:
-        """What makes this result doubtful, and what to try: at most three lines."""
-        return doubts(self.table, self.provenance)
+    def caveats(self) -> tuple[str, ...]:
+        """What makes this result misleading, and what to try: at most three lines."""
+        return caveats(self.table, self.provenance)
 
     def _by(self, by: By | None) -> By:
         """Return the column that judges."""
         if by is None:
             return "score" if self.table["written"].all() else "recovered"
-        if by not in ("score", "recovered"):
-            raise bad_value("by", "'score' or 'recovered'", by, "leave it out")
-        return by
+        return check_choice("by", by, ("score", "recovered"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write table and provenance to one file, whole or not at all; return its path.
@@ -308,26 +322,6 @@ class SweepResult:
         except Exception as error:  # whatever zip, JSON and Parquet readers raise on bad bytes
             raise _unreadable(path, reason(error)) from error
 
-    def _at(self, position: int | None) -> pd.DataFrame:
-        if self.table.empty:
-            raise bad_value(
-                "result", "at least one cell", "an empty table", "let the sweep finish a batch"
-            )
-        positions = self._values("position")
-        chosen = positions[-1] if position is None else position
-        if chosen not in positions:
-            raise bad_value(
-                "position",
-                f"one of {positions}",
-                position,
-                "choose a token of this sweep, or sweep over it",
-            )
-        return self.table[self.table["position"] == chosen]
-
-    def _values(self, column: str) -> list[Any]:
-        values: list[Any] = sorted(self.table[column].unique().tolist())
-        return values
-
     def __repr__(self) -> str:
         model = self.provenance.get("model", {}).get("name")
         return f"SweepResult({len(self)} cells of {self.provenance.get('prompt')!r}, {model})"
@@ -343,9 +337,9 @@ class SweepResult:
         for layer, row in wide.iterrows():
             cells = "".join(_html_cell(row[k]) for k in kinds)
             rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
-        token = html.escape(str(self._at(None)["token"].iloc[0]))
+        token = html.escape(str(self.at(target_layer="all").table["token"].iloc[0]))
         caption = f"{html.escape(repr(self))}: best reading of token <bdi>{token}</bdi> per layer"
-        lines = "".join(f"<p>Doubtful: {html.escape(line)}</p>" for line in self.doubts)
+        lines = "".join(f"<p>Caveat: {html.escape(line)}</p>" for line in self.caveats)
         return (
             f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>{lines}"

@@ -96,8 +96,8 @@ def sweep(
         model: from `load_model`, or anything that it takes (`"smollm2"`, a hub name, ...).
         prompt: the source prompt.
         config: the settings; or give them one by one as keyword arguments.
-        progress: whether to show a progress bar and, at the end, what makes the result doubtful
-            (`SweepResult.doubts`).
+        progress: whether to show a progress bar and, at the end, what makes the result misleading
+            (`SweepResult.caveats`).
         **settings: the fields of `SweepConfig`.
 
     Raises:
@@ -112,8 +112,8 @@ def sweep(
         score_texts(plan.scorer, prompt, [prompt, prompt])
     result = collect([plan], progress=progress)
     if progress:
-        for line in result.doubts:
-            tqdm.write(f"Doubtful: {line}", file=sys.stderr)
+        for line in result.caveats:
+            tqdm.write(f"Caveat: {line}", file=sys.stderr)
     return result
 
 

@@ -284,7 +284,7 @@ class Panel:
             with contextlib.suppress(ValueError):  # no block outputs at α = 1, or no number of them
                 found = result.contextualization_layer(position=position, target_layer=target)
                 layer = str(found)
-        self._view.findings.value = markup.findings(layer, result.doubts)
+        self._view.findings.value = markup.findings(layer, result.caveats)
 
     def _show(self) -> None:
         """Put on the stage what the reader asked for."""

@@ -31,7 +31,7 @@ from superscopes_tl.files import unfit, write_tensors
 from superscopes_tl.model import LanguageModel, Site
 from superscopes_tl.vectors.protocols import PlaceVectors, SourceRun
 
-FORMAT = "superscopes_tl.vectors.affine"
+FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 4 * 2**30
 

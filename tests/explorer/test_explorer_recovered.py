@@ -196,7 +196,7 @@ def test_a_finished_run_says_its_layer_and_its_doubts(best: Explorer) -> None:
     result = best.result
     shown = best.view.findings.value
     assert f"layer {result.contextualization_layer().layer}" in shown  # type: ignore[union-attr]
-    assert shown.count("<li>") == len(result.doubts) <= 3  # type: ignore[union-attr]
+    assert shown.count("<li>") == len(result.caveats) <= 3  # type: ignore[union-attr]
     saved = Explorer.from_result(result)  # type: ignore[arg-type]
     assert saved.view.findings.value == shown
 

@@ -1,0 +1,308 @@
+"""What a table of readings says: which rows, which layer first, and what makes them doubtful.
+
+1. `rows_at` selects the rows of one token, target layer, kind and α.
+2. `contextualization` returns ℓ_c of one token (paper, section 4.1): the first source layer whose
+   unamplified block output reads the entity, judged by the share of the model's own words that it
+   recovers, by its score, or by a callable that knows the entity.
+3. `caveats` lists what makes a result misleading: an attention sink, own words that nothing
+   recovers or that say nothing, vectors much longer than what they replace, texts that are all the
+   same or repeat the name. The first three lines count, the gravest first, each with a setting to
+   try.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+
+from superscopes_tl.engine import is_echo
+from superscopes_tl.errors import bad_type, bad_value, check_choice
+from superscopes_tl.model import KINDS
+from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
+
+By: TypeAlias = Literal["score", "recovered"]
+Reads: TypeAlias = Callable[[str, str], bool]
+"""Judges whether a description reads its entity, from the source prompt and the description."""
+
+LEAST_RECOVERED = 0.2
+"""Below this share of the model's own words nothing was read: half of nothing is noise."""
+USUAL_RATIO = (0.1, 10.0)
+"""Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
+MOST_CAVEATS = 3
+
+Rule: TypeAlias = Callable[[pd.DataFrame, Mapping[str, Any]], str]
+
+
+def rows_at(
+    table: pd.DataFrame,
+    *,
+    position: int | None = None,
+    target_layer: int | Literal["same", "all"] | None = None,
+    kind: str | None = None,
+    alpha: float | None = None,
+) -> pd.DataFrame:
+    """Select the rows of one token and one target layer.
+
+    A column that the table lacks is not selected by, so tables of lenses work as well.
+
+    Args:
+        table: readings of one source prompt or of many.
+        position: the token; defaults to the rightmost one of each prompt.
+        target_layer: a target layer, or "same" as the source layer. Defaults to the only one per
+            source layer; "all" keeps the rows of several.
+        kind: one kind of activation; defaults to all of them.
+        alpha: one amplifier; defaults to all of them.
+
+    Raises:
+        ValueError: an empty table, a value that the table does not have, or several target layers
+            of which none was chosen.
+    """
+    if not isinstance(table, pd.DataFrame):
+        raise bad_type("table", "a table of readings", table, "pass result.table")
+    if table.empty:
+        raise bad_value(
+            "table", "at least one cell", "an empty table", "let the sweep finish a batch"
+        )
+    prompts = table["prompt"] if "prompt" in table else pd.Series("", index=table.index)
+    wanted = table["position"].groupby(prompts).transform("max") if position is None else position
+    rows = table[table["position"] == wanted]
+    if lacking := set(prompts) - set(prompts[rows.index]):
+        check_choice("position", position, _values(table[prompts == min(lacking)], "position"))
+    for column, value in (("kind", kind), ("alpha", alpha)):
+        if value is not None:
+            check_choice(column, value, _values(rows, column))
+            rows = rows[rows[column] == value]
+    if "target_layer" not in rows or target_layer == "all":
+        return rows
+    if target_layer is not None:
+        into = rows["source_layer"] if target_layer == "same" else target_layer
+        chosen = rows[rows["target_layer"] == into]
+        if chosen.empty:
+            check_choice("target_layer", target_layer, ["same", *_values(rows, "target_layer")])
+        return chosen
+    place = [c for c in ("prompt", "kind", "source_layer") if c in rows]
+    if (rows.groupby(place)["target_layer"].nunique() > 1).any():
+        raise bad_value(
+            "target_layer", f"one of {_values(rows, 'target_layer')}", None, "choose one"
+        )  # fmt: skip
+    return rows
+
+
+def _values(table: pd.DataFrame, column: str) -> list[Any]:
+    values: list[Any] = sorted(table[column].unique().tolist())
+    return values
+
+
+@dataclass(frozen=True)
+class Contextualization:
+    """The contextualization layer ℓ_c of one token, with what is read there.
+
+    Attributes:
+        layer: the first source layer that reads the entity; `None` if none does. The other fields
+            then describe the layer that comes nearest.
+        position: the token, counted from 0.
+        token: that token, with visible white space.
+        about: the entity that readings are judged against.
+        by: the criterion: "recovered", "score", or "reads" for a callable.
+        description: what the unamplified `resid_post` of that layer reads as.
+        score: its similarity to `about`.
+        recovered: the share of the model's own words that it recovers.
+        others: the share that other prompts' vectors recover there; NaN without that control.
+        own_words: the model's own words.
+        echo: whether the description repeats the name.
+    """
+
+    layer: int | None
+    position: int
+    token: str
+    about: str
+    by: str
+    description: str
+    score: float
+    recovered: float
+    others: float
+    own_words: str
+    echo: bool
+
+    def __str__(self) -> str:
+        where = "no layer" if self.layer is None else f"layer {self.layer}"
+        parts = [f"contextualization layer of {self.about!r} (token {self.token!r}): {where}"]
+        if self.description:
+            parts.append(repr(self.description) + (" (repeats the name)" if self.echo else ""))
+        if not math.isnan(self.score):
+            parts.append(f"score {self.score:.2f}")
+        if not math.isnan(self.recovered):
+            others = "" if math.isnan(self.others) else f", other names' vectors {self.others:.2f}"
+            parts.append(f"recovers {self.recovered:.2f} of {self.own_words!r}{others}")
+        return "; ".join([*parts, f"judged by {self.by}"])
+
+
+def contextualization(
+    rows: pd.DataFrame,
+    *,
+    by: By | None = None,
+    threshold: float | None = None,
+    reads: Reads | None = None,
+) -> Contextualization:
+    """Return ℓ_c of one token from its unamplified block outputs.
+
+    Args:
+        rows: `resid_post` at α = 1, one row per source layer.
+        by: "recovered" or "score"; defaults to the former where it is defined and no threshold
+            is given.
+        threshold: the least score that reads the entity; defaults to the paper's 0.3.
+        reads: judges prompt and description instead.
+
+    Raises:
+        ValueError: a threshold beside `by="recovered"`, or texts to judge that were not generated.
+    """
+    rows = rows.sort_values("source_layer")
+    written = bool(rows["written"].all())
+    if by is None:
+        defined = bool(rows["recovered"].notna().any())
+        # With neither shares nor texts nothing is read, and that is the answer.
+        shares = threshold is None and reads is None and (defined or not written)
+        by = "recovered" if shares else "score"
+    check_choice("by", by, ("recovered", "score"))
+    if by == "recovered" and threshold is not None:
+        raise bad_value("threshold", "none beside by='recovered'", threshold, "use by='score'")
+    if (by == "score" or reads is not None) and not written:
+        raise bad_value(
+            "by", "'recovered', as not all cells have a text", by, "sweep with generate='all'"
+        )
+    if reads is not None:
+        pairs = zip(rows["prompt"], rows["description"], strict=True)
+        worth, least = pd.Series([float(reads(*p)) for p in pairs], index=rows.index), 1.0
+    elif by == "score":
+        worth, least = rows["score"], PAPER_THRESHOLD if threshold is None else threshold
+    else:
+        worth = rows["recovered"]
+        if "other_prompt_recovered" in rows:
+            worth = above_others(worth, rows["other_prompt_recovered"])
+        least = worth.max() / 2 if worth.max() >= LEAST_RECOVERED else math.inf
+    hits = rows[worth >= least]
+    nearest = rows.loc[[worth.idxmax()]] if worth.notna().any() else rows.head(1)
+    row = (hits if len(hits) else nearest).iloc[0]
+    return Contextualization(
+        layer=int(row["source_layer"]) if len(hits) else None,
+        position=int(row["position"]),
+        token=str(row["token"]),
+        about=str(row["about"]) or str(row["prompt"]),
+        by=by if reads is None else "reads",
+        description=str(row["description"]),
+        score=float(row["score"]),
+        recovered=float(row["recovered"]),
+        others=float(row.get("other_prompt_recovered", math.nan)),
+        own_words=str(row["own_words"]),
+        echo=bool(row["echo"]),
+    )
+
+
+def caveats(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what makes a result misleading and what to try, at most three lines.
+
+    Args:
+        table: the cells of one prompt.
+        provenance: of their sweep.
+    """
+    if table.empty:
+        return ()
+    config = provenance.get("config", {})
+    lines = (rule(table, config) for rule in _RULES)
+    return tuple(line for line in lines if line)[:MOST_CAVEATS]
+
+
+def _attention_sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    read = table["kind"].isin(KINDS)  # a vector that no prompt gave has a number for a position
+    rows = table[read & (table["position"] == 0) & (table["alpha"] == 1)]
+    if rows.empty:
+        return ""
+    return (
+        f"token {rows['token'].iloc[0]!r} is the first of its text and so an attention sink: its "
+        f"norm is up to {rows['vector_norm'].max():,.0f}, and it carries little about the name. "
+        "Try source_template='Tell me about {}'."
+    )
+
+
+def _nothing_recovered(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    rows = _plain(table)
+    rows = rows[rows["kind"] == "resid_post"]
+    best = rows["recovered"].max()
+    if pd.isna(best) or best >= LEAST_RECOVERED or rows["source_layer"].nunique() < 3:
+        return ""
+    return (
+        f"no unamplified block output recovers more than {best:.2f} of the model's own words "
+        f"({rows['own_words'].iloc[0]!r}): this setting may not read this model. Try "
+        + ("" if config.get("target_layer") == "same" else "target_layer='same', or ")
+        + "`superscopes check MODEL`."
+    )
+
+
+def _poor_own_words(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    abouts = table.drop_duplicates("about")
+    gap = abouts["plain_nats"] - abouts["unpatched_nats"]
+    undefined = abouts[(abouts["about"] != "") & ~(gap >= LEAST_GAP)]
+    if len(undefined):
+        return (
+            f"recovered is not defined for {undefined['about'].iloc[0]!r}: with the name in the "
+            f"target prompt the model says {undefined['own_words'].iloc[0]!r}, hardly more likely "
+            "than without it. Try another target prompt, or reference='a true fact'."
+        )
+    for about, words in zip(abouts["about"], abouts["own_words"], strict=True):
+        if is_echo(words, about):
+            return (
+                f"the model's own words of {about!r} repeat the name ({words!r}): recovered then "
+                "measures copying. Try another target prompt, or reference='a true fact'."
+            )
+    return ""
+
+
+def _unusual_norms(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    ratio = _plain(table)["norm_ratio"].median()
+    if pd.isna(ratio) or USUAL_RATIO[0] <= ratio <= USUAL_RATIO[1]:
+        return ""
+    return (
+        f"at α = 1 the vectors are {ratio:.3g} times as long as the residual stream that they "
+        "replace (median). Try unit='residual', or a target layer near the source."
+    )
+
+
+def _same_texts(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    rows = _plain(table)
+    texts = rows.loc[rows["written"], "description"]
+    if len(texts) < 4 or not 2 * (count := int(texts.value_counts().iloc[0])) > len(texts):
+        return ""
+    other = "another target prompt" if config.get("target_layer") == "same" else (
+        "target_layer='same'"
+    )  # fmt: skip
+    return (
+        f"{count} of {len(texts)} unamplified cells of {rows['kind'].iloc[0]} read as "
+        f"{texts.value_counts().index[0]!r}. Try {other}."
+    )
+
+
+def _echoes(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    scored = table[table["score"] >= table["score"].quantile(0.9)]
+    count = int(scored["echo"].sum())
+    if len(scored) < 3 or 3 * count < len(scored):
+        return ""
+    return (
+        f"{count} of the {len(scored)} texts with the highest scores repeat the name, which "
+        "similarity rewards. Try the column recovered."
+    )
+
+
+_RULES: tuple[Rule, ...] = (
+    _attention_sink, _nothing_recovered, _poor_own_words, _unusual_norms, _same_texts, _echoes,
+)  # fmt: skip
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the unamplified block outputs, or all that is unamplified where there are none."""
+    plain = table[table["alpha"] == 1]
+    outputs = plain[plain["kind"] == "resid_post"]
+    return outputs if len(outputs) else plain

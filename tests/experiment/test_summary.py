@@ -1,0 +1,105 @@
+"""Which rows of a table are meant, and what makes a result misleading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from superscopes_tl.experiment import SweepResult, rows_at
+from superscopes_tl.experiment.summary import MOST_CAVEATS, caveats
+from tests.support.long_tables import cell, table_of
+
+CONFIG = {"config": {"target_layer": 0}}
+
+
+def _map(shares: list[float], **changes: Any) -> pd.DataFrame:
+    """Return unamplified block outputs of several layers, all told apart, in no way doubtful."""
+    usual = {
+        "about": "Pink Floyd", "own_words": "British rock band", "plain_nats": -9.0,
+        "unpatched_nats": -25.0, "norm_ratio": 1.0, "vector_norm": 40.0,
+    }  # fmt: skip
+    return table_of(
+        *(
+            {**cell("Pink Floyd", layer, 1, 0.4, f"text {layer}"), **usual, "recovered": share}
+            | changes
+            for layer, share in enumerate(shares)
+        )
+    )
+
+
+def test_a_map_that_reads_its_name_is_not_doubted() -> None:
+    """Nothing is said where nothing misleads."""
+    assert caveats(_map([0.2, 0.6, 0.9, 0.1]), CONFIG) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"position": 0}, "attention sink"),
+        ({"recovered": 0.05}, "no unamplified block output recovers"),
+        ({"plain_nats": -24.5, "recovered": float("nan")}, "recovered is not defined"),
+        ({"own_words": "Pink Floyd, Pink Floyd"}, "repeat the name"),
+        ({"norm_ratio": 170.0}, "170 times as long"),
+        ({"description": "American actor"}, "read as 'American actor'"),
+        ({"echo": True}, "repeat the name"),
+    ],
+)
+def test_each_doubt_is_said_with_something_to_try(changes: dict[str, Any], said: str) -> None:
+    """One line, which ends with a setting."""
+    lines = caveats(_map([0.2, 0.6, 0.9, 0.1], **changes), CONFIG)
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Try " in lines[0]
+
+
+def test_no_more_than_three_are_said() -> None:
+    """The gravest first."""
+    table = _map([0.0, 0.0, 0.0, 0.0], position=0, norm_ratio=900.0, description="x", echo=True)
+    lines = caveats(table, CONFIG)
+    assert len(lines) == MOST_CAVEATS == 3
+    assert "attention sink" in lines[0]
+
+
+def test_vectors_and_single_kinds_are_not_doubted_for_what_they_are_not() -> None:
+    """A vector's number is no position, and an MLP output no block output."""
+    assert caveats(_map([0.2, 0.6, 0.9], position=0, kind="vector"), CONFIG) == ()
+    assert caveats(_map([0.0, 0.0, 0.0], kind="mlp_out"), CONFIG) == ()
+
+
+GRID = table_of(
+    cell("Red", 0, 1, position=3), cell("Red", 0, 1, position=5), cell("Red", 0, 9, position=5),
+    cell("Red", 1, 1, position=5, target_layer=1), cell("Blue", 0, 1, position=4),
+    cell("Blue", 0, 1, position=4, kind="mlp_out"),
+)  # fmt: skip
+
+
+def test_the_rightmost_token_of_each_prompt_is_selected() -> None:
+    """Prompts end at different positions; kind, α and target layer narrow the choice."""
+    assert rows_at(GRID).index.tolist() == [1, 2, 3, 4, 5]
+    assert rows_at(GRID, kind="mlp_out").index.tolist() == [5]
+    assert rows_at(GRID, alpha=9).index.tolist() == [2]
+    assert rows_at(GRID, target_layer="same").index.tolist() == [1, 2, 3, 4, 5]
+    assert rows_at(GRID, target_layer=1).index.tolist() == [3]
+    assert SweepResult(GRID.head(4), {"prompt": "Red"}).at(3).table.index.tolist() == [0]
+    assert rows_at(GRID[["position", "source_layer"]]).index.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"position": 5}, {"kind": "resid_mid"}, {"alpha": 2}, {"target_layer": 7}]
+)
+def test_rows_that_are_not_there_are_refused(asked: dict[str, Any]) -> None:
+    """The column is named: "Blue" has no token 5, and nothing was patched into layer 7."""
+    with pytest.raises(ValueError, match=f"^{next(iter(asked))}: "):
+        rows_at(GRID, **asked)
+
+
+def test_one_of_several_target_layers_has_to_be_chosen() -> None:
+    """Two would be two tries; "all" keeps both."""
+    grid = pd.concat([GRID, GRID.assign(target_layer=2)])
+    with pytest.raises(ValueError, match="^target_layer: "):
+        rows_at(grid)
+    assert len(rows_at(grid, target_layer="all")) == 10
+    with pytest.raises(ValueError, match="^table: "):
+        rows_at(GRID.head(0))
