@@ -61,10 +61,10 @@ app: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes app
 
 bench: $(VENV)/ready
-	$(OFFLINE) $(VENV)/bin/superscopes bench --size mini
+	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks --size mini
 
 picture: $(VENV)/ready
-	$(OFFLINE) $(VENV)/bin/python -m tests.readme_picture
+	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

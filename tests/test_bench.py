@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from superscopes_tl import PatchedGenerator, load_model
-from superscopes_tl.cli.main import app, benchmark_in
+from superscopes_tl.cli.main import app as superscopes
 from tests.benchmarks import bench, measure
+from tests.benchmarks.__main__ import app
 from tests.benchmarks.limit import Limit
 from tests.benchmarks.measure import Way
 from tests.benchmarks.report import Report, rate_figure
@@ -207,9 +208,7 @@ def test_the_command_measures_and_writes_both_files(
     monkeypatch.setitem(SIZES, "mini", ENDLESS)
     numbers, page = tmp_path / "bench.json", tmp_path / "bench.html"
     done = CliRunner().invoke(
-        app,
-        ["bench", "--rounds", "1", "--json", str(numbers), "--html", str(page)],
-        env={"COLUMNS": "160"},
+        app, ["--rounds", "1", "--json", str(numbers), "--html", str(page)], env={"COLUMNS": "160"}
     )
     assert done.exit_code == 0, done.output
     found = json.loads(numbers.read_text(encoding="utf-8"))
@@ -263,28 +262,41 @@ def test_the_figure_has_a_bar_per_way() -> None:
     assert ", 1 thread, median of 5 rounds" in figure.layout.title.text
 
 
-def test_without_a_clone_the_command_says_what_it_needs(tmp_path: Path) -> None:
-    """An installed package has no tests beside it; the import path stays as it was."""
-    with pytest.raises(ValueError, match="bench: expected a clone of the repository"):
-        benchmark_in(tmp_path)
-    before = list(sys.path)
-    assert benchmark_in(ROOT) is bench
-    assert sys.path == before
+def test_the_shipped_command_runs_the_benchmark_of_the_clone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its options and its exit code pass through; an installed package says what is missing."""
+    from superscopes_tl.cli import main
+
+    runs: list[Any] = []
+
+    def recorded(command: list[str], **options: Any) -> Any:
+        runs.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(main.subprocess, "run", recorded)
+    done = CliRunner().invoke(superscopes, ["bench", "--size", "gpt2", "--rounds", "1"])
+    assert done.exit_code == 3
+    assert runs == [[sys.executable, "-m", "tests.benchmarks", "--size", "gpt2", "--rounds", "1"]]
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "superscopes_tl" / "cli" / "main.py"))
+    done = CliRunner().invoke(superscopes, ["bench"])
+    assert done.exit_code == 2
+    assert "Error: bench: expected a clone" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "argument"),
     [
-        (["--size", "7b"], "size: expected one of mini, gpt2, 1b, got 7b"),
-        (["--dtype", "int8"], "dtype: expected float32 or bfloat16, got int8"),
-        (["--rounds", "0"], "rounds: expected 1 or more, got 0"),
-        (["--threads", "0"], "threads: expected 1 or more, got 0"),
-        (["--json", "nowhere/x.json"], "--json: expected a file in a folder that exists"),
-        (["--device", "abacus"], "device: expected"),
+        (["--size", "7b"], "size"),
+        (["--dtype", "int8"], "dtype"),
+        (["--rounds", "0"], "rounds"),
+        (["--threads", "0"], "threads"),
+        (["--json", "nowhere/x.json"], "--json"),
+        (["--device", "abacus"], "device"),
     ],
 )
-def test_bad_options_end_with_2(arguments: list[str], message: str) -> None:
+def test_bad_options_end_with_2(arguments: list[str], argument: str) -> None:
     """Before any model is built."""
-    done = CliRunner().invoke(app, ["bench", *arguments])
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
-    assert message in " ".join(done.stderr.split())
+    assert f"Error: {argument}: expected" in " ".join(done.stderr.split())

@@ -2,8 +2,8 @@
 
 1. Read a handful of names of many kinds on SmolLM2-135M-Instruct, in the setting that reads it
    best: each name in a sentence, CHAT_PROMPT, target layer 0.
-2. Per name and layer print what the block outputs and the MLP outputs say at α = 1 and at the α
-   that recovers most, beside the model's own words and what other names' vectors recover.
+2. Per name and layer print the descriptions of block outputs and MLP outputs at α = 1 and at the
+   α that recovers most, beside the model's own words and what other names' vectors recover.
 3. List the MLP outputs that only amplification reads, and those that it does not read either.
 4. Write the heatmaps of what is recovered, and end with what was found and what was not.
 """
@@ -12,26 +12,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from superscopes_tl.evaluation import SENTENCE
-from superscopes_tl.experiment import SweepConfig, SweepPlan, SweepResult, collect, plan_sweep
+from superscopes_tl.cli.options import FastLoading
+from superscopes_tl.evaluation import SENTENCE, evaluate
+from superscopes_tl.experiment import SweepConfig
 from superscopes_tl.figures import heatmap, write_html
-from superscopes_tl.model import LanguageModel, load_model
+from superscopes_tl.model import DEFAULT_MODEL, LanguageModel
 from superscopes_tl.scores import above_others, no_scores
 
 NAMES = ("Paris", "Albert Einstein", "Amazon River", "Pink Floyd", "Titanic")
-"""Of as many kinds. The last two are names whose MLP outputs were not read when this was written:
-a demonstration that shows hits alone shows nothing."""
-LAYERS = (4, 8, 16)
-ALPHAS = (1.0, 3.0, 6.0)
+"""One of each kind. The MLP outputs of the last two were not read when this was written: a
+demonstration that shows hits alone shows nothing."""
 HEADLINE = (8, 6.0)
 """The layer and α at which this model's MLP outputs were found to be read, on these names too."""
 READ = 0.3
@@ -39,9 +38,8 @@ READ = 0.3
 other names' vectors does, or than nothing where those recover less than nothing."""
 
 CONFIG = SweepConfig(
-    layers=LAYERS,
-    kinds=("resid_post", "mlp_out"),
-    alphas=ALPHAS,
+    layers=(4, 8, 16),
+    alphas=(1.0, 3.0, 6.0),
     source_template=SENTENCE,
     chat=True,
     target_layer=0,
@@ -52,9 +50,19 @@ CONFIG = SweepConfig(
 )
 
 
+def demo(
+    loading: FastLoading,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the page and the file of readings.")
+    ] = Path("output"),
+) -> None:
+    """Read names of many kinds on SmolLM2-135M-Instruct, with controls, and draw the heatmaps."""
+    run_demo(loading.load(DEFAULT_MODEL), output)
+
+
 def run_demo(
-    model: LanguageModel | None = None,
-    output: Path = Path("output"),
+    model: LanguageModel,
+    output: Path,
     names: Sequence[str] = NAMES,
     console: Console | None = None,
     config: SweepConfig = CONFIG,
@@ -62,52 +70,36 @@ def run_demo(
     """Run the demo and return the path of the page with the heatmaps.
 
     Args:
-        model: SmolLM2-135M-Instruct unless given.
-        output: the folder for the page and the run files; made if missing.
-        names: what is read.
+        model: the model to read.
+        output: the folder for the page and the file of readings; created if missing.
+        names: the source prompts.
         console: where to print.
-        config: the settings.
+        config: the settings; block outputs are read at α = 1 alone, where they say most.
     """
     console = console or Console(emoji=False)
     started = time.perf_counter()
-    model = model or load_model(backend="bridge")
     output.mkdir(parents=True, exist_ok=True)
+    file = output / "demo.sqlite"
+    file.unlink(missing_ok=True)  # a demo runs anew; an evaluation would resume
     _print_model(console, model)
-    found = collect(_plans(model, names, config))
+    evaluate(model, names, file, config, draws=0, kinds="resid_post", alphas=1)
+    found = evaluate(model, names, file, config, draws=0, kinds="mlp_out")
     figures = []
     for name in names:
-        rows = found.table[found.table["prompt"] == name].reset_index(drop=True)
-        result = SweepResult(rows, {**found.provenance, "prompt": name})
-        result.save(output / f"{_file_name(name)}.zip")
+        result = found.of(name)
         console.print(name_table(result.table))
         figures.append(heatmap(result, value="recovered", color_range=(0.0, 1.0)))
-    page = write_html(figures, output / "demo.html", title=f"What {model.name} says of its layers")
-    mlp = found.table[found.table["kind"] == "mlp_out"]
-    console.print(rescue_table(mlp))
+    page = write_html(figures, output / "demo.html", title=f"{model.name}, layer by layer")
+    console.print(rescue_table(found.table[found.table["kind"] == "mlp_out"]))
     console.print(headline_table(found.table))
-    console.print(f"\nHeatmaps: [bold]{page}[/bold] (run files beside it)")
+    console.print(f"\nHeatmaps: [bold]{page}[/bold]; readings: [bold]{file}[/bold]")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
     console.print(_conclusion(found.table), highlight=False)
     return page
 
 
-def _plans(model: LanguageModel, names: Sequence[str], config: SweepConfig) -> list[SweepPlan]:
-    """Return a plan per name; block outputs are read at α = 1 alone, where they say most."""
-    first = plan_sweep(model, names[0], config)
-    plans = [first, *map(first.at_prompt, names[1:])]
-    return [
-        replace(
-            plan,
-            finished=frozenset(
-                cell for cell in plan.all_cells if cell.kind == "resid_post" and cell.alpha != 1
-            ),
-        )
-        for plan in plans
-    ]
-
-
 def read_share(table: pd.DataFrame) -> pd.Series[float]:
-    """Return what each cell recovers above other names' vectors, or above nothing."""
+    """Return the share that each cell recovers above other names' vectors, or above nothing."""
     return above_others(table["recovered"], table["other_prompt_recovered"])
 
 
@@ -118,10 +110,10 @@ def best_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_table(table: pd.DataFrame) -> Table:
-    """Return what the layers say of one name, as a table for the terminal."""
+    """Return the descriptions of one name per layer."""
     first = table.iloc[0]
     shown = Table(
-        title=escape(f"{first['prompt']} · the model itself says: {first['own_words']!r}"),
+        title=escape(f"{first['prompt']} · the model's own words: {first['own_words']!r}"),
         caption="in brackets: α; share of the model's own words recovered / by other names",
         title_justify="left",
         caption_justify="left",
@@ -145,8 +137,8 @@ def name_table(table: pd.DataFrame) -> Table:
 
 def _cell(row: Any) -> str:
     share = f"{row['recovered']:.2f} / {row['other_prompt_recovered']:.2f}"
-    said = escape(str(row["description"]) or "(nothing)")
-    return f"{said} [dim]({row['alpha']:g}; {share})[/dim]"
+    text = escape(str(row["description"]) or "(nothing)")
+    return f"{text} [dim]({row['alpha']:g}; {share})[/dim]"
 
 
 def rescue_table(mlp: pd.DataFrame) -> Table:
@@ -161,7 +153,7 @@ def rescue_table(mlp: pd.DataFrame) -> Table:
         caption=f"read: recovers at least {READ:g} more of the own words than other names do",
         caption_justify="left",
     )
-    for column in ("", "name", "layer", "α = 1 says", "α", "says"):
+    for column in ("", "name", "layer", "at α = 1", "α", "at that α"):
         shown.add_column(column, overflow="fold")
     order = best.loc[silent.index].sort_values("recovered", ascending=False).index
     places: list[Any] = [*(p for p in order if p in read), *(p for p in order if p not in read)]
@@ -227,10 +219,6 @@ def _print_model(console: Console, model: LanguageModel) -> None:
     if source:
         console.print(escape(", ".join(f"{key}: {value}" for key, value in source.items())))
     console.print(
-        "Each name is read at its last token in 'Tell me about NAME', amplified by α, and written "
-        "over x in 'What is x?' at layer 0; the model goes on from 'It is'.\n"
+        "Each name is read at its last token in 'Tell me about NAME', amplified by α, and patched "
+        "over x in 'What is x?' at layer 0; the model continues from 'It is'.\n"
     )
-
-
-def _file_name(prompt: str) -> str:
-    return "_".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())

@@ -1,32 +1,170 @@
-"""The commands about many prompts: what they count, beside what chance would give."""
+"""The commands that read prompts: `sweep` one, `evaluate` many, `replay` recorded generations."""
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from superscopes_tl.cli import options as options
-from superscopes_tl.cli.shell import (
+from superscopes_tl.cli.options import (
+    ERRORS,
     OUTPUT,
-    check_folder,
-    explained,
-    parse_layers,
-    parse_numbers,
+    Cells,
+    Controls,
+    Loading,
+    Model,
+    Page,
+    RunFile,
+    check_folders,
+    parse_names,
     read_lines,
-    share_table,
+    say,
 )
-from superscopes_tl.errors import bad_value
-from superscopes_tl.figures import write_html
+from superscopes_tl.engine import PAPER_PROMPTS
+from superscopes_tl.errors import bad_value, check_choice
+from superscopes_tl.evaluation import (
+    HIDDEN_STATES,
+    MLP_OUTPUTS,
+    kept_readability,
+    local_workers,
+    methods,
+)
+from superscopes_tl.evaluation import evaluate as run_evaluate
+from superscopes_tl.experiment import SweepError, SweepInterrupted, check_config
+from superscopes_tl.experiment import sweep as run_sweep
+from superscopes_tl.figures import earlier_table, figure_3, heatmap, write_html
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import DEFAULT_MODEL
 from superscopes_tl.scores import PAPER_THRESHOLD
-from superscopes_tl.statistics import FEWEST_PROMPTS, reveals_earlier
+from superscopes_tl.statistics import FEWEST_PROMPTS, compare, reveals_earlier
+from superscopes_tl.statistics import replay as run_replay
+
+SECTIONS = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}
+
+
+def sweep(
+    prompt: Annotated[str, typer.Argument(help="The source prompt to read.")],
+    *,
+    model: Model = DEFAULT_MODEL,
+    cells: Cells,
+    loading: Loading,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Use the prompts and target layer that `check` finds best."),
+    ] = False,
+    about: Annotated[
+        str, typer.Option(help="What readings are scored against. Defaults to the source prompt.")
+    ] = "",
+    reference: Annotated[
+        str, typer.Option(help="A true fact, in place of the model's own words.")
+    ] = "",
+    controls: Controls = "",
+    out: RunFile = None,
+    html: Page = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Print every cell, not the best α of each site.")
+    ] = False,
+) -> None:
+    """Read a prompt at every layer and α, and print the model's descriptions."""
+    check_folders(out=out, html=html)
+    settings = {
+        **cells.settings(),
+        "about": about or None,
+        "reference": reference or None,
+        "controls": parse_names(controls),
+    }
+    check_config(None, settings)  # before the model is loaded
+    if auto:
+        own = replace(
+            cells, target_prompt=None, answer="", chat=False, target_layer="same",
+            source_template="{}",
+        )  # fmt: skip
+        if own != cells:
+            raise bad_value(
+                "--auto", "no prompt, template or target layer beside it", "both",
+                "leave one of the two out",
+            )  # fmt: skip
+    loaded = loading.load(model)
+    if auto:
+        check = kept_readability(loaded)
+        say(check.verdict)
+        names = ("target_prompt", "target_layer", "source_template", "chat")
+        settings |= {name: getattr(check.config, name) for name in names}
+    try:
+        result = run_sweep(loaded, prompt, **settings)
+    except (SweepInterrupted, SweepError) as stopped:
+        ERRORS.print(str(stopped), markup=False)
+        if out:
+            ERRORS.print(f"Saved to {stopped.partial.save(out)}.", markup=False)
+        raise typer.Exit(130 if isinstance(stopped, SweepInterrupted) else 1) from stopped
+    saved = result.save(out) if out else None  # before anything else can go wrong
+    _print_result(result, show_all=show_all)
+    if saved:
+        say(f"Run file: {saved}")
+    if html:
+        x: Literal["alpha", "target_layer"] = "target_layer" if _several(result) else "alpha"
+        value = "score" if result.table["written"].all() else "recovered"
+        positions = dict.fromkeys(result.table["position"])
+        figures = [heatmap(result, x=x, value=value, position=p) for p in positions]
+        say(f"Heatmap: {write_html(figures, html)}")
+
+
+def evaluate(
+    *,
+    model: Model = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file, one source prompt per line. Defaults to the paper's 48."),
+    ] = None,
+    section: Annotated[
+        str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states, fine α): the defaults.")
+    ] = "4.1",
+    cells: Cells,
+    loading: Loading,
+    draws: Annotated[
+        int | None,
+        typer.Option(help="Sampled readings at α = 1. Defaults to the budget of all other α."),
+    ] = None,
+    controls: Controls = "",
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes, each with the model. Defaults to none.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="The file that collects readings; run again to resume.")
+    ] = Path("evaluation.sqlite"),
+    html: Page = None,
+) -> None:
+    """Run the paper's experiments (section 4) over many prompts, and count."""
+    check_folders(out=out, html=html)
+    config = SECTIONS[check_choice("--section", section, SECTIONS)]
+    settings = {**cells.settings(), "controls": parse_names(controls)}
+    into = settings["target_layer"]
+    if into != "same":
+        if len(into) != 1:
+            raise bad_value(
+                "--target-layer", "'same' or one layer", cells.target_layer, "run twice"
+            )
+        into = settings["target_layer"] = into[0]
+    found = run_evaluate(
+        partial(loading.load, model),
+        PAPER_PROMPTS if prompts is None else read_lines(prompts, "--prompts"),
+        out,
+        config,
+        draws=draws,
+        executor=None if workers is None else local_workers(workers),
+        **settings,
+    )
+    figures = _print_evaluation(found, into, settings["scorer"])
+    say(f"Readings: {out}")
+    if html:
+        say(f"Figures: {write_html(figures, html, title=repr(found))}")
 
 
 def replay(
@@ -37,191 +175,166 @@ def replay(
     threshold: Annotated[
         float, typer.Option(help="The similarity above which a text is a hit.")
     ] = PAPER_THRESHOLD,
-    scorer: options.ScorerName = "",
-    score_on: options.ScoreOn = "text",
-    html: Annotated[
-        Path | None, typer.Option(help="Write Figure 3 to this page (opens offline).")
-    ] = None,
+    scorer: Annotated[
+        str, typer.Option(help="A SentenceTransformer. Defaults to all-MiniLM-L6-v2.")
+    ] = "",
+    score_on: Annotated[
+        str, typer.Option(help="'description', or the whole 'text' as in the paper.")
+    ] = "text",
+    html: Page = None,
     csv: Annotated[
         Path | None, typer.Option(help="Write every cell that was counted to this file.")
     ] = None,
 ) -> None:
-    """Count recorded generations as the paper's Figure 3 does, and corrected for chance."""
-    from superscopes_tl.figures import figure_3
-    from superscopes_tl.statistics import replay as run_replay
-
-    with explained():
-        for path, option in ((html, "--html"), (csv, "--csv")):
-            check_folder(path, option)
-        comparison = run_replay(
-            baseline, amplified, threshold=threshold, scorer=scorer or None, score_on=score_on
-        )
-        print_comparison(comparison)
-        if csv:
-            with written_whole(csv) as fresh:
-                comparison.cells.to_csv(fresh, index=False)
-            _say(f"Cells: {csv}")
-        if html:
-            title = f"Recorded generations: {baseline.stem}, {amplified.stem}"
-            page = write_html(figure_3(comparison, title=title), html, title=title)
-            _say(f"Figure 3: {page}")
+    """Count recorded generations as in the paper's Figure 3, and corrected for chance."""
+    check_folders(html=html, csv=csv)
+    comparison = run_replay(
+        baseline, amplified, threshold=threshold, scorer=scorer or None, score_on=score_on
+    )
+    _print_comparison(comparison)
+    if csv:
+        with written_whole(csv) as fresh:
+            comparison.cells.to_csv(fresh, index=False)
+        say(f"Cells: {csv}")
+    if html:
+        title = f"Recorded generations: {baseline.stem}, {amplified.stem}"
+        say(f"Figure 3: {write_html(figure_3(comparison, title=title), html, title=title)}")
 
 
-def evaluate(
-    model: options.Model = DEFAULT_MODEL,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="A text file, a source prompt per line. The paper's 48 unless given."),
-    ] = None,
-    section: Annotated[
-        str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states, fine α): the defaults.")
-    ] = "4.1",
-    layers: Annotated[
-        str, typer.Option(help="Source layers, such as 1-7. Those of the section unless given.")
-    ] = "",
-    kinds: Annotated[str, typer.Option(help="mlp_out or resid_post, or others.")] = "",
-    alphas: Annotated[str, typer.Option(help="Amplifiers; 1 is Patchscopes.")] = "",
-    target: Annotated[
-        str, typer.Option("--target", "--target-layer", help="Where to patch: 'same' or a layer.")
-    ] = "same",
-    draws: Annotated[
-        int | None,
-        typer.Option(help="More readings of α = 1, drawn. To the same budget unless given."),
-    ] = None,
-    controls: options.Controls = "",
-    source_template: options.Template = "{}",
-    target_prompt: options.TargetText = None,
-    placeholder: options.Placeholder = "x",
-    chat: options.Chat = False,
-    answer: options.Answer = "",
-    max_new_tokens: options.MaxNewTokens = None,
-    generate: options.Generate = "all",
-    batch_size: options.BatchSize = None,
-    scorer: options.ScorerName = "",
-    score_on: options.ScoreOn = "text",
-    backend: options.Backend = "auto",
-    dtype: options.DType = "float32",
-    device: options.Device = "",
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that read, each with the model. This one alone unless given."),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="The file that readings are added to; run again to go on.")
-    ] = Path("evaluation.sqlite"),
-    html: Annotated[
-        Path | None, typer.Option(help="Write Figure 3 and the table to this page.")
-    ] = None,
-) -> None:
-    """Run the paper's experiments (section 4) over many prompts, and count."""
-    from superscopes_tl.engine import PAPER_PROMPTS
-    from superscopes_tl.evaluation import HIDDEN_STATES, MLP_OUTPUTS, local_workers
-    from superscopes_tl.evaluation import evaluate as run_evaluate
-
-    with explained():
-        for path, option in ((out, "--out"), (html, "--html")):
-            check_folder(path, option)
-        config = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}.get(section)
-        if config is None:
-            raise bad_value("--section", "4.1 or 4.2", section, "leave it out")
-        into = _one_target(target)
-        changed: dict[str, Any] = {}  # what is not given stays as the section has it
-        if layers:
-            changed["layers"] = parse_layers(layers, "--layers")
-        if kinds:
-            changed["kinds"] = options.names(kinds)
-        if alphas:
-            changed["alphas"] = parse_numbers(alphas, "--alphas")
-        found = run_evaluate(
-            partial(options.load, model, backend, dtype, device),
-            PAPER_PROMPTS if prompts is None else read_lines(prompts, "--prompts"),
-            out,
-            config,
-            draws=draws,
-            executor=None if workers is None else local_workers(workers),
-            **changed,
-            target_layer=into,
-            source_template=source_template,
-            target_prompt=options.target_prompt(target_prompt, placeholder, answer, chat),
-            chat=chat,
-            controls=options.names(controls),
-            max_new_tokens=max_new_tokens,
-            generate=generate,
-            batch_size=batch_size,
-            scorer=scorer or None,
-            score_on=score_on,
-        )
-        figures = print_evaluation(found, into, scorer or None)
-        _say(f"Readings: {out}")
-        if html:
-            _say(f"Figures: {write_html(figures, html, title=repr(found))}")
+def _several(result: Any) -> bool:
+    """Tell whether a source layer was patched into several target layers."""
+    return bool(result.table.groupby("source_layer")["target_layer"].nunique().max() > 1)
 
 
-def _one_target(text: str) -> Any:
-    """Return "same" or one layer: several would be more tries."""
-    into = options.parse_target(text)
-    if into != "same" and len(into) != 1:
-        raise bad_value("--target", "'same' or one layer", text, "run it twice")
-    return into if into == "same" else into[0]
+def _print_result(result: Any, *, show_all: bool) -> None:
+    if show_all:
+        OUTPUT.print(_cell_table(result))
+        return
+    for position in dict.fromkeys(result.table["position"]):
+        OUTPUT.print(_best_table(result, int(position)))
+        _print_contextualization(result, int(position))
 
 
-def print_evaluation(evaluation: Any, target: Any = None, scorer: Any = None) -> list[Any]:
-    """Print the counts of every kind, and what amplification reads early; return the figures.
+def _cell_table(result: Any) -> Table:
+    """Return every cell as a row."""
+    columns = [
+        "token", "kind", "source_layer", "target_layer", "alpha", "score", "recovered",
+        "description",
+    ]  # fmt: skip
+    table = Table(title=escape(textwrap.shorten(str(result.provenance["prompt"]), 60)))
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in result.table[columns].itertuples(index=False):
+        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row]
+        table.add_row(*map(escape, cells))
+    return table
 
-    Args:
-        evaluation: from `evaluate`.
-        target: the target layer to count, if the file holds several.
-        scorer: the scorer of the counts; all-MiniLM-L6-v2 unless given.
-    """
-    from superscopes_tl.evaluation import methods
-    from superscopes_tl.figures import figure_3
-    from superscopes_tl.statistics import compare
 
+def _best_table(result: Any, position: int) -> Table:
+    """Return the best reading per layer and kind of a token."""
+    wide = result.by_layer(position=position)
+    several = _several(result)
+    token = result.table.loc[result.table["position"] == position, "token"].iloc[0]
+    shown = textwrap.shorten(str(result.provenance["prompt"]), 60, placeholder=" …")
+    legend = "α, similarity, recovered" + (", → target layer" if several else "")
+    table = Table(title=escape(f"{shown} · token {token!r} · best reading ({legend})"))
+    table.add_column("layer", justify="right")
+    kinds = list(wide.columns.get_level_values(0).unique())
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for layer, row in wide.iterrows():
+        table.add_row(str(layer), *(_best_cell(row[kind], several=several) for kind in kinds))
+    return table
+
+
+def _best_cell(cell: Any, *, several: bool) -> str:
+    if cell.isna()["alpha"]:
+        return "[dim]not computed[/dim]"
+    numbers = [f"{cell['alpha']:g}"]
+    numbers += [f"{cell[name]:.2f}" for name in ("score", "recovered") if not cell.isna()[name]]
+    into = f" → {cell['target_layer']:.0f}" if several else ""
+    return f"{escape(str(cell['description']))} [dim]({', '.join(numbers)}{into})[/dim]"
+
+
+def _print_contextualization(result: Any, position: int) -> None:
+    """Print where the model resolves the text, for each target layer of the sweep."""
+    table = result.table
+    here = table[
+        (table["position"] == position) & (table["alpha"] == 1) & (table["kind"] == "resid_post")
+    ]
+    if here.empty or here["mapping"].nunique() > 1:  # nothing unamplified to judge by
+        return
+    same = (here["source_layer"] == here["target_layer"]).all()
+    for into in [None] if same else sorted(here["target_layer"].unique()):
+        found = result.contextualization_layer(position=position, target_layer=into)
+        say(f"{found}" if same else f"{found} [target layer {into}]")
+
+
+def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
+    """Print the counts of every kind, and what amplification reads early; return the figures."""
     figures = []
     model = evaluation.provenance["model"]["name"]
+    score_on = evaluation.provenance["config"]["score_on"]
     for kind in dict.fromkeys(evaluation.table["kind"]):
         cells = evaluation.table[evaluation.table["kind"] == kind]
         cells = cells[(cells["draw"] == 0) & cells["recovered"].notna()]
         if len(cells):
-            title = f"{kind} of {model}: mean share of own words recovered"
-            OUTPUT.print(share_table(cells, title + _beside(cells)))
+            OUTPUT.print(
+                _share_table(cells, f"{kind} of {model}: mean share of own words recovered")
+            )
         if not evaluation.table["written"].all():
-            continue  # what was chosen to be written is no sample to count
+            continue  # the cells were chosen, so counts over them would be biased
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
         parts = {name: part for name, part in parts.items() if name not in few}
         for name in few:
-            _say(f"{kind}: {name} has fewer than {FEWEST_PROMPTS} prompts and is left out.")
+            say(f"{kind}: {name} has fewer than {FEWEST_PROMPTS} prompts and is left out.")
         if "Patchscopes" not in parts or len(parts) < 2:
-            _say(f"{kind}: nothing to compare: that takes α = 1 and another α, of enough prompts.")
+            say(f"{kind}: nothing to compare; that takes α = 1 and another α, for enough prompts.")
             continue
-        _say(f"{kind} of {model}")
-        score_on = evaluation.provenance["config"]["score_on"]
+        say(f"{kind} of {model}")
         comparison = compare(parts, scorer=scorer, score_on=score_on)
-        print_comparison(comparison)
+        _print_comparison(comparison)
         figures.append(figure_3(comparison, title=f"{kind} of {model}"))
         if kind == "resid_post":
             figures += _print_early(pd.concat([parts["Patchscopes"], parts["Superscopes"]]))
     return figures
 
 
-def _beside(cells: pd.DataFrame) -> str:
-    return " / by other prompts' vectors" if "other_prompt_recovered" in cells else ""
+def _share_table(table: pd.DataFrame, title: str) -> Table:
+    """Return the mean share of own words recovered per layer and α, over prompts.
+
+    The mean of other prompts' vectors, where there is one, follows after a slash.
+    """
+    columns = ["recovered", *(c for c in ("other_prompt_recovered",) if c in table)]
+    means = table.groupby(["source_layer", "alpha"])[columns].mean()
+    alphas = sorted(table["alpha"].unique())
+    beside = " / by other prompts' vectors" if len(columns) > 1 else ""
+    shown = Table(title=escape(title + beside), title_justify="left")
+    for header in ("layer", *(f"α = {alpha:g}" for alpha in alphas)):
+        shown.add_column(header, justify="right")
+    for layer in sorted(table["source_layer"].unique()):
+        cells = [
+            " / ".join(f"{means.loc[(layer, alpha), c]:.2f}" for c in columns)
+            if (layer, alpha) in means.index
+            else ""
+            for alpha in alphas
+        ]
+        shown.add_row(str(layer), *cells)
+    return shown
 
 
 def _print_early(table: pd.DataFrame) -> list[Any]:
     """Print what amplified block outputs read before the contextualization layer (Table 3)."""
-    from superscopes_tl.figures import earlier_table
-
     both = table.groupby("prompt")["alpha"].transform(lambda alphas: alphas.nunique() > 1)
     found = reveals_earlier(table[both])
-    _say(
+    say(
         f"\nBefore the contextualization layer, amplified block outputs already read "
         f"{found['prompt'].nunique()} of {table['prompt'].nunique()} prompts "
         f"({len(found)} layers), by a similarity of {PAPER_THRESHOLD:g}."
     )
     for row in found.to_dict("records"):
-        _say(
+        say(
             f"{row['prompt']}, layer {row['source_layer']} before "
             f"{row['contextualization_layer']}: {row['at_alpha_1']!r}; "
             f"α = {row['alpha']:g}: {row['reading']!r}"
@@ -229,57 +342,52 @@ def _print_early(table: pd.DataFrame) -> list[Any]:
     return [earlier_table(found)]
 
 
-def print_comparison(comparison: Any) -> None:
+def _print_comparison(comparison: Any) -> None:
     """Print the counts as plain lines, then their intervals, chance levels and notes."""
     settings, layers = comparison.settings, comparison.layers
     over = f"at layers {', '.join(map(str, layers))}"
-    _say(f"Prompts with a similarity above {settings['threshold']:g}, {over}:")
+    say(f"Prompts with a similarity above {settings['threshold']:g}, {over}:")
     for line in comparison.lines():
-        _say(line)
-    _say(f"\nPrompts above the {settings['percentile']:g}th percentile of the others, {over}:")
+        say(line)
+    say(f"\nPrompts above the {settings['percentile']:g}th percentile of the others, {over}:")
     for line in comparison.lines(corrected=True):
-        _say(line)
-    _say("")
+        say(line)
+    say("")
     for method in comparison.methods:
         OUTPUT.print(_count_table(comparison.counts, method))
     if len(comparison.differences):
         OUTPUT.print(_difference_table(comparison.differences, comparison.methods[0]))
     for note in comparison.notes:
-        _say(f"Note: {note}")
+        say(f"Note: {note}")
 
 
-def _count_table(counts: Any, method: str) -> Table:
+def _count_table(counts: pd.DataFrame, method: str) -> Table:
     table = Table(title=escape(f"{method} [95 % interval over prompts]"), title_justify="left")
     for header in ("layer", "hits", "chance", "corrected", "chance", "q ≤ 0.05"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in counts[counts["method"] == method].to_dict("records"):
         table.add_row(
             str(row["source_layer"]),
-            _with_ends(row, "hits"),
+            _with_interval(row, "hits"),
             f"{row['expected_by_chance']:.1f}",
-            _with_ends(row, "corrected"),
+            _with_interval(row, "corrected"),
             f"{row['expected_corrected']:.1f}",
             f"{row['discoveries']:.3g}",
         )
     return table
 
 
-def _difference_table(differences: Any, first: str) -> Table:
+def _difference_table(differences: pd.DataFrame, first: str) -> Table:
     title = escape(f"Difference to {first} [95 % interval, paired by prompt]")
     table = Table(title=title, title_justify="left")
     for header in ("method", "layer", "hits", "corrected"):
         table.add_column(header, justify="left" if header == "method" else "right")
     for row in differences.to_dict("records"):
-        ends = [_with_ends(row, form) for form in ("hits", "corrected")]
-        table.add_row(escape(row["method"]), str(row["source_layer"]), *ends)
+        counts = [_with_interval(row, form) for form in ("hits", "corrected")]
+        table.add_row(escape(row["method"]), str(row["source_layer"]), *counts)
     return table
 
 
-def _with_ends(row: dict[str, Any], form: str) -> str:
+def _with_interval(row: dict[Any, Any], form: str) -> str:
     low, high = row[f"{form}_low"], row[f"{form}_high"]
     return escape(f"{row[form]:.3g} [{low:.3g}, {high:.3g}]")
-
-
-def _say(line: str) -> None:
-    """Print a line as it is: not wrapped, coloured or interpreted."""
-    OUTPUT.print(line, markup=False, highlight=False, soft_wrap=True)

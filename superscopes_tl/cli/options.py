@@ -1,117 +1,307 @@
-"""The options that several commands share, and how they are read."""
+"""What the commands share: their options, how these are parsed, and how a command ends.
+
+1. A group of options is a frozen dataclass: `Loading` (how to load a model), `Sampling` (what the
+   target model generates) and `Cells` (which cells of a sweep there are).
+2. `command` gives a function that takes such groups one option per field. Bad input ends with
+   exit code 2 and one line that says what was expected; what the machine refuses ends with 1.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import typer
+from rich.console import Console
 
-from superscopes_tl.cli.shell import parse_layers
+from superscopes_tl.engine import TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_value
+from superscopes_tl.model import LanguageModel, load_model
+
+# Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
+OUTPUT = Console(emoji=False)
+ERRORS = Console(stderr=True, emoji=False)
 
 Model: TypeAlias = Annotated[
     str,
     typer.Option(help="'mini' (bundled), a fetched model, a directory, a GGUF file, a hub name."),
 ]
-Layers: TypeAlias = Annotated[
-    str, typer.Option(help="Source layers, such as 0-5,8. Every layer if empty.")
-]
-Kinds: TypeAlias = Annotated[
-    str, typer.Option(help="resid_pre, attn_out, resid_mid, mlp_out, resid_post.")
-]
-Alphas: TypeAlias = Annotated[str, typer.Option(help="Amplifiers; 1 is Patchscopes.")]
-Token: TypeAlias = Annotated[
-    str, typer.Option(help="The token to read: an index, a substring, or 'all'.")
-]
-Target: TypeAlias = Annotated[
-    str, typer.Option(help="Where to patch: 'same' as the source, a layer, or several: 0,3,6.")
-]
-TargetText: TypeAlias = Annotated[
-    str | None,
-    typer.Option(help="A text with the placeholder. The paper's, with --chat a question."),
-]
-Placeholder: TypeAlias = Annotated[str, typer.Option(help="The placeholder's word.")]
-Chat: TypeAlias = Annotated[
-    bool, typer.Option("--chat", help="Put both prompts as messages in the model's chat template.")
-]
-Answer: TypeAlias = Annotated[
-    str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
-]
-MaxNewTokens: TypeAlias = Annotated[
-    int | None, typer.Option(help="Longest text. The model's own default, else 10, with --chat 24.")
-]
-Template: TypeAlias = Annotated[
-    str, typer.Option(help="What stands around the source prompt, such as 'Tell me about {}'.")
-]
-Generate: TypeAlias = Annotated[
-    str,
-    typer.Option(help="Cells to write out: all, best (one α per site), none (recovered alone)."),
-]
-BatchSize: TypeAlias = Annotated[
-    int | None, typer.Option(help="Cells per batch. Chosen by memory unless given.")
-]
-ScorerName: TypeAlias = Annotated[
-    str, typer.Option(help="A SentenceTransformer. all-MiniLM-L6-v2 unless given.")
-]
-ScoreOn: TypeAlias = Annotated[
-    str, typer.Option(help="The 'description', or as the paper did the whole 'text'.")
-]
 Controls: TypeAlias = Annotated[
     str, typer.Option(help="Such as random_direction,other_prompt: columns beside each cell.")
 ]
-Backend: TypeAlias = Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")]
-DType: TypeAlias = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device: TypeAlias = Annotated[
-    str, typer.Option(help="cuda, mps or cpu; the best there is unless given.")
+RunFile: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Save the result to this run file (.zip).")
 ]
+Page: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Write the figures to this page (opens offline).")
+]
+Json: TypeAlias = Annotated[Path | None, typer.Option(help="Write the numbers to this file.")]
 
 
-def names(text: str) -> list[str]:
+@dataclass(frozen=True)
+class Loading:
+    """How to load a model."""
+
+    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "auto"
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32"
+    device: Annotated[
+        str, typer.Option(help="cuda, mps or cpu. Defaults to the best available.")
+    ] = ""
+
+    def load(self, model: str) -> LanguageModel:
+        """Return the model of this name."""
+        backend: Any = self.backend  # load_model checks it
+        return load_model(model, backend=backend, dtype=self.dtype, device=self.device or None)
+
+
+@dataclass(frozen=True)
+class FastLoading(Loading):
+    """How to load a model; through the bridge by default."""
+
+    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "bridge"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the target model is asked, and how much it generates."""
+
+    target_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="A text with the placeholder. Defaults to the paper's; with --chat, a question."
+        ),
+    ] = None
+    placeholder: Annotated[str, typer.Option(help="The placeholder's word.")] = "x"
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest generation. Defaults to the model's own limit, else 10; 24 with --chat."
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None, typer.Option(help="Cells per batch. Defaults to what fits into memory.")
+    ] = None
+    scorer: Annotated[
+        str, typer.Option(help="A SentenceTransformer. Defaults to all-MiniLM-L6-v2.")
+    ] = ""
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as settings of a sweep."""
+        return {
+            "target_prompt": self.target(),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "scorer": self.scorer or None,
+        }
+
+    def target(self, answer: str = "", *, chat: bool = False) -> TargetPrompt:
+        """Return the target prompt."""
+        if self.target_prompt is not None:
+            return TargetPrompt(self.target_prompt, self.placeholder, answer)
+        default = default_target_prompt(None, chat=chat)
+        return replace(default, answer=answer) if answer else default
+
+
+@dataclass(frozen=True)
+class Cells(Sampling):
+    """Which cells a sweep or an evaluation computes."""
+
+    layers: Annotated[
+        str, typer.Option(help="Source layers, such as 0-5,8. Defaults to all, or the section's.")
+    ] = ""
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="resid_pre, attn_out, resid_mid, mlp_out, resid_post. Defaults to the paper's."
+        ),
+    ] = ""
+    alphas: Annotated[
+        str,
+        typer.Option(help="Amplifiers, such as 1,3,9; 1 is Patchscopes. Defaults to the paper's."),
+    ] = ""
+    token: Annotated[
+        str, typer.Option(help="The source token: an index, a substring, or 'all'.")
+    ] = "-1"
+    target_layer: Annotated[
+        str,
+        typer.Option(
+            "--target-layer", "--target",
+            help="Where to patch: 'same' as the source, a layer, or several: 0,3,6.",
+        ),
+    ] = "same"  # fmt: skip
+    source_template: Annotated[
+        str, typer.Option(help="The text around the source prompt, such as 'Tell me about {}'.")
+    ] = "{}"
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put both prompts into the model's chat template.")
+    ] = False
+    answer: Annotated[
+        str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
+    ] = ""
+    generate: Annotated[
+        str,
+        typer.Option(help="Cells to generate: all, best (one α per site), none (recovered alone)."),
+    ] = "all"
+    score_on: Annotated[
+        str, typer.Option(help="'description', or the whole 'text' as in the paper.")
+    ] = ""
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as settings; what is left empty keeps its default."""
+        given = {
+            "layers": parse_layers(self.layers, "--layers") if self.layers else None,
+            "kinds": parse_names(self.kinds),
+            "alphas": parse_numbers(self.alphas, "--alphas"),
+            "score_on": self.score_on,
+        }
+        return {
+            **super().settings(),
+            **{name: value for name, value in given.items() if value},
+            "target_prompt": self.target(self.answer, chat=self.chat),
+            "positions": parse_token(self.token),
+            "target_layer": parse_target(self.target_layer),
+            "source_template": self.source_template,
+            "chat": self.chat,
+            "generate": self.generate,
+        }
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function as a command of typer.
+
+    Each parameter whose type is a dataclass becomes one option per field, and errors become one
+    line and an exit code.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        name = parameter.name
+        if name not in groups:
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+            )
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            parameter.replace(
+                name=field.name, kind=parameter.KEYWORD_ONLY, default=field.default,
+                annotation=types[field.name],
+            )
+            for field in fields(groups[name])
+        ]  # fmt: skip
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        try:
+            function(**given)
+        except (ValueError, TypeError) as error:
+            ERRORS.print(f"Error: {error}", style="red", markup=False)
+            raise typer.Exit(2) from error
+        except (OSError, MemoryError) as error:
+            ERRORS.print(f"Error: {type(error).__name__}: {error}", style="red", markup=False)
+            raise typer.Exit(1) from error
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def say(line: str) -> None:
+    """Print a line as it is: not wrapped, coloured or interpreted."""
+    OUTPUT.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_names(text: str) -> list[str]:
     """Return the names of a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def parse_target(text: str) -> Literal["same"] | list[int]:
-    """Return the target layer setting.
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Return the numbers of a comma-separated list.
 
     Raises:
-        ValueError: neither "same" nor layers.
+        ValueError: a part of it is not a number.
     """
-    if text.strip().lower() == "same":
-        return "same"
     try:
-        return parse_layers(text, "--target-layer")
+        return [float(part) for part in parse_names(text)]
     except ValueError as error:
         raise bad_value(
-            "--target-layer", "'same' or layers such as 0,3,6", text,
-            "write for example --target-layer same",
-        ) from error  # fmt: skip
+            option, "numbers separated by commas", text, f"pass for example {option} 1,3,6"
+        ) from error
+
+
+def parse_layers(text: str, option: str) -> list[int]:
+    """Return the layers (or other whole numbers) of a list such as `0-5,8`.
+
+    Raises:
+        ValueError: a part of it is neither a number nor a range from low to high.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            chosen: Sequence[int] = (
+                range(int(first), int(last) + 1) if dash and first else [int(part)]
+            )
+        except ValueError:
+            chosen = ()
+        if not chosen:
+            raise bad_value(
+                option, "numbers such as 0-5,8", text, f"pass for example {option} 0-5,8"
+            )
+        layers += chosen
+    return layers
+
+
+def parse_target(text: str) -> Literal["same"] | list[int]:
+    """Return the target layers, or "same"."""
+    if text.strip().lower() == "same":
+        return "same"
+    return parse_layers(text, "--target-layer")
 
 
 def parse_token(text: str) -> Any:
-    """Return the position setting: every token, an index or a substring."""
+    """Return the source positions: every token, an index or a substring."""
     if text == "all":
         return slice(None)
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def read_lines(path: Path, option: str) -> list[str]:
+    """Return the non-empty lines of a text file.
+
+    Raises:
+        ValueError: the file is missing, empty, or not UTF-8.
+    """
     try:
-        return int(text)
-    except ValueError:
-        return text
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_value(
+            option, "a text file in UTF-8 with one entry per line", f"{path} ({error})",
+            "correct the path, or leave it out for the default",
+        ) from error  # fmt: skip
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise bad_value(option, "at least one line", f"nothing in {path}", "add prompts")
+    return lines
 
 
-def target_prompt(text: str | None, placeholder: str, answer: str = "", chat: bool = False) -> Any:
-    """Return the target prompt; unless given the paper's, or the question for chat models."""
-    from superscopes_tl.engine import TargetPrompt, default_target_prompt
+def check_folders(**paths: Path | None) -> None:
+    """Check before a long run that its files can be written, each by the name of its option.
 
-    if text is None:
-        default = default_target_prompt(None, chat=chat)
-        return replace(default, answer=answer) if answer else default
-    return TargetPrompt(text, placeholder, answer)
-
-
-def load(model: str, backend: str, dtype: str = "float32", device: str = "") -> Any:
-    """Load a model as the options say."""
-    from superscopes_tl.model import load_model
-
-    chosen: Any = backend  # load_model checks it and says what is expected
-    return load_model(model, backend=chosen, dtype=dtype, device=device or None)
+    Raises:
+        ValueError: a path is a folder, or its folder does not exist.
+    """
+    for option, path in paths.items():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise bad_value(
+                f"--{option}", "a file in a folder that exists", str(path),
+                f"mkdir -p {path.parent}",
+            )  # fmt: skip
