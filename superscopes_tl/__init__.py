@@ -7,8 +7,8 @@
 
 Data flows one way through the folders, each of which has one job and a face of its own:
 
-    model -> engine -> vectors, scores -> experiment -> statistics -> evaluation -> neighbours
-    -> figures -> explorer -> cli
+    weights -> model -> engine -> vectors, scores -> experiment -> statistics -> evaluation
+    -> neighbours -> figures -> explorer -> cli
 
 The names below are the short way to the usual work. The rest is a folder away:
 `superscopes_tl.vectors.head(3)`, `superscopes_tl.statistics.replay(...)`.
@@ -41,13 +41,15 @@ if TYPE_CHECKING:
     )
     from superscopes_tl.explorer import Explorer
     from superscopes_tl.figures import alpha_curve, heatmap, write_html
-    from superscopes_tl.model import KINDS, LanguageModel, Site, fetch, load_model
+    from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
     from superscopes_tl.statistics import compare
+    from superscopes_tl.weights import fetch
 
 __version__ = version("superscopes-tl")
 
 _HOMES = {
-    "model": ("KINDS", "LanguageModel", "Site", "fetch", "load_model"),
+    "weights": ("fetch",),
+    "model": ("KINDS", "LanguageModel", "Site", "load_model"),
     "engine": (
         "CHAT_PROMPT",
         "DESCRIPTION_PROMPT",

@@ -69,6 +69,11 @@ def bad_type(argument: str, expected: str, got: object, fix: str) -> TypeError:
     return TypeError(describe(argument, expected, shown, fix))
 
 
+def bad_model(argument: str, expected: str, got: object, fix: str) -> ModelLoadError:
+    """Return (not raise) the `ModelLoadError` for an `argument` that leads to no model."""
+    return ModelLoadError(describe(argument, expected, got, fix))
+
+
 def check_choice(argument: str, value: Choice, choices: Iterable[Choice]) -> Choice:
     """Return `value` after checking that it is one of `choices`.
 

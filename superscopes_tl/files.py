@@ -12,7 +12,8 @@ Reading:
 4. `read_parquet`: numbers, booleans and strings, of a size known before they are allocated.
 5. `checked_rows`, `checked_provenance`: what the package relies on in a table and its provenance.
 
-Readers raise `ValueError` or a library's own error; the caller names the file.
+Readers raise `ValueError` or a library's own error; `reading` turns these into one `RunFileError`
+that names the file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from superscopes_tl.errors import describe
+from superscopes_tl.errors import RunFileError, describe, reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,6 +105,50 @@ def unwritable(path: object, error: Exception) -> OSError:
             "before is still whole",
         )
     )
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | os.PathLike[str],
+    expected: str,
+    fix: str,
+    *,
+    most: int | None = None,
+    passing: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Return a context for reading an untrusted file; what readers raise becomes a `RunFileError`.
+
+    Args:
+        path: the file.
+        expected: what it should be, such as "a run file of version 3".
+        fix: what to do if it is not, such as "pass a file that SweepResult.save wrote".
+        most: largest size in bytes; `None` for no limit.
+        passing: further exceptions to leave as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RunFileError: anything else is wrong with it.
+    """
+    passed: tuple[type[Exception], ...] = (FileNotFoundError, RunFileError, *passing)
+    try:
+        if why := unfit(path, most):
+            raise ValueError(why)
+        yield
+    except passed:
+        raise
+    except Exception as error:  # whatever the readers of zip, JSON, ... raise for bad bytes
+        got = f"{path} with {reason(error)}"
+        raise RunFileError(describe("path", expected, got, fix)) from error
+
+
+def check_format(header: Mapping[str, Any], name: str, number: object) -> None:
+    """Raise unless the header of a file states this format and version.
+
+    Raises:
+        ValueError: another one, or none.
+    """
+    if (header.get("format"), header.get("version")) != (name, number):
+        raise ValueError(f"format {header.get('format')!r} version {header.get('version')!r}")
 
 
 def unfit(path: str | os.PathLike[str], most: int | None) -> str:

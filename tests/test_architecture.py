@@ -17,7 +17,8 @@ import superscopes_tl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 STOREYS = """
-    errors files
+    errors files hashing
+    weights
     model
     engine
     vectors scores

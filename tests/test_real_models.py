@@ -14,15 +14,15 @@ import torch
 from superscopes_tl import CHAT_PROMPT, DESCRIPTION_PROMPT, LanguageModel, load_model, sweep
 from superscopes_tl.engine import NEAR_TIE, crop_description
 from superscopes_tl.engine.generation import LOOK_AHEAD
-from superscopes_tl.model import PACKAGED
-from superscopes_tl.model.packaged import find
 from superscopes_tl.scores import no_scores
+from superscopes_tl.weights import PACKAGED, find_packaged
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 
 MODELS = [
     pytest.param(
-        name, marks=pytest.mark.skipif(find(name) is None, reason=f"superscopes fetch {name}")
+        name,
+        marks=pytest.mark.skipif(find_packaged(name) is None, reason=f"superscopes fetch {name}"),
     )
     for name in PACKAGED
 ]
@@ -37,7 +37,7 @@ def plain(name: str) -> tuple[Any, Any]:
     """Return the Hugging Face model and tokenizer of a packaged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(find(name))
+    folder = str(find_packaged(name))
     hf = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -120,7 +120,7 @@ def test_every_cell_equals_plain_hugging_face(name: str, backend: str) -> None:
     assert seen == set(expected)
 
 
-@pytest.mark.skipif(find("smollm2") is None, reason="superscopes fetch smollm2")
+@pytest.mark.skipif(find_packaged("smollm2") is None, reason="superscopes fetch smollm2")
 def test_the_chat_form_equals_plain_hugging_face() -> None:
     """The template's tokens, the placeholder in it, texts and shares of a chat sweep."""
     hf, tokenizer = plain("smollm2")

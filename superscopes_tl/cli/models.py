@@ -31,17 +31,16 @@ from superscopes_tl.evaluation import NAMES, keep, readability
 from superscopes_tl.figures import readability_figure, write_html
 from superscopes_tl.files import written_whole
 from superscopes_tl.mini import measured
-from superscopes_tl.model import (
+from superscopes_tl.model import DEFAULT_MODEL, load_model
+from superscopes_tl.weights import (
     BUNDLED_MODEL,
-    DEFAULT_MODEL,
     PACKAGED,
     listing,
-    load_model,
     megabytes,
     packaged_model,
     remove_packaged,
 )
-from superscopes_tl.model import fetch as fetch_model
+from superscopes_tl.weights import fetch as fetch_model
 
 _OTHERS = (
     "\nAny Hugging Face causal language model that TransformerLens knows can be loaded: "

@@ -302,7 +302,7 @@ class PatchedGenerator:
         for key, patch, text in zip(keys, patches, texts, strict=True):
             distinct.setdefault(key, (patch, text))
         longest = max((len(text) for text in texts), default=0)
-        vocab = self.model.lens.cfg.d_vocab
+        vocab = self.model.tl.cfg.d_vocab
         rows = max(1, MOST_LOGITS // (max(1, longest) * vocab))
         batches = self._in_batches(self._follow, list(distinct.values()), rows)
         found = dict(zip(distinct, (row for batch in batches for row in batch), strict=True))

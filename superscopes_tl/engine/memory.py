@@ -28,7 +28,7 @@ def default_batch_size(model: LanguageModel, length: int) -> int:
     """
     rows = MOST_ROWS
     if model.device.type == "cpu":
-        work = WORK_PER_STEP // sum(p.numel() for p in model.lens.parameters())
+        work = WORK_PER_STEP // sum(p.numel() for p in model.tl.parameters())
         rows = min(MOST_ROWS, max(FEWEST_ROWS, work))
     return min(rows, rows_that_fit(model, length))
 
@@ -45,7 +45,7 @@ def rows_that_fit(model: LanguageModel, length: int) -> int:
 
 def bytes_per_row(model: LanguageModel, length: int) -> int:
     """Return what the keys and values of `length` tokens take."""
-    cfg = model.lens.cfg
+    cfg = model.tl.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     numbers = 2 * length * cfg.n_layers * heads * cfg.d_head
     return int(numbers * torch.finfo(model.dtype).bits // 8)

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation.shares import Outline, Share, outline, read_shares
 from superscopes_tl.experiment import Reading, SweepConfig, SweepPlan, plan_sweep
-from superscopes_tl.model import LanguageModel, absolute, load_model
+from superscopes_tl.model import LanguageModel, load_model
+from superscopes_tl.weights import absolute
 
 Loader: TypeAlias = Callable[[], Any]
 """Returns a model, or anything that `load_model` takes, in whatever process it is called."""

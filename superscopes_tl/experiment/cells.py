@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +30,7 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
+from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import Site
 from superscopes_tl.scores import score_texts
 from superscopes_tl.vectors import PlaceVectors
@@ -99,9 +99,7 @@ def _seed(plan: SweepPlan, cell: Cell) -> int | None:
     """Return what a drawn text starts from: the same in every run and every batch."""
     if plan.config.draw == 0:
         return None
-    return zlib.crc32(
-        repr((plan.config.draw, plan.source.text, (*cell.place, cell.alpha))).encode()
-    )
+    return stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
 
 
 def _captured(

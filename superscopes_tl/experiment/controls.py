@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import random
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -29,6 +28,7 @@ from superscopes_tl.engine import MANY_KINDS, PAPER_PROMPTS, Patch, crop_descrip
 from superscopes_tl.experiment.cells import Part, make_patches, mean, score_readings
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
+from superscopes_tl.hashing import stable_hash
 from superscopes_tl.scores import words_of
 
 SEED = 0
@@ -250,4 +250,4 @@ def _at_random(
 
 def _seed(plan: SweepPlan, *place: object) -> int:
     """Return a seed that differs between prompts and places and is the same in every run."""
-    return zlib.crc32(repr((SEED, plan.source.text, *place)).encode())
+    return stable_hash(SEED, plan.source.text, *place)

@@ -122,7 +122,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     """Return what decides the text of a cell, besides the cell."""
     config = plan.config
     return (
-        (id(plan.model.lens), id(plan.generator.model.lens)),
+        (id(plan.model.tl), id(plan.generator.model.tl)),
         plan.source.ids,
         plan.source.text,
         (tuple(plan.abouts.items()), plan.config.reference_of(plan.source.text)),

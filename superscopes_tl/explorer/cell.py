@@ -31,10 +31,11 @@ from superscopes_tl.experiment import (
     make_patches,
     score_readings,
 )
-from superscopes_tl.model import BUNDLED_MODEL, KINDS, PACKAGED, LanguageModel, Site, load_model
+from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
 from superscopes_tl.neighbours import LENSES, Lens, TokenEffect, lens_table, token_effects
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.vectors import PAPER_MAPPING, random_direction
+from superscopes_tl.weights import BUNDLED_MODEL, PACKAGED
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,8 @@
-"""The language model: loading, text and tokens, positions, hook points, and its KV cache."""
+"""The language model: loading, tokens, positions, hook points, and decoding with a KV cache."""
 
 from superscopes_tl.model.chat import check_answer
-from superscopes_tl.model.conversion import quiet
 from superscopes_tl.model.language_model import Hook, LanguageModel
-from superscopes_tl.model.load import BUNDLED_MODEL, DEFAULT_MODEL, absolute, load_model
-from superscopes_tl.model.packaged import (
-    PACKAGED,
-    fetch,
-    listing,
-    megabytes,
-    packaged_model,
-    remove_packaged,
-)
+from superscopes_tl.model.load import DEFAULT_MODEL, device_of, load_model
 from superscopes_tl.model.sites import (
     KINDS,
     PAPER_KINDS,
@@ -34,10 +25,8 @@ from superscopes_tl.model.text import (
 )
 
 __all__ = [
-    "BUNDLED_MODEL",
     "DEFAULT_MODEL",
     "KINDS",
-    "PACKAGED",
     "PAPER_KINDS",
     "Hook",
     "HookKind",
@@ -46,22 +35,16 @@ __all__ = [
     "Positions",
     "Site",
     "TokenizedText",
-    "absolute",
     "check_answer",
     "check_kinds",
     "check_layers",
     "check_template",
     "check_text",
     "covering",
-    "fetch",
+    "device_of",
     "hook_name",
-    "listing",
     "load_model",
-    "megabytes",
     "named_positions",
-    "packaged_model",
-    "quiet",
-    "remove_packaged",
     "resolve_positions",
     "tokenize",
 ]

@@ -1,16 +1,15 @@
-"""Chat templates: a text as the message of a user, the way a chat model was trained to see it.
+"""Chat templates: a text as a user message, in the format that a chat model was trained on.
 
 1. Render a conversation with the model's own template (`tokenizer.apply_chat_template`): the text
-   as one message of the user, and behind it what the template writes in front of an answer, or an
-   answer that is begun.
-2. Render it again with a mark in place of the text. What stands before and behind the mark is the
-   template's, so the text is found by its place and never by its words: the template may hold the
-   same ones.
-3. Check that the text came back as it was given; only blanks around it may be trimmed.
+   as a user message, followed by the generation prompt or the beginning of an answer.
+2. Render it again with a marker in place of the text. Everything before and after the marker is
+   the template's, so the text is located by place and not by its words, which the template may
+   contain too.
+3. Check that the text came through unaltered; only white space around it may be stripped.
 
-A beginning of the answer goes in as a message of the assistant that is left open, because the
-template knows what stands before an answer's first word. SelfIE's prompts begin their answers so
-(Chen et al. 2024).
+The beginning of an answer is an assistant message that is left open, because the template decides
+what precedes the first word of an answer. SelfIE's prompts begin answers like this (Chen et al.
+2024).
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from dataclasses import dataclass
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model.language_model import LanguageModel
 
-_MARK = "TheMessageOfTheUserStandsHere"
+_MARKER = "TheMessageOfTheUserStandsHere"
 
 
 @dataclass(frozen=True)
 class Framed:
-    """A text and what stands around it.
+    """A text and its surroundings.
 
     Attributes:
-        whole: what the model reads.
-        start: the character of `whole` at which the text begins.
-        end: the character of `whole` at which it has ended.
-        skipped: how many blanks at the text's beginning the template left out.
+        whole: the complete prompt.
+        start: the character of `whole` where the text starts.
+        end: the character of `whole` after the text.
+        skipped: number of leading blanks that the template stripped from the text.
     """
 
     whole: str
@@ -43,72 +42,71 @@ class Framed:
         """Return the frame of a part of the text.
 
         Args:
-            before: how many characters of the text stand before the part.
-            length: how many the part has.
+            before: number of characters of the text before the part.
+            length: number of characters of the part.
         """
-        skipped = max(0, self.skipped - before)  # of the part's own blanks
+        skipped = max(0, self.skipped - before)
         start = self.start + max(0, before - self.skipped)
         return Framed(self.whole, start, min(self.end, start + length - skipped), skipped)
 
 
 def check_answer(answer: str, *, chat: bool, argument: str) -> None:
-    """Raise where an answer is begun without a template that says where answers begin.
+    """Raise for an answer without a chat template to put it into.
 
     Raises:
-        ValueError: an answer without `chat`.
+        ValueError: `answer` without `chat`.
     """
     if answer and not chat:
         raise bad_value(
             f"{argument}.answer",
-            "no beginning of an answer without chat=True",
+            "no answer without chat=True",
             answer,
-            "pass chat=True, or write it at the end of the text",
+            "pass chat=True, or append it to the text",
         )
 
 
 def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> Framed:
-    """Return `text` as a user's message in the model's chat template.
+    """Return `text` as a user message in the model's chat template.
 
     Args:
-        model: gives the template.
+        model: its tokenizer has the template.
         text: the message.
-        answer: how the model's answer begins; empty for what the template writes before one.
-        argument: the name of the text's argument, for error messages.
+        answer: beginning of the model's answer; empty for the template's generation prompt.
+        argument: name of the text's argument in error messages.
 
     Raises:
-        ValueError: the model has no template, or it changes the text or the answer.
+        ValueError: no template, or one that alters the text or the answer.
     """
     if not getattr(model.tokenizer, "chat_template", None):
         raise bad_value(
             "chat",
             "a model with a chat template",
             f"{model.name}, whose tokenizer has none",
-            "leave chat out, or set model.tokenizer.chat_template to the template that the "
-            "model was trained with",
+            "leave chat out, or set model.tokenizer.chat_template to the one of its training",
         )
-    whole, marked = _render(model, text, answer), _render(model, _MARK, answer)
-    if marked.count(_MARK) != 1:
+    whole, marked = _render(model, text, answer), _render(model, _MARKER, answer)
+    if marked.count(_MARKER) != 1:
         raise bad_value(
             "chat",
-            "a chat template that shows the user's message once, as it is",
-            f"one that shows it {marked.count(_MARK)} times: {marked}",
+            "a chat template that contains the user's message once, unaltered",
+            f"one that contains it {marked.count(_MARKER)} times: {marked}",
             "set another model.tokenizer.chat_template, or leave chat out",
         )
-    before, behind = marked.split(_MARK)
-    start, end = len(before), len(whole) - len(behind)
+    before, after = marked.split(_MARKER)
+    start, end = len(before), len(whole) - len(after)
     shown = whole[start:end]
-    framed = (whole[:start], whole[end:]) == (before, behind)
+    framed = (whole[:start], whole[end:]) == (before, after)
     if not framed or shown.strip() != text.strip() or shown not in text:
         raise bad_value(
             argument,
-            f"a text that the chat template of {model.name} leaves as it is",
-            f"{text!r}, which it renders as {whole!r}",
+            f"a text that the chat template of {model.name} does not alter",
+            f"{text!r}, rendered as {whole!r}",
             "write it without what the template changes, or leave chat out",
         )
     if not whole.endswith(answer):
         raise bad_value(
             f"{argument}.answer",
-            f"a beginning that the chat template of {model.name} leaves as it is",
+            f"an answer that the chat template of {model.name} does not alter",
             f"{answer!r}, rendered as {whole!r}",
             "write it without blanks around it",
         )
@@ -116,11 +114,7 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
 
 
 def _render(model: LanguageModel, text: str, answer: str) -> str:
-    """Return the conversation as the template writes it.
-
-    Raises:
-        ValueError: the template refuses it.
-    """
+    """Return the conversation as rendered by the template."""
     messages = [{"role": "user", "content": text}]
     if answer:
         messages.append({"role": "assistant", "content": answer})
@@ -131,11 +125,11 @@ def _render(model: LanguageModel, text: str, answer: str) -> str:
             add_generation_prompt=not answer,
             continue_final_message=bool(answer),
         )
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template is a program and may raise anything
         raise bad_value(
             "chat",
-            f"a chat template of {model.name} that takes one message of a user"
-            + (" and an answer that is begun" if answer else ""),
+            f"a chat template of {model.name} that accepts one user message"
+            + (" and the beginning of an answer" if answer else ""),
             f"{type(error).__name__}: {error}",
             "set another model.tokenizer.chat_template, or leave chat out",
         ) from error

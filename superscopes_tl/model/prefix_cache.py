@@ -1,14 +1,14 @@
-"""Keys and values of a batch whose rows begin alike: the common part is stored once.
+"""The KV cache of a batch whose rows share a prefix, stored once.
 
-1. The target prompt up to the placeholder is the same in every row of a batch. Its keys and
-   values, of one row, are `shared`; what a row adds, from the placeholder on, is its `own`.
-2. `RowBuffer` holds both for one layer, and grows in place by what each step appends.
-3. `SharedPrefix` is what attention sees: a tensor that stands for both parts, one behind the
-   other. A product with it is two products, and that with the shared part is one plain matrix
-   product for all rows. With 69 shared tokens and 10 of its own, a row's attention reads 10 keys
-   from memory instead of 79, and they are what a larger batch has to keep.
-4. Whatever else is asked of a `SharedPrefix` gets the whole tensor, as if the common part were
-   stored in every row: an architecture that does something unusual is slower, never wrong.
+1. The target prompt up to the placeholder is the same in every row of a batch. Its keys and values
+   are stored once, as `shared`; those from the placeholder on are each row's `own`.
+2. `RowBuffer` holds both for one layer and grows in place at each step.
+3. `SharedPrefix` is what attention sees: a tensor that stands for the concatenation of both. A
+   product with it becomes two products, the one with the shared part a single matrix product for
+   all rows. With 69 shared tokens and 10 own ones, attention reads 10 keys per row instead of 79,
+   and only these take memory in a larger batch.
+4. Any other operation on a `SharedPrefix` gets the materialised tensor: an unusual architecture is
+   slower, never wrong.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Prefix: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
-"""Per layer the keys and the values of a prompt: `Float[Tensor, "1 heads pos d_head"]` each."""
+"""Keys and values of a prompt per layer, each `Float[Tensor, "1 heads pos d_head"]`."""
 
 
 class SharedPrefix(Tensor):
-    """Stands for `cat([shared.expand(batch, ...), own], axis)`, which it does not make.
+    """Stands for `cat([shared.expand(batch, ...), own], axis)` without materialising it.
 
     Args:
-        shared: the part that all rows have in common, with a batch of 1.
-        own: the rest, row by row; the batch is its first axis.
-        axis: where the two are joined, counted from the end.
+        shared: the part common to all rows, with a batch of 1.
+        own: the rest, with the batch as its first axis.
+        axis: axis of the concatenation, negative.
     """
 
     shared: Tensor
@@ -46,7 +46,7 @@ class SharedPrefix(Tensor):
         return made
 
     def whole(self) -> Tensor:
-        """Return the tensor that this one stands for."""
+        """Materialise the tensor."""
         size = list(self.own.shape)
         size[self.axis] = self.shared.shape[self.axis]
         return torch.cat([self.shared.expand(size), self.own], dim=self.axis)
@@ -59,7 +59,7 @@ class SharedPrefix(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Do what can be done by parts; leave the rest to `__torch_dispatch__`."""
+        """Compute by parts where possible; leave the rest to `__torch_dispatch__`."""
         if func in _BY_PARTS:
             found = _BY_PARTS[func](*args, **(kwargs or {}))
             if found is not NotImplemented:
@@ -75,12 +75,12 @@ class SharedPrefix(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Compute with the whole tensor."""
+        """Compute with the materialised tensor."""
         return func(*_whole(args), **_whole(kwargs or {}))
 
 
 def _whole(value: Any) -> Any:
-    """Return arguments with whole tensors in place of those that stand for them."""
+    """Materialise every `SharedPrefix` among arguments."""
     if isinstance(value, SharedPrefix):
         return value.whole()
     if isinstance(value, dict):
@@ -91,7 +91,7 @@ def _whole(value: Any) -> Any:
 
 
 def _product(left: Any, right: Any) -> Any:
-    """Multiply by parts: queries with keys, or the attention pattern with values."""
+    """Multiply by parts: queries with keys, or attention pattern with values."""
     if not isinstance(right, SharedPrefix) or isinstance(left, SharedPrefix) or left.ndim != 4:
         return NotImplemented
     if right.axis == -1:
@@ -106,7 +106,7 @@ def _product(left: Any, right: Any) -> Any:
 def _with_one(
     left: Float[Tensor, "batch heads a b"], right: Float[Tensor, "1 heads b c"]
 ) -> Float[Tensor, "batch heads a c"]:
-    """Return `left @ right` as one product per head, of all rows at once."""
+    """Return `left @ right` as one product per head for all rows at once."""
     batch, heads, a, b = left.shape
     rows = left.transpose(0, 1).reshape(heads, batch * a, b)
     return (rows @ right[0]).view(heads, batch, a, right.shape[-1]).transpose(0, 1)
@@ -114,7 +114,7 @@ def _with_one(
 
 def _permute(x: SharedPrefix, *axes: Any) -> Any:
     order = tuple(axes[0] if isinstance(axes[0], Sequence) else axes)
-    if order[0] != 0:  # the batch stays in front
+    if order[0] != 0:  # the batch stays first
         return NotImplemented
     axis = [place % x.own.ndim for place in order].index(x.axis % x.own.ndim) - x.own.ndim
     return SharedPrefix(x.shared.permute(order), x.own.permute(order), axis)
@@ -127,7 +127,7 @@ def _transpose(x: SharedPrefix, a: int, b: int) -> Any:
 
 
 def _unsqueeze_heads(x: SharedPrefix, index: Any) -> Any:
-    """Do the first step of what repeats grouped keys: `x[:, :, None, :, :]`."""
+    """Index `x[:, :, None, :, :]`, the first step of repeating grouped keys."""
     everything = slice(None)
     if x.axis != -2 or index != (everything, everything, None, everything, everything):
         return NotImplemented
@@ -135,7 +135,7 @@ def _unsqueeze_heads(x: SharedPrefix, index: Any) -> Any:
 
 
 def _resized(how: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return `how` (expand or reshape) by parts: the rows and positions are each part's own."""
+    """Return `how` (expand or reshape) by parts, with each part's own rows and positions."""
 
     def resize(x: SharedPrefix, *size: Any) -> Any:
         sizes = list(size[0] if isinstance(size[0], Sequence) else size)
@@ -151,7 +151,7 @@ def _resized(how: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _repeat(x: SharedPrefix, repeats: int, dim: int) -> Any:
-    """Repeat grouped keys along the heads."""
+    """Repeat grouped keys along the head axis."""
     if dim % x.ndim in (0, x.axis % x.ndim):
         return NotImplemented
     shared, own = (torch.repeat_interleave(part, repeats, dim=dim) for part in (x.shared, x.own))
@@ -173,12 +173,12 @@ _BY_PARTS: dict[Any, Callable[..., Any]] = {
 
 
 class RowBuffer:
-    """The keys and values of one layer, with room for what is to come.
+    """Keys and values of one layer, preallocated.
 
     Args:
-        shared: keys and values that all rows begin with.
+        shared: keys and values of the prefix.
         batch: number of rows.
-        room: how many more tokens each row may get.
+        room: number of tokens that each row may append.
     """
 
     def __init__(self, shared: tuple[Tensor, Tensor], batch: int, room: int) -> None:
@@ -191,15 +191,15 @@ class RowBuffer:
 
     @property
     def length(self) -> int:
-        """How many tokens each row has."""
+        """Number of tokens in each row."""
         return self.shared[0].shape[2] + self._added
 
     def append(
         self, keys: Float[Tensor, "batch heads pos d_head"], values: Tensor
     ) -> tuple[SharedPrefix, SharedPrefix]:
-        """Store what a step adds, and return all keys and all values."""
+        """Append the keys and values of a step, and return all keys and all values."""
         end = self._added + keys.shape[2]
-        assert end <= self._own[0].shape[2], "more tokens than there is room for"
+        assert end <= self._own[0].shape[2], "more tokens than preallocated"
         for buffer, new in zip(self._own, (keys, values), strict=True):
             buffer[:, :, self._added : end] = new
         self._added = end
@@ -214,5 +214,5 @@ class RowBuffer:
         return keys, values
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Drop all rows but these."""
+        """Drop all other rows."""
         self._own = tuple(own[rows] for own in self._own)

@@ -1,16 +1,16 @@
-"""Name a place in a model, and check that the model has it.
+"""Places in a model: kinds of activation, layers, sites.
 
 1. A *kind* is a point of a transformer block; each has one TransformerLens hook point.
-2. A *site* is a kind, a layer and a token position: where the source vector is read.
-3. Patching always replaces the block output (`hook_resid_post`) of the target layer, whatever
-   the kind of the source vector: the place read and the place patched are two different things.
+2. A *site* is a kind, a layer and a token position: where a source vector is read.
+3. Patching always replaces the block output (`hook_resid_post`) of the target layer, whatever the
+   kind of the source vector: the place that is read and the place that is patched are independent.
 
-Layer `l` means block `l`, counted from 0, so `resid_post` of layer `l` is the output of block
-`l` (`hidden_states[l + 1]` of a Hugging Face model). In a pre-norm block
+Layer `l` is block `l`, counted from 0, so `resid_post` of layer `l` is the output of block `l`
+(`hidden_states[l + 1]` of a Hugging Face model). In a pre-norm block
 
     resid_pre  -> (+ attn_out) -> resid_mid -> (+ mlp_out) -> resid_post
 
-hence `resid_post = resid_mid + mlp_out`, the decomposition of the paper's Figure 1. `resid_mid`
+Hence `resid_post = resid_mid + mlp_out`, the decomposition of the paper's Figure 1. `resid_mid`
 is the paper's h_PreMLP (section 3.2).
 """
 
@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, describe
+from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
 
 HookKind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 
 KINDS: tuple[HookKind, ...] = get_args(HookKind)
-"""Every kind, in the order in which a block computes them."""
+"""All kinds, in the order in which a block computes them."""
 
 PAPER_KINDS: tuple[HookKind, ...] = ("resid_mid", "mlp_out", "resid_post")
 """The three kinds that the paper reads (section 5.1)."""
@@ -52,16 +52,16 @@ def check_kinds(
     model_name: str,
     absent: Mapping[HookKind, str] = MappingProxyType({}),
 ) -> tuple[HookKind, ...]:
-    """Return `kinds` as a tuple after checking that the model has each of them.
+    """Return `kinds` as a tuple, without duplicates, after checking that the model has them.
 
     Args:
-        kinds: what somebody asks for.
-        available: what the model has.
-        model_name: how messages call it.
-        absent: why it has not got the others.
+        kinds: the requested kinds.
+        available: the model's kinds.
+        model_name: its display name.
+        absent: why it lacks the others.
 
     Raises:
-        ValueError: no kind at all, or a name that is no kind.
+        ValueError: no kind, or an unknown one.
         UnavailableKindError: a kind that this model does not compute.
     """
     if not isinstance(kinds, Iterable):
@@ -70,14 +70,13 @@ def check_kinds(
     if not wanted:
         raise bad_value("kinds", "at least one kind", wanted, f"choose from {KINDS}")
     checked: list[HookKind] = []
-    for kind in wanted:
-        if kind not in KINDS:
-            raise bad_value("kinds", f"kinds out of {KINDS}", kind, "correct the spelling")
+    for name in wanted:
+        kind = cast("HookKind", check_choice("kinds", name, KINDS))
         if kind not in available:
             raise UnavailableKindError(
                 describe(
                     "kinds",
-                    f"kinds that {model_name} has, which are {tuple(available)}",
+                    f"kinds of {model_name}, which are {tuple(available)}",
                     kind,
                     f"leave {kind!r} out" + (f" ({absent[kind]})" if kind in absent else ""),
                 )
@@ -90,13 +89,13 @@ def check_kinds(
 def check_layers(
     layers: int | Iterable[int] | None, n_layers: int, argument: str = "layers"
 ) -> tuple[int, ...]:
-    """Return layer numbers 0 to `n_layers - 1`, in the given order, without repeats.
+    """Return layers as numbers from 0, in the given order, without duplicates.
 
-    `None` means every layer; a negative number counts from the last layer.
+    `None` means all layers; negative numbers count from the last layer.
 
     Raises:
-        ValueError: no layer, or one that the model does not have.
-        TypeError: something that is not a whole number.
+        ValueError: no layer, or one out of range.
+        TypeError: not whole numbers.
     """
     if layers is None:
         return tuple(range(n_layers))

@@ -1,20 +1,20 @@
-"""Text as the tokens that a model really sees.
+"""Text as the tokens that a model sees, and token positions in it.
 
-1. A text is tokenised once, without the tokenizer's own special tokens; what the model wants in
-   front, mostly the beginning-of-sequence token (BOS), is then put there. From here on only token
-   ids travel: nothing is ever decoded and tokenised again (which is how a second BOS creeps in).
-2. Every token keeps the span of characters that it came from, so that a token can be chosen by a
-   substring, and the placeholder of a target prompt be found in its context.
-3. With `chat`, the text is a user's message in the model's chat template (`chat`), and the whole is
-   tokenised at once. The template writes its own special tokens: no BOS is put in front. Spans are
-   still characters of the user's text; a token of the template covers none of them.
+1. A text is tokenized once, without special tokens; the model's prefix, usually the
+   beginning-of-sequence token (BOS), is prepended. From then on only token ids are passed around:
+   decoding and tokenizing again is how a second BOS slips in.
+2. Every token keeps its span of characters, so that a token can be chosen by a substring, and the
+   placeholder of a target prompt be found in context.
+3. With `chat`, the text is a user message in the model's chat template (`chat`), tokenized as a
+   whole. The template has its own special tokens, so no prefix is added. Spans still index the
+   user's text; tokens of the template have empty ones.
 
 Worked example, with a tokenizer that splits "Peppers" in two:
 
     text      Red Hot Chili Peppers
     tokens    <s> | Red | ·Hot | ·Ch | ili | ·Pe | ppers      (7 tokens; · is a space)
-    -1        6, the last token; so is "Peppers", whose last token is where the model forms the
-              meaning of the name (paper, section 3.2)
+    -1        6, the last token, where the model forms the meaning of the name (paper, section
+              3.2); "Peppers" is the same one
     "Chili"   4
 """
 
@@ -35,10 +35,10 @@ from superscopes_tl.model.chat import Framed, check_answer, in_chat
 from superscopes_tl.model.language_model import LanguageModel
 
 Position: TypeAlias = int | str
-"""One token: its index (negative: from the end of the text) or a substring of the prompt."""
+"""One token: its index (negative ones count from the end) or a substring of the prompt."""
 
 Positions: TypeAlias = Position | slice | Sequence[Position]
-"""Tokens of a prompt; `slice(None)` is every token but the BOS or another prefix."""
+"""Tokens of a prompt; `slice(None)` is every token except the prefix."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,14 @@ class TokenizedText:
     """A text as a model sees it.
 
     Attributes:
-        text: the text; without the chat template, if it stands in one.
-        ids: one id per token, the BOS and the template included.
-        spans: the characters `[start, end)` of the text that each token covers; empty for the
-            prefix and for a template's tokens.
-        labels: how to show each token, with visible white space.
-        prefix: how many tokens stand in front of all text: a BOS, or what else the tokenizer puts
-            there.
-        own: the tokens of the text itself: all but that prefix and a template around it.
-        joined: tokens of the text that also hold visible characters of a template.
+        text: the text, without a template around it.
+        ids: one id per token, prefix and template included.
+        spans: the characters `[start, end)` of `text` that each token covers; empty for tokens of
+            the prefix and of a template.
+        labels: each token for display, with visible white space.
+        prefix: number of tokens before all text: the BOS, or whatever else the tokenizer adds.
+        own: the tokens of the text itself, without prefix and template.
+        joined: tokens of the text that also contain visible characters of a template.
     """
 
     text: str
@@ -67,7 +66,7 @@ class TokenizedText:
 
     @property
     def has_bos(self) -> bool:
-        """Whether a BOS or the like stands in front."""
+        """Whether a BOS or another prefix comes first."""
         return self.prefix > 0
 
     def __len__(self) -> int:
@@ -92,23 +91,23 @@ def tokenize(
     answer: str = "",
     template: str = "{}",
 ) -> TokenizedText:
-    """Tokenise `text` for `model`.
+    """Tokenize `text` for `model`.
 
     Args:
-        model: gives the tokenizer, the BOS policy and the context length.
-        text: what the model shall read.
-        argument: the name of the argument, for error messages.
-        room: how many tokens must still fit behind the text.
-        chat: whether the text is a user's message in the model's chat template, which goes on
-            behind it up to where the model's answer begins.
-        answer: with `chat`, how that answer begins.
-        template: what stands around the text, with `{}` for the text itself, such as
-            `"Tell me about {}"`. Spans and positions are still those of the text.
+        model: its tokenizer, prefix and context length apply.
+        text: the prompt.
+        argument: name of the argument in error messages.
+        room: number of tokens that must still fit after the text.
+        chat: render the text as a user message in the model's chat template, up to where the
+            model's answer begins.
+        answer: with `chat`, the beginning of that answer.
+        template: text around the prompt, with `{}` for the prompt itself, such as
+            `"Tell me about {}"`. Spans and positions remain those of `text`.
 
     Raises:
-        TypeError: `text` is no string.
-        ValueError: an empty text, one that does not fit into the model's context, `chat` with a
-            model that has no chat template or one that changes the text, or `answer` without.
+        TypeError: `text` is not a string.
+        ValueError: an empty text, one that exceeds the context, an `answer` without `chat`, or
+            `chat` where the model has no chat template or its template alters the text.
     """
     check_text(text, argument)
     check_answer(answer, chat=chat, argument=argument)
@@ -129,8 +128,8 @@ def tokenize(
     if len(ids) + room > model.n_ctx:
         raise bad_value(
             argument,
-            f"at most {model.n_ctx - room} tokens (the context of {model.name}"
-            f" is {model.n_ctx}" + (f", {room} are to be generated)" if room else ")"),
+            f"at most {model.n_ctx - room} tokens ({model.name} has a context of {model.n_ctx}"
+            + (f", {room} to be generated)" if room else ")"),
             f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
             "shorten the text" + (" or generate fewer tokens" if room else ""),
         )
@@ -142,7 +141,7 @@ def tokenize(
 
 
 def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
-    """Return a text's ids, the characters of each token, and how to show it."""
+    """Return ids, spans and labels of a text."""
     encoded = model.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -156,7 +155,7 @@ def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int,
 
 
 def _missing_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """Return what of a prefix is still to be put in front of ids that may begin with some of it."""
+    """Return the part of a prefix that is missing before ids that may start with the rest."""
     there = next(
         n for n in range(len(prefix), -1, -1) if list(prefix[len(prefix) - n :]) == list(ids[:n])
     )
@@ -164,7 +163,7 @@ def _missing_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 
 def _written_prefix(model: LanguageModel, ids: Sequence[int]) -> int:
-    """Return how many tokens in front of a chat template are what it, too, begins prompts with."""
+    """Return the length of the prefix that a chat template itself starts with."""
     n = len(model.prefix_ids)
     if n and tuple(ids[:n]) == tuple(model.prefix_ids):
         return n
@@ -172,27 +171,22 @@ def _written_prefix(model: LanguageModel, ids: Sequence[int]) -> int:
 
 
 def _check_vocabulary(model: LanguageModel, ids: Sequence[int], argument: str) -> None:
-    """Raise for a token that the tokenizer knows and the model does not.
-
-    Raises:
-        ValueError: its number is past the last embedding.
-    """
+    """Raise for a token of the tokenizer that has no embedding in the model."""
     unknown = [i for i in ids if i >= model.n_vocab]
     if unknown:
         token = model.tokenizer.convert_ids_to_tokens(unknown[0])
         raise bad_value(
             argument,
-            f"tokens that {model.name} has an embedding for, which are 0 to {model.n_vocab - 1}",
+            f"tokens with an embedding in {model.name}, 0 to {model.n_vocab - 1}",
             f"{token!r}, token {unknown[0]}",
-            "leave it out, or load a model whose embeddings were resized to the tokenizer's "
-            "length and trained",
+            "leave it out, or load a model whose embeddings were resized and trained with it",
         )
 
 
 def _inside(
     text: str, framed: Framed, spans: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
-    """Return the characters of `text` that tokens of the whole cover: none for a template's."""
+    """Convert spans of the framed text to spans of `text`, empty ones for the template."""
     first, last = framed.skipped, framed.skipped + framed.end - framed.start
     shift = first - framed.start
     return tuple(
@@ -203,13 +197,13 @@ def _inside(
 def _in_template(
     framed: Framed, spans: Sequence[tuple[int, int]], argument: str
 ) -> tuple[range, frozenset[int]]:
-    """Return which tokens are the text's own, and which of them hold some of the template too."""
+    """Return the tokens of the text, and which of them also contain some of the template."""
     start, end = framed.start, framed.end
     mine = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
     if not mine:
         raise bad_value(
             argument,
-            "a text that takes at least one token",
+            "a text of at least one token",
             framed.whole[start:end],
             "write the prompt whose activations you want to read",
         )
@@ -221,26 +215,26 @@ def _in_template(
 
 
 def check_template(template: object) -> None:
-    """Raise unless a source template has one place for the source prompt.
+    """Raise unless a source template has one `{}`.
 
     Raises:
-        ValueError: it has none, or several.
+        ValueError: none, or several.
     """
     if not isinstance(template, str) or template.count("{}") != 1:
         raise bad_value(
             "source_template",
-            "a text with one {} in it, where the source prompt goes",
+            "a string with one {} for the source prompt",
             template,
             "source_template='Tell me about {}', for example",
         )
 
 
 def check_text(text: str, argument: str) -> None:
-    """Raise unless `text` is a string with something in it that a tokenizer can take.
+    """Raise unless `text` is a visible string that a tokenizer accepts.
 
     Raises:
-        TypeError: no string.
-        ValueError: nothing visible, or half a character.
+        TypeError: not a string.
+        ValueError: no visible character, or a lone surrogate.
     """
     if not isinstance(text, str):
         raise bad_type(
@@ -258,36 +252,35 @@ def check_text(text: str, argument: str) -> None:
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise bad_value(
             argument,
-            "a text of whole characters",
+            "text without lone surrogates",
             text.encode("ascii", "backslashreplace").decode(),
-            "remove the lone surrogates, the halves of characters that were cut in two",
+            "remove them: they are halves of characters that were cut in two",
         )
 
 
 def _own_span(text: str, piece: str, start: int, end: int) -> tuple[int, int]:
-    """Return the characters of a token, none for a space that the tokenizer put in by itself.
+    """Return the span of a token, empty for a space that the tokenizer inserted.
 
-    Some tokenizers put a space in front of a text; where it becomes a token of its own, they
-    count it to the first character.
+    Some tokenizers prepend a space to a text. Where it becomes a token of its own, they map it to
+    the first character.
     """
     is_space = not piece.strip("Ġ▁ ")
     return (start, start) if is_space and text[start:end].strip() else (start, end)
 
 
 def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int, ...]:
-    """Return the chosen token positions, counted from 0, without repeats.
+    """Return the chosen token positions, counted from 0, without duplicates.
 
     Args:
         tokens: the source prompt.
-        positions: an index, a substring (its last token is meant), a slice, or a sequence of
-            indices and substrings. Indices count every token from 0; negative ones count from the
-            end of the text, so that -1 is its last token although a chat template goes on behind
-            it. A slice leaves out what is not the text's own: a chat template, and the BOS, whose
-            norm dwarfs every other token's (where a model has no BOS, the first word takes its
-            part and is kept).
+        positions: an index, a substring (which means its last token), a slice, or a sequence of
+            indices and substrings. Indices count all tokens; negative ones count from the end of
+            the text, so that -1 is its last token even where a chat template follows. A slice
+            excludes a chat template and the BOS, whose norm dwarfs that of every other token. (In
+            a model without BOS the first word becomes the attention sink; it is kept.)
 
     Raises:
-        ValueError: out of range; a substring that is missing or found more than once.
+        ValueError: out of range, or a substring that does not occur exactly once.
         TypeError: anything else.
     """
     if isinstance(positions, slice):
@@ -309,12 +302,9 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
 
 
 def named_positions(tokens: TokenizedText, positions: Positions) -> dict[int, str]:
-    """Return what each chosen position is about: the text that a reading there can know.
+    """Return for each chosen position the text that a reading there can know.
 
-    That is the substring that chose it, else the text up to the token.
-
-    Raises:
-        ValueError, TypeError: as `resolve_positions`.
+    That is the substring that chose it, or else the text up to and including the token.
     """
     found = {p: tokens.text[: tokens.spans[p][1]] for p in resolve_positions(tokens, positions)}
     several = [positions] if isinstance(positions, str) else positions
@@ -377,7 +367,7 @@ def _occurrences(text: str, substring: str) -> list[int]:
 
 
 def covering(tokens: TokenizedText, start: int, end: int) -> list[int]:
-    """Return the positions of the tokens that cover any of the characters `[start, end)`."""
+    """Return the positions of all tokens that overlap the characters `[start, end)`."""
     return [i for i, (a, b) in enumerate(tokens.spans) if a < end and b > start]
 
 
@@ -385,14 +375,14 @@ _VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return how to show each token.
+    """Return each token for display.
 
-    A character that takes several tokens (an emoji, say) is shown with a count, `🌶 1/3`.
+    A character of several tokens, such as an emoji, is shown with a count: `🌶 1/3`.
     """
     labels: list[str] = []
     before = 0
     for index, span in enumerate(spans):
-        # Some tokenizers do not count the space in front of a word to its token: show it there.
+        # Some tokenizers leave the space before a word out of its token's span.
         gap = text[before : span[0]]
         piece = (gap if gap.isspace() else "") + text[slice(*span)]
         before = max(before, span[1])

@@ -1,22 +1,22 @@
 """Check that a TransformerLens object computes what the Hugging Face model does.
 
-Converters and wrappers are written for the models that somebody tried. On others they may rotate
-the wrong half of a vector, or forget what stood before, without an error. So a model is run on a
-few tokens when it is loaded:
+Converters and wrappers are tested on some models. On others they may rotate the wrong half of a
+vector, or lose the KV cache, without an error. Two such defects of the bridge are repaired
+(`repair_bridge`), and every model is run on a few tokens when it is loaded:
 
-1. `probe` draws two rows of tokens that begin alike, and keeps the Hugging Face model's own logits
-   for them. The bridge wraps that model in place, so this comes before the conversion.
-2. `verify` runs the TransformerLens object on them once, whole, and compares the logits. During
-   that pass it sees which hooks fire, at every layer, with one vector per token.
-3. It runs them again as a sweep does: the common tokens through `prefill`, `expand`, then `step`
-   with several tokens, with one, and with one when a row is dropped. The logits must be the same.
-4. What the hooks saw must add up: `resid_mid = resid_pre + attn_out` and
-   `resid_post = resid_mid + mlp_out`. A kind that does not is not offered, and `Seen.absent` says
-   why. The last block's output must give the logits, or nothing is read through the unembedding.
+1. `probe` makes two rows of tokens with a common prefix and keeps the Hugging Face model's own
+   logits for them. The bridge wraps that model in place, so this precedes the conversion.
+2. `verify` runs the TransformerLens object on them in one full pass and compares the logits. The
+   pass records which hooks fire, at every layer, with one vector per token.
+3. It runs them again as a sweep does: the prefix through `prefill` and `expand`, then `step` with
+   several tokens, with one, and with one after a row is dropped. The logits must be the same.
+4. The recorded activations must add up: `resid_mid = resid_pre + attn_out` and
+   `resid_post = resid_mid + mlp_out`. A kind that does not is not offered; `Verified.absent` says
+   why. If the last block's output does not unembed to the logits, the model offers no unembedding.
 
-Logits are compared by the root mean square of their difference over the vocabulary, relative to
-that of the logits themselves, each taken from its mean at the position (a common shift changes no
-probability); the worst position counts.
+The distance between logits is the root mean square of their difference over the vocabulary,
+relative to that of the logits themselves, both centred per position (a common shift changes no
+probability). The worst position counts.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import reason
-from superscopes_tl.model.decoder import Decoder
+from superscopes_tl.model.decoder import Decoder, decoder_for
 from superscopes_tl.model.sites import KINDS, HookKind, hook_name
 
 Place: TypeAlias = tuple[HookKind, int]
 """A kind at a layer."""
 
 TOKENS = 14
-"""How many tokens a row of the probe has: more would cost time, fewer would show less."""
+"""Length of a row of the probe: long enough to show the known defects."""
 
 _SINGLE = 2  # of these, the last ones are run one by one
-_LOOKED_AT = 3  # positions of each row whose activations are added up
+_RECORDED = 3  # last positions of each row whose activations are added up
 
 _FLOAT32 = 1e-3
 _HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -51,21 +51,20 @@ NO_MLP = "this model has no MLP"
 PARALLEL = (
     "attention and MLP run in parallel in this model, so there is no residual stream between them"
 )
-UNSEEN = "TransformerLens shows none in this architecture"
+UNSEEN = "TransformerLens has no such hook point in this architecture"
 NOT_ADDED = (
     "what TransformerLens shows there is not what the block adds to the residual stream: "
-    "a norm or a factor comes behind it"
+    "a norm or a factor is applied after it"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A few tokens, and what the Hugging Face model itself makes of them.
+    """A few tokens, and the Hugging Face model's logits for them.
 
     Attributes:
-        tokens: two rows that begin alike.
-        logits: the model's own, on the CPU in float32; `None` where only the TransformerLens
-            object is there.
+        tokens: two rows with a common prefix.
+        logits: of the Hugging Face model, float32 on the CPU; `None` without such a model.
     """
 
     tokens: Int[Tensor, "rows pos"]
@@ -73,116 +72,123 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the hooks of one pass showed.
+class Verified:
+    """A TransformerLens object as its hooks show it.
 
     Attributes:
-        kinds: the kinds that are there at every layer.
-        absent: why each of the others is not.
-        unembeds: whether the final norm and W_U make logits of the last block's outputs.
+        decoder: its decoder.
+        kinds: the kinds of activation present at every layer.
+        absent: why each of the others is absent.
     """
 
+    decoder: Decoder
     kinds: tuple[HookKind, ...]
     absent: Mapping[HookKind, str] = field(default_factory=lambda: MappingProxyType({}))
-    unembeds: bool = True
 
 
 def probe(tokenizer: Any, n_vocab: int, n_ctx: int, device: torch.device, hf: Any = None) -> Probe:
-    """Return a few ordinary tokens and, of a Hugging Face model, its logits for them.
+    """Return a few ordinary tokens and a Hugging Face model's logits for them.
 
     Args:
-        tokenizer: names the special tokens, which models treat in ways of their own.
-        n_vocab: how many tokens have an embedding.
-        n_ctx: longest sequence.
-        device: where tokens have to be put.
+        tokenizer: its special tokens, which models may treat specially, are avoided.
+        n_vocab: number of embeddings.
+        n_ctx: context length.
+        device: device of the tokens.
         hf: the Hugging Face model, before anything wraps it.
 
     Raises:
-        ValueError: the model cannot be run on them, or returns numbers that are not finite.
+        ValueError: its logits are not finite.
     """
     special = set(tokenizer.all_special_ids)
     known = range(min(n_vocab, len(tokenizer)))
     ordinary = [i for i in known if i not in special] or list(known)
     length = min(TOKENS, n_ctx)
     start = _prefix(length)
-    # A prime stride walks over the whole vocabulary; the second row goes on elsewhere.
-    drawn = [ordinary[(7919 * i + 101) % len(ordinary)] for i in range(2 * length - start)]
-    rows = [drawn[:length], drawn[:start] + drawn[length:]]
+    # A prime stride covers the whole vocabulary; the second row continues differently.
+    picked = [ordinary[(7919 * i + 101) % len(ordinary)] for i in range(2 * length - start)]
+    rows = [picked[:length], picked[:start] + picked[length:]]
     tokens = torch.tensor(rows, device=device)
     if hf is None:
         return Probe(tokens, None)
     with torch.no_grad():
         logits = hf(input_ids=tokens).logits.float().cpu()
     if not torch.isfinite(logits.amax(-1)).all():
-        raise ValueError(f"its own logits are not finite in {_number_type(hf.dtype)}")
+        raise ValueError(f"its own logits are not finite in {str(hf.dtype).removeprefix('torch.')}")
     return Probe(tokens, logits)
 
 
-def verify(lens: Any, decoder: Decoder, given: Probe) -> Seen:
-    """Return what the hooks of a TransformerLens object show, if it computes what it should.
+def unverified(tl: Any) -> Verified:
+    """Take every hook point that exists by name to be correct."""
+    last = tl.cfg.n_layers - 1
+    kinds = tuple(kind for kind in KINDS if hook_name(kind, last) in tl.hook_dict)
+    return Verified(decoder_for(tl), kinds)
+
+
+def verify(tl: Any, given: Probe) -> Verified:
+    """Check that a TransformerLens object computes what it should, and what its hooks show.
 
     Args:
-        lens: the `HookedTransformer` or `TransformerBridge`.
-        decoder: its cached decoding.
+        tl: the `HookedTransformer` or `TransformerBridge`.
         given: from `probe`.
 
     Raises:
-        ValueError: says in one clause which logits differ, and by how much.
+        ValueError: states in one clause which logits differ, and by how much.
     """
-    dtype = next(iter(lens.parameters())).dtype
+    dtype, decoder = next(iter(tl.parameters())).dtype, decoder_for(tl)
     allowed = tolerance(dtype)
     with torch.no_grad():
-        with _said("a whole pass"):
-            whole, found = _whole(lens, given.tokens)
-        expected = whole if given.logits is None else given.logits
-        _compare("the logits of a whole pass", expected, whole, allowed)
-        with _said("a pass behind a cached prompt"):
+        with _explained("a full pass"):
+            full, found = _full_pass(tl, given.tokens)
+        expected = full if given.logits is None else given.logits
+        _compare("the logits of a full pass", expected, full, allowed)
+        with _explained("a pass after a cached prompt"):
             _check_cached(decoder, given.tokens, expected, tolerance(dtype, cached=True))
-        kinds, absent = _offered(lens, found, dtype)
-        last = found["resid_post", lens.cfg.n_layers - 1]
-        return Seen(kinds, absent, _unembeds(decoder, last, whole[:, -_LOOKED_AT:], allowed))
+        kinds, absent = _offered(found, tl.cfg.n_layers, dtype)
+        last = found["resid_post", tl.cfg.n_layers - 1]
+        decoder.unembeds = _unembeds(decoder, last, full[:, -_RECORDED:], allowed)
+    return Verified(decoder, kinds, absent)
 
 
 def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) -> bool:
-    """Tell whether the last block's outputs give the logits (a post-norm model has more to do)."""
+    """Whether the last block's output unembeds to the logits (not in a post-norm model)."""
     try:
         got = decoder.unembed(last).cpu()
-    except Exception:  # noqa: BLE001  # a part that the wrapper does not have
+    except Exception:  # noqa: BLE001  # a module that the wrapper lacks
         return False
     return got.shape == expected.shape and distance(expected, got) <= allowed
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Say of any error of a library what raised it."""
+def _explained(what: str) -> Iterator[None]:
+    """Name the pass in which a library raised an error."""
     try:
         yield
-    except _OffError:
+    except _MismatchError:
         raise
-    except Exception as error:  # a pass may stumble over anything
+    except Exception as error:  # whatever the library raises
         raise ValueError(f"{what} raises {reason(error)}") from error
 
 
 def tolerance(dtype: torch.dtype, *, cached: bool = False) -> float:
-    """Return how far logits may differ, as a share of their spread.
+    """Return the largest acceptable distance between logits.
 
-    Float noise of float32 was below 3e-5 in every model that was tried. In bfloat16 a whole pass
-    was off by up to 1 %, a pass behind a cached prompt by 4 % (SmolLM2) and 11 % (GPT-Neo, which
-    does not scale its attention scores); float16 has an eighth of that.
+    Measured noise: below 3e-5 in float32; in bfloat16 up to 1 % for a full pass, and 4 % (SmolLM2)
+    to 11 % (GPT-Neo, which does not scale its attention scores) after a cached prompt; an eighth
+    of that in float16.
 
     Args:
-        dtype: the number type of the weights.
-        cached: for a pass behind a cached prompt, whose sums come in another order.
+        dtype: dtype of the weights.
+        cached: for a pass after a cached prompt, which sums in another order.
     """
-    exact = torch.get_float32_matmul_precision() == "highest"  # else products are less than that
+    exact = torch.get_float32_matmul_precision() == "highest"  # otherwise TF32 or less
     if exact and dtype not in _HALF:
         return _FLOAT32
     return _HALF.get(dtype, _HALF[torch.float16]) * (4 if cached else 1)
 
 
 def distance(expected: Float[Tensor, "*pos vocab"], got: Float[Tensor, "*pos vocab"]) -> float:
-    """Return how far logits are off at the worst position, as a share of their spread."""
-    # Some models rule tokens out with the lowest number there is.
+    """Return the distance between logits at the worst position, relative to their spread."""
+    # Some models mask tokens with the lowest float.
     open_ = expected > -1e30
     counted = open_.sum(-1, keepdim=True)
     expected, got = expected.where(open_, 0.0), got.where(open_, 0.0)
@@ -194,34 +200,30 @@ def distance(expected: Float[Tensor, "*pos vocab"], got: Float[Tensor, "*pos voc
     return float((off / spread.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
-class _OffError(ValueError):
-    """Logits that are not what they should be."""
+class _MismatchError(ValueError):
+    """Logits that differ."""
 
 
 def _compare(what: str, expected: Tensor, got: Tensor, allowed: float) -> None:
     if expected.shape != got.shape:
-        raise _OffError(
-            f"{what} have the shape {tuple(got.shape)} where {tuple(expected.shape)} was expected"
+        raise _MismatchError(
+            f"{what} have the shape {tuple(got.shape)}, not {tuple(expected.shape)}"
         )
     off = distance(expected, got)
-    if not off <= allowed:  # NaN is not within it
-        raise _OffError(f"{what} are off by {off:.2%} of their spread ({allowed:.1%} is noise)")
-
-
-def _number_type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    if not off <= allowed:  # NaN is not
+        raise _MismatchError(f"{what} are off by {off:.2%} of their spread (noise: {allowed:.1%})")
 
 
 def _prefix(length: int) -> int:
-    """Return how many tokens the rows have in common."""
+    """Return the length of the common prefix."""
     return max(1, length // 2 - 2)
 
 
 def _check_cached(decoder: Decoder, tokens: Tensor, expected: Tensor, allowed: float) -> None:
-    """Run the tokens as a sweep does and compare the last logits of each step."""
+    """Run the tokens as a sweep does, and compare the last logits of each step."""
     length, start = tokens.shape[1], _prefix(tokens.shape[1])
     cache = decoder.expand(decoder.prefill(tokens[:1, :start]), 2, length - start)
-    what = "the logits behind a cached prompt"
+    what = "the logits after a cached prompt"
     ends = range(length - _SINGLE, length)
     for begin, end in zip([start, *ends], ends, strict=False):
         got = decoder.step(tokens[:, begin:end], cache).cpu()
@@ -231,26 +233,26 @@ def _check_cached(decoder: Decoder, tokens: Tensor, expected: Tensor, allowed: f
     _compare(what, expected[1:, -1], got, allowed)
 
 
-def _whole(lens: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
-    """Return the logits of one pass, and what the hooks saw of the last tokens."""
+def _full_pass(tl: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
+    """Return the logits of one pass, and the recorded activations of the last tokens."""
     found: dict[Place, Tensor] = {}
-    shape = (*tokens.shape, lens.cfg.d_model)
+    shape = (*tokens.shape, tl.cfg.d_model)
 
     def record_at(place: Place) -> Any:
         def record(value: Any, hook: object) -> None:
             if isinstance(value, Tensor) and value.shape == shape:
-                found[place] = value[:, -_LOOKED_AT:].detach().float().cpu()
+                found[place] = value[:, -_RECORDED:].detach().float().cpu()
 
         return record
 
-    # Not through `lens.hooks`, which collects all points of a bridge anew for every hook.
-    points, level = lens.hook_dict, lens.context_level + 1
-    wanted = {(kind, layer) for kind in KINDS for layer in range(lens.cfg.n_layers)}
+    # Not through `tl.hooks`, which collects all points of a bridge again for every hook.
+    points, level = tl.hook_dict, tl.context_level + 1
+    wanted = {(kind, layer) for kind in KINDS for layer in range(tl.cfg.n_layers)}
     at = {place: points[hook_name(*place)] for place in wanted if hook_name(*place) in points}
     try:
         for place, point in at.items():
             point.add_hook(record_at(place), level=level)
-        logits = lens(tokens)
+        logits = tl(tokens)
     finally:
         for point in at.values():
             point.remove_hooks(level=level)
@@ -258,38 +260,38 @@ def _whole(lens: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
 
 
 def _offered(
-    lens: Any, found: Mapping[Place, Tensor], dtype: torch.dtype
+    found: Mapping[Place, Tensor], n_layers: int, dtype: torch.dtype
 ) -> tuple[tuple[HookKind, ...], Mapping[HookKind, str]]:
-    """Return the kinds that are at every layer and add up, and why the others are not there.
+    """Return the kinds that are present at every layer and add up, and why the others are absent.
 
     Raises:
-        ValueError: there are no block outputs, which every patch is written over.
+        ValueError: there are no block outputs, which every patch replaces.
     """
-    layers = range(lens.cfg.n_layers)
+    layers = range(n_layers)
     at = {
         kind: torch.stack([found[kind, layer] for layer in layers])
         for kind in KINDS
         if all((kind, layer) in found for layer in layers)
     }
     if "resid_post" not in at:
-        raise ValueError("its blocks have no output of one vector per token")
+        raise ValueError("its blocks do not return one vector per token")
     if "resid_pre" in at and not _equal(at["resid_pre"][1:], [at["resid_post"][:-1]], dtype):
         del at["resid_pre"]
 
     def holds(total: HookKind, *parts: HookKind) -> bool | None:
-        """Tell whether parts make up the total; `None` where one of them is not there."""
+        """Whether the parts sum to the total; `None` if one of them is missing."""
         if not {total, *parts} <= set(at):
             return None
         return _equal(at[total], [at[part] for part in parts], dtype)
 
     before = holds("resid_mid", "resid_pre", "attn_out")
-    behind = holds("resid_post", "resid_mid", "mlp_out")
-    beside = holds("resid_post", "resid_pre", "attn_out", "mlp_out")
+    after = holds("resid_post", "resid_mid", "mlp_out")
+    parallel = holds("resid_post", "resid_pre", "attn_out", "mlp_out")
     no_mlp = bool(holds("resid_post", "resid_pre", "attn_out"))
     sums: dict[HookKind, tuple[bool | None, ...]] = {
-        "attn_out": (before, beside),
-        "resid_mid": (before, behind),
-        "mlp_out": (behind, beside),
+        "attn_out": (before, parallel),
+        "resid_mid": (before, after),
+        "mlp_out": (after, parallel),
     }
     absent: dict[HookKind, str] = {}
     for kind in KINDS:
@@ -298,7 +300,7 @@ def _offered(
             continue
         if no_mlp and kind in ("resid_mid", "mlp_out"):
             absent[kind] = NO_MLP
-        elif kind == "resid_mid" and beside:
+        elif kind == "resid_mid" and parallel:
             absent[kind] = PARALLEL
         else:
             absent[kind] = NOT_ADDED if kind in at else UNSEEN
@@ -306,11 +308,70 @@ def _offered(
 
 
 def _equal(total: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Tell whether a vector is the sum of others, at every layer and token.
+    """Whether a vector is the sum of others, at every layer and token.
 
-    Measured against the last of the parts, beside what the rounding of the sum takes.
+    The tolerance is a share of the last part, plus the rounding error of the sum.
     """
     share, rounding = (0.05, 0.01) if dtype in _HALF else (1e-3, 1e-5)
     off = (total - sum(parts)).norm(dim=-1)
     allowed = share * parts[-1].norm(dim=-1) + rounding * total.norm(dim=-1)
     return bool((off <= allowed).all())
+
+
+def repair_bridge(tl: Any) -> None:
+    """Repair in place what TransformerLens 3.9 gets wrong and 4 does not.
+
+    1. Cohere rotates neighbouring pairs of a head's numbers, the bridge the two halves. The bridge
+       can rotate pairs, if told to and given the angles in the order that it expects.
+    2. Attention with linear biases (ALiBi: MPT, some Falcon) does not put its keys and values into
+       the cache.
+
+    A bridge that does both correctly is left unchanged.
+    """
+    _rotate_pairs(tl)
+    for block in tl.blocks:
+        attention = getattr(block, "attn", None)
+        if attention is not None and _ignores_cache(attention):
+            _use_cache(attention)
+
+
+def _rotate_pairs(tl: Any) -> None:
+    if not type(tl.original_model).__name__.startswith("Cohere"):
+        return
+    if hasattr(tl.cfg, "rotary_interleaved_cos_sin"):  # TransformerLens 4
+        return
+
+    def in_halves(module: Any, inputs: Any, angles: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Reorder Cohere's angles 0 0 1 1 2 2 ... to 0 1 2 ... 0 1 2 ..."""
+        return tuple(torch.cat([x[..., ::2], x[..., ::2]], dim=-1) for x in angles)
+
+    tl.rotary_emb.register_forward_hook(in_halves)
+    for block in tl.blocks:
+        block.attn.config.rotary_adjacent_pairs = True
+
+
+def _ignores_cache(attention: Any) -> bool:
+    """Whether an ALiBi attention ignores the cache."""
+    names = [cls.__name__ for cls in type(attention).__mro__]
+    if "ALiBiJointQKVAttentionBridge" not in names:
+        return False
+    return "_update_kv_cache" not in type(attention)._reconstruct_attention.__code__.co_names
+
+
+def _use_cache(attention: Any) -> None:
+    """Put keys and values into the cache once they are split into heads."""
+    attend, in_heads = attention._reconstruct_attention, attention._reshape_qkv_to_heads
+
+    def attend_with_cache(*args: Any, **kwargs: Any) -> Any:
+        def with_cache(*given: Any) -> Any:
+            queries, keys, values, *sizes = in_heads(*given)
+            keys, values = attention._update_kv_cache(keys, values, **kwargs)
+            return queries, keys, values, *sizes
+
+        attention._reshape_qkv_to_heads = with_cache
+        try:
+            return attend(*args, **kwargs)
+        finally:
+            attention._reshape_qkv_to_heads = in_heads
+
+    attention._reconstruct_attention = attend_with_cache

@@ -161,7 +161,7 @@ def _groups(plans: Mapping[str, SweepPlan]) -> Iterator[dict[str, SweepPlan]]:
 
 def _alike(plan: SweepPlan, other: SweepPlan) -> bool:
     a, b = plan.generator, other.generator
-    return (a.model.lens, a.target, a.max_new_tokens) == (b.model.lens, b.target, b.max_new_tokens)
+    return (a.model.tl, a.target, a.max_new_tokens) == (b.model.tl, b.target, b.max_new_tokens)
 
 
 def _read(plans: Mapping[str, SweepPlan], *, progress: bool) -> Iterator[dict[str, Any]]:

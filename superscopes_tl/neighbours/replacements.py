@@ -12,7 +12,6 @@ Both carry their names into the tables of `causal`.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import Row, Run, capture, site_vectors
 from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import Positions, Site, check_text, covering, resolve_positions, tokenize
 from superscopes_tl.vectors import MappingFamily, PlaceVectors, family_name, scale
 
@@ -149,8 +149,7 @@ def noise(
         size = strength * float(embedded[source.prefix :].std())
         rows = []
         for draw in range(draws):
-            key = zlib.crc32(repr((seed, draw, source.text)).encode())
-            generator = torch.Generator().manual_seed(key)
+            generator = torch.Generator().manual_seed(stable_hash(seed, draw, source.text))
             drawn = torch.randn(embedded.shape, generator=generator)
             writes = {Site("resid_pre", 0, p): embedded[p] + size * drawn[p] for p in positions}
             rows.append(Row(source.ids, writes))

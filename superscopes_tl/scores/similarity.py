@@ -100,7 +100,7 @@ class SentenceEmbeddingScorer:
             return
         from sentence_transformers import SentenceTransformer
 
-        from superscopes_tl.model import quiet
+        from superscopes_tl.weights import quiet
 
         source = str(self._source)
         packaged = packaged_scorer() if source == PAPER_SCORER else None

@@ -71,7 +71,7 @@ def mlp_values(model: LanguageModel, layer: int) -> Float[Tensor, "d_mlp d_model
 def _weight(model: LanguageModel, layer: int, name: str) -> Tensor | None:
     """Return a copy of a weight of a block's MLP, `None` if it has none of that name."""
     (number,) = check_layers(layer, model.n_layers, "layer")
-    weight = getattr(getattr(model.lens.blocks[number], "mlp", None), name, None)
+    weight = getattr(getattr(model.tl.blocks[number], "mlp", None), name, None)
     return weight.detach().float().cpu().clone() if isinstance(weight, Tensor) else None
 
 

@@ -64,7 +64,7 @@ def head(*numbers: int) -> PlaceVectors:
                 sorted(kinds),
                 "sweep with kinds='attn_out'",
             )
-        n_heads = plan.model.lens.cfg.n_heads
+        n_heads = plan.model.tl.cfg.n_heads
         if max(numbers) >= n_heads:
             raise bad_value(
                 "head",
@@ -93,7 +93,7 @@ def _head_outputs(
     for layer in layers:
         there = [site for site in dict.fromkeys(sites) if site.layer == layer]
         positions = [site.position for site in there]
-        attention = model.lens.blocks[layer].attn
+        attention = model.tl.blocks[layer].attn
         weights = attention.W_O.detach().float()  # heads, d_head, d_model
         z = seen[z_names[layer]][0, positions].float()
         outputs = torch.einsum("phd,hdm->pm", z[:, numbers], weights[numbers])

@@ -22,7 +22,7 @@ import torch
 from superscopes_tl import LanguageModel, PatchedGenerator, load_model
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model.load import device_of
+from superscopes_tl.model import device_of
 from tests.benchmarks import measure, ways
 from tests.benchmarks.limit import fastest
 from tests.benchmarks.measure import Way
@@ -131,7 +131,7 @@ def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
     if hooked is None:
         notes += [f"{name} is left out: {absent}" for name in (HOOKED_ONE_BY_ONE, HOOKED)]
     else:
-        one = ways.one_hooked_generate_per_cell(hooked.lens, generator)
+        one = ways.one_hooked_generate_per_cell(hooked.tl, generator)
         found.append(Way(HOOKED_ONE_BY_ONE, one, few))
     found += _nnterp(hf, tokens, generator, cells, notes)
     if hooked is not None:

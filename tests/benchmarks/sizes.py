@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.mini import MODEL_DIR
-from superscopes_tl.model import quiet
+from superscopes_tl.weights import quiet
 
 
 @dataclass(frozen=True)

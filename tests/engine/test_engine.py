@@ -38,7 +38,7 @@ Tiny = Callable[[str, str], LanguageModel]
 def hooks_on(model: LanguageModel) -> int:
     """Count the functions that are attached to the model's hook points."""
     return sum(
-        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.lens.hook_dict.values()
+        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.tl.hook_dict.values()
     )
 
 
@@ -413,7 +413,7 @@ def test_hook_names_are_those_of_transformer_lens(tiny: Tiny) -> None:
     """The names in use exist on the model."""
     model = tiny("llama", "bridge")
     assert hook_name("resid_post", 5) == "blocks.5.hook_resid_post"
-    assert all(hook_name(kind, 5) in model.lens.hook_dict for kind in model.kinds)
+    assert all(hook_name(kind, 5) in model.tl.hook_dict for kind in model.kinds)
 
 
 def test_a_plan_knows_its_cells_and_its_cost_before_it_runs(tiny: Tiny) -> None:

@@ -14,8 +14,8 @@ from superscopes_tl import LanguageModel, SweepConfig, load_model, readability, 
 from superscopes_tl.cli.main import app
 from superscopes_tl.evaluation import Readability, best_config, keep, kept_readability
 from superscopes_tl.figures import readability_figure
-from superscopes_tl.model.packaged import find
 from superscopes_tl.scores import no_scores
+from superscopes_tl.weights import find_packaged
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 NAMES = ("Alexander the Great", "Pink Floyd", "Titanic", "Fight Club", "Will Smith")
@@ -88,7 +88,7 @@ def test_the_figure_shows_own_beside_others(checked: Readability) -> None:
     assert list(figure.data[1].y) == checked.layers["recovered"].tolist()
 
 
-@pytest.mark.skipif(find("smollm2") is None, reason="superscopes fetch smollm2")
+@pytest.mark.skipif(find_packaged("smollm2") is None, reason="superscopes fetch smollm2")
 def test_smollm2_reads_where_the_defaults_patch() -> None:
     """With the defaults of a sweep this model's block outputs are read, and specifically."""
     model = load_model("smollm2", backend="bridge")

@@ -88,7 +88,7 @@ def test_keys_and_values_make_the_mlp_output(mini: LanguageModel) -> None:
     """The docstring's formula, with the norm's gain on the keys, gives the captured mlp_out."""
     seen = capture(mini, PROMPT, kinds=("resid_mid", "mlp_out"), layers=[7, 3])
     for layer in (7, 3):
-        norm = mini.lens.original_model.model.layers[layer].post_attention_layernorm
+        norm = mini.tl.original_model.model.layers[layer].post_attention_layernorm
         gain = norm.weight.detach()
         assert gain.std() > 0.01, "a gain of 1 everywhere would prove nothing"
         stream = seen["resid_mid", layer]
@@ -117,7 +117,7 @@ def test_keys_and_values_that_are_not_there_are_refused(tiny: Tiny) -> None:
         mlp_keys(tiny("llama", "bridge"), 2, part)
     with pytest.raises(ValueError, match="layer: expected layers of a model with 6 layers, got 6"):
         mlp_values(tiny("llama", "bridge"), 6)
-    experts = dataclasses.replace(tiny("llama", "bridge"), lens=_NoMlp())
+    experts = dataclasses.replace(tiny("llama", "bridge"), tl=_NoMlp())
     for take in (mlp_keys, mlp_values):
         with pytest.raises(ValueError, match="layer: expected a block with one feed-forward"):
             take(experts, 2)

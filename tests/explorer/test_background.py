@@ -39,9 +39,7 @@ def model(tiny: Callable[[str, str], LanguageModel]) -> LanguageModel:
 
 def hook_count(model: LanguageModel) -> int:
     """How many functions hang on the model's hook points."""
-    return sum(
-        len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.lens.hook_dict.values()
-    )
+    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.tl.hook_dict.values())
 
 
 def run(model: LanguageModel, *, store: CellStore | None = None, **settings: Any) -> Any:

@@ -166,12 +166,12 @@ def test_other_widths_and_tokenizers_patch_through_an_affine_map(
 def test_other_widths_need_a_map(tiny: Tiny, word_overlap: Any) -> None:
     """The message says how to make one, and a map of another pair of models is refused."""
     model, asked = tiny("llama", "bridge"), narrow("bridge")
-    with pytest.raises(ValueError, match=r"target_model: expected a model as wide as .*mapped\("):
+    with pytest.raises(ValueError, match="^target_model:"):
         sweep(
             model, SOURCE, target_layer=0, target_model=asked, scorer=word_overlap, progress=False
         )
     maps = fit_affine(tiny("gpt2", "bridge"), TEXTS, [(5, 2)], target_model=asked)
-    with pytest.raises(ValueError, match="model: expected .* with fingerprint"):
+    with pytest.raises(ValueError, match="^model:"):
         sweep(
             model, SOURCE, layers=5, kinds="resid_post", target_layer=2, target_model=asked,
             vectors=mapped(maps), scorer=word_overlap, progress=False,

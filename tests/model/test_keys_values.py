@@ -98,7 +98,7 @@ def test_a_full_buffer_takes_no_more() -> None:
     new = torch.ones(4, 2, 1, 5)
     buffer.append(new, new)
     buffer.append(new, new)
-    with pytest.raises(AssertionError, match="room"):
+    with pytest.raises(AssertionError, match="preallocated"):
         buffer.append(new, new)
 
 

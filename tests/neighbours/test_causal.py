@@ -246,7 +246,7 @@ def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
     assert causal_effects(model, PROMPT, positions=3, **last)["kl"][0] < 1e-5
     flat = causal_effects(model, PROMPT, **last)  # zeros, normed and unembedded: all tokens alike
     likely = flat["patched_log_probability"][0]
-    assert likely == pytest.approx(-math.log(model.lens.cfg.d_vocab), abs=1e-4)
+    assert likely == pytest.approx(-math.log(model.tl.cfg.d_vocab), abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -363,7 +363,7 @@ def test_a_bfloat16_model_is_patched_too() -> None:
 
 def _hooks_on(model: LanguageModel) -> int:
     return sum(
-        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.lens.hook_dict.values()
+        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.tl.hook_dict.values()
     )
 
 

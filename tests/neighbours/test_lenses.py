@@ -326,13 +326,13 @@ def test_training_lowers_the_divergence_and_leaves_the_model_alone(
 ) -> None:
     """Every block but the last gets nearer to the end; no weight moves or gets a gradient."""
     model = tiny("gemma2", backend)
-    before = [p.detach().clone() for p in model.lens.parameters()]
+    before = [p.detach().clone() for p in model.tl.parameters()]
     lens = train_tuned_lens(model, TEXTS, steps=60, batch_size=16, progress=False)
     kl = lens_kl(model, TEXTS, lenses={**LENSES, "tuned lens": lens}, control=False)
     wide = kl.pivot(index="source_layer", columns="lens", values="kl")
     assert (wide["tuned lens"][:5] < 0.8 * wide[LOGIT_LENS][:5]).all()
     assert wide["tuned lens"][5] == wide[LOGIT_LENS][5]
-    for parameter, old in zip(model.lens.parameters(), before, strict=True):
+    for parameter, old in zip(model.tl.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
         assert parameter.grad is None
 

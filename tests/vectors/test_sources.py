@@ -145,13 +145,13 @@ def test_a_source_runs_the_prompt_once(tiny: Tiny, monkeypatch: pytest.MonkeyPat
     """One forward pass, whatever the number of sites."""
     model = tiny("llama", "bridge")
     runs = []
-    own = type(model.lens).run_with_cache
+    own = type(model.tl).run_with_cache
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs.append(args)
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.lens), "run_with_cache", counted)
+    monkeypatch.setattr(type(model.tl), "run_with_cache", counted)
     for source, kinds in (
         (head(3), "attn_out"),
         (window(2), ("attn_out", "mlp_out")),

