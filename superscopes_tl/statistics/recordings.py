@@ -1,33 +1,31 @@
 """The authors' recorded generations, counted again: Figure 3 without running their model.
 
 1. Read a recording: a CSV file with the columns `source prompt`, `token`, `layer`,
-   `amplification value` and `result`, one row per generated text. It is data alone and untrusted:
-   every cell is checked, nothing in it is run.
+   `amplification value` and `result`, one row per generated text.
 2. Patchscopes is α = 1 of the one file, Superscopes every other α of the other.
-3. `compare` them, with baselines of equal budget: as many draws of α = 1 as there are α, where
+3. `compare` them, with baselines of equal budget: as many samples of α = 1 as there are α, where
    they were recorded, and always one α alone.
 """
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, reason
+from superscopes_tl.files import unfit
 from superscopes_tl.statistics.comparison import Comparison, compare
 
 MAX_FILE_BYTES = 32 * 2**20
-"""A larger recording is refused: as rows it takes up to a hundred times the memory."""
-
-HIGHEST_LAYER = 9_999
+"""A larger recording is refused."""
 
 COLUMNS = {
     "source prompt": "prompt",
@@ -43,11 +41,11 @@ CONDITION = ["prompt", "token", "source_layer", "alpha"]
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Generated texts that someone recorded.
+    """Recorded generations.
 
     Attributes:
         table: one row per text: prompt, token, source_layer, alpha, text.
-        notes: what was unusual in the file and what was made of it.
+        notes: what is unusual in the file, and how it is counted.
     """
 
     table: pd.DataFrame
@@ -57,37 +55,43 @@ class Recording:
 def read_recording(path: str | os.PathLike[str]) -> Recording:
     """Read a file of recorded generations in the format of the authors' evaluation.
 
-    A condition (prompt, token, layer, α) that occurs several times is kept as so many draws; an
+    A condition (prompt, token, layer, α) that occurs several times is kept as so many samples; an
     empty text is kept and has no score.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is larger than 32 MiB, no CSV file, without one of the columns or without
-            rows, or a line of it has no layer, α or prompt.
+            rows, or a row of it has no layer, α or prompt.
     """
+    if why := unfit(path, MAX_FILE_BYTES):
+        raise _bad(path, f"a file of up to {MAX_FILE_BYTES} bytes", why)
     text, notes = _decoded(Path(path))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        heads = next(reader, [])
-        names = {name.strip(): at for at, name in enumerate(heads)}
-        missing = [column for column in COLUMNS if column not in names]
-        if missing:
-            raise _bad(
-                path, expected=f"the columns {', '.join(COLUMNS)}", got=f"no {', '.join(missing)}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
+            rows = pd.read_csv(
+                io.StringIO(text, newline=""), dtype=str, keep_default_na=False, index_col=False
             )
-        if len(names) < len(heads):
-            raise _bad(path, expected="each column once", got="two columns of one name")
-        table = pd.DataFrame(
-            [_row(path, reader.line_num, _cells(row, names)) for row in reader if row],
-            columns=list(COLUMNS.values()),
-        )
-    except csv.Error as error:
-        raise _bad(path, expected="a CSV file", got=f"{error} at line {reader.line_num}") from error
-    if table.empty:
-        raise _bad(path, expected="at least one generated text", got="a header alone")
-    extra = [name for name in names if name not in COLUMNS]
-    if extra:
+    except ValueError as error:
+        raise _bad(path, "a CSV file", reason(error)) from error
+    rows = rows.rename(columns=str.strip)
+    if missing := [column for column in COLUMNS if column not in rows]:
+        raise _bad(path, f"the columns {', '.join(COLUMNS)}", f"no {', '.join(missing)}")
+    if rows.empty:
+        raise _bad(path, "at least one generated text", "a header alone")
+    if extra := [str(name) for name in rows if name not in COLUMNS]:
         notes.append(f"Ignored columns: {', '.join(map(repr, extra))}.")
+    table = rows[list(COLUMNS)].rename(columns=COLUMNS)
+    layers, alphas = (pd.to_numeric(table[c], "coerce") for c in ("source_layer", "alpha"))
+    for column, fine, expected in (
+        ("source_layer", (layers >= 0) & (layers % 1 == 0), "layers that are whole numbers from 0"),
+        ("alpha", np.isfinite(alphas), "amplification values that are finite numbers"),
+        ("prompt", table["prompt"].str.strip() != "", "a source prompt in every row"),
+    ):
+        if not fine.all():
+            row = int(np.argmin(fine))
+            raise _bad(path, expected, f"{table[column].iloc[row]!r} in row {row + 1}")
+    table = table.assign(source_layer=layers.astype("int64"), alpha=alphas.astype(float))
     return Recording(table, (*notes, *_notes(table)))
 
 
@@ -98,11 +102,11 @@ def replay(
 ) -> Comparison:
     """Compare recorded Patchscopes with recorded Superscopes, as the paper's Figure 3 does.
 
-    The methods are "Patchscopes" (the first draw of α = 1), "Patchscopes, equal budget" (as many
-    draws of α = 1 as Superscopes has α, if the baseline has them everywhere), "Superscopes" (the
-    best of all α but 1, every draw) and "Superscopes, one alpha" (the mean over these α). α = 1
-    of the amplified file is Patchscopes by definition and left out, so that one file with all α
-    may be given as both.
+    The methods are "Patchscopes" (the first sample of α = 1), "Patchscopes, equal budget" (as many
+    samples of α = 1 as Superscopes has α, if the baseline has them everywhere), "Superscopes" (the
+    best of all α but 1, every sample) and "Superscopes, one alpha" (the mean over these α). α = 1
+    of the amplified file is Patchscopes by definition and left out, so one file with all α may be
+    passed as both.
 
     Args:
         baseline: a recording with α = 1, or its file.
@@ -127,7 +131,7 @@ def replay(
         ("amplified", scaled, "texts with an α other than 1"),
     ):
         if rows.empty:
-            raise bad_value(argument, wanted, "none", "give the baseline's file first")
+            raise bad_value(argument, wanted, "none", "pass the baseline's file first")
     for name, rows in (("Baseline: α other than", other), ("Amplified: α of", unscaled)):
         if len(rows):
             notes.append(f"{name} 1 is left out ({len(rows)} texts).")
@@ -139,31 +143,24 @@ def replay(
         methods["Patchscopes, equal budget"] = plain[draw < budget]
     else:
         notes.append(
-            f"Superscopes chooses among {budget} α. A baseline that chooses among as many texts "
-            f"cannot be had from these files: of α = 1 they hold {_count(fewest, most)} per "
-            "condition. 'Superscopes, one alpha' has the budget of the baseline instead."
+            f"Superscopes chooses among {budget} α, and these files have no baseline of that "
+            f"budget: of α = 1 they hold {_count(fewest, most)} per condition. "
+            "'Superscopes, one alpha' has the budget of the baseline instead."
         )
     methods["Superscopes"] = scaled
     found = compare(methods, one_alpha=True, **options)
-    return Comparison(
-        found.cells, found.counts, found.differences, (*notes, *found.notes), found.settings
-    )
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def _decoded(path: Path) -> tuple[str, list[str]]:
-    """Return a file's text and what was noticed on the way."""
-    size = path.stat().st_size
-    if path.is_dir() or not size or size > MAX_FILE_BYTES:
-        what = "a folder" if path.is_dir() else f"{size} bytes"
-        raise _bad(path, expected=f"a file of 1 to {MAX_FILE_BYTES} bytes", got=what)
+    """Return a file's text, with a note where it is not UTF-8."""
     data = path.read_bytes()
     if data.startswith(b"SQLite format 3"):
         raise bad_value(
             "path", "a CSV file of recorded texts", f"an evaluation ({path.name!r})",
-            "count it with compare(methods(Evaluation.load(path))), or superscopes evaluate "
+            "count it with compare(methods(SweepResult.load(path))), or superscopes evaluate "
             "--out with the same file",
         )  # fmt: skip
-    notes = []
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -171,44 +168,9 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         encoding = "latin-1"
         text = data.decode(encoding)
     if "\0" in text:
-        raise _bad(path, expected="a CSV file", got="binary data")
-    if encoding != "utf-8-sig":
-        notes.append(f"The file is not UTF-8: read as {encoding}.")
+        raise _bad(path, "a CSV file", "binary data")
+    notes = [] if encoding == "utf-8-sig" else [f"The file is not UTF-8: read as {encoding}."]
     return text, notes
-
-
-def _cells(row: list[str], names: dict[str, int]) -> dict[str, str | None]:
-    """Return the cells of a line that count; `None` where the line ends before them."""
-    return {c: row[names[c]] if names[c] < len(row) else None for c in COLUMNS}
-
-
-def _row(path: object, line: int, cells: dict[str, str | None]) -> dict[str, Any]:
-    """Return one checked row; `line` is the one on which it ends."""
-    place = f"line {line}"
-    if None in cells.values():
-        short = [column for column, cell in cells.items() if cell is None]
-        raise _bad(path, expected="every column in every line", got=f"no {short[0]} in {place}")
-    layer, alpha = (_number(cells[column]) for column in ("layer", "amplification value"))
-    if not (layer.is_integer() and 0 <= layer <= HIGHEST_LAYER):
-        got = f"{cells['layer']!r} in {place}"
-        raise _bad(
-            path, expected=f"layers that are whole numbers from 0 to {HIGHEST_LAYER}", got=got
-        )
-    if not math.isfinite(alpha):
-        got = f"{cells['amplification value']!r} in {place}"
-        raise _bad(path, expected="amplification values that are finite numbers", got=got)
-    if not str(cells["source prompt"]).strip():
-        raise _bad(path, expected="a source prompt in every line", got=f"an empty one in {place}")
-    row: dict[str, Any] = {name: cells[column] for column, name in COLUMNS.items()}
-    return row | {"source_layer": int(layer), "alpha": alpha}
-
-
-def _number(text: str | None) -> float:
-    """Return the number that a text is, NaN if it is none."""
-    try:
-        return float(text or "")
-    except ValueError:
-        return math.nan
 
 
 def _notes(table: pd.DataFrame) -> Iterator[str]:
@@ -219,7 +181,7 @@ def _notes(table: pd.DataFrame) -> Iterator[str]:
         differing = int((texts.nunique() > 1).sum())
         yield (
             f"{int(several.sum())} conditions were recorded more than once, {differing} of them "
-            "with different texts: every text counts as a further draw."
+            "with different texts: every text counts as a further sample."
         )
     empty = int((table["text"].str.strip() == "").sum())
     if empty:
@@ -233,10 +195,8 @@ def _count(fewest: int, most: int) -> str:
     return f"{fewest} text" if fewest == most == 1 else f"{fewest} to {most} texts"
 
 
-def _bad(path: object, *, expected: str, got: str) -> ValueError:
+def _bad(path: object, expected: str, got: str) -> ValueError:
     return bad_value(
-        "path",
-        expected,
-        f"{got} ({Path(str(path)).name!r})",
+        "path", expected, f"{got} ({Path(str(path)).name!r})",
         "pass a CSV file like those in the folder data of github.com/GalNivs/Superscopes",
-    )
+    )  # fmt: skip

@@ -1,28 +1,29 @@
-"""Choose α without, and with, a look at the source prompt (the paper's future work).
+"""Choose α with and without knowledge of the source prompt (the paper's future work).
 
-1. A selector is a plain callable from a table to one rank per row: higher is better, NaN says
-   that it cannot tell.
+1. A selector is a plain callable from a table to one rank per row: higher is better, NaN is no
+   rank.
 2. `choose` keeps the highest-ranked greedy row of every site.
-3. `rate` asks, where the truth is known, how often the chosen row is right, beside two bounds: an
-   oracle that finds a right α wherever there is one, and an α chosen blindly.
-4. `amplifiers` asks it of ways to amplify: how many prompts can be read, how many are.
+3. `rate` returns the accuracy of each selector where the truth is known, between two bounds: an
+   oracle that finds a right α wherever there is one, and an α chosen at random.
+4. `amplifiers` compares ways to amplify: how many prompts can be read, and how many are.
 
 `by_similarity` is the paper's automatic amplifier. It scores a description against the source
-prompt, so it knows what it looks for. The others see only what the model wrote and how surely.
+prompt, so it uses the answer. The others use only the generated text and its probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.experiment import SITE
 from superscopes_tl.scores import Scorer, as_scorer
+from superscopes_tl.statistics.chance import bootstrap
 
 Selector: TypeAlias = Callable[[pd.DataFrame], "pd.Series[float]"]
 
@@ -56,13 +57,8 @@ def by_similarity(table: pd.DataFrame) -> pd.Series[float]:
 
 
 def lowest_entropy(table: pd.DataFrame) -> pd.Series[float]:
-    """Rank by how sure the model was of each token of its description; needs no prompt.
-
-    Raises:
-        ValueError: the table has no column `entropy`.
-    """
-    entropy = _column(table, "entropy", "sweep again: this run file is older than the column")
-    return -entropy.where(_says_something(table))
+    """Rank by how certain the model was of each token of its description; needs no prompt."""
+    return -table["entropy"].where(_has_description(table))
 
 
 def largest_lift(table: pd.DataFrame) -> pd.Series[float]:
@@ -71,28 +67,31 @@ def largest_lift(table: pd.DataFrame) -> pd.Series[float]:
     A text that the target prompt would bring forth anyway owes nothing to the vector.
 
     Raises:
-        ValueError: the table has no column `unpatched_log_probability`.
+        ValueError: a sweep without the control "unpatched_log_probability".
     """
-    fix = 'ask the sweep for the opt-in control "unpatched_log_probability"'
-    unpatched = _column(table, "unpatched_log_probability", fix)
-    lift = _column(table, "log_probability", fix) - unpatched
-    return lift.where(_says_something(table))
+    if "unpatched_log_probability" not in table:
+        raise bad_value(
+            "table", "a column 'unpatched_log_probability'", list(table.columns),
+            'sweep with controls="unpatched_log_probability"',
+        )  # fmt: skip
+    lift = table["log_probability"] - table["unpatched_log_probability"]
+    return lift.where(_has_description(table))
 
 
 def neighbour_agreement(scorer: Scorer | None = None) -> Selector:
-    """Return a selector that trusts a description which the neighbouring α repeat.
+    """Return a selector that trusts a description that the neighbouring α repeat.
 
     The rank is the mean similarity to the greedy descriptions of the same site at the next
-    smaller and the next larger α. An empty description has no rank, and is no neighbour.
+    smaller and the next larger α. An empty description has no rank and is no neighbour.
 
     Args:
-        scorer: how alike two descriptions are; the paper's sentence embeddings unless given.
+        scorer: similarity of two descriptions; defaults to the paper's sentence embeddings.
     """
 
     def agreement(table: pd.DataFrame) -> pd.Series[float]:
         ladder = table[(table["draw"] == 0)].sort_values([*SITE, "alpha"], kind="stable")
         site = dict(ladder.groupby(SITE, sort=False).ngroup())
-        words = table["description"].where(_says_something(table), "")
+        words = table["description"].where(_has_description(table), "")
         pairs = [
             (a, b)
             for a, b in pairwise(ladder.index)
@@ -101,30 +100,18 @@ def neighbour_agreement(scorer: Scorer | None = None) -> Selector:
         if not pairs:
             return pd.Series(np.nan, index=table.index)
         left, right = zip(*pairs, strict=True)
-        alike = list(as_scorer(scorer)([words[i] for i in left], [words[i] for i in right]))
-        both = pd.Series([*alike, *alike], index=[*left, *right], dtype=float)
+        similar = list(as_scorer(scorer)([words[i] for i in left], [words[i] for i in right]))
+        both = pd.Series([*similar, *similar], index=[*left, *right], dtype=float)
         return both.groupby(level=0).mean().reindex(table.index)
 
     return agreement
 
 
 def fixed_alpha(alpha: float) -> Selector:
-    """Return the baseline that takes the same α everywhere.
-
-    A site that lacks this α keeps its smallest |α|, as wherever a selector cannot tell.
-
-    Raises:
-        ValueError: when called, if no row has this α.
-    """
+    """Return the baseline that takes the same α everywhere; a site without it its smallest |α|."""
 
     def fixed(table: pd.DataFrame) -> pd.Series[float]:
-        if not (table["alpha"] == alpha).any():
-            raise bad_value(
-                "alpha",
-                f"one of {sorted(table['alpha'].unique().tolist())}",
-                alpha,
-                "choose an α of this sweep, or sweep over it",
-            )
+        check_choice("alpha", alpha, sorted(table["alpha"].unique().tolist()))
         return (table["alpha"] == alpha).astype(float).where(table["alpha"] == alpha)
 
     return fixed
@@ -138,22 +125,22 @@ def rate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Say how often each selector chooses a right reading.
+    """Return the accuracy of each selector, with bootstrap intervals.
 
     A prompt's share is the share of its sites whose chosen row is right; a selector's share is
-    the mean over prompts, so that every prompt weighs the same. Sites of one prompt are not
-    independent, so the bootstrap draws whole prompts.
+    the mean over prompts. Sites of one prompt are not independent, so the bootstrap resamples whole
+    prompts.
 
     Args:
         table: cells of many prompts; sites of one α alone leave nothing to choose.
         selectors: what to compare, by name.
-        right: says of every row whether its description is right.
-        resamples: draws of the bootstrap.
-        seed: its seed.
+        right: marks the rows whose description is right.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
         A row per selector, then `any alpha (oracle)`, the share of sites at which some α is
-        right, and `random alpha`, the share expected when α is drawn evenly. Columns: `share`,
+        right, and `random alpha`, the share expected of a uniformly random α. Columns: `share`,
         `low` and `high` (95 % percentile interval), and the same three of the paired difference
         to `by_similarity`: `difference`, `difference_low`, `difference_high`. With one prompt
         there is no interval: NaN.
@@ -167,20 +154,17 @@ def rate(
         raise bad_value("table", "greedy rows (draw 0)", "none", "pass a finished sweep")
     correct = right(greedy).astype(float)
     site = correct.groupby([greedy[column] for column in SITE])
-    shares = {
-        name: _per_prompt(correct.loc[_chosen(rows, selector)], rows)
-        for name, selector in {**selectors, "": by_similarity}.items()
-    }
+    shares = pd.DataFrame(
+        {
+            name: correct.loc[_chosen(rows, selector)].groupby(rows["prompt"]).mean()
+            for name, selector in {**selectors, "": by_similarity}.items()
+        }
+    )
     baseline = shares.pop("")
     shares[ORACLE] = site.max().groupby("prompt").mean()
     shares[BLIND] = site.mean().groupby("prompt").mean()
-    draws = np.random.default_rng(seed).integers(len(baseline), size=(resamples, len(baseline)))
-    found = {
-        name: [*_mean_and_interval(share, draws), *_mean_and_interval(share - baseline, draws)]
-        for name, share in shares.items()
-    }
-    columns = ["share", "low", "high", "difference", "difference_low", "difference_high"]
-    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("selector")
+    parts = {"share": shares, "difference": shares.sub(baseline, axis=0)}
+    return _estimates(parts, resamples, seed).rename_axis("selector")
 
 
 def amplifiers(
@@ -190,17 +174,16 @@ def amplifiers(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Say at how many prompts each way to amplify reads right.
+    """Return the share of prompts at which each way to amplify reads right.
 
-    A prompt counts when any of its greedy rows is right, so a way with more readings has more
-    chances: `readings` says how many. `chosen` counts the prompts whose best-scoring row is right:
-    what is left when the score has to find it.
+    A prompt counts when any of its greedy rows is right, so a way with more `readings` has more
+    chances. `chosen` counts the prompts whose best-scoring row is right.
 
     Args:
         ways: a table of the same prompts for each way to amplify, by name.
-        right: says of every row whether its description is right.
-        resamples: draws of the bootstrap over prompts.
-        seed: its seed.
+        right: marks the rows whose description is right.
+        resamples: of the bootstrap over prompts.
+        seed: of the bootstrap.
 
     Returns:
         A row per way. Columns: `readings`, the mean number of rows per prompt; `share` with `low`
@@ -211,32 +194,29 @@ def amplifiers(
     Raises:
         ValueError: no ways, or ways of different prompts.
     """
-    first: pd.Series[float] | None = None
-    found = {}
+    if not ways:
+        raise bad_value("ways", "at least one way", {}, "pass its table by name")
+    readings, shares, chosen = {}, {}, {}
     for name, table in ways.items():
         rows = table[table["draw"] == 0].reset_index(drop=True)
         correct = right(rows).astype(float)
         best = rows.sort_values("score", ascending=False, na_position="last", kind="stable")
         picked = correct.loc[best.drop_duplicates("prompt").index]
-        share, chosen = (part.groupby(rows["prompt"]).max() for part in (correct, picked))
-        first = share if first is None else first
-        if rows.empty or not share.index.equals(first.index):
+        shares[name], chosen[name] = (
+            part.groupby(rows["prompt"]).max() for part in (correct, picked)
+        )
+        first = next(iter(shares.values()))
+        if rows.empty or not shares[name].index.equals(first.index):
             raise bad_value(
-                f"ways[{name!r}]",
-                f"greedy rows of the prompts {first.index.tolist()}",
-                share.index.tolist(),
-                "evaluate every way on the same prompts",
-            )
-        draws = np.random.default_rng(seed).integers(len(share), size=(resamples, len(share)))
-        parts = (share, chosen, share - first)
-        found[name] = [len(rows) / len(share)]
-        found[name] += [value for part in parts for value in _mean_and_interval(part, draws)]
-    if not found:
-        raise bad_value("ways", "at least one way", {}, "give its table by name")
-    columns = ["readings"]
-    for what, before in (("share", ""), ("chosen", "chosen_"), ("difference", "difference_")):
-        columns += [what, f"{before}low", f"{before}high"]
-    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("amplifier")
+                f"ways[{name!r}]", f"greedy rows of the prompts {first.index.tolist()}",
+                shares[name].index.tolist(), "evaluate every way on the same prompts",
+            )  # fmt: skip
+        readings[name] = len(rows) / len(first)
+    can = pd.DataFrame(shares)
+    parts = {"share": can, "chosen": pd.DataFrame(chosen), "difference": can.sub(first, axis=0)}
+    found = _estimates(parts, resamples, seed).rename_axis("amplifier")
+    found.insert(0, "readings", pd.Series(readings))
+    return found
 
 
 def _chosen(rows: pd.DataFrame, selector: Selector) -> pd.Index[int]:
@@ -255,23 +235,15 @@ def _chosen(rows: pd.DataFrame, selector: Selector) -> pd.Index[int]:
     return order.drop_duplicates(SITE).index.sort_values()
 
 
-def _per_prompt(correct: pd.Series[float], rows: pd.DataFrame) -> pd.Series[float]:
-    return correct.groupby(rows["prompt"]).mean()
+def _estimates(parts: Mapping[str, pd.DataFrame], resamples: int, seed: int) -> pd.DataFrame:
+    """Return the mean over prompts of every column, with the ends of its interval."""
+    found: dict[str, Any] = {}
+    for name, values in parts.items():
+        low, high = bootstrap(values.to_numpy(), resamples=resamples, seed=seed)
+        before = "" if name == "share" else f"{name}_"
+        found |= {name: values.mean(), f"{before}low": low, f"{before}high": high}
+    return pd.DataFrame(found, index=next(iter(parts.values())).columns)
 
 
-def _mean_and_interval(share: pd.Series[float], draws: np.ndarray) -> tuple[float, float, float]:
-    values = share.to_numpy()
-    if len(values) < 2:
-        return float(values.mean()), np.nan, np.nan
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
-def _says_something(table: pd.DataFrame) -> pd.Series[bool]:
+def _has_description(table: pd.DataFrame) -> pd.Series[bool]:
     return table["description"].str.strip() != ""
-
-
-def _column(table: pd.DataFrame, name: str, fix: str) -> pd.Series[float]:
-    if name not in table.columns:
-        raise bad_value("table", f"a column {name!r}", list(table.columns), fix)
-    return table[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,32 +202,27 @@ def test_similarities_are_those_of_the_scorer_pair_by_pair() -> None:
 
 
 @pytest.mark.parametrize(
-    ("methods", "options", "message"),
+    ("methods", "options", "argument"),
     [
-        ({}, {}, "methods: expected at least one method"),
-        ({"A": PLAIN.drop(columns="text")}, {}, r"methods\['A'\]: expected .* got no column"),
-        ({"A": PLAIN.head(0)}, {}, "got an empty table"),
-        ({"A": PLAIN.assign(text=None)}, {}, "expected strings in the column text, got None"),
-        ({"A": PLAIN.assign(alpha="1")}, {}, "expected numbers in the column alpha, got 1"),
-        ({"A": PLAIN[PLAIN["prompt"] == "blue sky"]}, {}, "at least 3 prompts.*got 1 prompts"),
-        (
-            {"A": PLAIN, "B": SCALED.assign(source_layer=7)},
-            {},
-            r"methods\['B'\]: expected some prompt and source layer of A, got layers 7",
-        ),
-        ({"A": PLAIN}, {"score_on": "words"}, "score_on: expected 'text' or 'description'"),
-        ({"A": PLAIN}, {"threshold": math.nan}, "threshold: expected a finite number"),
-        ({"A": PLAIN}, {"percentile": 100}, "percentile: expected a number between 0 and 100"),
-        ({"A": PLAIN}, {"resamples": 0}, "resamples: expected at least one"),
+        ({}, {}, "methods"),
+        ({"A": PLAIN.drop(columns="text")}, {}, "methods['A']"),
+        ({"A": PLAIN.head(0)}, {}, "methods['A']"),
+        ({"A": PLAIN.assign(text=None)}, {}, "methods['A']"),
+        ({"A": PLAIN.assign(alpha="1")}, {}, "methods['A']"),
+        ({"A": PLAIN[PLAIN["prompt"] == "blue sky"]}, {}, "methods['A']"),
+        ({"A": PLAIN, "B": SCALED.assign(source_layer=7)}, {}, "methods['B']"),
+        ({"A": PLAIN}, {"score_on": "words"}, "score_on"),
+        ({"A": PLAIN}, {"threshold": math.nan}, "threshold"),
+        ({"A": PLAIN}, {"percentile": 100}, "percentile"),
+        ({"A": PLAIN}, {"resamples": 0}, "resamples"),
     ],
 )
-def test_bad_input_is_explained(
-    methods: dict[str, pd.DataFrame], options: dict[str, Any], message: str, word_overlap: Any
+def test_bad_input_is_named(
+    methods: dict[str, pd.DataFrame], options: dict[str, Any], argument: str, word_overlap: Any
 ) -> None:
-    """What was expected, what came, what to do."""
-    with pytest.raises(ValueError, match=message) as caught:
+    """Which method or setting it is."""
+    with pytest.raises(ValueError, match=f"^{re.escape(argument)}: "):
         compare(methods, **({"scorer": word_overlap} | options))
-    assert "Fix:" in str(caught.value)
 
 
 def test_figure_3_shows_both_counts_with_intervals_and_chance(both: Comparison) -> None:

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
 
 from superscopes_tl import SweepResult
 from superscopes_tl.figures.metric_figures import amplifier_figure, selector_figure
@@ -85,7 +84,7 @@ def test_tables_that_were_put_together_may_repeat_row_labels() -> None:
 @pytest.mark.parametrize("bad", [lambda t: t["score"].head(1), lambda t: t["score"].tolist()])
 def test_a_selector_ranks_every_row(bad: Callable[[pd.DataFrame], Any]) -> None:
     """Anything else than one rank per row is refused."""
-    with pytest.raises(ValueError, match=r"^selector: expected a Series of 2 ranks with the table"):
+    with pytest.raises(ValueError, match="^selector: "):
         choose(table_of(cell(), cell(alpha=3)), bad)
 
 
@@ -99,8 +98,6 @@ def test_lowest_entropy_is_the_surest_text() -> None:
     assert alphas(table, lowest_entropy) == [3]
     assert lowest_entropy(table).tolist()[:2] == [-2.0, -0.5]
     assert math.isnan(lowest_entropy(table)[2])
-    with pytest.raises(ValueError, match=r"^table: expected a column 'entropy', got .*sweep again"):
-        lowest_entropy(table.drop(columns="entropy"))
 
 
 def test_largest_lift_is_what_the_patch_made_likelier() -> None:
@@ -112,7 +109,7 @@ def test_largest_lift_is_what_the_patch_made_likelier() -> None:
     )
     assert largest_lift(table).tolist()[:2] == pytest.approx([0.1, 1.0])
     assert alphas(table, largest_lift) == [3]
-    with pytest.raises(ValueError, match=r'opt-in control "unpatched_log_probability"\.$'):
+    with pytest.raises(ValueError, match="^table: "):
         largest_lift(table.drop(columns="unpatched_log_probability"))
 
 
@@ -141,17 +138,11 @@ def test_neighbour_agreement_trusts_what_neighbours_repeat() -> None:
     assert list(lonely.index) == [5, 6]
 
 
-def test_neighbour_agreement_asks_the_papers_scorer_unless_told() -> None:
-    """Equal descriptions have a similarity of 1."""
-    rank = neighbour_agreement()(table_of(cell(), cell(alpha=3)))
-    assert rank.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-
-
 def test_a_fixed_alpha_is_a_baseline() -> None:
     """The same α everywhere; a site that lacks it keeps its smallest, an unknown α is refused."""
     table = table_of(cell("P", 0, 1), cell("P", 0, 9), cell("P", 1, 6), cell("P", 1, 3))
     assert alphas(table, fixed_alpha(9)) == [9, 3]
-    with pytest.raises(ValueError, match=r"^alpha: expected one of \[1\.0, 3\.0, 6\.0, 9\.0\], go"):
+    with pytest.raises(ValueError, match="^alpha: "):
         choose(table, fixed_alpha(2))
 
 
@@ -191,18 +182,6 @@ def test_rate_compares_selectors_by_hand() -> None:
     )
 
 
-def test_the_interval_is_scipys_percentile_bootstrap() -> None:
-    """The 2.5 % and 97.5 % quantiles of means over prompts drawn with replacement."""
-    rng = np.random.default_rng(3)
-    table = prompts_of(*rng.choice(["R", "W"], size=40))
-    shares = is_right(table).groupby(table["prompt"]).mean().to_numpy()
-    theirs = bootstrap(
-        (shares,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    found = rate(table, {}, is_right, resamples=20_000).loc[ORACLE]
-    assert found[["low", "high"]].tolist() == pytest.approx([theirs.low, theirs.high], abs=0.026)
-
-
 @given(patterns=st.lists(st.text("rwR", min_size=1, max_size=4), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_nothing_beats_the_oracle(patterns: list[str]) -> None:
@@ -220,7 +199,7 @@ def test_one_prompt_has_no_interval_and_no_rows_no_rate() -> None:
     found = rate(prompts_of("Rw"), {"s": by_similarity}, is_right)
     assert found["share"].tolist() == [1, 1, 0.5]
     assert found[["low", "high", "difference_low", "difference_high"]].isna().all(axis=None)
-    with pytest.raises(ValueError, match=r"^table: expected greedy rows \(draw 0\), got none"):
+    with pytest.raises(ValueError, match="^table: "):
         rate(prompts_of("Rw").assign(draw=1), {}, is_right)
 
 
@@ -267,11 +246,9 @@ def test_the_oracle_of_one_site_per_prompt_is_the_share_of_amplifiers() -> None:
 
 def test_amplifiers_need_the_same_prompts() -> None:
     """A paired difference over different prompts would be none."""
-    with pytest.raises(
-        ValueError, match=r"^ways\['b'\]: expected greedy rows of the prompts \['P0"
-    ):
+    with pytest.raises(ValueError, match=r"^ways\['b'\]: "):
         amplifiers({"a": prompts_of("R", "W"), "b": prompts_of("R")}, is_right)
-    with pytest.raises(ValueError, match=r"^ways: expected at least one way, got \{\}"):
+    with pytest.raises(ValueError, match="^ways: "):
         amplifiers({}, is_right)
 
 

@@ -16,7 +16,7 @@ from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from superscopes_tl.figures.metric_figures import roc_figure
 from superscopes_tl.scores import packaged_scorer
-from superscopes_tl.statistics import criterion as metric
+from superscopes_tl.statistics import criterion
 from superscopes_tl.statistics.criterion import (
     ceiling,
     compared_scores,
@@ -94,22 +94,27 @@ def test_one_class_has_no_curve_but_what_can_be_said() -> None:
 @pytest.mark.parametrize(("labels", "scores"), [([True], []), ([], []), ([True], [math.inf])])
 def test_labels_and_scores_belong_together(labels: list[bool], scores: list[float]) -> None:
     """One finite score or NaN per label, and at least one."""
-    with pytest.raises(ValueError, match=rf"^scores: expected {len(labels)} scores, one per label"):
+    with pytest.raises(ValueError, match="^scores: "):
         quality(labels, scores)
 
 
-@given(pairs=LABELS, seed=st.integers(0, 9), threshold=st.sampled_from([0.1, 0.3, 2.0]))
-@settings(max_examples=40, deadline=None)
-def test_weights_stand_for_repeated_readings(
-    pairs: list[tuple[bool, float]], seed: int, threshold: float
+@given(pairs=LABELS, threshold=st.sampled_from([0.1, 0.3, 2.0]))
+@settings(max_examples=30, deadline=None)
+def test_an_interval_is_that_of_repeated_readings(
+    pairs: list[tuple[bool, float]], threshold: float
 ) -> None:
-    """Counting a reading k times is the same as writing it k times."""
+    """A second implementation: write every reading as often as it was sampled, and count."""
     labels, scores = (np.array(column) for column in zip(*pairs, strict=True))
-    times = np.random.default_rng(seed).integers(0, 3, size=len(labels))
-    if times.sum():
-        written = quality(labels.repeat(times), scores.repeat(times), threshold)
-        weighted = metric._measures(labels, scores, threshold, times)
-        np.testing.assert_allclose(weighted, [written.auc, written.precision, written.recall])
+    count = len(labels)
+    found = []
+    for times in np.random.default_rng(0).multinomial(count, [1 / count] * count, 5):
+        one = quality(labels.repeat(times), scores.repeat(times), threshold)
+        found.append([one.auc, one.precision, one.recall])
+    limits = quality_intervals(labels, scores, range(count), threshold, resamples=5)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.nanquantile(found, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(limits.to_numpy().T, expected)
 
 
 def test_intervals_draw_whole_prompts() -> None:
@@ -140,7 +145,7 @@ def test_intervals_hold_the_estimate_and_shrink() -> None:
 def test_exact_is_the_fact_word_for_word() -> None:
     """What follows a comma belongs to the next entry; and nothing else is taken off."""
     assert exact(TABLE, FACTS).tolist() == [False, True, False, True, False]
-    with pytest.raises(ValueError, match=r"^facts: expected what .*, got nothing about \['Top Gun"):
+    with pytest.raises(ValueError, match="^facts: "):
         exact(TABLE, {"Pink Floyd": "rock band"})
 
 
@@ -166,13 +171,6 @@ def test_word_vectors_are_means_without_order() -> None:
     assert alike[0] == pytest.approx(1, abs=1e-5)
     assert alike[0] > alike[1] > alike[2]
     assert scorer.name == "mean word vector of all-MiniLM-L6-v2"
-
-
-def test_word_vectors_need_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the packaged weights the message says what to install."""
-    monkeypatch.setattr(metric, "packaged_scorer", lambda: None)
-    with pytest.raises(ValueError, match=r"^scorer: expected the packaged all-MiniLM-L6-v2"):
-        word_vectors_scorer()
 
 
 def test_scores_of_every_way() -> None:
@@ -201,7 +199,7 @@ def test_the_table_compares_scores() -> None:
     found = metric_table(TABLE, FACTS, {"words": token_overlap}, (0.3, 0.9), resamples=20)
     assert found[["judged", "against", "threshold"]].to_numpy().tolist() == [
         [judged, against, threshold]
-        for judged, against in metric.COMPARED
+        for judged, against in criterion.COMPARED
         for threshold in (0.3, 0.9)
     ]
     assert (found[["n", "positives"]] == [5, 2]).all(axis=None)
