@@ -1,13 +1,13 @@
 """Run a sweep in the background, so that a notebook stays usable meanwhile.
 
 1. One daemon thread makes the plan (bad settings end there) and runs it, batch by batch.
-2. Cells that a `CellStore` has from earlier runs of the same model, prompts and mapping are taken
-   from there, scored anew if the scorer has changed; only the others are computed.
-3. Finished readings are handed on at most every 150 ms, under a lock that the receiver shares:
+2. Cells that a `CellStore` has from earlier runs of the same models, prompts and amplification are
+   reused, rescored if the scorer has changed; only the others are computed.
+3. Finished readings are handed over at most every 150 ms, under a lock that the receiver shares:
    notebook kernels run callbacks on different threads.
-4. `cancel` sets an event that the thread looks at after every batch. What is finished is kept.
-5. When Python ends, what still runs is told to stop and waited for: a thread that is killed inside
-   the model's arithmetic would take the process down with an error.
+4. `cancel` sets an event that the thread checks after every batch. What is finished is kept.
+5. When Python exits, running threads are asked to stop and waited for: a thread that is killed
+   inside the model's arithmetic would take the process down with an error.
 
 No widget is known here. A run ends in exactly one of the states done, cancelled and failed.
 """
@@ -27,23 +27,52 @@ from weakref import WeakSet
 from superscopes_tl.experiment import (
     Cell,
     Reading,
+    SweepConfig,
     SweepPlan,
     SweepResult,
     finished_cells,
+    plan_sweep,
     rescored,
     run_batches,
 )
+from superscopes_tl.model import LanguageModel
 from superscopes_tl.scores import Scorer
-from superscopes_tl.vectors import scale
+from superscopes_tl.vectors import Scale
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 
 FLUSH_SECONDS = 0.15
-"""A browser has time to draw between two hand-overs."""
-PATIENCE_AT_EXIT = 10.0
-"""Seconds that Python's end waits for a batch."""
+"""The least time between two hand-overs, so that a browser can draw."""
+EXIT_SECONDS = 10.0
+"""How long Python's exit waits for a batch."""
+WATCHED_ROWS = 256
+"""The largest batch of a run on the screen: larger ones are faster, but fill in less often."""
 
 _ALIVE: WeakSet[Any] = WeakSet()
+
+
+def watched_plan(model: LanguageModel, prompt: str, config: SweepConfig) -> SweepPlan:
+    """Return the plan of a sweep whose map fills in batch by batch."""
+    plan = plan_sweep(model, prompt, config)
+    if config.batch_size is None:
+        plan.generator.batch_size = min(plan.generator.batch_size, WATCHED_ROWS)
+    return plan
+
+
+def texts_of(plan: SweepPlan) -> int:
+    """Return how many texts a run would generate."""
+    if plan.config.generate == "all":
+        return len(plan.cells)
+    return len({cell.place for cell in plan.cells}) if plan.config.generate == "best" else 0
+
+
+def cost(plan: SweepPlan, seconds: float | None = None) -> str:
+    """Return what a run would take: cells, texts, and seconds if they are known."""
+    texts, finished = texts_of(plan), len(plan.all_cells) - len(plan.cells)
+    kept = f", {finished} of them from earlier runs" if finished else ""
+    some = "" if plan.config.generate == "all" else f", {texts} to generate"
+    duration = "" if seconds is None or not texts else f" · {_about(seconds)}"
+    return f"A run: {len(plan.all_cells)} cells{kept}{some}{duration}"
 
 
 @dataclass(frozen=True)
@@ -53,10 +82,10 @@ class Progress:
     Attributes:
         done: finished cells, the reused ones included.
         total: cells of the sweep.
-        reused: cells taken from an earlier run.
+        reused: cells from earlier runs.
         seconds: time spent on the computed cells.
-        written: sites with a text, where only the best cell of each is written out.
-        to_write: how many these will be.
+        written: sites with a text, where only the best cell of each gets one.
+        to_write: number of these sites.
     """
 
     done: int
@@ -76,69 +105,99 @@ class Progress:
         """The expected time to the end; unknown before the first cells."""
         return (self.total - self.done) / self.rate if self.rate else None
 
+    def __str__(self) -> str:
+        if self.to_write and self.done == self.total:
+            return f"{self.total} cells · {self.written} of {self.to_write} texts"
+        left = None if self.to_write else self.remaining_seconds
+        rate = f" · {self.rate:.0f} cells/s" if self.rate else ""
+        rest = f" · {_about(left)} left" if left is not None else ""
+        return f"{self.done} of {self.total} cells{rate}{rest}"
 
-@dataclass(frozen=True)
-class _Kept:
-    """A finished cell and what scored it."""
+    def summary(self, state: str) -> str:
+        """Return how a run ended."""
+        reused = f", {self.reused} from earlier runs" if self.reused else ""
+        texts = f", {self.written} texts" if self.to_write else ""
+        cells = f"{self.done} of {self.total} cells{texts}"
+        return f"{state.capitalize()}: {cells} in {self.seconds:.1f} s{reused}"
 
-    reading: Reading
-    scored: tuple[Scorer, str]
+
+def _about(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
+Scored = tuple[Scorer, str]
+"""What scored a cell: the scorer, and on which part of the text."""
 
 
 class CellStore:
-    """Finished cells, by what decides their texts: model, prompts, mapping and length.
+    """Finished cells, by everything that determines their texts.
 
-    Each cell knows what scored it: runs with different scorers may overlap in any way.
+    Each cell remembers what scored it: runs with different scorers may overlap in any way.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], dict[Cell, _Kept]] = {}
-        self._plans: list[SweepPlan] = []  # keeps alive what the keys name by id
+        self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, Scored]]] = {}
 
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
-        """Return the cells of `plan` that are there, scored as the plan has it."""
-        there, scored = self._kept.get(_text_key(plan), {}), _scored_by(plan)
-        wanted = {cell: there[cell] for cell in self.cells(plan)}
-        others = [kept.reading for kept in wanted.values() if kept.scored != scored]
+        """Return the finished cells of `plan`, scored by its scorer."""
+        kept, scored = self._of(plan), _scored_by(plan)
+        cells = self.cells(plan)
+        others = [kept[cell][0] for cell in cells if kept[cell][1] != scored]
         if others:
             self.add(plan, rescored(plan, others))
-        return {cell: there[cell].reading for cell in wanted}
+        return {cell: kept[cell][0] for cell in plan.all_cells if cell in cells}
 
     def cells(self, plan: SweepPlan) -> frozenset[Cell]:
-        """Return which cells of `plan` are there, whatever they were scored by."""
-        there = self._kept.get(_text_key(plan), {})
-        written = {c: there[c].reading.written for c in plan.all_cells if c in there}
+        """Return which cells of `plan` are finished, whatever scored them."""
+        kept = self._of(plan)
+        written = {cell: kept[cell][0].written for cell in plan.all_cells if cell in kept}
         return finished_cells(written, plan.config.generate)
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
+<<<<<<< HEAD
         key, scored = _text_key(plan), _scored_by(plan)
         if key not in self._kept:
             self._plans.append(plan)
         self._kept.setdefault(key, {}).update({Cell.of(r): _Kept(r, scored) for r in readings})
+=======
+        scored = _scored_by(plan)
+        self._of(plan).update({Cell.of(reading): (reading, scored) for reading in readings})
+
+    def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, Scored]]:
+        return self._kept.setdefault(_text_key(plan), {})
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
-    """Return what decides the text of a cell, besides the cell."""
-    config = plan.config
+    """Return what determines the text of a cell, besides the cell."""
+    config, generator = plan.config, plan.generator
+    by_itself = config.mapping == Scale() and config.base is None and config.vectors is None
     return (
-        (id(plan.model.tl), id(plan.generator.model.tl)),
-        plan.source.ids,
-        plan.source.text,
-        (tuple(plan.abouts.items()), plan.config.reference_of(plan.source.text)),
-        plan.generator.target,
-        (plan.generator.max_new_tokens, plan.generator.until),
-        (id(config.mapping), id(config.vectors), id(config.base), id(config.write)),
+        (plan.model.lens, generator.model.lens),
+        (plan.source.ids, plan.source.text),
+        (tuple(plan.abouts.items()), config.reference_of(plan.source.text)),
+        (generator.target, generator.max_new_tokens, generator.until),
+        tuple(map(_key, (config.mapping, config.vectors, config.base, config.write))),
         (config.unit, config.guide, config.draw),
         (config.controls, config.others),
-        # Whatever is not α·v may depend on which places it is given together.
-        None
-        if config.mapping is scale and config.base is None and config.vectors is None
-        else plan.sites,
+        # Whatever is not α·v may depend on which sites it is given together.
+        None if by_itself else plan.sites,
     )
 
 
-def _scored_by(plan: SweepPlan) -> tuple[Scorer, str]:
+def _key(setting: object) -> object:
+    """Return a setting, or what equals nothing else if it cannot be a key."""
+    try:
+        hash(setting)
+    except TypeError:
+        return object()
+    return setting
+
+
+def _scored_by(plan: SweepPlan) -> Scored:
     return plan.scorer, plan.config.score_on
 
 
@@ -152,7 +211,7 @@ class BackgroundSweep:
 
     Args:
         make_plan: returns the plan; called in the thread.
-        store: finished cells of earlier runs; this run's cells are added.
+        store: finished cells of earlier runs; this run's are added.
         on_plan: called once, with the plan.
         on_batch: called with newly finished readings.
         on_end: called last.
@@ -205,8 +264,12 @@ class BackgroundSweep:
         written = to_write = 0
         if self.plan.config.generate == "best":
             to_write = len({cell.place for cell in self.plan.all_cells})
+<<<<<<< HEAD
             there = [cell for cell, reading in self._readings.items() if reading.written]
             written = len({cell.place for cell in there})
+=======
+            written = len({c.place for c, reading in self._readings.items() if reading.written})
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return Progress(
             len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
             written, to_write,
@@ -228,7 +291,7 @@ class BackgroundSweep:
         try:
             self._run()
             state = "done" if self._complete() else "cancelled"
-        except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+        except Exception as error:  # noqa: BLE001  # shown by the receiver
             self.error = error
         with self._lock:
             self.state = state
@@ -240,7 +303,7 @@ class BackgroundSweep:
         with self._lock:
             self.plan, self._reused = full, len(reused)
             self._on_plan(full)
-        self._hand_on(list(reused.values()))
+        self._hand_over(list(reused.values()))
         fresh: list[Reading] = []
         started = flushed = time.monotonic()
         try:
@@ -250,21 +313,21 @@ class BackgroundSweep:
                 fresh += batch
                 self._seconds = time.monotonic() - started
                 if time.monotonic() - flushed >= FLUSH_SECONDS:
-                    self._hand_on(fresh)
+                    self._hand_over(fresh)
                     fresh, flushed = [], time.monotonic()
                 if self._stop.is_set():
                     break
-        finally:  # what was finished before an error is shown too
-            self._hand_on(fresh)
+        finally:  # what was finished before an error counts too
+            self._hand_over(fresh)
 
     def _complete(self) -> bool:
-        """Tell whether nothing is left to do."""
+        """Return whether nothing is left to do."""
         if self.plan is None:
             return False
         written = {cell: reading.written for cell, reading in self._readings.items()}
         return len(finished_cells(written, self.plan.config.generate)) == len(self.plan.all_cells)
 
-    def _hand_on(self, readings: list[Reading]) -> None:
+    def _hand_over(self, readings: list[Reading]) -> None:
         if readings:
             with self._lock:
                 self._readings.update({Cell.of(r): r for r in readings})
@@ -280,7 +343,7 @@ class Latest:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` when the present one has ended, unless a newer one comes before that."""
+        """Run `job` after the current one, unless a newer one comes before that."""
         _ALIVE.add(self)
         with self._lock:
             self._job = job
@@ -289,7 +352,7 @@ class Latest:
                 self._thread.start()
 
     def cancel(self) -> None:
-        """Drop the job that waits; the one that runs goes on to its end."""
+        """Drop the waiting job; the running one continues to its end."""
         with self._lock:
             self._job = None
 
@@ -309,15 +372,15 @@ class Latest:
                     return
             try:
                 job()
-            except Exception:  # noqa: BLE001  # the jobs that come after it must still run
-                told = threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
-                threading.excepthook(told)
+            except Exception:  # noqa: BLE001  # later jobs must still run
+                failure = (*sys.exc_info(), threading.current_thread())
+                threading.excepthook(threading.ExceptHookArgs(failure))
 
 
 def wait_for_all(
     waits: Iterable[Callable[[float | None], bool]], timeout: float | None = None
 ) -> bool:
-    """Wait for one after the other, for all of them together no longer than `timeout`."""
+    """Wait for one after the other, together no longer than `timeout`."""
     until = None if timeout is None else time.monotonic() + timeout
     return all(
         wait(None if until is None else max(0.0, until - time.monotonic())) for wait in waits
@@ -331,4 +394,4 @@ def _stop_all() -> None:
     for work in running:
         work.cancel()
     for work in running:
-        work.wait(PATIENCE_AT_EXIT)
+        work.wait(EXIT_SECONDS)

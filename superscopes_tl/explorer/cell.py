@@ -1,9 +1,16 @@
 """Everything about one cell of a sweep.
 
+<<<<<<< HEAD
 1. `reading_at` and `ladder` look up its row and its site's other α.
 2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
    equal norm, how likely each token of the cell's text is with the patch and without, and which
    next tokens the logit lens names at the same site.
+=======
+1. `reading_at` and `ladder` look up its row, and its site at every α.
+2. `probe` asks the target model: what it generates at the same place for each control, how the
+   patch changes the probability of every generated token, and which next tokens lenses read at the
+   same site.
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 3. `code_for` writes the Python that reads this cell again.
 """
 
@@ -11,14 +18,12 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 
 from superscopes_tl.engine import Patch, crop_description, default_target_prompt
 from superscopes_tl.errors import bad_value
@@ -28,25 +33,38 @@ from superscopes_tl.experiment import (
     Reading,
     SweepPlan,
     SweepResult,
+<<<<<<< HEAD
+=======
+    make_control,
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     make_patches,
     score_readings,
 )
-from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
+from superscopes_tl.model import BUNDLED_MODEL, KINDS, PACKAGED, LanguageModel, Site, load_model
 from superscopes_tl.neighbours import LENSES, Lens, TokenEffect, lens_table, token_effects
 from superscopes_tl.scores import PAPER_SCORER
-from superscopes_tl.vectors import PAPER_MAPPING, random_direction
-from superscopes_tl.weights import BUNDLED_MODEL, PACKAGED
+from superscopes_tl.vectors import PAPER_MAPPING
+from superscopes_tl.vectors import __all__ as values
+
+PROBE_CONTROLS = {"unpatched": "unpatched", "random_direction": "random direction of equal norm"}
+"""The controls that are generated for the selected cell, with their labels."""
 
 
 @dataclass(frozen=True)
+<<<<<<< HEAD
 class Control:
     """What the model writes in a cell's place without the cell's vector."""
+=======
+class ControlReading:
+    """What the target model generates in a cell's place under a control."""
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
     name: str
     text: str
     description: str
     score: float
     recovered: float = math.nan
+    written: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class LensReading:
 
     Attributes:
         lens: its name.
-        tokens: the likeliest next tokens with their probabilities, the likeliest first.
+        tokens: the most likely next tokens with their probabilities, in descending order.
     """
 
     lens: str
@@ -64,17 +82,21 @@ class LensReading:
 
 @dataclass(frozen=True)
 class Probe:
-    """What only the model can say about a cell."""
+    """What takes the model to know about a cell."""
 
     tokens: tuple[TokenEffect, ...]
-    controls: tuple[Control, ...]
+    controls: tuple[ControlReading, ...]
     lenses: tuple[LensReading, ...]
 
 
+<<<<<<< HEAD
 def reading_at(result: SweepResult, selection: Cell) -> Reading | None:
+=======
+def reading_at(result: SweepResult, cell: Cell) -> Reading | None:
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     """Return the cell's reading; `None` if it was not computed."""
-    rows = _site(result, selection)
-    rows = rows[rows["alpha"] == selection.alpha]
+    rows = _site(result, cell)
+    rows = rows[rows["alpha"] == cell.alpha]
     if rows.empty:
         return None
     row = rows.to_dict("records")[0]
@@ -82,6 +104,7 @@ def reading_at(result: SweepResult, selection: Cell) -> Reading | None:
     return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
 
 
+<<<<<<< HEAD
 def ladder(result: SweepResult, selection: Cell) -> pd.DataFrame:
     """Return the readings of the selected site at every α, smallest first."""
     columns = ["alpha", "norm_ratio", "score", "recovered", "description", "written"]
@@ -89,12 +112,20 @@ def ladder(result: SweepResult, selection: Cell) -> pd.DataFrame:
 
 
 def _site(result: SweepResult, selection: Cell) -> pd.DataFrame:
+=======
+def ladder(result: SweepResult, cell: Cell) -> pd.DataFrame:
+    """Return the readings of the cell's site at every α, in ascending order."""
+    return _site(result, cell).sort_values("alpha").reset_index(drop=True)
+
+
+def _site(result: SweepResult, cell: Cell) -> pd.DataFrame:
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     table = result.table
     wanted = (
-        (table["kind"] == selection.kind)
-        & (table["source_layer"] == selection.source_layer)
-        & (table["position"] == selection.position)
-        & (table["target_layer"] == selection.target_layer)
+        (table["kind"] == cell.kind)
+        & (table["source_layer"] == cell.source_layer)
+        & (table["position"] == cell.position)
+        & (table["target_layer"] == cell.target_layer)
     )
     return table[wanted]
 
@@ -108,100 +139,107 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
         lenses: by name; each also reads a random vector of equal norm.
 
     Raises:
-        ValueError: the cell is none of the plan's, or a lens is another model's.
+        ValueError: the cell is not in the plan, or a lens is of another model.
     """
     cell = Cell.of(reading)
     if cell not in plan.all_cells:
         raise bad_value("reading", "a cell of the plan", cell, "pass the plan of its sweep")
     patch = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))[0]
-    unpatched = Patch(torch.zeros_like(patch.vector), None)
-    random = random_direction(0)(1.0)(patch.vector[None])[0]
-    controls = {
-        "unpatched": unpatched,
-        "random vector of equal norm": replace(patch, vector=random),
-    }
-    generator = plan.generator
-    written, *others = generator.generate([patch, *controls.values()])
+    controls = {name: make_control(name, plan, [cell], [patch])[0] for name in PROBE_CONTROLS}
+    generated, *others = plan.generator.generate([patch, *controls.values()])
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
+<<<<<<< HEAD
     shares = _shares(plan, cell.position, controls["random vector of equal norm"])
     return Probe(
         tokens=token_effects(generator, [patch], [written.token_ids])[0],
         controls=tuple(map(Control, controls, texts, descriptions, scores, shares)),
         lenses=_through_lenses(plan, cell.site, lenses),
+=======
+    shares = [_recovered(plan, cell.position, control) for control in controls.values()]
+    return Probe(
+        tokens=token_effects(plan.generator, [patch], [generated.token_ids])[0],
+        controls=tuple(
+            map(ControlReading, PROBE_CONTROLS.values(), texts, descriptions, scores, shares)
+        ),
+        lenses=_lens_readings(plan, cell.site, lenses),
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     )
 
 
-def _shares(plan: SweepPlan, position: int, random: Patch) -> tuple[float, float]:
-    """Return what no patch and a random one recover of the model's own words."""
+def _recovered(plan: SweepPlan, position: int, control: Patch) -> float:
+    """Return the share of the model's own words that a control recovers."""
     words = plan.own_words([position])[position]
     if words.undefined:
-        return math.nan, math.nan
-    (likely,) = plan.generator.log_probabilities([replace(random, seed=None)], [words.token_ids])
-    return 0.0, words.recovered(sum(likely))  # nothing, by definition
+        return math.nan
+    if control.target_layer is None:
+        return 0.0  # the unpatched prompt, by definition
+    (likely,) = plan.generator.log_probabilities([replace(control, seed=None)], [words.token_ids])
+    return words.recovered(sum(likely))
 
 
-def _through_lenses(
+def _lens_readings(
     plan: SweepPlan, site: Site, lenses: Mapping[str, Lens]
 ) -> tuple[LensReading, ...]:
     """Return what lenses read at a site; nothing where v is not the site's own activation."""
     if plan.config.vectors is not None:
         return ()
-    named = lens_table(plan.model, plan.source, [site], lenses=lenses)
+    table = lens_table(plan.model, plan.source, [site], lenses=lenses)
     return tuple(
         LensReading(str(name), tuple(zip(rows["top_token"], rows["probability"], strict=True)))
-        for name, rows in named.groupby("lens", sort=False)
+        for name, rows in table.groupby("lens", sort=False)
     )
 
 
+<<<<<<< HEAD
 def code_for(result: SweepResult, selection: Cell, plan: SweepPlan | None = None) -> str:
     """Return Python that reads this cell again, and writes it out.
+=======
+def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> str:
+    """Return Python that reads this cell again and generates its text.
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
-    What a provenance cannot hold has to be put in by hand, and a comment says so: a mapping family
-    or a scorer of your own, a model that was made in memory. In half precision another batch size
+    What a provenance cannot hold has to be filled in by hand, and a comment says so: a mapping or
+    a scorer of your own, a model that was built in memory. In half precision another batch size
     may change a text; a comment says that too.
 
     Args:
-        result: gives the settings, by its provenance.
-        selection: the cell.
-        plan: knows where its models came from: their full paths are in no result.
+        result: its provenance has the settings.
+        cell: the cell.
+        plan: knows where its models were loaded from: no result has their full paths.
     """
-    if selection.kind not in KINDS:
-        return "# These vectors came from no prompt: read_vectors(model, vectors, ...) reads them."
+    if cell.kind not in KINDS:
+        return "# These vectors come from no prompt: read_vectors(model, vectors, ...) reads them."
     provenance = result.provenance
     config, model = provenance.get("config", {}), provenance.get("model", {})
-    read, asked = (None, None) if plan is None else (plan.model, plan.generator.model)
-    own, imported = _amplifier(config)
+    source, target = (None, None) if plan is None else (plan.model, plan.generator.model)
+    amplifier, names, notes = _amplifier(config)
     settings = {
-        "layers": selection.source_layer,
-        "kinds": selection.kind,
-        "alphas": selection.alpha,
-        "positions": selection.position,
-        "target_layer": selection.target_layer,
+        "layers": cell.source_layer,
+        "kinds": cell.kind,
+        "alphas": cell.alpha,
+        "positions": cell.position,
+        "target_layer": cell.target_layer,
         "max_new_tokens": config.get("max_new_tokens"),
-        **own,
-        **_prompts(result, selection),
+        **amplifier,
+        **_prompts(result, cell),
     }
-    names, notes = ["load_model", "sweep", *imported], _model_notes(model, read)
-    if "target_prompt" in settings:
-        names.append("TargetPrompt")
-    notes += [
-        f"# {v}: the sweep's own, {_line(config[k])}" for k, v in own.items() if v in _UNKNOWN
-    ]
+    notes = [*_model_notes(model, source), *notes]
     if other := provenance.get("target_model"):
-        notes += _model_notes(other, asked)
-        settings["target_model"] = _Verbatim(_load(other, asked))
+        notes += _model_notes(other, target)
+        settings["target_model"] = _Verbatim(_load(other, target))
     if config.get("score_on", "description") != "description":
         settings["score_on"] = config["score_on"]
-    scored = config.get("generate") != "none"
-    if scored and config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
+    if config.get("generate") != "none" and config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
         notes.append(f"# scorer={config['scorer']!r}: pass your own to get its scores")
+    prompt = {"TargetPrompt"} if "target_prompt" in settings else set()
     lines = [
-        f"from superscopes_tl import {', '.join(sorted(names, key=str.lower))}",
+        *_imports("superscopes_tl", {"load_model", "sweep", *prompt, *(names & {"Site"})}),
+        *_imports("superscopes_tl.vectors", names - {"Site"}),
         "",
         *notes,
-        f"model = {_load(model, read)}",
+        f"model = {_load(model, source)}",
         "result = sweep(",
         f"    model, {provenance.get('prompt')!r},",
         *(f"    {key}={value!r}," for key, value in settings.items()),
@@ -209,17 +247,19 @@ def code_for(result: SweepResult, selection: Cell, plan: SweepPlan | None = None
         ")",
         "table = result.table",
     ]
-    if str(config.get("mapping", PAPER_MAPPING)) != PAPER_MAPPING:
+    if "mapping" in settings:
         lines.append(
-            f"table = table[(table.kind == {selection.kind!r}) & (table.source_layer == "
-            f"{selection.source_layer}) & (table.position == {selection.position})]"
+            f"table = table[(table.kind == {cell.kind!r}) & (table.source_layer == "
+            f"{cell.source_layer}) & (table.position == {cell.position})]"
         )
-    return "\n".join([*lines, f"print(table[{_PRINTED}].iloc[0].to_dict())"])
+    return "\n".join([*lines, 'print(table[["text", "score", "recovered"]].iloc[0].to_dict())'])
 
 
-_PRINTED = ["text", "score", "recovered"]
+def _imports(module: str, names: set[str]) -> list[str]:
+    return [f"from {module} import {', '.join(sorted(names, key=str.lower))}"] if names else []
 
 
+<<<<<<< HEAD
 def _line(said: object) -> str:
     """Return what a provenance says, which may come from anyone, as one line of a comment."""
     return " ".join(str(said).split())
@@ -227,6 +267,10 @@ def _line(said: object) -> str:
 
 def _prompts(result: SweepResult, selection: Cell) -> dict[str, Any]:
     """Return the settings of both prompts that are not the default ones."""
+=======
+def _prompts(result: SweepResult, cell: Cell) -> dict[str, Any]:
+    """Return the settings of both prompts that differ from the defaults."""
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     provenance = result.provenance
     config = provenance.get("config", {})
     settings: dict[str, Any] = {}
@@ -236,8 +280,8 @@ def _prompts(result: SweepResult, selection: Cell) -> dict[str, Any]:
         settings["chat"] = True
     if config.get("source_template", "{}") != "{}":
         settings["source_template"] = config["source_template"]
-    # A substring that chose the position is what it is about; the code has its index.
-    reading = reading_at(result, selection)
+    # Readings are about the substring that chose the position; the code has its index.
+    reading = reading_at(result, cell)
     about = config.get("about") or (reading.about if reading is not None else "")
     if about and (config.get("about") or about != provenance.get("prompt")):
         settings["about"] = about
@@ -247,53 +291,73 @@ def _prompts(result: SweepResult, selection: Cell) -> dict[str, Any]:
 
 
 def _target_prompt(target: dict[str, Any], *, chat: bool) -> str:
-    """Return the code of a target prompt that is not the default one; nothing for that."""
-    asked = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
-    if asked == astuple(default_target_prompt(None, chat=chat)):
+    """Return the code of a target prompt; nothing for the default one."""
+    given = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
+    if given == astuple(default_target_prompt(None, chat=chat)):
         return ""
-    return f"TargetPrompt({', '.join(map(repr, asked if asked[2] else asked[:2]))})"
+    return f"TargetPrompt({', '.join(map(repr, given if given[2] else given[:2]))})"
 
 
-_UNKNOWN = ("my_mapping", "my_vectors", "my_base", "my_write")
-_KNOWN = {
-    *("random_direction", "in_units_of", "resid_mid", "placeholder_state"),
-    *("head", "window", "accumulated", "add", "interpolate", "at_layers", "both"),
-}
-"""What a provenance names as the Python that makes it."""
-
-
-def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that say how α acts, where that is not the paper's way, and imports."""
+def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], set[str], list[str]]:
+    """Return how α acts where that is not the paper's way: settings, names they need, comments."""
     settings: dict[str, Any] = {
         name: config[name]
         for name, usual in (("unit", "vector"), ("guide", "vector"), ("draw", 0))
         if config.get(name, usual) != usual
     }
-    imported: list[str] = []
-    mapping = str(config.get("mapping", PAPER_MAPPING))
-    if mapping != PAPER_MAPPING:
-        # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
-        settings.update(
-            {key: config[key] for key in ("layers", "kinds", "positions") if key in config}
-        )
-    for name, usual in (("mapping", PAPER_MAPPING), ("vectors", ""), ("base", ""), ("write", "")):
-        code = str(config.get(name) or usual)
-        if code != usual:
-            functions = set(re.findall(r"[A-Za-z_]\w*\b(?!=)", code))
-            # Python reads ｅｖａｌ as eval, and a line break as the end of what was checked.
-            known = functions <= _KNOWN and code.isascii() and code.isprintable()
-            imported += sorted(functions) if known else []
-            settings[name] = _Verbatim(code if known else f"my_{name}")
-    return settings, imported
+    names: set[str] = set()
+    notes: list[str] = []
+    usual = {"mapping": PAPER_MAPPING, "vectors": "", "base": "", "write": ""}
+    for setting, default in usual.items():
+        label = str(config.get(setting) or default)
+        if label == default:
+            continue
+        if setting == "mapping":
+            # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
+            settings |= {k: config[k] for k in ("layers", "kinds", "positions") if k in config}
+        code, needed = _parsed(label)
+        names |= needed
+        if not code:
+            code = f"my_{setting}"
+            notes.append(f"# {code}: your own, {' '.join(label.split())}")
+        settings[setting] = _Verbatim(code)
+    return settings, names, notes
+
+
+def _parsed(label: str) -> tuple[str, set[str]]:
+    """Return the Python that makes a value of this package, with its names; else nothing.
+
+    A label may come from anyone's file: only calls of the package's own classes, with literals and
+    such calls as arguments, are code.
+    """
+    try:
+        tree = ast.parse(label, mode="eval")
+    except (SyntaxError, ValueError):
+        return "", set()
+    nodes = list(ast.walk(tree))
+    called = {node.func for node in nodes if isinstance(node, ast.Call)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and node in called}
+    plain = all(isinstance(n, _NODES) or (isinstance(n, ast.Name) and n in called) for n in nodes)
+    return (
+        (ast.unparse(tree), names)
+        if plain and names and names <= {*values, "Site"}
+        else ("", set())
+    )
+
+
+_NODES = (
+    ast.Expression, ast.Call, ast.keyword, ast.Constant, ast.Tuple, ast.List, ast.UnaryOp, ast.USub,
+    ast.Load,
+)  # fmt: skip
 
 
 def _model_notes(model: dict[str, Any], live: LanguageModel | None) -> list[str]:
-    """Return comments on how to get a model again, as far as its code does not say it."""
+    """Return comments on how to load a model again, as far as its code does not say it."""
     notes = []
     if live is not None and live.origin is None:
-        notes.append("# load_model: this model was made in memory; pass the object itself")
+        notes.append("# load_model: this model was built in memory; pass the object itself")
     elif live is None and model.get("name") not in (BUNDLED_MODEL, *PACKAGED):
-        notes.append("# load_model: give the path if the model came from a folder, and a revision")
+        notes.append("# load_model: pass the path if the model came from a folder, and a revision")
     if model.get("dtype", "float32") != "float32":
         notes.append("# in half precision another batch size may change the text")
     return notes
@@ -307,11 +371,11 @@ class _Verbatim(str):
 
 
 _SECRET = ("token",)
-"""Loading options that no code shows; whoever has a token is logged in."""
+"""Loading options that no code shows."""
 
 
 def _load(model: dict[str, Any], live: LanguageModel | None) -> str:
-    """Return the code that loads a model: with all that its first loading was given, if known."""
+    """Return the code that loads a model, with every option of its first loading, if known."""
     origin: Any = None if live is None else live.origin
     if not isinstance(origin, partial):
         origin = partial(load_model, model.get("name"))
@@ -325,7 +389,7 @@ def _load(model: dict[str, Any], live: LanguageModel | None) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return a loading option as a literal; torch's types and devices by their names."""
+    """Return a loading option as a literal; torch's dtypes and devices by their names."""
     try:
         ast.literal_eval(repr(value))
     except (ValueError, SyntaxError):

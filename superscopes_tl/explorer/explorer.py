@@ -1,12 +1,15 @@
 """The Explorer: set up, run, watch and read a sweep inside a notebook.
 
-1. The controls show a `SweepConfig` (`explorer.config`); Run hands it to a `BackgroundSweep`.
-2. Batches come back under one lock, which every callback takes too; the map fills in.
-3. A chosen cell (`explorer.selection`) is shown with its text, its site's other α, controls, and
+1. `Settings` shows a `SweepConfig` in the controls. A change of a control checks it and says what
+   a run would cost: cells, those that are finished already, and seconds, from a short warm-up.
+2. `run` freezes what the controls show and hands it to a `BackgroundSweep`; later changes are for
+   the next run. Batches come back under the view's lock, which every callback takes too, and the
+   `Panel` fills in its map.
+3. A selected cell (`explorer.selection`) is shown with its text, its site's other α, controls, and
    the code that reads it again (`explorer.code`).
-4. What the buttons do are methods: `run`, `cancel`, `select`, `pin`, `export`. A bad setting
-   raises from a method and is shown as a message after a click; a run that fails says why and
-   leaves everything usable.
+4. What the buttons do are methods: `run`, `cancel`, `find`, `select`, `pin`, `export`. A bad
+   setting raises from a method and is shown as a message after a click; a run that fails says why
+   and leaves everything usable.
 
 A saved notebook keeps a plain picture in the next output, for readers without JavaScript; a live
 Explorer hides it.
@@ -15,12 +18,14 @@ Explorer hides it.
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from superscopes_tl.errors import bad_value
+<<<<<<< HEAD
 from superscopes_tl.evaluation import Readability
 from superscopes_tl.experiment import Cell, Reading, SweepConfig, SweepResult, check_config
 from superscopes_tl.explorer import markup
@@ -29,11 +34,35 @@ from superscopes_tl.explorer.cell import code_for, reading_at
 from superscopes_tl.explorer.desk import Desk
 from superscopes_tl.explorer.live_map import axes_of
 from superscopes_tl.explorer.panel import Guard, Panel
+=======
+from superscopes_tl.evaluation import Readability, kept_readability
+from superscopes_tl.experiment import (
+    Cell,
+    Reading,
+    SweepConfig,
+    SweepPlan,
+    SweepResult,
+    check_config,
+)
+from superscopes_tl.explorer import markup
+from superscopes_tl.explorer.background import (
+    BackgroundSweep,
+    CellStore,
+    Latest,
+    cost,
+    texts_of,
+    wait_for_all,
+    watched_plan,
+)
+from superscopes_tl.explorer.live_map import Axes
+from superscopes_tl.explorer.panel import Panel
+from superscopes_tl.explorer.settings import Settings
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.explorer.view import View
 from superscopes_tl.figures import heatmap_png, save_as
-from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, load_model
+from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, check_text, load_model
 from superscopes_tl.neighbours import LENSES, Lens
-from superscopes_tl.scores import PAPER_SCORER, Scorer
+from superscopes_tl.scores import PAPER_SCORER, Scorer, no_scores
 
 LARGEST_LINK = 8 * 2**20
 """A file up to this size is also offered as a download; a larger one is on the server's disk."""
@@ -53,15 +82,16 @@ class Explorer:
     Attributes:
         model: the model; `None` for a saved result.
         view: the widgets.
-        pins: the pinned cells, as `(selection, reading, token)`.
+        pins: the pinned readings.
+        check: what `find` found.
 
     Args:
-        model: from `load_model`, or anything that it takes; the model of `load_model()` unless
-            given.
+        model: from `load_model`, or anything that it takes; defaults to that of `load_model()`.
         prompt: the source prompt to begin with.
         config: the settings to begin with; or give them one by one as keyword arguments.
         scorers: more scorers to choose from, by label.
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
+        result: a saved result to show instead of a model (`from_result`).
         **settings: the fields of `SweepConfig`.
 
     Raises:
@@ -76,16 +106,40 @@ class Explorer:
         *,
         scorers: Mapping[str, Scorer] | None = None,
         lenses: Mapping[str, Lens] = LENSES,
+        result: SweepResult | None = None,
         **settings: Any,
     ) -> None:
         if settings:  # a bad one should not cost a load
             config = check_config(config, settings)
-        loaded = load_model(model)
-        self.model: LanguageModel | None = loaded
-        chat = bool(getattr(loaded.tokenizer, "chat_template", None))
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
-        self._set_up(View(loaded.kinds, loaded.n_layers, labels, chat=chat), lenses)
-        self._desk = Desk(loaded, self.view, self._panel, self._guard, self._show_picture)
+        self.model: LanguageModel | None = None
+        if result is None:
+            self.model = loaded = load_model(model)
+            chat = bool(getattr(loaded.tokenizer, "chat_template", None))
+            self.view = View(loaded.kinds, loaded.n_layers, labels, chat=chat)
+        else:
+            self.view = View([], 1, labels)
+        self.pins: list[Reading] = []
+        self.check: Readability | None = None
+        self._panel = Panel(self.view, lenses)
+        self._settings: Settings | None = None
+        self._sweep: BackgroundSweep | None = None
+        self._store, self._estimator, self._finder = CellStore(), Latest(), Latest()
+        self._finding = False
+        self._seconds: dict[tuple[object, ...], float] = {}  # of a batch, by prompt and size
+        self._picture: Any = None
+        view = self.view
+        view.on_change(self._show_pins, view.colour)
+        for button, action in (
+            (view.run, self.run), (view.cancel, self.cancel), (view.find, self.find),
+            (view.pin, self.pin), (view.unpin, self.unpin), (view.save, self._save),
+        ):  # fmt: skip
+            view.on_click(button, action)
+        if result is not None:
+            self._open_saved(result)
+            return
+        view.say("Ready", "idle")
+        self._settings = Settings(view, loaded, self._changed)
         self.prompt = prompt
         self.config = config or SweepConfig()
 
@@ -96,41 +150,29 @@ class Explorer:
         Raises:
             ValueError: the result has no cell.
         """
-        table = result.table
-        if table.empty:
-            raise bad_value("result", "at least one cell", "an empty table", "run a sweep")
-        self = cls.__new__(cls)
-        self.model = None
-        self._set_up(View([], 1, {"MiniLM (paper)": PAPER_SCORER}))
-        self.view.source.layout.display = "none"
-        self.view.run.disabled = True
-        self.view.status.value = markup.status(
-            "Opened without a model: look, compare, export.", state="saved", run=0
-        )
-        self._panel.open(result, axes_of(result), None)
-        self._panel.finish(result)
-        self._panel.select_best()
-        return self
+        return cls(result=result)
 
     # What the interface shows, as data.
 
     @property
     def prompt(self) -> str:
-        """The source prompt."""
-        return self._at_desk().prompt
+        """The source prompt; its last token is selected when it is set."""
+        return self._with_model().prompt
 
     @prompt.setter
     def prompt(self, text: str) -> None:
-        self._at_desk().set_prompt(text)
+        with self.view.lock:
+            self._with_model().prompt = text
 
     @property
     def config(self) -> SweepConfig:
         """The settings that the controls show."""
-        return self._at_desk().config
+        return self._with_model().config
 
     @config.setter
     def config(self, config: SweepConfig) -> None:
-        self._at_desk().set_config(config)
+        with self.view.lock:
+            self._with_model().config = config
 
     @property
     def result(self) -> SweepResult | None:
@@ -139,25 +181,31 @@ class Explorer:
 
     @property
     def selection(self) -> Cell | None:
+<<<<<<< HEAD
         """The chosen cell."""
+=======
+        """The selected cell."""
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return self._panel.selection
 
     @property
     def code(self) -> str:
-        """Python that reads the chosen cell again; empty if none is chosen."""
-        if self.selection is None or self.result is None:
-            return ""
-        return code_for(self.result, self.selection, self._panel.plan)
+        """Python that reads the selected cell again; empty if none is selected."""
+        return str(self.view.copy.text)
 
     @property
     def state(self) -> str:
         """One of idle, finding, running, done, cancelled, failed; saved for a saved result."""
-        return "saved" if self._desk is None else self._desk.state
+        if self._settings is None:
+            return "saved"
+        if self._finding:
+            return "finding"
+        return self._sweep.state if self._sweep else "idle"
 
     @property
     def error(self) -> Exception | None:
         """Why the latest run failed."""
-        return None if self._desk is None else self._desk.error
+        return self._sweep.error if self._sweep else None
 
     # What the interface does, as methods.
 
@@ -167,36 +215,58 @@ class Explorer:
         Raises:
             ValueError: a bad setting, or a run that has not ended.
         """
-        self._at_desk().run()
+        with self.view.lock:
+            model, prompt, config = self.model, self.prompt, self.config
+            assert model is not None
+            check_text(prompt, "prompt")
+            self._begin("run", "Preparing", "running")
+            view = self.view
+            view.cancel.disabled = False
+            view.progress.value, view.progress.bar_style = 0, "info"
+            self._sweep = BackgroundSweep(
+                lambda: watched_plan(model, prompt, config),
+                store=self._store,
+                on_plan=self._opened,
+                on_batch=self._filled,
+                on_end=view.guarded(self._ended),
+                lock=view.lock,
+            ).start()
         return self
+
+    def cancel(self) -> None:
+        """Stop the run after the current batch; keep what is finished."""
+        with self.view.lock:  # else a run that ends meanwhile would be shown as stopping
+            if self._sweep is not None and self.state == "running":
+                self._sweep.cancel()
+                self.view.say("Stopping after this batch", "running")
 
     def find(self) -> Self:
         """Find out in the background how the model is read best, and set the controls to that.
 
-        The answer is kept per model in the cache folder; `check` has it, too.
+        The answer is cached per model in the cache folder; `check` has it, too.
 
         Raises:
-            ValueError: a run or another search is under way.
+            ValueError: a run or another search is in progress.
         """
-        self._at_desk().find()
+        with self.view.lock:
+            self._with_model()
+            self._begin("find", "Reading a dozen names in several ways", "finding")
+            self._finding = True
+            self._finder.submit(self._search)
         return self
 
-    @property
-    def check(self) -> Readability | None:
-        """What `find` found."""
-        return None if self._desk is None else self._desk.check
-
-    def cancel(self) -> None:
-        """Stop the run after the batch that is being computed; keep what is finished."""
-        self._at_desk().cancel()
-
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the run and for the chosen cell's controls; return whether they have ended."""
-        desk = [self._desk.wait] if self._desk is not None else []
-        return wait_for_all([*desk, self._panel.wait], timeout)
+        """Wait for the run and for the selected cell's controls; return whether they have ended."""
+        sweep = [self._sweep.wait] if self._sweep is not None else []
+        threads = [*sweep, self._finder.wait, self._estimator.wait, self._panel.wait]
+        return wait_for_all(threads, timeout)
 
     def select(self, **cell: Any) -> Cell:
+<<<<<<< HEAD
         """Choose a cell; what is not given stays as it is.
+=======
+        """Select a cell; what is not given stays as it is.
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         Args:
             **cell: kind, layer, alpha, position, target_layer.
@@ -204,7 +274,7 @@ class Explorer:
         Raises:
             ValueError: the sweep does not have it.
         """
-        with self._guard.lock:
+        with self.view.lock:
             view, axes = self.view, self._panel.axes
             unknown = set(cell) - {"kind", "layer", "alpha", "position", "target_layer"}
             if axes is None or unknown:
@@ -212,7 +282,7 @@ class Explorer:
                     "select", "kind, layer, alpha, position or target_layer of a sweep",
                     cell, "run a sweep first" if axes is None else "correct the name",
                 )  # fmt: skip
-            chosen = axes.selection(
+            chosen = axes.cell(
                 cell.get("kind", view.kind.value),
                 cell.get("layer", view.layer.value),
                 float(cell.get("alpha", view.alpha.value)),
@@ -223,23 +293,18 @@ class Explorer:
         return chosen
 
     def pin(self) -> None:
-        """Keep the chosen cell below the map, to compare it with others."""
-        with self._guard.lock:
-            if self.selection is None or self.result is None:
-                return
-            reading = reading_at(self.result, self.selection)
+        """Keep the selected cell below the map, to compare it with others."""
+        with self.view.lock:
+            reading = self._panel.reading()
             if reading is not None:
-                self.pins.append((self.selection, reading, reading.token))
+                self.pins.append(reading)
                 self._show_pins()
 
     def unpin(self) -> None:
         """Remove all pinned cells."""
-        with self._guard.lock:
+        with self.view.lock:
             self.pins.clear()
-            self.view.pins.value = ""
-
-    def _show_pins(self) -> None:
-        self.view.pins.value = markup.pins(self.pins, self._panel.shades)
+            self._show_pins()
 
     def export(self, path: str | Path) -> Path:
         """Write the result as `.html`, `.png`, `.csv`, `.parquet` or `.zip` (see `save_as`).
@@ -247,18 +312,18 @@ class Explorer:
         Raises:
             ValueError: another suffix, no such folder, or nothing to write.
         """
-        with self._guard.lock:
-            into, result = self.view.into.value, self.result or SweepResult.from_readings([], {})
+        with self.view.lock:
+            result = self.result or SweepResult.from_readings([], {})
             layer = self.selection.source_layer if self.selection else None
-            at = self.view.position.value if self._panel.axes else None
-            column = self.view.colour.value
-        target = into if isinstance(into, int) else None
-        return save_as(result, path, position=at, target_layer=target, layer=layer, value=column)
+            shown = self._shown() if self._panel.axes else {}
+        return save_as(result, path, layer=layer, **shown)
 
-    # How it works.
+    # Settings, costs and runs.
 
-    _desk: Desk | None
+    def _with_model(self) -> Settings:
+        """Return the controls of the sweep.
 
+<<<<<<< HEAD
     def _set_up(self, view: View, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.view = view
         self.pins: list[tuple[Cell, Reading, str]] = []
@@ -276,11 +341,140 @@ class Explorer:
 
     def _at_desk(self) -> Desk:
         if self._desk is None:
+=======
+        Raises:
+            ValueError: the Explorer shows a saved result.
+        """
+        if self._settings is None:
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
             raise bad_value(
-                "explorer", "an Explorer with a model", "a saved result",
-                "Explorer(model)",
-            )  # fmt: skip
-        return self._desk
+                "explorer", "an Explorer with a model", "a saved result", "Explorer(model)"
+            )
+        return self._settings
+
+    def _open_saved(self, result: SweepResult) -> None:
+        if result.table.empty:
+            raise bad_value("result", "at least one cell", "an empty table", "run a sweep")
+        view = self.view
+        view.source.layout.display = "none"
+        view.run.disabled = view.find.disabled = True
+        view.say("Opened without a model: look, compare, export.", "saved")
+        self._panel.open(result, Axes.of(result), None)
+        self._panel.finish(result)
+
+    def _busy(self) -> bool:
+        return self.state in ("running", "finding")
+
+    def _begin(self, what: str, text: str, state: str) -> None:
+        """Begin a run or a search; only one at a time."""
+        if self._busy():
+            raise bad_value(
+                what, "no run or search in progress", self.state, "cancel the run or wait first"
+            )
+        self.view.run_number += what == "run"
+        self.view.run.disabled = self.view.find.disabled = True
+        self.view.say(text, state)
+
+    def _changed(self, obsolete: bool) -> None:
+        """Say what a run with the changed settings would cost, or what is wrong with them."""
+        view, model = self.view, self.model
+        if obsolete and not self._busy():
+            view.say("Ready", "idle")
+        assert model is not None
+        try:
+            config = replace(self.config, scorer=no_scores)
+            plan = watched_plan(model, self.prompt, config)
+        except (ValueError, TypeError) as error:
+            view.estimate.value = markup.note(str(error))
+            return
+        plan = replace(plan, finished=self._store.cells(plan))
+        view.estimate.value = markup.note(cost(plan))
+        if not self._busy():  # a warm-up would slow the run down
+            self._estimator.submit(lambda: self._warm_up(plan))
+
+    def _warm_up(self, plan: SweepPlan) -> None:
+        """Time a batch, once per target prompt and size, and complete the estimate."""
+        generator, texts = plan.generator, texts_of(plan)
+        rows = min(generator.batch_size, texts)
+        key = (generator.target, generator.max_new_tokens, rows)
+        try:
+            if rows and key not in self._seconds:
+                self._seconds[key] = generator.seconds_per_batch(rows)
+            batches = math.ceil(texts / generator.batch_size)
+            estimate = cost(plan, self._seconds.get(key, 0.0) * batches)
+        except Exception as error:  # noqa: BLE001  # shown in its place
+            estimate = f"{len(plan.cells)} cells; the warm-up failed: {error}"
+        with self.view.lock:
+            if self.view.estimate.value == markup.note(cost(plan)):
+                self.view.estimate.value = markup.note(estimate)
+
+    def _opened(self, plan: SweepPlan) -> None:
+        if self._sweep is not None:
+            progress = self._sweep.progress
+            self.view.progress.max = progress.total + progress.to_write
+            self._panel.open(self._sweep.result(), Axes.of_plan(plan), plan)
+
+    def _filled(self, readings: Sequence[Reading]) -> None:
+        if self._sweep is not None:
+            progress = self._sweep.progress
+            self.view.progress.value = progress.done + progress.written
+            self._panel.draw(self._sweep.result())
+            self._panel.refresh(readings)
+            self.view.say(str(progress), "running")
+
+    def _ended(self) -> None:
+        view, sweep = self.view, self._sweep
+        view.run.disabled = view.find.disabled = False
+        view.cancel.disabled = True
+        if sweep is None:
+            return
+        styles = {"done": "success", "cancelled": "warning", "failed": "danger"}
+        view.progress.bar_style = styles[sweep.state]
+        if sweep.plan is not None:
+            self._panel.finish(sweep.result())
+        if sweep.error is not None:
+            view.alert(sweep.error)
+        else:
+            view.say(sweep.progress.summary(sweep.state), sweep.state)
+        self._show_picture()
+        self._changed(False)
+
+    def _search(self) -> None:
+        """Find a setting, and adopt it or show why there is none; runs in a thread."""
+        assert self.model is not None
+        found: Readability | Exception
+        try:
+            found = kept_readability(self.model, progress=False)
+        except Exception as error:  # noqa: BLE001  # shown as a message
+            found = error
+        with self.view.lock:
+            self._finding = False
+            self.view.run.disabled = self.view.find.disabled = False
+            if isinstance(found, Exception):
+                self.view.alert(found)
+            else:
+                self.view.guarded(self._adopt, found)()
+
+    def _adopt(self, found: Readability) -> None:
+        """Set the controls to the setting that was found."""
+        self.check = found
+        self.view.found.value = markup.note(found.verdict, role="status")
+        self._with_model().adopt(found.config)
+        self.view.say("Set to what reads this model best; press Run", "idle")
+
+    # What is shown and saved.
+
+    def _shown(self) -> dict[str, Any]:
+        """Return which token, target layer and column the map shows."""
+        view, into = self.view, self.view.into.value
+        return {
+            "position": view.position.value,
+            "target_layer": into if isinstance(into, int) else None,
+            "value": view.colour.value,
+        }
+
+    def _show_pins(self) -> None:
+        self.view.pins.value = markup.pins(self.pins, self._panel.shades)
 
     def _save(self) -> None:
         """Write into the working folder, say where, and offer a download if it is not too large."""
@@ -293,41 +487,26 @@ class Explorer:
                 "give a name alone; explorer.export(path) takes any path",
             )  # fmt: skip
         path = self.export(name).resolve()
-        link = ""
-        if path.stat().st_size <= LARGEST_LINK:
-            data = base64.b64encode(path.read_bytes()).decode()
-            link = (
-                f" · <a download='{html.escape(path.name, quote=True)}' "
-                f"href='data:application/octet-stream;base64,{data}'>download</a>"
-            )
-        shown = html.escape(str(path))
-        view.saved.value = f"<span role='status' data-saved='{shown}'>Saved {shown}{link}</span>"
+        small = path.stat().st_size <= LARGEST_LINK
+        data = base64.b64encode(path.read_bytes()).decode() if small else ""
+        view.saved.value = markup.saved(path, data)
 
     def _ipython_display_(self) -> None:
         """Show the widgets, and in an output of its own the picture that needs no JavaScript."""
         from IPython.display import display
 
         show: Any = display
-
         bundle = self.view.root._repr_mimebundle_()
         show({**bundle, "text/plain": repr(self)}, raw=True)
         self._picture = show({"text/plain": "No sweep yet."}, raw=True, display_id=True)
-        if self.result is not None:
-            self._show_picture()
+        self._show_picture()
 
     def _show_picture(self) -> None:
         """Bring the picture of a saved notebook up to date."""
         if self._picture is None or self.result is None or self.result.table.empty:
             return
-        into = self.view.into.value
-        picture = heatmap_png(
-            self.result,
-            position=self.view.position.value,
-            target_layer=into if isinstance(into, int) else None,
-            value=self.view.colour.value,
-        )
-        bundle = {"text/plain": repr(self), "image/png": base64.b64encode(picture).decode()}
-        self._picture.update(bundle, raw=True)
+        picture = base64.b64encode(heatmap_png(self.result, **self._shown())).decode()
+        self._picture.update({"text/plain": repr(self), "image/png": picture}, raw=True)
 
     def __repr__(self) -> str:
         what = self.model if self.model is not None else self.result

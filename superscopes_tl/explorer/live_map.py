@@ -3,27 +3,39 @@
 1. A `LiveMap` lays out one panel per kind for a sweep that is about to fill it, all on one
    colour scale; `draw` puts in what is finished, `mark` outlines the selected cell.
 2. A `LiveCurve` shows one site's numbers against α.
-3. `keep` writes a figure's present state to the widget state that a page reads when it is opened
-   anew: plotly itself does so at construction alone, and a reload would show an empty figure.
+3. `_keep` writes a figure's present state to the widget state that a page reads when it is
+   reloaded: plotly itself does so at construction alone, and a reload would show an empty figure.
+4. Plotly's `FigureWidget` sends its script of 5 MB with every figure, and a page imports it for
+   every figure: seconds each on a slow machine, and anywidget gives up a widget that takes longer
+   than two to start. `SharedFigureWidget` sends it compressed, beside a short script that starts
+   at once and imports the long one, once per page (`static/plotly.js`).
 
 Backgrounds are transparent and text takes the theme's colour from the style sheet.
 """
 
 from __future__ import annotations
 
+import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.resources import files
 from typing import Any
 
 import pandas as pd
+import plotly
 import plotly.graph_objects as go
+import traitlets
 from plotly.subplots import make_subplots
 
 from superscopes_tl.experiment import Cell, SweepPlan, SweepResult
+<<<<<<< HEAD
 from superscopes_tl.explorer.plotly_widget import SharedFigureWidget
+=======
+from superscopes_tl.explorer.view import STATIC
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.figures import (
     COLOR_SCALE,
     LABEL_LIMIT,
@@ -42,12 +54,11 @@ _TRACES = 1 + len(MARKS)
 _SMALL = {"not computed": 5}
 """A mark that most cells carry while a sweep runs."""
 _TRANSPARENT = "rgba(0,0,0,0)"
-_THIS_TARGET = "same"
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the cells of a sweep range over; a target is a layer or "same" as the source's."""
+    """What the cells of a sweep range over; a target is a layer, or "same" as the source layer."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
@@ -55,37 +66,55 @@ class Axes:
     positions: tuple[int, ...]
     targets: tuple[int | str, ...]
 
+<<<<<<< HEAD
     def selection(
         self, kind: str, layer: int, alpha: float, position: int, target: int | str
     ) -> Cell:
         """Return the cell at the given values of the axes."""
         into = layer if target == _THIS_TARGET else int(target)
+=======
+    @classmethod
+    def of(cls, result: SweepResult) -> Axes:
+        """Return the axes of a finished sweep."""
+        same = result.provenance.get("config", {}).get("target_layer") == "same"
+        return cls._of(map(Cell.of, result.table.itertuples()), same=same)
+
+    @classmethod
+    def of_plan(cls, plan: SweepPlan) -> Axes:
+        """Return the axes of a sweep that is about to run."""
+        return cls._of(plan.all_cells, same=plan.target_layer == "same")
+
+    @classmethod
+    def _of(cls, cells: Iterable[Cell], *, same: bool) -> Axes:
+        several = list(cells)
+        return cls(
+            kinds=tuple(dict.fromkeys(cell.kind for cell in several)),
+            layers=tuple(sorted({cell.source_layer for cell in several})),
+            alphas=tuple(sorted({cell.alpha for cell in several})),
+            positions=tuple(sorted({cell.position for cell in several})),
+            targets=("same",) if same else tuple(sorted({cell.target_layer for cell in several})),
+        )
+
+    def cell(self, kind: str, layer: int, alpha: float, position: int, target: int | str) -> Cell:
+        """Return the cell at the given values of the axes."""
+        into = layer if target == "same" else int(target)
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return Cell(position, kind, layer, into, alpha)
 
+    def target_of(self, cell: Cell) -> int | str:
+        """Return the target of a cell."""
+        same = self.targets == ("same",) and cell.target_layer == cell.source_layer
+        return "same" if same else cell.target_layer
 
-def axes_of(result: SweepResult) -> Axes:
-    """Return the axes of a finished sweep."""
-    table = result.table
-    same = result.provenance.get("config", {}).get("target_layer") == "same"
-    return Axes(
-        kinds=tuple(dict.fromkeys(table["kind"])),
-        layers=tuple(sorted(map(int, table["source_layer"].unique()))),
-        alphas=tuple(sorted(map(float, table["alpha"].unique()))),
-        positions=tuple(sorted(map(int, table["position"].unique()))),
-        targets=("same",) if same else tuple(sorted(map(int, table["target_layer"].unique()))),
-    )
-
-
-def axes_of_plan(plan: SweepPlan) -> Axes:
-    """Return the axes of a sweep that is about to run."""
-    same = plan.target_layer == "same"
-    return Axes(
-        kinds=tuple(dict.fromkeys(site.kind for site in plan.sites)),
-        layers=tuple(sorted({site.layer for site in plan.sites})),
-        alphas=tuple(sorted(plan.alphas)),
-        positions=tuple(sorted({site.position for site in plan.sites})),
-        targets=("same",) if same else tuple(sorted(map(int, plan.target_layer))),
-    )
+    def have(self, cell: Cell) -> bool:
+        """Return whether a cell lies on the axes."""
+        return (
+            cell.kind in self.kinds
+            and cell.source_layer in self.layers
+            and cell.alpha in self.alphas
+            and cell.position in self.positions
+            and self.target_of(cell) in self.targets
+        )
 
 
 def axis_label(value: float) -> str:
@@ -93,12 +122,31 @@ def axis_label(value: float) -> str:
     return f"{value:.10g}"
 
 
+@cache
+def packed_script() -> bytes:
+    """Return plotly's script for widgets, compressed with gzip; the same bytes every time."""
+    script = files("plotly").joinpath("package_data", "widgetbundle.js").read_bytes()
+    return gzip.compress(script, compresslevel=6, mtime=0)
+
+
+class SharedFigureWidget(go.FigureWidget):  # type: ignore[misc]  # plotly's widgets are untyped
+    """A plotly figure as a widget that starts quickly."""
+
+    _esm = STATIC / "plotly.js"
+    _version = traitlets.Unicode(plotly.__version__).tag(sync=True)
+    _script = traitlets.Bytes().tag(sync=True)
+
+    @traitlets.default("_script")  # type: ignore[untyped-decorator]  # traitlets is untyped
+    def _packed(self) -> bytes:
+        return packed_script()
+
+
 class LiveMap:
     """The heatmaps of a sweep, side by side.
 
     Attributes:
         widget: the plotly widget.
-        marks: the names of the marks (`plots.MARKS`) that some cell carries.
+        marks: the names of the marks (`figures.MARKS`) that some cell carries.
 
     Args:
         axes: what the cells range over.
@@ -124,8 +172,7 @@ class LiveMap:
         for trace in self.widget.data:
             trace.on_click(partial(self._clicked, str(trace.meta)))
         self._lay_out()
-        self.draw(pd.DataFrame(), None, _THIS_TARGET, "score")
-        keep(self.widget)
+        self.draw(pd.DataFrame(), None, "same", "score")
 
     def draw(
         self, table: pd.DataFrame, position: int | None, target: int | str, value: str
@@ -136,7 +183,7 @@ class LiveMap:
             (row["kind"], str(row["source_layer"]), axis_label(row["alpha"])): row
             for row in rows
             if row["position"] == position
-            and row["target_layer"] == (row["source_layer"] if target == _THIS_TARGET else target)
+            and row["target_layer"] == (row["source_layer"] if target == "same" else target)
         }
         with self.widget.batch_update():
             for index, kind in enumerate(self._axes.kinds):
@@ -158,10 +205,12 @@ class LiveMap:
             scale.colorbar.title.text = value
         there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
         self.marks = tuple(name for name in MARKS if name in there)
+        _keep(self.widget)
 
     def mark(self, selection: Cell | None) -> None:
         """Outline the selected cell."""
         self.widget.layout.shapes = () if selection is None else (self._outline(selection),)
+        _keep(self.widget, data=False)
 
     def _outline(self, selection: Cell) -> dict[str, Any]:
         panel = self._axes.kinds.index(selection.kind)
@@ -240,7 +289,7 @@ class LiveMap:
         )
 
     def _clicked(self, kind: str, trace: Any, points: Any, state: Any) -> None:
-        """Hand a click on; plotly reports the trace's own x and y."""
+        """Report a click; plotly gives the trace's own x and y."""
         if points.xs and points.ys:
             column, row = self._x.index(str(points.xs[0])), self._y.index(str(points.ys[0]))
             self._on_click(kind, self._axes.layers[row], self._axes.alphas[column])
@@ -265,7 +314,7 @@ class LiveCurve:
         self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36})
         self.widget.update_xaxes(title_text="α", gridcolor="rgba(128,128,128,0.25)")
         self.widget.update_yaxes(gridcolor="rgba(128,128,128,0.25)")
-        keep(self.widget)
+        _keep(self.widget)
 
     def draw(
         self, alphas: Sequence[float], numbers: Sequence[float], selected: float, shades: Shades
@@ -285,11 +334,11 @@ class LiveCurve:
             room = 0.05 * (max(there) - min(there))
             self.widget.layout.yaxis.range = [min(there) - room, max(there) + room]
             line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
-        keep(self.widget)
+        _keep(self.widget)
 
 
-def keep(figure: Any, *, data: bool = True) -> None:
-    """Make a page that is opened anew show the figure as it is now, or its layout alone."""
+def _keep(figure: Any, *, data: bool = True) -> None:
+    """Make a reloaded page show the figure as it is now, or its layout alone."""
     with figure.hold_sync():
         figure._widget_layout = deepcopy(figure._layout_obj._props)
         if data:

@@ -3,17 +3,15 @@
 1. `open` lays out an empty map for the axes of a sweep; `draw` fills in a result.
 2. The colours stand for one column, "recovered" or "score": the former where it is defined, until
    the reader chooses. Map, curve, ladder and chips all show it.
-3. A click, or one of the cursors, chooses a cell; `select` brings map, cursors and panel in line.
-4. What only the model can say of the cell (`details.probe`) is asked for in a thread; an answer
-   that comes after the choice has changed is kept, not shown.
+3. A click, or one of the cursors, selects a cell; `select` brings map, cursors and panel in line.
+4. What takes the model to know about the cell (`cell.probe`) is computed in a thread; an answer
+   that comes after the selection has changed is kept, not shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -24,43 +22,14 @@ from superscopes_tl.experiment import Cell, Reading, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import Latest
 from superscopes_tl.explorer.cell import Probe, code_for, ladder, probe, reading_at
+<<<<<<< HEAD
 from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label, keep
+=======
+from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.explorer.view import BEST, View
 from superscopes_tl.figures import Shades, usual_value
 from superscopes_tl.neighbours import LENSES, Lens
-
-
-class Guard:
-    """Wraps callbacks: one at a time, and an exception becomes a message that can be read.
-
-    Attributes:
-        lock: shared by callbacks and threads, because notebook kernels mix their threads.
-        run: the number of the latest run, for scripts that wait on the message.
-
-    Args:
-        status: the widget for the message.
-    """
-
-    def __init__(self, status: Any) -> None:
-        self.lock = threading.RLock()
-        self.run = 0
-        self._status = status
-
-    def __call__(self, action: Callable[[], object]) -> Callable[..., None]:
-        """Return a callback that does `action`, whatever arguments it is called with."""
-
-        def callback(*_: object) -> None:
-            try:
-                with self.lock:
-                    action()
-            except Exception as error:  # noqa: BLE001  # a notebook shows no callback's exception
-                self.show(error)
-
-        return callback
-
-    def show(self, error: Exception) -> None:
-        """Show why something failed."""
-        self._status.value = markup.alert(error, run=self.run)
 
 
 class Panel:
@@ -69,62 +38,57 @@ class Panel:
     Attributes:
         result: the sweep as far as it is; `None` before the first.
         axes: what its cells range over.
-        selection: the chosen cell.
+        selection: the selected cell.
         plan: what computed it; `None` for a saved result, whose cells cannot be probed.
-        over: whether the run has ended, so that what the result says of itself can be shown.
 
     Args:
         view: the widgets.
-        guard: wraps the callbacks.
         lenses: what else the selected cell's site is read by.
     """
 
-    def __init__(self, view: View, guard: Guard, lenses: Mapping[str, Lens] = LENSES) -> None:
+    def __init__(self, view: View, lenses: Mapping[str, Lens] = LENSES) -> None:
         self.result: SweepResult | None = None
         self.axes: Axes | None = None
         self.selection: Cell | None = None
         self.plan: SweepPlan | None = None
-        self.over = False
-        self._chosen_colour = False
-        self._view, self._guard, self._lenses = view, guard, lenses
+        self._view, self._lenses = view, lenses
         self._map: LiveMap | None = None
         self._curve = LiveCurve()
+        self._finished = False  # whether what the result says of itself can be shown
+        self._colour_chosen = False
         self._quiet = False
+<<<<<<< HEAD
         self._drawn: tuple[Any, Any] = (None, None)
+=======
+        self._drawn: tuple[Any, Any] = (None, None)  # the token and target of the map
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         self._probes: dict[Cell, Probe] = {}
         self._prober = Latest()
-        for cursor in (view.kind, view.layer, view.alpha, view.position, view.into):
-            cursor.observe(guard(self._moved), "value")
-        for choice in (view.show, view.best_alpha):
-            choice.observe(guard(self._show), "value")
-        view.colour.observe(guard(self._recolour), "value")
+        view.on_change(self._moved, *view.cursors)
+        view.on_change(self._show, view.show, view.best_alpha)
+        view.on_change(self._recolour, view.colour)
         self._show_cell()
         self._show()
 
     def open(self, result: SweepResult, axes: Axes, plan: SweepPlan | None) -> None:
         """Lay out the map of a sweep that is about to be shown."""
         self.result, self.axes, self.plan, self.selection = result, axes, plan, None
-        self._probes, self.over = {}, False
+        self._probes, self._finished = {}, False
         view = self._view
         view.findings.value = ""
-        self._quiet = True
-        try:
+        alphas = [(axis_label(alpha), alpha) for alpha in axes.alphas]
+        with self._quietly():
             view.kind.options = axes.kinds
             view.layer.options = [(str(layer), layer) for layer in axes.layers]
-            view.alpha.options = [(axis_label(alpha), alpha) for alpha in axes.alphas]
+            view.alpha.options = alphas
             view.position.options = [(self._token(p), p) for p in axes.positions]
             view.into.options = [
-                ("same layer" if t == "same" else f"layer {t}", t) for t in axes.targets
+                ("source layer" if t == "same" else f"layer {t}", t) for t in axes.targets
             ]
             view.position.value = axes.positions[-1]
-            view.best_alpha.options = [
-                (BEST, BEST),
-                *((axis_label(alpha), alpha) for alpha in axes.alphas),
-            ]
+            view.best_alpha.options = [(BEST, BEST), *alphas]
             view.position.layout.display = "" if len(axes.positions) > 1 else "none"
             view.into.layout.display = "" if len(axes.targets) > 1 else "none"
-        finally:
-            self._quiet = False
         old, self._map = self._map, LiveMap(axes, self._clicked)
         self._show_cell()
         self.draw(result)
@@ -141,19 +105,20 @@ class Panel:
             self._choose_colour()
             self._map.draw(result.table, *self._drawn, view.colour.value)
             self._map.mark(self.selection)
-            keep(self._map.widget)
             view.caption.value = markup.caption(
                 result, self._token(view.position.value), view.into.value, self._map.marks
             )
-        if self.over:
-            self._say_findings()
+        if self._finished:
+            self._show_findings()
         if self._view.show.value != "all":
             self._show()
 
     def finish(self, result: SweepResult) -> None:
         """Show the result of a run that has ended, and what it says of itself."""
-        self.over = True
+        self._finished = True
         self.draw(result)
+        if self.selection is None:
+            self.select_best()
 
     @property
     def shades(self) -> Shades:
@@ -161,61 +126,62 @@ class Panel:
         column = self._view.colour.value
         return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
+<<<<<<< HEAD
     def select(self, selection: Cell) -> None:
         """Choose a cell.
+=======
+    def select(self, cell: Cell) -> None:
+        """Select a cell.
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         Raises:
             ValueError: the sweep does not have it.
         """
-        axes = self.axes
-        found = None
-        if axes is not None:
-            found = next((t for t in axes.targets if self._leads_to(selection, t)), None)
-        if (
-            axes is None
-            or found is None
-            or selection.kind not in axes.kinds
-            or selection.source_layer not in axes.layers
-            or selection.alpha not in axes.alphas
-            or selection.position not in axes.positions
-        ):
-            raise bad_value("selection", f"a cell of {axes}", selection, "choose one of these")
-        view = self._view
-        self._quiet = True
-        try:
-            view.kind.value = selection.kind
-            view.layer.value = selection.source_layer
-            view.alpha.value = selection.alpha
-            view.position.value = selection.position
-            view.into.value = found
-        finally:
-            self._quiet = False
-        self.selection = selection
-        if self._drawn != (selection.position, found) and self.result is not None:
+        if self.axes is None or not self.axes.have(cell):
+            raise bad_value("selection", f"a cell of {self.axes}", cell, "choose one of these")
+        view, target = self._view, self.axes.target_of(cell)
+        with self._quietly():
+            view.kind.value = cell.kind
+            view.layer.value = cell.source_layer
+            view.alpha.value = cell.alpha
+            view.position.value = cell.position
+            view.into.value = target
+        self.selection = cell
+        if self._drawn != (cell.position, target) and self.result is not None:
             self.draw(self.result)
         elif self._map is not None:
-            self._map.mark(selection)
-            keep(self._map.widget, data=False)
+            self._map.mark(cell)
         self._show_cell()
         if view.show.value == "parts":
             self._show()
 
     def select_best(self) -> None:
-        """Choose the best cell by the shown column."""
+        """Select the best cell by the shown column."""
         if self.result is not None and not self.result.table.empty:
             by = self._view.colour.value
             best = self.result.best(by=by).sort_values(by, ascending=False, na_position="last")
             self.select(Cell.of(best.iloc[0]))
 
     def refresh(self, readings: Sequence[Reading]) -> None:
+<<<<<<< HEAD
         """Show the chosen cell anew if it is among newly finished ones."""
+=======
+        """Show the selected cell again if it is among newly finished ones."""
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         if any(Cell.of(reading) == self.selection for reading in readings):
             self._show_cell()
+
+    def reading(self) -> Reading | None:
+        """Return the reading of the selected cell, once it is computed."""
+        if self.result is None or self.selection is None:
+            return None
+        return reading_at(self.result, self.selection)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the selected cell has been probed."""
         return self._prober.wait(timeout)
 
+<<<<<<< HEAD
     def probed(self) -> Probe | None:
         """Return what the model said of the selected cell, once it has."""
         return self._probes.get(self.selection) if self.selection else None
@@ -225,6 +191,8 @@ class Panel:
         into = selection.source_layer if target == "same" else target
         return selection.target_layer == into
 
+=======
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     def _token(self, position: int) -> str:
         """Return the token at a position, as the tokenizer saw it."""
         if self.result is None:
@@ -233,34 +201,30 @@ class Panel:
         return str(labels[position]) if position < len(labels) else str(position)
 
     def _clicked(self, kind: str, layer: int, alpha: float) -> None:
-        self._guard(lambda: self._choose(kind, layer, alpha))()
+        self._view.guarded(self._choose, kind, layer, alpha)()
 
     def _moved(self) -> None:
-        if not self._quiet and self.axes is not None:
+        if not self._quiet:
             view = self._view
             self._choose(view.kind.value, view.layer.value, view.alpha.value)
 
     def _choose(self, kind: str, layer: int, alpha: float) -> None:
         if self.axes is not None:
             view = self._view
-            into = view.into.value
-            self.select(self.axes.selection(kind, layer, alpha, view.position.value, into))
+            self.select(self.axes.cell(kind, layer, alpha, view.position.value, view.into.value))
 
     def _choose_colour(self) -> None:
         """Colour by what is defined for the shown rows, unless the reader has chosen."""
         shown = self._shown_rows()
-        if not self._chosen_colour and len(shown):
-            self._quiet = True
-            try:
+        if not self._colour_chosen and len(shown):
+            with self._quietly():
                 self._view.colour.value = usual_value(shown)
-            finally:
-                self._quiet = False
 
     def _recolour(self) -> None:
         """Show the column that the reader chose, everywhere."""
         if self._quiet:
             return
-        self._chosen_colour = True
+        self._colour_chosen = True
         if self.result is not None:
             self.draw(self.result)
         self._show_cell()
@@ -273,8 +237,8 @@ class Panel:
         rows: pd.DataFrame = table[table["position"] == position]
         return rows if into == "same" else rows[rows["target_layer"] == into]
 
-    def _say_findings(self) -> None:
-        """Show the contextualization layer of the shown token, and what is doubtful."""
+    def _show_findings(self) -> None:
+        """Show the contextualization layer of the shown token, and the result's caveats."""
         result, (position, into) = self.result, self._drawn
         if result is None:
             return
@@ -290,85 +254,82 @@ class Panel:
         """Put on the stage what the reader asked for."""
         view, result = self._view, self.result
         if result is None or self._map is None:
-            view.stage.children = (widgets.HTML(markup.note("No sweep yet. Press Run.")),)
+            shown = [widgets.HTML(markup.note("No sweep yet. Press Run."))]
         elif view.show.value == "all":
-            view.stage.children = (self._map.widget,)
+            shown = [self._map.widget]
         elif view.show.value == "best":
-            view.stage.children = (view.best_alpha, widgets.HTML(self._best(result)))
+            shown = [view.best_alpha, widgets.HTML(self._best(result))]
         elif self.selection is None:
-            view.stage.children = (widgets.HTML(markup.note("Choose a cell first.")),)
+            shown = [widgets.HTML(markup.note("Select a cell first."))]
         else:
-            view.stage.children = (widgets.HTML(markup.parts(result, self.selection, self.shades)),)
+            shown = [widgets.HTML(markup.parts(result, self.selection, self.shades))]
+        view.stage.children = shown
 
     def _best(self, result: SweepResult) -> str:
-        view, table = self._view, result.table
+        view, rows = self._view, self._shown_rows()
         alpha = None if view.best_alpha.value == BEST else view.best_alpha.value
-        position, into = view.position.value, view.into.value
-        here = table[table["position"] == position]
-        if into != "same":
-            here = here[here["target_layer"] == into]
-        if here.empty or (alpha is not None and alpha not in set(here["alpha"])):
+        if rows.empty or (alpha is not None and alpha not in set(rows["alpha"])):
             return markup.note("Nothing finished here yet.")
-        return markup.best(
-            result,
-            self.shades,
-            alpha=alpha,
-            position=position,
-            target_layer=None if into == "same" else into,
-        )
+        position, into = self._drawn
+        target = None if into == "same" else into
+        return markup.best(result, self.shades, alpha=alpha, position=position, target_layer=target)
 
     def _show_cell(self) -> None:
-        view, selection = self._view, self.selection
-        reading = None
-        if selection is not None and self.result is not None:
-            reading = reading_at(self.result, selection)
+        view, cell, reading = self._view, self.selection, self.reading()
         shades = self.shades
-        view.detail.value = markup.detail(reading, selection, shades)
+        view.detail.value = markup.detail(reading, cell, shades)
         view.pin.disabled = reading is None
         view.ladder.value = view.copy.text = view.code.value = view.probe.value = ""
-        if reading is None:
+        if reading is None or cell is None or self.result is None:
             view.curve.children = ()
-        if reading is None or selection is None or self.result is None:
             return
-        rows = ladder(self.result, selection)
-        numbers = rows[shades.column].tolist()
-        self._curve.draw(rows["alpha"].tolist(), numbers, selection.alpha, shades)
-        view.curve.children = (
-            self._curve.widget,
-        )  # now: plotly measures the room when it is shown
-        view.ladder.value = markup.ladder(rows, selection.alpha, shades)
-        code = code_for(self.result, selection, self.plan)
-        view.copy.text = code
-        view.code.value = (
-            f"<details><summary>the code</summary><pre>{html.escape(code)}</pre></details>"
-        )
+        rows = ladder(self.result, cell)
+        self._curve.draw(rows["alpha"].tolist(), rows[shades.column].tolist(), cell.alpha, shades)
+        view.curve.children = [self._curve.widget]  # not before: plotly measures its room then
+        view.ladder.value = markup.ladder(rows, cell.alpha, shades)
+        view.copy.text = code_for(self.result, cell, self.plan)
+        view.code.value = markup.code(view.copy.text)
         if self.plan is None:
             view.probe.value = markup.note("Opened without a model: no controls, no token effects.")
-        elif selection in self._probes:
-            view.probe.value = markup.probe(self._probes[selection], shades)
+        elif cell in self._probes:
+            view.probe.value = markup.probe(self._probes[cell], shades)
         else:
             view.probe.value = markup.note("Comparing with controls …")
-            self._ask(self.plan, selection)
+            self._probe(self.plan, cell, reading)
 
+<<<<<<< HEAD
     def _ask(self, plan: SweepPlan, selection: Cell) -> None:
         """Probe the cell in a thread and show the answer if it is still wanted."""
         reading = reading_at(self.result, selection) if self.result is not None else None
         if reading is None or self.result is None:
             return
+=======
+    def _probe(self, plan: SweepPlan, cell: Cell, reading: Reading) -> None:
+        """Probe the cell in a thread, and show the answer if it is still wanted."""
+>>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         def work() -> None:
             found, failed = None, ""
             try:
                 found = probe(plan, reading, self._lenses)
-            except Exception as error:  # noqa: BLE001  # a thread has nobody to raise to
+            except Exception as error:  # noqa: BLE001  # shown in its place
                 failed = markup.alert(error)
-            with self._guard.lock:
+            with self._view.lock:
                 if plan is not self.plan:
                     return
                 if found is not None:
-                    self._probes[selection] = found
-                if selection == self.selection:
+                    self._probes[cell] = found
+                if cell == self.selection:
                     shown = failed if found is None else markup.probe(found, self.shades)
                     self._view.probe.value = shown
 
         self._prober.submit(work)
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Move cursors without reacting to each move."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
