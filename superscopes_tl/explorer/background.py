@@ -37,7 +37,7 @@ from superscopes_tl.experiment import (
 )
 from superscopes_tl.model import LanguageModel
 from superscopes_tl.scores import Scorer
-from superscopes_tl.vectors import Scale
+from superscopes_tl.vectors import scale
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 
@@ -157,24 +157,17 @@ class CellStore:
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
-<<<<<<< HEAD
-        key, scored = _text_key(plan), _scored_by(plan)
-        if key not in self._kept:
-            self._plans.append(plan)
-        self._kept.setdefault(key, {}).update({Cell.of(r): _Kept(r, scored) for r in readings})
-=======
         scored = _scored_by(plan)
         self._of(plan).update({Cell.of(reading): (reading, scored) for reading in readings})
 
     def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, Scored]]:
         return self._kept.setdefault(_text_key(plan), {})
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     """Return what determines the text of a cell, besides the cell."""
     config, generator = plan.config, plan.generator
-    by_itself = config.mapping == Scale() and config.base is None and config.vectors is None
+    by_itself = config.mapping is scale and config.base is None and config.vectors is None
     return (
         (plan.model.lens, generator.model.lens),
         (plan.source.ids, plan.source.text),
@@ -264,12 +257,7 @@ class BackgroundSweep:
         written = to_write = 0
         if self.plan.config.generate == "best":
             to_write = len({cell.place for cell in self.plan.all_cells})
-<<<<<<< HEAD
-            there = [cell for cell, reading in self._readings.items() if reading.written]
-            written = len({cell.place for cell in there})
-=======
             written = len({c.place for c, reading in self._readings.items() if reading.written})
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return Progress(
             len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
             written, to_write,

@@ -1,16 +1,9 @@
 """Everything about one cell of a sweep.
 
-<<<<<<< HEAD
-1. `reading_at` and `ladder` look up its row and its site's other α.
-2. `probe` asks the model about it: what it writes when nothing is patched, or a random vector of
-   equal norm, how likely each token of the cell's text is with the patch and without, and which
-   next tokens the logit lens names at the same site.
-=======
 1. `reading_at` and `ladder` look up its row, and its site at every α.
 2. `probe` asks the target model: what it generates at the same place for each control, how the
    patch changes the probability of every generated token, and which next tokens lenses read at the
    same site.
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 3. `code_for` writes the Python that reads this cell again.
 """
 
@@ -33,10 +26,7 @@ from superscopes_tl.experiment import (
     Reading,
     SweepPlan,
     SweepResult,
-<<<<<<< HEAD
-=======
     make_control,
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     make_patches,
     score_readings,
 )
@@ -51,13 +41,8 @@ PROBE_CONTROLS = {"unpatched": "unpatched", "random_direction": "random directio
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
-class Control:
-    """What the model writes in a cell's place without the cell's vector."""
-=======
 class ControlReading:
     """What the target model generates in a cell's place under a control."""
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
     name: str
     text: str
@@ -89,11 +74,7 @@ class Probe:
     lenses: tuple[LensReading, ...]
 
 
-<<<<<<< HEAD
-def reading_at(result: SweepResult, selection: Cell) -> Reading | None:
-=======
 def reading_at(result: SweepResult, cell: Cell) -> Reading | None:
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     """Return the cell's reading; `None` if it was not computed."""
     rows = _site(result, cell)
     rows = rows[rows["alpha"] == cell.alpha]
@@ -104,22 +85,12 @@ def reading_at(result: SweepResult, cell: Cell) -> Reading | None:
     return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
 
 
-<<<<<<< HEAD
-def ladder(result: SweepResult, selection: Cell) -> pd.DataFrame:
-    """Return the readings of the selected site at every α, smallest first."""
-    columns = ["alpha", "norm_ratio", "score", "recovered", "description", "written"]
-    return _site(result, selection).sort_values("alpha")[columns].reset_index(drop=True)
-
-
-def _site(result: SweepResult, selection: Cell) -> pd.DataFrame:
-=======
 def ladder(result: SweepResult, cell: Cell) -> pd.DataFrame:
     """Return the readings of the cell's site at every α, in ascending order."""
     return _site(result, cell).sort_values("alpha").reset_index(drop=True)
 
 
 def _site(result: SweepResult, cell: Cell) -> pd.DataFrame:
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     table = result.table
     wanted = (
         (table["kind"] == cell.kind)
@@ -150,13 +121,6 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     texts = [generation.text for generation in others]
     descriptions = [crop_description(text) for text in texts]
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
-<<<<<<< HEAD
-    shares = _shares(plan, cell.position, controls["random vector of equal norm"])
-    return Probe(
-        tokens=token_effects(generator, [patch], [written.token_ids])[0],
-        controls=tuple(map(Control, controls, texts, descriptions, scores, shares)),
-        lenses=_through_lenses(plan, cell.site, lenses),
-=======
     shares = [_recovered(plan, cell.position, control) for control in controls.values()]
     return Probe(
         tokens=token_effects(plan.generator, [patch], [generated.token_ids])[0],
@@ -164,7 +128,6 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
             map(ControlReading, PROBE_CONTROLS.values(), texts, descriptions, scores, shares)
         ),
         lenses=_lens_readings(plan, cell.site, lenses),
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     )
 
 
@@ -192,13 +155,8 @@ def _lens_readings(
     )
 
 
-<<<<<<< HEAD
-def code_for(result: SweepResult, selection: Cell, plan: SweepPlan | None = None) -> str:
-    """Return Python that reads this cell again, and writes it out.
-=======
 def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> str:
     """Return Python that reads this cell again and generates its text.
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
     What a provenance cannot hold has to be filled in by hand, and a comment says so: a mapping or
     a scorer of your own, a model that was built in memory. In half precision another batch size
@@ -259,18 +217,8 @@ def _imports(module: str, names: set[str]) -> list[str]:
     return [f"from {module} import {', '.join(sorted(names, key=str.lower))}"] if names else []
 
 
-<<<<<<< HEAD
-def _line(said: object) -> str:
-    """Return what a provenance says, which may come from anyone, as one line of a comment."""
-    return " ".join(str(said).split())
-
-
-def _prompts(result: SweepResult, selection: Cell) -> dict[str, Any]:
-    """Return the settings of both prompts that are not the default ones."""
-=======
 def _prompts(result: SweepResult, cell: Cell) -> dict[str, Any]:
     """Return the settings of both prompts that differ from the defaults."""
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     provenance = result.provenance
     config = provenance.get("config", {})
     settings: dict[str, Any] = {}

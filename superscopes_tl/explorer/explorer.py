@@ -25,16 +25,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from superscopes_tl.errors import bad_value
-<<<<<<< HEAD
-from superscopes_tl.evaluation import Readability
-from superscopes_tl.experiment import Cell, Reading, SweepConfig, SweepResult, check_config
-from superscopes_tl.explorer import markup
-from superscopes_tl.explorer.background import wait_for_all
-from superscopes_tl.explorer.cell import code_for, reading_at
-from superscopes_tl.explorer.desk import Desk
-from superscopes_tl.explorer.live_map import axes_of
-from superscopes_tl.explorer.panel import Guard, Panel
-=======
 from superscopes_tl.evaluation import Readability, kept_readability
 from superscopes_tl.experiment import (
     Cell,
@@ -57,7 +47,6 @@ from superscopes_tl.explorer.background import (
 from superscopes_tl.explorer.live_map import Axes
 from superscopes_tl.explorer.panel import Panel
 from superscopes_tl.explorer.settings import Settings
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.explorer.view import View
 from superscopes_tl.figures import heatmap_png, save_as
 from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, check_text, load_model
@@ -181,11 +170,7 @@ class Explorer:
 
     @property
     def selection(self) -> Cell | None:
-<<<<<<< HEAD
-        """The chosen cell."""
-=======
         """The selected cell."""
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return self._panel.selection
 
     @property
@@ -262,11 +247,7 @@ class Explorer:
         return wait_for_all(threads, timeout)
 
     def select(self, **cell: Any) -> Cell:
-<<<<<<< HEAD
-        """Choose a cell; what is not given stays as it is.
-=======
         """Select a cell; what is not given stays as it is.
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         Args:
             **cell: kind, layer, alpha, position, target_layer.
@@ -323,30 +304,10 @@ class Explorer:
     def _with_model(self) -> Settings:
         """Return the controls of the sweep.
 
-<<<<<<< HEAD
-    def _set_up(self, view: View, lenses: Mapping[str, Lens] = LENSES) -> None:
-        self.view = view
-        self.pins: list[tuple[Cell, Reading, str]] = []
-        self._guard = Guard(view.status)
-        self._panel = Panel(view, self._guard, lenses)
-        self._desk = None
-        self._picture: Any = None
-        view.colour.observe(self._guard(self._show_pins), "value")
-        for button, action in (
-            (view.pin, self.pin),
-            (view.unpin, self.unpin),
-            (view.save, self._save),
-        ):
-            button.on_click(self._guard(action))
-
-    def _at_desk(self) -> Desk:
-        if self._desk is None:
-=======
         Raises:
             ValueError: the Explorer shows a saved result.
         """
         if self._settings is None:
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
             raise bad_value(
                 "explorer", "an Explorer with a model", "a saved result", "Explorer(model)"
             )

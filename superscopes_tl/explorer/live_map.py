@@ -31,11 +31,7 @@ import traitlets
 from plotly.subplots import make_subplots
 
 from superscopes_tl.experiment import Cell, SweepPlan, SweepResult
-<<<<<<< HEAD
-from superscopes_tl.explorer.plotly_widget import SharedFigureWidget
-=======
 from superscopes_tl.explorer.view import STATIC
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.figures import (
     COLOR_SCALE,
     LABEL_LIMIT,
@@ -66,13 +62,6 @@ class Axes:
     positions: tuple[int, ...]
     targets: tuple[int | str, ...]
 
-<<<<<<< HEAD
-    def selection(
-        self, kind: str, layer: int, alpha: float, position: int, target: int | str
-    ) -> Cell:
-        """Return the cell at the given values of the axes."""
-        into = layer if target == _THIS_TARGET else int(target)
-=======
     @classmethod
     def of(cls, result: SweepResult) -> Axes:
         """Return the axes of a finished sweep."""
@@ -98,7 +87,6 @@ class Axes:
     def cell(self, kind: str, layer: int, alpha: float, position: int, target: int | str) -> Cell:
         """Return the cell at the given values of the axes."""
         into = layer if target == "same" else int(target)
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         return Cell(position, kind, layer, into, alpha)
 
     def target_of(self, cell: Cell) -> int | str:

@@ -18,14 +18,9 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.colors import sample_colorscale
 
-<<<<<<< HEAD
-from superscopes_tl.experiment import Cell, Reading, SweepResult
-from superscopes_tl.explorer.cell import Control, LensReading, Probe
-=======
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import Cell, Reading, SweepResult
 from superscopes_tl.explorer.cell import Probe
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades, at_target, unsaid
 from superscopes_tl.model import PAPER_KINDS
 
@@ -72,23 +67,10 @@ def findings(layer: str, caveats: Sequence[str]) -> str:
     return _html("findings", layer, caveats)
 
 
-<<<<<<< HEAD
-def detail(reading: Reading | None, selection: Cell | None, shades: Shades) -> str:
-    """Return the selected cell: where it is, what was read, the whole text."""
-    if selection is None:
-        return note("Click a cell, or move the cursors below, to read it here.")
-    place = (
-        f"{html.escape(selection.kind)} · layer {selection.source_layer} → "
-        f"{selection.target_layer} · α {selection.alpha:g}"
-    )
-    cell = f"{selection.kind}/{selection.source_layer}/{selection.alpha:g}"
-    head = f"<div class='ssx-cell' data-cell='{html.escape(cell)}' aria-live='polite'>"
-=======
 def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
     """Return the selected cell: its place, its reading and numbers, the full generation."""
     if cell is None:
         return note("Click a cell, or use the cursors below, to read it here.")
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     if reading is None:
         return _html("detail", cell, None, (), (), ())
     flags = {
@@ -120,66 +102,9 @@ def probe(found: Probe, shades: Shades) -> str:
     return _html("probe", found, shades, STEPS)
 
 
-<<<<<<< HEAD
-def _lenses(found: Probe) -> str:
-    """Return the likeliest next tokens by every lens."""
-    return (
-        "<table class='ssx-table'><caption>The next token, as lenses read this site"
-        "<span class='ssx-note'> · v itself: the final norm takes a positive α away</span>"
-        f"</caption><tbody>{''.join(map(_lens, found.lenses))}</tbody></table>"
-    )
-
-
-def _lens(reading: LensReading) -> str:
-    """Return a row: a lens and the tokens that it names, each with its probability."""
-    named = " ".join(
-        f"<span><code><bdi>{html.escape(token if token.isprintable() else repr(token))}</bdi>"
-        f"</code> <small>{probability:.2f}</small></span>"
-        for token, probability in reading.tokens
-    )
-    return f"<tr><th scope='row'>{html.escape(reading.lens)}</th><td>{named}</td></tr>"
-
-
-def _token(effect: TokenEffect) -> str:
-    change = f"{effect.raised:+.1f} powers of ten"
-    title = (
-        f"probability {_probability(effect.patched)} with the patch, "
-        f"{_probability(effect.unpatched)} without ({change})"
-    )
-    return (
-        f"<span tabindex='0' title='{title}' aria-label='{html.escape(effect.token, quote=True)}: "
-        f"{change}' style='{_coloured(effect.raised, 0, 4)}'>{html.escape(effect.token)}</span>"
-    )
-
-
-def _legend() -> str:
-    steps = "".join(
-        f"<span style='{_coloured(power, 0, 4)}'>{label}</span>"
-        for power, label in ((0, "×1"), (1, "×10"), (2, "×100"), (4, "×10⁴ or more"))
-    )
-    return f"<div class='ssx-legend'>{steps}</div>"
-
-
-def _probability(log: float) -> str:
-    return f"{math.exp(log):.2g}"
-
-
-def pins(pinned: Sequence[tuple[Cell, Reading, str]], shades: Shades) -> str:
-    """Return the pinned cells side by side; each comes with its source prompt's token."""
-    cards = "".join(
-        f"<article><b>{html.escape(s.kind)} · layer {s.source_layer} → {s.target_layer} · "
-        f"α {s.alpha:g}</b>{chip(_of(reading, shades), shades)}"
-        f"<blockquote>{_said(reading.description, reading.written)}</blockquote>"
-        f"<span class='ssx-note'><bdi>{html.escape(reading.prompt)}</bdi> · token "
-        f"<code>{html.escape(token)}</code></span></article>"
-        for s, reading, token in pinned
-    )
-    return f"<div class='ssx-cards' aria-label='Pinned cells'>{cards}</div>" if pinned else ""
-=======
 def pins(pinned: Sequence[Reading], shades: Shades) -> str:
     """Return the pinned readings side by side."""
     return _html("pins", pinned, shades)
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
 
 def best(
@@ -202,20 +127,7 @@ def best(
     return _html("best", title, kinds, rows, shades)
 
 
-<<<<<<< HEAD
-def _best_cell(cell: pd.Series, nothing: str, shades: Shades) -> str:
-    if pd.isna(cell["alpha"]):
-        return "<td class='ssx-note'>not computed</td>"
-    return (
-        f"<td>{chip(float(cell[shades.column]), shades)} <small>α {cell['alpha']:g}</small><br>"
-        f"<bdi>{html.escape(str(cell['description'])) or f'<i>{nothing}</i>'}</bdi></td>"
-    )
-
-
-def parts(result: SweepResult, selection: Cell, shades: Shades) -> str:
-=======
 def parts(result: SweepResult, cell: Cell, shades: Shades) -> str:
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
     table = result.table
     here = table[

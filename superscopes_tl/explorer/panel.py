@@ -22,11 +22,7 @@ from superscopes_tl.experiment import Cell, Reading, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import Latest
 from superscopes_tl.explorer.cell import Probe, code_for, ladder, probe, reading_at
-<<<<<<< HEAD
-from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label, keep
-=======
 from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 from superscopes_tl.explorer.view import BEST, View
 from superscopes_tl.figures import Shades, usual_value
 from superscopes_tl.neighbours import LENSES, Lens
@@ -57,11 +53,7 @@ class Panel:
         self._finished = False  # whether what the result says of itself can be shown
         self._colour_chosen = False
         self._quiet = False
-<<<<<<< HEAD
-        self._drawn: tuple[Any, Any] = (None, None)
-=======
         self._drawn: tuple[Any, Any] = (None, None)  # the token and target of the map
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         self._probes: dict[Cell, Probe] = {}
         self._prober = Latest()
         view.on_change(self._moved, *view.cursors)
@@ -126,13 +118,8 @@ class Panel:
         column = self._view.colour.value
         return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
-<<<<<<< HEAD
-    def select(self, selection: Cell) -> None:
-        """Choose a cell.
-=======
     def select(self, cell: Cell) -> None:
         """Select a cell.
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         Raises:
             ValueError: the sweep does not have it.
@@ -163,11 +150,7 @@ class Panel:
             self.select(Cell.of(best.iloc[0]))
 
     def refresh(self, readings: Sequence[Reading]) -> None:
-<<<<<<< HEAD
-        """Show the chosen cell anew if it is among newly finished ones."""
-=======
         """Show the selected cell again if it is among newly finished ones."""
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
         if any(Cell.of(reading) == self.selection for reading in readings):
             self._show_cell()
 
@@ -181,18 +164,6 @@ class Panel:
         """Wait until the selected cell has been probed."""
         return self._prober.wait(timeout)
 
-<<<<<<< HEAD
-    def probed(self) -> Probe | None:
-        """Return what the model said of the selected cell, once it has."""
-        return self._probes.get(self.selection) if self.selection else None
-
-    @staticmethod
-    def _leads_to(selection: Cell, target: int | str) -> bool:
-        into = selection.source_layer if target == "same" else target
-        return selection.target_layer == into
-
-=======
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
     def _token(self, position: int) -> str:
         """Return the token at a position, as the tokenizer saw it."""
         if self.result is None:
@@ -297,16 +268,8 @@ class Panel:
             view.probe.value = markup.note("Comparing with controls …")
             self._probe(self.plan, cell, reading)
 
-<<<<<<< HEAD
-    def _ask(self, plan: SweepPlan, selection: Cell) -> None:
-        """Probe the cell in a thread and show the answer if it is still wanted."""
-        reading = reading_at(self.result, selection) if self.result is not None else None
-        if reading is None or self.result is None:
-            return
-=======
     def _probe(self, plan: SweepPlan, cell: Cell, reading: Reading) -> None:
         """Probe the cell in a thread, and show the answer if it is still wanted."""
->>>>>>> 725a75c (The Explorer is one controller with a view, settings and a panel; its HTML is in templates, its scripts in files)
 
         def work() -> None:
             found, failed = None, ""

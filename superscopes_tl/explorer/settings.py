@@ -310,8 +310,8 @@ def parse_alphas(text: str) -> tuple[float, ...]:
 
 def alphas_text(alphas: Sequence[float]) -> str:
     """Return the shortest list that `parse_alphas` reads the same numbers from."""
-    short = {alpha: f"{alpha:g}" for alpha in alphas}
-    return ", ".join(text if float(text) == a else repr(float(a)) for a, text in short.items())
+    short = [(alpha, f"{alpha:g}") for alpha in alphas]
+    return ", ".join(text if float(text) == a else repr(float(a)) for a, text in short)
 
 
 def _name_of(value: object, presets: Mapping[str, object]) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import pytest
-import torch
 
 from superscopes_tl import LanguageModel, plan_sweep, sweep
 from superscopes_tl.experiment import Reading
@@ -21,111 +19,76 @@ from superscopes_tl.explorer.background import (
     wait_for_all,
 )
 from superscopes_tl.vectors import random_direction
+from tests.explorer.conftest import PROMPT, WAIT, hook_count
 from tests.support.same import assert_same_readings
 
-PROMPT = "Will Smith"
-WAIT = 120
 SMALL: dict[str, Any] = {"layers": (0, 2), "alphas": (1, 3), "max_new_tokens": 3}
 
 
-def flat(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    return [0.5 for _ in candidates]
+class Constant:
+    """A scorer that keeps what it was given."""
 
+    def __init__(self, score: float) -> None:
+        self.score = score
+        self.judged: list[str] = []
 
-@pytest.fixture
-def model(tiny: Callable[[str, str], LanguageModel]) -> LanguageModel:
-    return tiny("llama", "bridge")
-
-
-def hook_count(model: LanguageModel) -> int:
-    """How many functions hang on the model's hook points."""
-    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.tl.hook_dict.values())
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        """Give every candidate the same score."""
+        self.judged.extend(candidates)
+        return [self.score for _ in candidates]
 
 
 def run(model: LanguageModel, *, store: CellStore | None = None, **settings: Any) -> Any:
     """Run to the end and return the finished run."""
-    given = {"scorer": flat, **SMALL, **settings}
+    given = {"scorer": Constant(0.5), **SMALL, **settings}
     background = BackgroundSweep(lambda: plan_sweep(model, PROMPT, **given), store=store)
     assert background.start().wait(WAIT)
     return background
 
 
-def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    """Compare tables; another batch size may round the numbers otherwise, never the texts."""
-    assert_same_readings(one, other)
-
-
 def test_a_run_gives_what_sweep_gives(model: LanguageModel) -> None:
     """The same table, row by row, and a provenance that says it is complete."""
     background = run(model)
-    assert background.state == "done"
-    assert background.error is None
-    expected = sweep(model, PROMPT, scorer=flat, progress=False, **SMALL)
-    assert_same(background.result().table, expected.table)
+    assert (background.state, background.error) == ("done", None)
+    expected = sweep(model, PROMPT, scorer=Constant(0.5), progress=False, **SMALL)
+    assert_same_readings(background.result().table, expected.table)
     assert background.result().provenance["complete"]
 
 
-def test_finished_cells_are_reused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run over more layers computes the new ones alone."""
-    store = CellStore()
-    first = run(model, store=store)
-    computed: list[int] = []
-    from superscopes_tl import PatchedGenerator
-
-    plain = PatchedGenerator._generate_batch
-
-    def counted(self: Any, patches: Any) -> Any:
-        computed.append(len(patches))
-        return plain(self, patches)
-
-    monkeypatch.setattr(PatchedGenerator, "_generate_batch", counted)
-    second = run(model, store=store, layers=(0, 1, 2))
+def test_finished_cells_are_reused(model: LanguageModel) -> None:
+    """A second run over more layers computes and scores the new ones alone."""
+    store, scorer = CellStore(), Constant(0.5)
+    first = run(model, store=store, scorer=scorer)
+    before = len(scorer.judged)
+    more = {**SMALL, "layers": (0, 1, 2), "scorer": scorer}
+    second = run(model, store=store, **more)
     cells = len(second.plan.all_cells)
     assert second.progress == Progress(cells, cells, len(first.result()), second.progress.seconds)
-    assert sum(computed) == cells - len(first.result())
-    expected = sweep(model, PROMPT, scorer=flat, progress=False, **{**SMALL, "layers": (0, 1, 2)})
-    assert_same(second.result().table, expected.table)
-
-
-def test_reused_cells_are_scored_by_the_new_scorer(model: LanguageModel) -> None:
-    """Another scorer needs no generation, but its own numbers."""
-    store = CellStore()
-    run(model, store=store)
-    again = run(model, store=store, scorer=lambda r, c: [0.25 for _ in c])
-    assert again.progress.reused == again.progress.total
-    assert set(again.result().table["score"].dropna()) <= {0.25}
+    assert len(scorer.judged) - before <= cells - len(first.result())
+    expected = sweep(model, PROMPT, progress=False, **more)
+    assert_same_readings(second.result().table, expected.table)
 
 
 def test_cells_of_several_scorers_are_never_mixed(model: LanguageModel) -> None:
-    """Runs that overlap in any way: each result has one scorer's numbers, none scored in vain."""
-    judged: dict[float, list[str]] = {0.1: [], 0.2: []}
-
-    def constant(score: float) -> Any:
-        def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-            judged[score].extend(candidates)
-            return [score for _ in candidates]
-
-        return scorer
-
-    first, second, store = constant(0.1), constant(0.2), CellStore()
+    """Runs that overlap in any way: each result has one scorer's numbers, none scored twice."""
+    first, second, store = Constant(0.1), Constant(0.2), CellStore()
     run(model, store=store, layers=(0, 1), scorer=first)
     run(model, store=store, layers=(2, 3), scorer=second)
-    before = len(judged[0.2])
+    before = len(second.judged)
     both = run(model, store=store, layers=(0, 1, 2, 3), scorer=second)
     assert both.progress.reused == both.progress.total
     table = both.result().table
-    written = table[table["description"].str.strip() != ""]
-    assert len(written)
-    assert set(written["score"]) == {0.2}
-    assert len(judged[0.2]) - before == (written["source_layer"] < 2).sum()
+    described = table[table["description"].str.strip() != ""]
+    assert set(described["score"]) == {0.2}
+    assert len(second.judged) - before == (described["source_layer"] < 2).sum()
     inner = run(model, store=store, layers=(1, 2), scorer=first)
     assert set(inner.result().table["score"].dropna()) == {0.1}
     again = run(model, store=store, layers=(0, 1, 2, 3), scorer=second, score_on="text")
     assert set(again.result().table["score"].dropna()) == {0.2}
 
 
-def test_a_mapping_of_the_papers_name_is_not_the_papers(model: LanguageModel) -> None:
-    """Only the paper's own α·v is known to treat each site by itself."""
+def test_a_mapping_of_ones_own_is_reused_for_the_same_sites_alone(model: LanguageModel) -> None:
+    """Only the paper's α·v is known to treat each site by itself, whatever another is called."""
 
     def scale(alpha: float) -> Any:
         return lambda v: alpha * (v - v.mean(dim=0))
@@ -143,21 +106,23 @@ def test_a_mapping_of_the_papers_name_is_not_the_papers(model: LanguageModel) ->
     ids=lambda changed: next(iter(changed)),
 )
 def test_cells_of_other_texts_are_not_reused(model: LanguageModel, changed: Any) -> None:
-    """What changes a text makes it another cell."""
+    """What changes a text makes it another cell; an equal setting does not."""
     store = CellStore()
     run(model, store=store)
     assert run(model, store=store, **changed).progress.reused == 0
+    again = run(model, store=store, **changed)
+    assert again.progress.reused == again.progress.total
 
 
 def test_cancel_stops_after_the_batch_and_keeps_it(model: LanguageModel) -> None:
     """Cancelled in the first batch, no second one begins."""
-    began, go_on = threading.Event(), threading.Event()
+    began, resume = threading.Event(), threading.Event()
     batches: list[int] = []
 
     def slow(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
         batches.append(len(candidates))
         began.set()
-        assert go_on.wait(WAIT)
+        assert resume.wait(WAIT)
         return [0.5 for _ in candidates]
 
     background = BackgroundSweep(
@@ -166,11 +131,10 @@ def test_cancel_stops_after_the_batch_and_keeps_it(model: LanguageModel) -> None
     assert began.wait(WAIT)
     assert background.state == "running"
     background.cancel()
-    go_on.set()
+    resume.set()
     assert background.wait(WAIT)
     assert background.state == "cancelled"
-    assert len(background.result()) == 2
-    assert len(batches) == 1
+    assert (len(background.result()), len(batches)) == (2, 1)
     assert not background.result().provenance["complete"]
     assert hook_count(model) == 0
 
@@ -192,34 +156,11 @@ def test_a_scorer_that_raises_fails_the_run(model: LanguageModel) -> None:
     assert hook_count(model) == 0
 
 
-def test_memory_that_runs_out_halves_the_batch(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some memory: smaller batches. None at all: a failed run that says so, and no hook."""
-    from superscopes_tl import PatchedGenerator
-
-    plain = PatchedGenerator.step
-    room = [2]
-
-    def short_of_memory(self: Any, tokens: Any, cache: Any) -> Any:
-        if tokens.shape[0] > room[0]:
-            raise torch.OutOfMemoryError("out of memory")
-        return plain(self, tokens, cache)
-
-    monkeypatch.setattr(PatchedGenerator, "step", short_of_memory)
-    assert run(model).state == "done"
-    room[0] = 0
-    failed = run(model)
-    assert failed.state == "failed"
-    assert "not even one row" in str(failed.error)
-    assert hook_count(model) == 0
-
-
 def test_bad_settings_fail_before_anything_runs(model: LanguageModel) -> None:
     """The plan is made in the thread; what it refuses is the run's error."""
     background = run(model, alphas=())
     assert background.state == "failed"
-    assert "alphas" in str(background.error)
+    assert str(background.error).startswith("alphas:")
     assert len(background.result()) == 0
 
 
@@ -233,31 +174,34 @@ def test_everything_is_handed_over_once_and_the_end_comes_last(model: LanguageMo
         events.append("batch")
 
     background = BackgroundSweep(
-        lambda: plan_sweep(model, PROMPT, scorer=flat, batch_size=2, **SMALL),
+        lambda: plan_sweep(model, PROMPT, scorer=Constant(0.5), batch_size=2, **SMALL),
         on_plan=lambda plan: events.append("plan"),
         on_batch=on_batch,
         on_end=lambda: events.append("end"),
     ).start()
     assert background.wait(WAIT)
     assert len(seen) == len(set(seen)) == len(background.result())
-    assert events[0] == "plan"
-    assert events[-1] == "end"
-    assert events.count("end") == 1
+    assert (events[0], events[-1], events.count("end")) == ("plan", "end", 1)
+
+
+def test_progress_counts_texts_separately(mini: LanguageModel) -> None:
+    """With the best α of each site, cells and texts have counts of their own."""
+    best = {"layers": (3, 6), "kinds": "resid_post", "alphas": (1, 6), "generate": "best"}
+    progress = run(mini, **best, max_new_tokens=2).progress
+    assert (progress.done, progress.total, progress.written, progress.to_write) == (4, 4, 2, 2)
 
 
 def test_progress_knows_rate_and_remaining_time() -> None:
     """60 of 100 cells, 20 of them reused, in 4 seconds: 10 a second, 4 seconds to go."""
     progress = Progress(done=60, total=100, reused=20, seconds=4.0)
-    assert progress.rate == 10
-    assert progress.remaining_seconds == 4
+    assert (progress.rate, progress.remaining_seconds) == (10, 4)
     assert Progress(0, 100, 0, 0.0).remaining_seconds is None
 
 
 def test_latest_skips_the_jobs_in_between() -> None:
     """While one job runs, only the newest of those that come is kept."""
-    gate, done = threading.Event(), []
+    gate, first, done = threading.Event(), threading.Event(), []
     latest = Latest()
-    first = threading.Event()
 
     def wait_for_gate() -> None:
         first.set()
@@ -273,21 +217,19 @@ def test_latest_skips_the_jobs_in_between() -> None:
     assert done == [0, 3]
 
 
-def test_latest_goes_on_after_a_job_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latest_continues_after_a_job_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is reported as any thread's, and the next job runs."""
-    told: list[str] = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(str(args.exc_value)))
+    reported: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(str(args.exc_value)))
 
     def broken() -> None:
         raise RuntimeError("out of order")
 
     latest, done = Latest(), []
-    latest.submit(broken)
-    assert latest.wait(WAIT)
-    latest.submit(lambda: done.append(1))
-    assert latest.wait(WAIT)
-    assert done == [1]
-    assert told == ["out of order"]
+    for job in (broken, lambda: done.append(1)):
+        latest.submit(job)
+        assert latest.wait(WAIT)
+    assert (done, reported) == ([1], ["out of order"])
 
 
 def test_several_waits_share_one_timeout() -> None:
@@ -300,10 +242,10 @@ def test_several_waits_share_one_timeout() -> None:
         return True
 
     assert wait_for_all([slow, slow])
-    assert given == [None, None]
     assert wait_for_all([slow, slow], 60)
-    assert given[3] <= 60 - 0.05 < given[2] <= 60  # type: ignore[operator]
     assert wait_for_all([slow, slow], 0.01)
+    assert given[:2] == [None, None]
+    assert given[3] <= 60 - 0.05 < given[2] <= 60  # type: ignore[operator]
     assert given[5] == 0
     assert not wait_for_all([slow, lambda timeout: False, slow])
     assert len(given) == 7
@@ -311,10 +253,10 @@ def test_several_waits_share_one_timeout() -> None:
 
 def test_a_sweep_in_another_cell_does_not_disturb_it(model: LanguageModel) -> None:
     """Hooks are on the model during a batch; two threads take turns and both read right."""
-    settings: dict[str, Any] = {"scorer": flat, "batch_size": 2, **SMALL}
+    settings: dict[str, Any] = {"scorer": Constant(0.5), "batch_size": 2, **SMALL}
     expected = sweep(model, PROMPT, progress=False, **settings)
     background = BackgroundSweep(lambda: plan_sweep(model, PROMPT, **settings)).start()
     beside = sweep(model, PROMPT, progress=False, **settings)
     assert background.wait(WAIT)
-    assert background.result().table["text"].tolist() == expected.table["text"].tolist()
-    assert beside.table["text"].tolist() == expected.table["text"].tolist()
+    for result in (background.result(), beside):
+        assert result.table["text"].tolist() == expected.table["text"].tolist()
