@@ -169,7 +169,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     config, generator = plan.config, plan.generator
     by_itself = config.mapping is scale and config.base is None and config.vectors is None
     return (
-        (plan.model.lens, generator.model.lens),
+        (plan.model.tl, generator.model.tl),
         (plan.source.ids, plan.source.text),
         (tuple(plan.abouts.items()), config.reference_of(plan.source.text)),
         (generator.target, generator.max_new_tokens, generator.until),

@@ -30,11 +30,12 @@ from superscopes_tl.experiment import (
     make_patches,
     score_readings,
 )
-from superscopes_tl.model import BUNDLED_MODEL, KINDS, PACKAGED, LanguageModel, Site, load_model
+from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
 from superscopes_tl.neighbours import LENSES, Lens, TokenEffect, lens_table, token_effects
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.vectors import PAPER_MAPPING
 from superscopes_tl.vectors import __all__ as values
+from superscopes_tl.weights import BUNDLED_MODEL, PACKAGED
 
 PROBE_CONTROLS = {"unpatched": "unpatched", "random_direction": "random direction of equal norm"}
 """The controls that are generated for the selected cell, with their labels."""
@@ -279,20 +280,16 @@ def _parsed(label: str) -> tuple[str, set[str]]:
     such calls as arguments, are code.
     """
     try:
-        tree = ast.parse(label, mode="eval")
-    except (SyntaxError, ValueError):
+        nodes = list(ast.walk(tree := ast.parse(label, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "", set()
-    nodes = list(ast.walk(tree))
-    called = {node.func for node in nodes if isinstance(node, ast.Call)}
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and node in called}
-    plain = all(isinstance(n, _NODES) or (isinstance(n, ast.Name) and n in called) for n in nodes)
-    return (
-        (ast.unparse(tree), names)
-        if plain and names and names <= {*values, "Site"}
-        else ("", set())
-    )
+    made = {tree.body, *(node.func for node in nodes if isinstance(node, ast.Call))}
+    names = {node.id for node in made if isinstance(node, ast.Name)}
+    plain = all(isinstance(n, _NODES) or (isinstance(n, ast.Name) and n in made) for n in nodes)
+    return (ast.unparse(tree), names) if plain and names and names <= _VALUES else ("", set())
 
 
+_VALUES = {*values, "Site"}
 _NODES = (
     ast.Expression, ast.Call, ast.keyword, ast.Constant, ast.Tuple, ast.List, ast.UnaryOp, ast.USub,
     ast.Load,

@@ -152,7 +152,7 @@ def saved(path: Path, data: str) -> str:
     return _html("saved", path, path.name, data)
 
 
-def _best_cell(result: SweepResult, kind: str, layer: int, cell: pd.Series) -> dict[Any, Any]:
+def _best_cell(result: SweepResult, kind: str, layer: int, cell: Any) -> dict[Any, Any]:
     return {**cell, "written": unsaid(result, kind, layer, cell) != "not written out"}
 
 

@@ -22,9 +22,7 @@ def by_length(references: Sequence[str], candidates: Sequence[str]) -> list[floa
 
 def hook_count(model: LanguageModel) -> int:
     """How many functions hang on the model's hook points."""
-    return sum(
-        len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.lens.hook_dict.values()
-    )
+    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.tl.hook_dict.values())
 
 
 def finished(explorer: Explorer) -> Explorer:

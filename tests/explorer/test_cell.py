@@ -69,7 +69,7 @@ def test_the_probe_compares_a_cell_with_its_controls(
     assert len(ids) == reading.n_tokens > 0
     tokens = torch.tensor([[*generator.target.tokens.ids, *ids]])
     with torch.no_grad():
-        logits = model.lens(tokens)[0].log_softmax(dim=-1)
+        logits = model.tl(tokens)[0].log_softmax(dim=-1)
     start = len(generator.target.tokens) - 1
     for step, (token, effect) in enumerate(zip(ids, found.tokens, strict=True)):
         assert effect.unpatched == pytest.approx(float(logits[start + step, token]), abs=1e-3)

@@ -168,7 +168,7 @@ def test_a_finished_run_shows_its_layer_and_its_caveats(best: Explorer) -> None:
     assert result is not None
     shown = best.view.findings.value
     assert f"layer {result.contextualization_layer().layer}" in shown
-    assert shown.count("<li>") == len(result.doubts) <= 3
+    assert shown.count("<li>") == len(result.caveats) <= 3
     assert Explorer.from_result(result).view.findings.value == shown
 
 
