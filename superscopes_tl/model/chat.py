@@ -57,12 +57,8 @@ def check_answer(answer: str, *, chat: bool, argument: str) -> None:
         ValueError: `answer` without `chat`.
     """
     if answer and not chat:
-        raise bad_value(
-            f"{argument}.answer",
-            "no answer without chat=True",
-            answer,
-            "pass chat=True, or append it to the text",
-        )
+        fix = "pass chat=True, or append it to the text"
+        raise bad_value(f"{argument}.answer", "no answer without chat=True", answer, fix)
 
 
 def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> Framed:
@@ -78,12 +74,9 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
         ValueError: no template, or one that alters the text or the answer.
     """
     if not getattr(model.tokenizer, "chat_template", None):
-        raise bad_value(
-            "chat",
-            "a model with a chat template",
-            f"{model.name}, whose tokenizer has none",
-            "leave chat out, or set model.tokenizer.chat_template to the one of its training",
-        )
+        fix = "leave chat out, or set model.tokenizer.chat_template to the one of its training"
+        got = f"{model.name}, whose tokenizer has none"
+        raise bad_value("chat", "a model with a chat template", got, fix)
     whole, marked = _render(model, text, answer), _render(model, _MARKER, answer)
     if marked.count(_MARKER) != 1:
         raise bad_value(
@@ -104,12 +97,9 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
             "write it without what the template changes, or leave chat out",
         )
     if not whole.endswith(answer):
-        raise bad_value(
-            f"{argument}.answer",
-            f"an answer that the chat template of {model.name} does not alter",
-            f"{answer!r}, rendered as {whole!r}",
-            "write it without blanks around it",
-        )
+        expected = f"an answer that the chat template of {model.name} does not alter"
+        got = f"{answer!r}, rendered as {whole!r}"
+        raise bad_value(f"{argument}.answer", expected, got, "write it without blanks around it")
     return Framed(whole, start, end, text.index(shown))
 
 

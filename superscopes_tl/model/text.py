@@ -40,6 +40,8 @@ Position: TypeAlias = int | str
 Positions: TypeAlias = Position | slice | Sequence[Position]
 """Tokens of a prompt; `slice(None)` is every token except the prefix."""
 
+_PROMPT = "write the prompt whose activations you want to read"
+
 
 @dataclass(frozen=True)
 class TokenizedText:
@@ -113,11 +115,9 @@ def tokenize(
     check_answer(answer, chat=chat, argument=argument)
     before, after = template.split("{}")
     message = f"{before}{text}{after}"
-    framed = (
-        in_chat(model, message, answer=answer, argument=argument)
-        if chat
-        else Framed(message, 0, len(message))
-    )
+    framed = Framed(message, 0, len(message))
+    if chat:
+        framed = in_chat(model, message, answer=answer, argument=argument)
     framed = framed.within(len(before), len(text))
     ids, spans, labels = _encode(model, framed.whole)
     if not chat:
@@ -156,10 +156,9 @@ def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int,
 
 def _missing_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
     """Return the part of a prefix that is missing before ids that may start with the rest."""
-    there = next(
-        n for n in range(len(prefix), -1, -1) if list(prefix[len(prefix) - n :]) == list(ids[:n])
-    )
-    return list(prefix[: len(prefix) - there])
+    n = len(prefix)
+    missing = next(m for m in range(n + 1) if list(prefix[m:]) == list(ids[: n - m]))
+    return list(prefix[:missing])
 
 
 def _written_prefix(model: LanguageModel, ids: Sequence[int]) -> int:
@@ -174,13 +173,10 @@ def _check_vocabulary(model: LanguageModel, ids: Sequence[int], argument: str) -
     """Raise for a token of the tokenizer that has no embedding in the model."""
     unknown = [i for i in ids if i >= model.n_vocab]
     if unknown:
-        token = model.tokenizer.convert_ids_to_tokens(unknown[0])
-        raise bad_value(
-            argument,
-            f"tokens with an embedding in {model.name}, 0 to {model.n_vocab - 1}",
-            f"{token!r}, token {unknown[0]}",
-            "leave it out, or load a model whose embeddings were resized and trained with it",
-        )
+        got = f"{model.tokenizer.convert_ids_to_tokens(unknown[0])!r}, token {unknown[0]}"
+        expected = f"tokens with an embedding in {model.name}, 0 to {model.n_vocab - 1}"
+        fix = "leave it out, or load a model whose embeddings were resized and trained with it"
+        raise bad_value(argument, expected, got, fix)
 
 
 def _inside(
@@ -201,17 +197,10 @@ def _in_template(
     start, end = framed.start, framed.end
     mine = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
     if not mine:
-        raise bad_value(
-            argument,
-            "a text of at least one token",
-            framed.whole[start:end],
-            "write the prompt whose activations you want to read",
-        )
-    joined = [
-        i for i in mine
-        if (framed.whole[spans[i][0] : start] + framed.whole[end : spans[i][1]]).strip()
-    ]  # fmt: skip
-    return range(mine[0], mine[-1] + 1), frozenset(joined)
+        raise bad_value(argument, "a text of at least one token", framed.whole[start:end], _PROMPT)
+    around = {i: framed.whole[spans[i][0] : start] + framed.whole[end : spans[i][1]] for i in mine}
+    joined = frozenset(i for i, characters in around.items() if characters.strip())
+    return range(mine[0], mine[-1] + 1), joined
 
 
 def check_template(template: object) -> None:
@@ -221,12 +210,8 @@ def check_template(template: object) -> None:
         ValueError: none, or several.
     """
     if not isinstance(template, str) or template.count("{}") != 1:
-        raise bad_value(
-            "source_template",
-            "a string with one {} for the source prompt",
-            template,
-            "source_template='Tell me about {}', for example",
-        )
+        fix = "pass for example source_template='Tell me about {}'"
+        raise bad_value("source_template", "a string with one {} for the prompt", template, fix)
 
 
 def check_text(text: str, argument: str) -> None:
@@ -237,25 +222,14 @@ def check_text(text: str, argument: str) -> None:
         ValueError: no visible character, or a lone surrogate.
     """
     if not isinstance(text, str):
-        raise bad_type(
-            argument, "a string", text,
-            "pass the text itself" + "; evaluate(model, prompts) reads several"
-            * (argument == "prompt"),
-        )  # fmt: skip
+        several = "; evaluate(model, prompts) reads several" if argument == "prompt" else ""
+        raise bad_type(argument, "a string", text, f"pass the text itself{several}")
     if not text.strip():
-        raise bad_value(
-            argument,
-            "a text with at least one visible character",
-            text,
-            "write the prompt whose activations you want to read",
-        )
+        raise bad_value(argument, "a text with a visible character", text, _PROMPT)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise bad_value(
-            argument,
-            "text without lone surrogates",
-            text.encode("ascii", "backslashreplace").decode(),
-            "remove them: they are halves of characters that were cut in two",
-        )
+        got = text.encode("ascii", "backslashreplace").decode()
+        fix = "remove them: they are halves of characters that were cut in two"
+        raise bad_value(argument, "text without lone surrogates", got, fix)
 
 
 def _own_span(text: str, piece: str, start: int, end: int) -> tuple[int, int]:
@@ -292,12 +266,7 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     else:
         chosen = [_resolve(tokens, p) for p in positions]
     if not chosen:
-        raise bad_value(
-            "positions",
-            "at least one token",
-            positions,
-            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
-        )
+        raise bad_value("positions", "at least one token", positions, _choices(tokens))
     return tuple(dict.fromkeys(chosen))
 
 
@@ -314,12 +283,12 @@ def named_positions(tokens: TokenizedText, positions: Positions) -> dict[int, st
 
 
 def _position_type_error(got: object) -> TypeError:
-    return bad_type(
-        "positions",
-        "an index, a substring, a slice or a sequence of indices and substrings",
-        got,
-        "pass for example positions=-1 or positions='Peppers'",
-    )
+    expected = "an index, a substring, a slice or a sequence of indices and substrings"
+    return bad_type("positions", expected, got, "pass for example -1 or 'Peppers'")
+
+
+def _choices(tokens: TokenizedText) -> str:
+    return f"choose from {tokens.numbered()}; slice(None) is every token except the BOS"
 
 
 def _resolve(tokens: TokenizedText, position: Position) -> int:
@@ -329,23 +298,17 @@ def _resolve(tokens: TokenizedText, position: Position) -> int:
         raise _position_type_error(position)
     end = tokens.own.stop
     if not -end <= position < len(tokens):
-        raise bad_value(
-            "positions",
-            f"an index from {-end} to {len(tokens) - 1}",
-            int(position),
-            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
-        )
+        expected = f"an index from {-end} to {len(tokens) - 1}"
+        raise bad_value("positions", expected, int(position), _choices(tokens))
     return int(position) + (end if position < 0 else 0)
 
 
 def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
-    starts = _occurrences(tokens.text, substring) if substring.strip() else []
+    found = re.finditer(f"(?={re.escape(substring)})", tokens.text) if substring.strip() else ()
+    starts = [match.start() for match in found]
     if not starts:
         raise bad_value(
-            "positions",
-            f"a substring of {tokens.text!r}",
-            substring,
-            f"choose from {tokens.numbered()}; slice(None) is every token but the BOS",
+            "positions", f"a substring of {tokens.text!r}", substring, _choices(tokens)
         )
     last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
     if len(starts) > 1:
@@ -353,17 +316,10 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
             f"{p} ({tokens.labels[p]!r} at character {start})"
             for p, start in zip(last, starts, strict=True)
         )
-        raise bad_value(
-            "positions",
-            "a substring that occurs once",
-            f"{substring!r}, which occurs {len(starts)} times",
-            f"give one of the positions {candidates}",
-        )
+        got = f"{substring!r}, which occurs {len(starts)} times"
+        fix = f"pass one of the positions {candidates}"
+        raise bad_value("positions", "a substring that occurs once", got, fix)
     return last[0]
-
-
-def _occurrences(text: str, substring: str) -> list[int]:
-    return [m.start() for m in re.finditer(f"(?={re.escape(substring)})", text)]
 
 
 def covering(tokens: TokenizedText, start: int, end: int) -> list[int]:
