@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,9 +23,9 @@ from superscopes_tl.model import (
     LanguageModel,
     Site,
     TokenizedText,
-    check_kinds,
     check_layers,
     hook_name,
+    load_model,
     tokenize,
 )
 
@@ -74,7 +75,7 @@ class Activations:
 
 
 def capture(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     prompt: str | TokenizedText,
     *,
     kinds: str | Iterable[str] = PAPER_KINDS,
@@ -83,7 +84,7 @@ def capture(
     """Run `prompt` once and return its activations at every position.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         prompt: the source prompt, as text or already tokenised.
         kinds: out of `KINDS`.
         layers: layer numbers, counted from 0; every layer unless given.
@@ -91,7 +92,8 @@ def capture(
     Raises:
         ValueError: a bad prompt, kind or layer.
     """
-    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
+    model = load_model(model)
+    wanted = model.checked_kinds(kinds)
     numbers = check_layers(layers, model.n_layers)
     tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
     if not len(tokens):

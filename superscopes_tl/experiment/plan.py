@@ -30,7 +30,6 @@ from superscopes_tl.model import (
     Site,
     TokenizedText,
     check_answer,
-    check_kinds,
     check_layers,
     check_text,
     load_model,
@@ -356,7 +355,7 @@ def plan_sweep(
     asked = model if config.target_model is None else load_model(config.target_model)
     target_layer = check_target_layer(config.target_layer, asked.n_layers)
     source, abouts = _read_source(model, prompt, config)
-    kinds = check_kinds(config.kinds, model.kinds, model.name, model.absent)
+    kinds = model.checked_kinds(config.kinds)
     layers = check_layers(config.layers, model.n_layers)
     if target_layer == "same":
         check_layers(layers, asked.n_layers, "target_layer")

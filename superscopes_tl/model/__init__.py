@@ -3,15 +3,7 @@
 from superscopes_tl.model.chat import check_answer
 from superscopes_tl.model.language_model import Hook, LanguageModel
 from superscopes_tl.model.load import DEFAULT_MODEL, device_of, load_model
-from superscopes_tl.model.sites import (
-    KINDS,
-    PAPER_KINDS,
-    HookKind,
-    Site,
-    check_kinds,
-    check_layers,
-    hook_name,
-)
+from superscopes_tl.model.sites import KINDS, PAPER_KINDS, HookKind, Site, check_layers, hook_name
 from superscopes_tl.model.text import (
     Position,
     Positions,
@@ -36,7 +28,6 @@ __all__ = [
     "Site",
     "TokenizedText",
     "check_answer",
-    "check_kinds",
     "check_layers",
     "check_template",
     "check_text",

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
 from superscopes_tl.model.decoder import Decoder
-from superscopes_tl.model.sites import HookKind
+from superscopes_tl.model.sites import KINDS, HookKind
 from superscopes_tl.model.verification import Verified
 
 Hook = Callable[..., Tensor | None]
@@ -117,6 +118,28 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Device that token ids must be on."""
         return next(iter(self.tl.parameters())).device  # type: ignore[no-any-return]
+
+    def checked_kinds(self, kinds: str | Iterable[str]) -> tuple[HookKind, ...]:
+        """Return `kinds` as a tuple, without duplicates, after checking that the model has them.
+
+        Raises:
+            TypeError: not names.
+            ValueError: no kind, or an unknown one.
+            UnavailableKindError: a kind that this model does not compute.
+        """
+        if not isinstance(kinds, Iterable):
+            raise bad_type("kinds", "names of kinds", kinds, f"choose from {KINDS}")
+        names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        if not names:
+            raise bad_value("kinds", "at least one kind", names, f"choose from {KINDS}")
+        wanted = [cast("HookKind", check_choice("kinds", name, KINDS)) for name in names]
+        for kind in wanted:
+            if kind not in self.kinds:
+                why = f" ({self.absent[kind]})" if kind in self.absent else ""
+                expected = f"kinds of {self.name}, which are {self.kinds}"
+                message = describe("kinds", expected, kind, f"leave {kind!r} out{why}")
+                raise UnavailableKindError(message)
+        return tuple(dict.fromkeys(wanted))
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:

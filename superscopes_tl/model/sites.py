@@ -1,4 +1,4 @@
-"""Places in a model: kinds of activation, layers, sites.
+"""Places in a model: kinds of activation, layers and sites.
 
 1. A *kind* is a point of a transformer block; each has one TransformerLens hook point.
 2. A *site* is a kind, a layer and a token position: where a source vector is read.
@@ -16,12 +16,11 @@ is the paper's h_PreMLP (section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
-from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
+from superscopes_tl.errors import bad_type, bad_value
 
 HookKind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 
@@ -44,46 +43,6 @@ class Site:
 def hook_name(kind: HookKind, layer: int) -> str:
     """Return the TransformerLens name, such as `blocks.3.hook_mlp_out`."""
     return f"blocks.{layer}.hook_{kind}"
-
-
-def check_kinds(
-    kinds: str | Iterable[str],
-    available: Sequence[HookKind],
-    model_name: str,
-    absent: Mapping[HookKind, str] = MappingProxyType({}),
-) -> tuple[HookKind, ...]:
-    """Return `kinds` as a tuple, without duplicates, after checking that the model has them.
-
-    Args:
-        kinds: the requested kinds.
-        available: the model's kinds.
-        model_name: its display name.
-        absent: why it lacks the others.
-
-    Raises:
-        ValueError: no kind, or an unknown one.
-        UnavailableKindError: a kind that this model does not compute.
-    """
-    if not isinstance(kinds, Iterable):
-        raise bad_type("kinds", "names of kinds", kinds, f"choose from {KINDS}")
-    wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not wanted:
-        raise bad_value("kinds", "at least one kind", wanted, f"choose from {KINDS}")
-    checked: list[HookKind] = []
-    for name in wanted:
-        kind = cast("HookKind", check_choice("kinds", name, KINDS))
-        if kind not in available:
-            raise UnavailableKindError(
-                describe(
-                    "kinds",
-                    f"kinds of {model_name}, which are {tuple(available)}",
-                    kind,
-                    f"leave {kind!r} out" + (f" ({absent[kind]})" if kind in absent else ""),
-                )
-            )
-        if kind not in checked:
-            checked.append(kind)
-    return tuple(checked)
 
 
 def check_layers(

@@ -214,7 +214,7 @@ def check_template(template: object) -> None:
         raise bad_value("source_template", "a string with one {} for the prompt", template, fix)
 
 
-def check_text(text: str, argument: str) -> None:
+def check_text(text: object, argument: str) -> None:
     """Raise unless `text` is a visible string that a tokenizer accepts.
 
     Raises:
@@ -307,9 +307,7 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
     found = re.finditer(f"(?={re.escape(substring)})", tokens.text) if substring.strip() else ()
     starts = [match.start() for match in found]
     if not starts:
-        raise bad_value(
-            "positions", f"a substring of {tokens.text!r}", substring, _choices(tokens)
-        )
+        raise bad_value("positions", f"a substring of {tokens.text!r}", substring, _choices(tokens))
     last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
     if len(starts) > 1:
         candidates = ", ".join(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,8 +33,8 @@ from superscopes_tl.model import (
     LanguageModel,
     Positions,
     Site,
-    check_kinds,
     check_layers,
+    load_model,
     resolve_positions,
 )
 from superscopes_tl.neighbours.lenses import divergence
@@ -45,7 +46,7 @@ SITE_COLUMNS = ["prompt", "position", "token", "kind", "source_layer"]
 
 
 def causal_effects(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     prompt: str,
     *,
     kinds: str | Iterable[str] = PAPER_KINDS,
@@ -61,7 +62,7 @@ def causal_effects(
     """Ablate each site in the prompt's own run, and say what that does to the continuation.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
         kinds: kinds of activation.
         layers: layers, counted from 0; every layer unless given.
@@ -85,6 +86,7 @@ def causal_effects(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, replacement or continuation.
     """
+    model = load_model(model)
     fix = "pass zero, resampled(text), ..."
     check_callable("replacement", replacement, expected="a replacement", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
@@ -113,7 +115,7 @@ def causal_effects(
 
 
 def causal_trace(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     prompt: str,
     *,
     corruption: Corruption,
@@ -129,7 +131,7 @@ def causal_trace(
     """Put each site's clean vector into a corrupted run, and say what that brings back.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
         corruption: `noise(subject)`, `other_tokens(text)`, or your own.
         kinds: kinds of activation.
@@ -153,6 +155,7 @@ def causal_trace(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, corruption or continuation.
     """
+    model = load_model(model)
     fix = "pass noise(subject), other_tokens(text), ..."
     check_callable("corruption", corruption, expected="a corruption", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
@@ -244,7 +247,7 @@ def _asked(
     chat: bool,
 ) -> tuple[Run, list[Site], tuple[int, ...]]:
     """Return the run, its sites and the continuation's tokens, checked."""
-    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
+    wanted = model.checked_kinds(kinds)
     numbers = check_layers(layers, model.n_layers)
     run = Run.of(model, prompt, chat=chat)
     sites = [

@@ -30,9 +30,9 @@ from superscopes_tl.model import (
     LanguageModel,
     Site,
     TokenizedText,
-    check_kinds,
     check_layers,
     hook_name,
+    load_model,
     tokenize,
 )
 from superscopes_tl.vectors import random_direction
@@ -113,7 +113,7 @@ def sites_of(table: pd.DataFrame) -> tuple[Site, ...]:
 
 
 def lens_table(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     prompt: str | TokenizedText,
     sites: Iterable[Site],
     *,
@@ -125,7 +125,7 @@ def lens_table(
     """Read sites of one prompt through lenses, all of them in one forward pass and one batch each.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
         sites: the places to read: `plan.sites`, `sites_of(result.table)`, or your own.
         lenses: by name, such as `{**LENSES, "tuned lens": tuned}`.
@@ -142,10 +142,11 @@ def lens_table(
         ValueError: no site, a site that the model or the prompt does not have, a bad `top_k`, or
             a lens that cannot read a kind.
     """
+    model = load_model(model)
     _check_lenses(lenses)
     wanted = tuple(dict.fromkeys(sites))
     check_count("top_k", top_k, least=1, fix="5 is the usual choice")
-    check_kinds((site.kind for site in wanted), model.kinds, model.name, model.absent)
+    model.checked_kinds(site.kind for site in wanted)
     check_layers((site.layer for site in wanted), model.n_layers, "sites")
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
     vectors = site_vectors(model, tokens, wanted)
@@ -219,7 +220,7 @@ def token_text(model: LanguageModel, token_id: int) -> str:
 
 
 def lens_kl(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     texts: Sequence[str],
     *,
     lenses: Mapping[str, Lens] = LENSES,
@@ -232,7 +233,7 @@ def lens_kl(
     KL(final ‖ lens), the loss that a tuned lens is trained on (Belrose et al., 2023, section 2).
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         texts: what the model reads; texts that the lens was not trained on, for an honest number.
         lenses: by name.
         kinds: out of `KINDS`.
@@ -246,8 +247,9 @@ def lens_kl(
     Raises:
         ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
     """
+    model = load_model(model)
     _check_lenses(lenses)
-    chosen = check_kinds(kinds, model.kinds, model.name, model.absent)
+    chosen = model.checked_kinds(kinds)
     numbers = check_layers(layers, model.n_layers)
     last: Place = ("resid_post", model.n_layers - 1)
     places: list[Place] = [(kind, layer) for kind in chosen for layer in numbers]

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
 from superscopes_tl.files import unfit, write_tensors
-from superscopes_tl.model import LanguageModel, Site
+from superscopes_tl.model import LanguageModel, Site, load_model
 from superscopes_tl.neighbours.lenses import Place, divergence, token_states
 
 FORMAT = "superscopes_tl tuned lens 1"
@@ -176,7 +176,7 @@ def _no_lens(path: object, got: str) -> RunFileError:
 
 
 def train_tuned_lens(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     texts: Sequence[str],
     *,
     steps: int = 500,
@@ -191,7 +191,7 @@ def train_tuned_lens(
     Keep some texts back, and compare before with after on them by `lens_kl`.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or anything that it accepts.
         texts: what it reads; thousands of tokens at the least, like those to be read later.
         steps: steps of Adam.
         batch_size: tokens per step.
@@ -203,6 +203,7 @@ def train_tuned_lens(
     Raises:
         ValueError, TypeError: bad texts, or a bad number.
     """
+    model = load_model(model)
     check_count("steps", steps, least=1, fix="500 is the default")
     check_count("batch_size", batch_size, least=1, fix="128 is the default")
     places: list[Place] = [("resid_post", layer) for layer in range(model.n_layers)]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import Activations, capture
 from superscopes_tl.errors import bad_value
-from superscopes_tl.model import HookKind, LanguageModel, TokenizedText, check_kinds, check_layers
+from superscopes_tl.model import HookKind, LanguageModel, TokenizedText, check_layers, load_model
 from superscopes_tl.vectors.affine import AffineMap, Place
 
 SMALL_RIDGE = 1e-3
@@ -41,12 +41,12 @@ _Solved: TypeAlias = tuple[Tensor, Tensor, float, float | None]
 
 
 def fit_affine(
-    model: LanguageModel,
+    model: LanguageModel | Any,
     texts: Sequence[str],
     pairs: Iterable[tuple[int, int]],
     *,
     kinds: str | Sequence[str] = "resid_post",
-    target_model: LanguageModel | None = None,
+    target_model: LanguageModel | Any = None,
     ridge: float | None = None,
 ) -> tuple[AffineMap, ...]:
     """Fit an affine map for each kind and each (source layer, target layer).
@@ -67,8 +67,9 @@ def fit_affine(
     Raises:
         ValueError, TypeError: bad texts, layers, kinds or ridge; tokens that nowhere meet.
     """
-    target = target_model or model
-    wanted = check_kinds(kinds, model.kinds, model.name, model.absent)
+    model = load_model(model)
+    target = model if target_model is None else load_model(target_model)
+    wanted = model.checked_kinds(kinds)
     layers = _check_pairs(pairs, model, target)
     distinct = _check_texts(texts)
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import site_vectors
 from superscopes_tl.errors import bad_value
-from superscopes_tl.model import LanguageModel, Site, check_kinds, check_layers, tokenize
+from superscopes_tl.model import LanguageModel, Site, check_layers, tokenize
 
 
 def mlp_keys(
@@ -108,7 +108,7 @@ def difference_of_means(
         ValueError: no text, or a bad kind or layer.
     """
     (number,) = check_layers(layer, model.n_layers, "layer")
-    (checked,) = check_kinds(kind, model.kinds, model.name, model.absent)
+    (checked,) = model.checked_kinds(kind)
     means = []
     for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
         if isinstance(texts, str) or not len(texts):
