@@ -384,11 +384,11 @@ def test_another_prompt_is_read_in_the_template_too(
     cell = plan.all_cells[1]
     only = dataclasses.replace(plan, finished=frozenset({*plan.all_cells} - {cell}))
     patch = make_control("other_prompt", plan, [cell], make_patches(only))[0]
-    site, _, alpha = cell
+    kind, layer, alpha = cell.kind, cell.source_layer, cell.alpha
     other = "Pearl Jam"
     ids = by_hugging_face(model.tokenizer, other)
     last = place_of(model.tokenizer, other, "", len(other) - 1, len(other))[-1]
-    expected = plain_hf.source_vectors(tiny_hf("llama"), ids, site.kind, site.layer)[last]
+    expected = plain_hf.source_vectors(tiny_hf("llama"), ids, kind, layer)[last]
     torch.testing.assert_close(patch.vector, alpha * expected, rtol=1e-4, atol=1e-4)
 
 

@@ -310,7 +310,7 @@ def test_bytes_that_are_no_safetensors_and_large_files_are_refused(
         ({"pairs": [5]}, "pairs: expected pairs of a source and a target layer"),
         ({"pairs": [(9, 0)]}, "source layer: expected layers of a model with 6 layers, got 9"),
         ({"pairs": [(0, 9)]}, "target layer: expected layers of a model with 6 layers, got 9"),
-        ({"kinds": "mlp"}, "kinds: expected kinds out of"),
+        ({"kinds": "mlp"}, "kinds: expected"),
         ({"ridge": -1}, "ridge: expected 0 or more, got -1"),
     ],
 )
