@@ -2,6 +2,7 @@
 # make test      set up and pass every check and test, on both supported TransformerLens lines
 # make models    fetch the packaged language models (330 MB) into the user's cache folder
 # make check     linter, formatter and type checker alone
+# make notebooks execute all notebooks in full, with their outputs, into output/notebooks
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
 # make bench     cells per second beside other ways, on the bundled model
@@ -22,7 +23,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook app browser bench picture clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -56,6 +57,11 @@ check: $(VENV)/ready
 
 notebook: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/jupyter lab notebooks
+
+notebooks: $(VENV)/ready models
+	@mkdir -p output/notebooks
+	cd notebooks && $(OFFLINE) ../$(VENV)/bin/jupyter nbconvert --execute --to notebook \
+		--ExecutePreprocessor.timeout=1800 --output-dir ../output/notebooks *.ipynb
 
 app: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes app

@@ -10,6 +10,50 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+SMALLER = {
+    "01_quickstart": {
+        "target_layer=INTO": "target_layer=INTO, layers=(2, 5), alphas=(1, 6)",
+        "layers=(4, 8, 12)": "layers=(8,)",
+    },
+    "02_paper_figures": {
+        "BATCH_SIZE = 256": "NAMES = NAMES[:2]\nBATCH_SIZE = 256",
+        "range(min(model.n_layers, 8))": "(1, 3, 5)",
+        "PAPER_PROMPTS[::3]": "PAPER_PROMPTS[::12]",
+        "range(1, min(8, model.n_layers), 2)": "(1, 5)",
+    },
+    "03_why_amplification_works": {
+        "PAPER_PROMPTS[::8]": "PAPER_PROMPTS[::24]",
+        "(0.2, 0.3, 0.4, 0.5, 0.6)": "(0.2, 0.4, 0.5)",
+        "(0.5, 1, 2, 4, 8, 16, 100)": "(1, 4, 16, 100)",
+        "target_layer=range(model.n_layers)": "target_layer=(0, 4, last_layer)",
+    },
+    "04_is_it_real": {
+        "PAPER_PROMPTS[::4]": "PAPER_PROMPTS[::12]",
+        "alphas=(1, 3, 6, 9), target_layer=0, controls": "alphas=(1, 6), target_layer=0, controls",
+        "for seed in range(2)": "for seed in range(1)",
+    },
+    "05_neighbours": {
+        "PAPER_PROMPTS[::8]": "PAPER_PROMPTS[::24]",
+        "texts[::20]": "texts[::80]",
+        "PAPER_PROMPTS[::2]": "PAPER_PROMPTS[::8]",
+        "texts[::8], texts[3::40]": "texts[::40], texts[3::200]",
+        "steps=150": "steps=20",
+        "[:64]": "[:16]",
+        "[:60]": "[:10]",
+    },
+    "06_scale": {
+        "(2, 4, 8, 16)": "(1, 2)",
+        "(128, 256, 512, 1024)": "(128, 256)",
+        "(1, 2, 4, 8)": "(1, 2)",
+        "CELLS = 64": "CELLS = 8",
+        "layers=8, width=512": "layers=2, width=128",
+        "range(1, 13)": "(1, 3, 6)",
+        "positions=slice(None), target_layer=0, progress=False": (
+            "positions=(-1, -2), target_layer=0, progress=False"
+        ),
+    },
+}
+"""What the tests run with smaller settings, so that they end soon; `make notebooks` runs it all."""
 
 
 def _mime_types(notebook: Any) -> set[str]:
@@ -24,8 +68,14 @@ def _mime_types(notebook: Any) -> set[str]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
 def test_notebooks_run(path: Path) -> None:
-    """Every cell of every notebook runs on the bundled model, and figures come out."""
+    """Every cell of every notebook runs, with smaller settings, and figures come out."""
     notebook = nbformat.read(path, as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for setting, value in SMALLER[path.stem].items():
+        assert setting in code, "the notebook has another setting now: correct SMALLER"
+    for cell in notebook.cells:
+        for setting, value in SMALLER[path.stem].items():
+            cell.source = cell.source.replace(setting, value)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
     client.execute()
     errors = [

@@ -1,4 +1,4 @@
-"""The README's example prints what the README says it prints."""
+"""The README is short, and what it says can be done can be done."""
 
 from __future__ import annotations
 
@@ -7,38 +7,67 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from superscopes_tl.cli import app
+from superscopes_tl.model import listing
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def _block(language: str) -> str:
-    found = re.search(rf"^## Ten lines$.*?^```{language}\n(.*?)^```", README, re.DOTALL | re.M)
-    assert found, language
-    return found[1]
+def test_it_is_short() -> None:
+    """Long how-tos belong to the notebooks and the docstrings."""
+    assert len(README.splitlines()) <= 200
 
 
-def test_the_ten_lines_print_what_the_readme_shows(tmp_path: Path) -> None:
-    """Run as a newcomer would, in a folder of their own."""
+@pytest.mark.skipif(listing()["smollm2"] is None, reason="superscopes fetch smollm2")
+def test_the_snippets_run_and_print_what_the_readme_shows(tmp_path: Path) -> None:
+    """As a newcomer would run them, in a folder of their own; over four prompts, not 48."""
+    code = "\nprint('---')\n".join(SNIPPETS).replace("PAPER_PROMPTS,", "PAPER_PROMPTS[:4],", 2)
+    code = code.replace("import PAPER_PROMPTS[:4],", "import PAPER_PROMPTS,")
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _block("python")],
+        [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert run.stdout == _block("text")
+    assert run.returncode == 0, run.stderr
+    ten_lines, _, evaluation = run.stdout.split("---\n")
+    shown = re.search(r"^## Ten lines$.*?^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert shown
+    assert ten_lines == shown[1]
+    assert re.search(r"^Superscopes( \d){7}$", evaluation, re.MULTILINE)
     assert (tmp_path / "floyd.html").stat().st_size > 1_000_000, "plotly.js is inlined"
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
-    """Links and pictures point to files of the repository."""
+def test_links_point_to_files_of_the_repository() -> None:
+    """Notebooks, docstrings and pictures."""
     for target in re.findall(r"\]\((?!https?://)([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
 
 
-def test_every_module_has_a_line_in_the_house() -> None:
-    """The file map names every module of the package."""
-    house = README.split("## In the house")[1]
-    for path in (ROOT / "superscopes_tl").glob("*.py"):
-        if path.stem not in ("__init__", "errors"):
-            assert f"`{path.stem}`" in house, path.stem
+def test_the_house_has_a_line_per_folder() -> None:
+    """The table lists the folders of the package, all of them and no others."""
+    package = ROOT / "superscopes_tl"
+    listed = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", README.split("## The house")[1], re.M)
+    names = {name.rstrip("/") for line in listed for name in re.findall(r"`([\w./]+)`", line)}
+    there = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert names == there | {path.name for path in package.glob("[a-z]*.py")}
+
+
+def test_commands_and_targets_exist() -> None:
+    """Every `superscopes` command with its options, and every `make` target."""
+    commands = re.findall(r"superscopes ([a-z][a-z-]*)([^`\n|]*)", README)
+    assert commands
+    for command, arguments in commands:
+        done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert done.exit_code == 0, command
+        for option in re.findall(r"--[a-z-]+", arguments):
+            assert command == "bench" or option in done.output, (command, option)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake ([a-z]+)\b", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
