@@ -11,7 +11,7 @@ Data flows one way through the folders, each of which has one job and a face of 
     -> neighbours -> figures -> explorer -> cli
 
 The names below are the short way to the usual work. The rest is a folder away:
-`superscopes_tl.vectors.head(3)`, `superscopes_tl.statistics.replay(...)`.
+`superscopes_tl.vectors.Head(3)`, `superscopes_tl.statistics.replay(...)`.
 """
 
 from importlib import import_module

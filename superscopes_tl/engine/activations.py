@@ -99,7 +99,7 @@ def capture(
     if not len(tokens):
         raise bad_value(
             "prompt", "at least one token to run", "no source prompt",
-            "leave out what needs one, such as base=resid_mid",
+            "leave out what needs one, such as base=ResidMid()",
         )  # fmt: skip
     names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
     seen = model.activations(tokens.tensor(model.device), list(names.values()))

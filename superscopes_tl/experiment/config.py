@@ -18,7 +18,7 @@ from superscopes_tl.model import (
     check_text,
 )
 from superscopes_tl.scores import Scorer
-from superscopes_tl.vectors import MappingFamily, PlaceVectors, Write, scale
+from superscopes_tl.vectors import MappingFamily, PlaceVectors, Scale, Write
 
 TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 """A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
@@ -64,15 +64,15 @@ class SweepConfig:
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
             Unless given `DESCRIPTION_PROMPT`, the paper's, or with `chat` `CHAT_PROMPT`.
         mapping: gives the mapping function of each α.
-        vectors: what v is, where it is not the site's own activation: `head(3)`, `window(3)`,
-            `mapped(maps)`, or any `PlaceVectors`.
-        base: the b of f(v) = b + mapping(α)(v − b), from `guided`; 0 unless given.
+        vectors: what v is, where it is not the site's own activation: `Head(3)`, `Window(3)`,
+            `Mapped(maps)`, or any `PlaceVectors`.
+        base: the b of f(v) = b + mapping(α)(v − b), such as `ResidMid()`; defaults to 0.
         unit: what α = 1 means: the "vector" as it is, or as long as the "residual" stream that it
             replaces, whatever its own length.
         guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
             the vector at α = 1 and u those of the unpatched prompt.
         write: how the patch is written, where it does not simply replace the residual stream at
-            the target layer: `add`, `interpolate`, `at_layers(0, 3)`, or any `Write`.
+            the target layer: `Add()`, `Interpolate()`, `AtLayers(0, 3)`, or any `Write`.
         target_model: the model that is asked; the one that is read unless given. Its tokenizer,
             layers and width are those of the target prompt, the target layers and f(v).
         chat: whether the source prompt and the target prompt are each a message of a user in the
@@ -100,7 +100,7 @@ class SweepConfig:
     reference: str | Mapping[str, str] | None = None
     target_layer: TargetLayer = "same"
     target_prompt: TargetPrompt | str | None = None
-    mapping: MappingFamily = scale
+    mapping: MappingFamily = Scale()
     vectors: PlaceVectors | None = None
     base: PlaceVectors | None = None
     unit: Literal["vector", "residual"] = "vector"

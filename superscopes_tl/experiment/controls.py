@@ -30,6 +30,7 @@ from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
 from superscopes_tl.hashing import stable_hash
 from superscopes_tl.scores import words_of
+from superscopes_tl.vectors import random_direction
 
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""
@@ -52,14 +53,7 @@ def _random_direction(
     plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
 ) -> list[Patch]:
     """Patch a random direction of equal norm; one direction per site, for all α."""
-
-    def redirect(vector: Tensor, generator: torch.Generator) -> Tensor:
-        direction = torch.randn(vector.shape, generator=generator)
-        lengths = vector.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True)
-        redirected: Tensor = direction * lengths
-        return redirected
-
-    return _at_random(plan, cells, patches, redirect)
+    return _at_random(plan, cells, patches, random_direction)
 
 
 def _shuffled_dimensions(
@@ -67,7 +61,8 @@ def _shuffled_dimensions(
 ) -> list[Patch]:
     """Patch the vector's own numbers in another order: equal norm, equal outliers."""
 
-    def shuffle(vector: Tensor, generator: torch.Generator) -> Tensor:
+    def shuffle(vector: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
         return vector[..., torch.randperm(vector.shape[-1], generator=generator)]
 
     return _at_random(plan, cells, patches, shuffle)
@@ -237,13 +232,10 @@ def _at_random(
     plan: SweepPlan,
     cells: Sequence[Cell],
     patches: Sequence[Patch],
-    change: Callable[[Tensor, torch.Generator], Tensor],
+    change: Callable[[Tensor, int], Tensor],
 ) -> list[Patch]:
     return [
-        replace(
-            patch,
-            vector=change(patch.vector, torch.Generator().manual_seed(_seed(plan, *cell.place))),
-        )
+        replace(patch, vector=change(patch.vector, _seed(plan, *cell.place)))
         for cell, patch in zip(cells, patches, strict=True)
     ]
 

@@ -44,7 +44,7 @@ from superscopes_tl.scores import (
     scorer_name,
     words_of,
 )
-from superscopes_tl.vectors import family_name
+from superscopes_tl.vectors import label
 
 
 @dataclass(frozen=True, order=True)
@@ -185,17 +185,17 @@ class SweepPlan:
     @property
     def mapping_name(self) -> str:
         """The name of how α acts, as the table's column `mapping` has it."""
-        parts = [family_name(self.config.mapping)]
+        parts = [label(self.config.mapping)]
         if self.config.vectors is not None:
-            parts.append(f"of {family_name(self.config.vectors)}")
+            parts.append(f"of {label(self.config.vectors)}")
         if self.config.base is not None:
-            parts.append(f"from {family_name(self.config.base)}")
+            parts.append(f"from {label(self.config.base)}")
         if self.config.unit == "residual":
             parts.append("in residual norms")
         if self.config.guide == "logits":
             parts.append("on logits")
         if self.config.write is not None:
-            parts.append(f"by {family_name(self.config.write)}")
+            parts.append(f"by {label(self.config.write)}")
         if self.generator.model is not self.model:
             parts.append(f"into {self.generator.model.name}")
         return ", ".join(parts)
@@ -286,7 +286,7 @@ class SweepPlan:
                 "target_layer": self.target_layer
                 if isinstance(self.target_layer, str)
                 else list(self.target_layer),
-                "mapping": family_name(self.config.mapping),
+                "mapping": label(self.config.mapping),
                 "vectors": _name(self.config.vectors),
                 "base": _name(self.config.base),
                 "unit": self.config.unit,
@@ -327,7 +327,7 @@ def _read_source(
 
 
 def _name(setting: Callable[..., object] | None) -> str | None:
-    return None if setting is None else family_name(setting)
+    return None if setting is None else label(setting)
 
 
 def plan_sweep(
@@ -364,7 +364,7 @@ def plan_sweep(
             "target_model",
             f"a model as wide as {model.name}, {model.d_model}",
             f"{asked.name}, {asked.d_model}",
-            "fit an affine map between the two: vectors=mapped(fit_affine(...))",
+            "fit an affine map between the two: vectors=Mapped(fit_affine(...))",
         )
     plan = SweepPlan(
         model=model,

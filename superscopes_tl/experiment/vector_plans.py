@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ from superscopes_tl.model import (
     check_text,
     load_model,
 )
-from superscopes_tl.vectors import PlaceVectors
+from superscopes_tl.vectors import SourceRun
 
 KIND: Any = "vector"
 """The kind of these sites: no hook point of a model."""
@@ -82,7 +82,7 @@ def plan_vectors(
     shown = _names(names, len(rows))
     resize = unit == "residual" and settings.get("base") is not None
     config: dict[str, Any] = {
-        "vectors": _given(rows, resize=resize), "unit": "vector" if resize else unit,
+        "vectors": GivenVectors(rows, resize), "unit": "vector" if resize else unit,
         "target_layer": 0, **settings,
     }  # fmt: skip
     sources = _sources(layers, len(rows), model)
@@ -176,24 +176,36 @@ def unscored(references: Sequence[str], candidates: Sequence[str]) -> list[float
     return [float("nan")] * len(candidates)
 
 
-def _given(rows: Float[Tensor, "n d_model"], *, resize: bool) -> PlaceVectors:
-    """Return what gives a plan the vector of each site, by its number.
+@dataclass(frozen=True, repr=False)
+class GivenVectors:
+    """Source: the vector of each site, by its number.
 
-    With `resize` each is as long as the residual stream that it replaces.
+    Attributes:
+        rows: the vectors.
+        resize: whether each is scaled to the norm of the residual stream that it replaces.
+        digest: identifies the vectors.
     """
 
-    def given(plan: SweepPlan, places: Sequence[tuple[Site, int]]) -> Tensor:
-        vectors = rows[[site.position for site, _ in places]]
-        if not resize:
+    rows: Float[Tensor, "n d_model"] = field(compare=False)
+    resize: bool
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = zlib.crc32(self.rows.numpy().tobytes())
+        object.__setattr__(self, "digest", f"{digest:08x}")
+
+    def __call__(
+        self, run: SourceRun, places: Sequence[tuple[Site, int]]
+    ) -> Float[Tensor, "places d_model"]:
+        """Return the vectors of some places."""
+        vectors = self.rows[[site.position for site, _ in places]]
+        if not self.resize:
             return vectors
-        norms = plan.generator.placeholder_norms[[target_layer for _, target_layer in places]]
+        norms = run.generator.placeholder_norms[[target_layer for _, target_layer in places]]
         return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-30) * norms[:, None]
 
-    # A result knows vectors by this name: others are something else.
-    digest = zlib.crc32(rows.numpy().tobytes())
-    length = " of residual norm" if resize else ""
-    given.__name__ = f"{len(rows)} given vectors{length} {digest:08x}"
-    return given
+    def __repr__(self) -> str:
+        return f"GivenVectors(<{len(self.rows)} vectors {self.digest}>, resize={self.resize})"
 
 
 def _checked(vectors: Any, model: LanguageModel) -> Float[Tensor, "n d_model"]:

@@ -37,7 +37,7 @@ from superscopes_tl.experiment import (
 )
 from superscopes_tl.model import LanguageModel
 from superscopes_tl.scores import Scorer
-from superscopes_tl.vectors import scale
+from superscopes_tl.vectors import Scale
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 
@@ -167,7 +167,7 @@ class CellStore:
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     """Return what determines the text of a cell, besides the cell."""
     config, generator = plan.config, plan.generator
-    by_itself = config.mapping is scale and config.base is None and config.vectors is None
+    by_itself = config.mapping == Scale() and config.base is None and config.vectors is None
     return (
         (plan.model.tl, generator.model.tl),
         (plan.source.ids, plan.source.text),

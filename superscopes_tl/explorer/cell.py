@@ -289,7 +289,7 @@ def _parsed(label: str) -> tuple[str, set[str]]:
     return (ast.unparse(tree), names) if plain and names and names <= _VALUES else ("", set())
 
 
-_VALUES = {*values, "Site"}
+_VALUES = {"Site", *(name for name in values if name[0].isupper())}
 _NODES = (
     ast.Expression, ast.Call, ast.keyword, ast.Constant, ast.Tuple, ast.List, ast.UnaryOp, ast.USub,
     ast.Load,

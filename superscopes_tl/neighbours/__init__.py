@@ -13,12 +13,12 @@ from superscopes_tl.neighbours.lenses import (
 from superscopes_tl.neighbours.methods import NEIGHBOURS, side_by_side
 from superscopes_tl.neighbours.next_token import LOGIT_LENS, PATCHED, NextTokens, next_tokens
 from superscopes_tl.neighbours.replacements import (
-    amplified,
-    noise,
-    other_tokens,
-    resampled,
-    without,
-    zero,
+    Amplified,
+    Noise,
+    OtherTokens,
+    Resampled,
+    Without,
+    Zero,
 )
 from superscopes_tl.neighbours.selfie_relevancy import TokenEffect, relevancy, token_effects
 from superscopes_tl.neighbours.tuned_lens import TunedLens, train_tuned_lens
@@ -29,11 +29,16 @@ __all__ = [
     "LOGIT_LENS",
     "NEIGHBOURS",
     "PATCHED",
+    "Amplified",
     "Lens",
     "NextTokens",
+    "Noise",
+    "OtherTokens",
+    "Resampled",
     "TokenEffect",
     "TunedLens",
-    "amplified",
+    "Without",
+    "Zero",
     "beside",
     "causal_effects",
     "causal_trace",
@@ -41,14 +46,9 @@ __all__ = [
     "lens_table",
     "logit_lens",
     "next_tokens",
-    "noise",
-    "other_tokens",
     "relevancy",
-    "resampled",
     "side_by_side",
     "sites_of",
     "token_effects",
     "train_tuned_lens",
-    "without",
-    "zero",
 ]

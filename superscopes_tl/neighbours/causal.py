@@ -38,8 +38,8 @@ from superscopes_tl.model import (
     resolve_positions,
 )
 from superscopes_tl.neighbours.lenses import divergence
-from superscopes_tl.neighbours.replacements import Corruption, zero
-from superscopes_tl.vectors import PlaceVectors, family_name, random_direction
+from superscopes_tl.neighbours.replacements import Corruption, Zero
+from superscopes_tl.vectors import PlaceVectors, RandomDirection, label
 
 SITE_COLUMNS = ["prompt", "position", "token", "kind", "source_layer"]
 """The columns by which effects and readings of the same site find each other."""
@@ -52,7 +52,7 @@ def causal_effects(
     kinds: str | Iterable[str] = PAPER_KINDS,
     layers: int | Iterable[int] | None = None,
     positions: Positions = -1,
-    replacement: PlaceVectors = zero,
+    replacement: PlaceVectors = Zero(),
     continuation: str | int = 1,
     window: int = 1,
     chat: bool = False,
@@ -67,8 +67,8 @@ def causal_effects(
         kinds: kinds of activation.
         layers: layers, counted from 0; every layer unless given.
         positions: tokens, as in a sweep; the last one unless given.
-        replacement: what is written in the vector's place: `zero`, `resampled(text)`,
-            `mean_activation(model, texts)`, `amplified(3)`, `without(head(3))`, or your own.
+        replacement: what is written in the vector's place: `Zero()`, `Resampled(text)`,
+            `MeanActivation(texts)`, `Amplified(3)`, `Without(Head(3))`, or your own.
         continuation: what the model is asked for: its own likeliest next tokens, so many, or a text
             that goes on where the prompt ends.
         window: how many layers around the site's to replace at once.
@@ -86,21 +86,25 @@ def causal_effects(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, replacement or continuation.
     """
+<<<<<<< HEAD
     model = load_model(model)
     fix = "pass zero, resampled(text), ..."
+=======
+    fix = "pass Zero(), Resampled(text), ..."
+>>>>>>> 5756c96 (Mappings, sources, bases and ways to write are values: equal, hashable, picklable, printed as the Python that makes them)
     check_callable("replacement", replacement, expected="a replacement", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
     new = _checked(replacement(run, [(site, site.layer) for site in places]), own)
-    random = own + random_direction(seed)(1.0)(new - own)
+    random = own + RandomDirection(seed)(1.0)(new - own)
     rows = [*_rows(Row(run.source.ids), windows, places, new)]
     rows += _rows(Row(run.source.ids), windows, places, random)
     clean = _clean(run, told)
     found = _compare(model, rows, told, clean, batch_size)
     patched, control = found.iloc[: len(sites)], found.iloc[len(sites) :].reset_index(drop=True)
-    table = _site_columns(run, sites, "replacement", family_name(replacement), told)
+    table = _site_columns(run, sites, "replacement", label(replacement), told)
     likely = _mean_log_probability(clean, told)
     return table.assign(
         clean_log_probability=likely,
@@ -133,7 +137,7 @@ def causal_trace(
     Args:
         model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
-        corruption: `noise(subject)`, `other_tokens(text)`, or your own.
+        corruption: `Noise(subject)`, `OtherTokens(text)`, or your own.
         kinds: kinds of activation.
         layers: layers, counted from 0; every layer unless given.
         positions: tokens, as in a sweep; the last one unless given.
@@ -155,14 +159,18 @@ def causal_trace(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, corruption or continuation.
     """
+<<<<<<< HEAD
     model = load_model(model)
     fix = "pass noise(subject), other_tokens(text), ..."
+=======
+    fix = "pass Noise(subject), OtherTokens(text), ..."
+>>>>>>> 5756c96 (Mappings, sources, bases and ways to write are values: equal, hashable, picklable, printed as the Python that makes them)
     check_callable("corruption", corruption, expected="a corruption", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
     places = list(dict.fromkeys(place for around in windows for place in around))
     own = site_vectors(run.model, run.source, places)
-    random = random_direction(seed)(1.0)(own)
+    random = RandomDirection(seed)(1.0)(own)
     draws = corruption(run)
     rows = list(draws)
     for vectors in (own, random):
@@ -176,7 +184,7 @@ def causal_trace(
     restored, control = (pd.DataFrame(m, columns=found.columns.drop("top_tokens")) for m in means)
     likely = _mean_log_probability(clean, told)
     effect, cost = restored["log_probability"] - corrupted, likely - corrupted
-    return _site_columns(run, sites, "corruption", family_name(corruption), told).assign(
+    return _site_columns(run, sites, "corruption", label(corruption), told).assign(
         clean_log_probability=likely,
         corrupted_log_probability=corrupted,
         patched_log_probability=restored["log_probability"],

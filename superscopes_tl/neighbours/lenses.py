@@ -35,7 +35,7 @@ from superscopes_tl.model import (
     load_model,
     tokenize,
 )
-from superscopes_tl.vectors import random_direction
+from superscopes_tl.vectors import RandomDirection
 
 Place: TypeAlias = tuple[HookKind, int]
 """A kind and a layer."""
@@ -176,7 +176,7 @@ def _through(
     for name, lens in lenses.items():
         yield name, lens(model, vectors, sites)
         if control:
-            random = random_direction(SEED)(1.0)(vectors)
+            random = RandomDirection(SEED)(1.0)(vectors)
             yield control_name(name), lens(model, random, sites)
 
 

@@ -29,14 +29,14 @@ from superscopes_tl.neighbours.causal import causal_effects
 from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_table
 from superscopes_tl.vectors import (
     SELFIE_PROMPT,
+    Accumulated,
+    Add,
     AffineMap,
-    accumulated,
-    add,
-    at_layers,
-    both,
-    interpolate,
-    mapped,
-    placeholder_state,
+    AtLayers,
+    Both,
+    Interpolate,
+    Mapped,
+    PlaceholderState,
 )
 
 CONTROL = "random_direction"
@@ -50,13 +50,16 @@ NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "Patchscopes": {"alphas": 1},
         "Superscopes": {},
         "Superscopes, α in residual norms": {"unit": "residual", "alphas": (0.5, 1, 2, 4, 8)},
-        "guidance on vectors": {"base": placeholder_state},
+        "guidance on vectors": {"base": PlaceholderState()},
         "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},
         "SelfIE, five placeholders": {"target_prompt": SELFIE_PROMPT},
-        "SelfIE, added": {"write": add},
-        "SelfIE, added at layers 0 and 1": {"write": both(add, at_layers(0, 1)), "target_layer": 0},
-        "SelfIE, interpolated": {"write": interpolate, "alphas": (0.25, 0.5, 0.75, 0.9)},
-        "the kind summed over layers": {"vectors": accumulated()},
+        "SelfIE, added": {"write": Add()},
+        "SelfIE, added at layers 0 and 1": {
+            "write": Both(Add(), AtLayers(0, 1)),
+            "target_layer": 0,
+        },
+        "SelfIE, interpolated": {"write": Interpolate(), "alphas": (0.25, 0.5, 0.75, 0.9)},
+        "the kind summed over layers": {"vectors": Accumulated()},
     }
 )
 """Names of methods, and the settings of a sweep that make each of them."""
@@ -88,7 +91,7 @@ def side_by_side(
         position: the token: an index or a substring.
         methods: settings of a sweep by the name of the method; `{**NEIGHBOURS, "mine": {...}}` adds
             one. With a wider or narrower
-            `target_model`, only methods that have `vectors=mapped(...)`.
+            `target_model`, only methods that have `vectors=Mapped(...)`.
         maps: affine maps from the site's layer, from `fit_affine`: as one more method.
         lenses: as `lens_table` takes them; a trained tuned lens, for example.
         progress: whether to show a progress bar.
@@ -120,7 +123,7 @@ def side_by_side(
     if settings.get("target_model") is not None:  # once, not once per method
         settings["target_model"] = load_model(settings["target_model"])
     if maps:
-        into = {"vectors": mapped(maps), "target_layer": sorted({m.target_layer for m in maps})}
+        into = {"vectors": Mapped(maps), "target_layer": sorted({m.target_layer for m in maps})}
         methods = {**methods, "affine map": into}
     plans = {
         name: plan_sweep(model, prompt, **{**settings, **own, **site})

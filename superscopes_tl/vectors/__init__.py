@@ -1,53 +1,59 @@
-"""What is patched and how: sources of v, mapping functions f(v), and ways to write."""
+"""What is patched and how: sources of v, mapping functions f(v), and ways to write.
 
-from superscopes_tl.vectors.affine import AffineMap, load_maps, mapped, save_maps
+The settings of a sweep are values: `Scale()`, `Head(3)`, `AtLayers(0, 3)`. They are equal if their
+parameters are, can be sent to other processes, and print as the Python that makes them, which is
+also what results call them (`label`). Plain functions of the same shape do as well.
+"""
+
+from superscopes_tl.vectors.affine import AffineMap, Mapped, load_maps, save_maps
 from superscopes_tl.vectors.affine_fit import fit_affine
 from superscopes_tl.vectors.amplify import (
     PAPER_MAPPING,
     MappingFamily,
     MappingFunction,
-    family_name,
-    in_units_of,
+    MeanActivation,
+    PlaceholderState,
+    RandomDirection,
+    ResidMid,
+    Scale,
+    label,
     random_direction,
-    scale,
 )
 from superscopes_tl.vectors.directions import difference_of_means, mlp_keys, mlp_values
-from superscopes_tl.vectors.guided import mean_activation, placeholder_state, resid_mid
-from superscopes_tl.vectors.protocols import PlaceVectors, SourceRun, Write
-from superscopes_tl.vectors.sources import accumulated, head, sum_of, window
+from superscopes_tl.vectors.sources import Accumulated, Head, PlaceVectors, SourceRun, SumOf, Window
 from superscopes_tl.vectors.stored import load_vectors
-from superscopes_tl.vectors.writes import SELFIE_PROMPT, add, at_layers, both, interpolate
+from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, Write
 
 __all__ = [
     "PAPER_MAPPING",
     "SELFIE_PROMPT",
+    "Accumulated",
+    "Add",
     "AffineMap",
+    "AtLayers",
+    "Both",
+    "Head",
+    "Interpolate",
+    "Mapped",
     "MappingFamily",
     "MappingFunction",
+    "MeanActivation",
     "PlaceVectors",
+    "PlaceholderState",
+    "RandomDirection",
+    "ResidMid",
+    "Scale",
     "SourceRun",
+    "SumOf",
+    "Window",
     "Write",
-    "accumulated",
-    "add",
-    "at_layers",
-    "both",
     "difference_of_means",
-    "family_name",
     "fit_affine",
-    "head",
-    "in_units_of",
-    "interpolate",
+    "label",
     "load_maps",
     "load_vectors",
-    "mapped",
-    "mean_activation",
     "mlp_keys",
     "mlp_values",
-    "placeholder_state",
     "random_direction",
-    "resid_mid",
     "save_maps",
-    "scale",
-    "sum_of",
-    "window",
 ]

@@ -2,8 +2,8 @@
 
 1. An `AffineMap` takes a vector of a source layer to the block output of a target layer, of the
    same model or of another one. `affine_fit.fit_affine` makes them.
-2. `mapped` hands a sweep its vectors through maps: every vector through the map of its own source
-   layer and target layer. Amplification comes behind it: α·(A·v + b).
+2. `Mapped(maps)` is the source of vectors that sends every site's activation through the map of its
+   source layer and target layer. Amplification comes after it: α·(A·v + b).
 3. `save_maps` and `load_maps` keep several maps in one safetensors file: tensors and a JSON header,
    no code. Maps of other weights than those at hand are refused when they are used.
 
@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, get_type_hints
 
@@ -29,7 +30,7 @@ from superscopes_tl.engine import site_vectors
 from superscopes_tl.errors import RunFileError, bad_value, describe
 from superscopes_tl.files import unfit, write_tensors
 from superscopes_tl.model import LanguageModel, Site
-from superscopes_tl.vectors.protocols import PlaceVectors, SourceRun
+from superscopes_tl.vectors.sources import SourceRun
 
 FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1
@@ -99,7 +100,7 @@ class AffineMap:
 
     def provenance(self) -> dict[str, Any]:
         """Return everything but the numbers of the map, as plain data."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
         return {k: v for k, v in plain.items() if k not in ("weight", "bias")}
 
     def check_models(self, source: LanguageModel, target: LanguageModel) -> None:
@@ -122,26 +123,34 @@ class AffineMap:
                 )
 
 
-def mapped(maps: Iterable[AffineMap]) -> PlaceVectors:
-    """Return what hands a sweep its vectors through affine maps: `sweep(vectors=mapped(maps))`.
+@dataclass(frozen=True, repr=False)
+class Mapped:
+    """Source: the captured vectors through affine maps, `sweep(vectors=Mapped(maps))`.
 
-    Args:
+    Two are equal if their maps were fitted on the same texts, layers and weights.
+
+    Attributes:
         maps: one for every kind, source layer and target layer of the sweep.
-
-    Raises:
-        ValueError: two maps for the same layers. At use: none for a cell's layers, or other
-            models than the maps were fitted on.
+        digest: identifies the maps.
     """
-    found: dict[Place, AffineMap] = {}
-    for one in maps:
-        place = (one.kind, one.source_layer, one.target_layer)
-        if place in found:
-            raise bad_value("maps", "one map for the same layers", place, "leave one out")
-        found[place] = one
 
-    def through_maps(
-        plan: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "sites d_model"]:
+    maps: Sequence[AffineMap] = field(compare=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        maps = tuple(self.maps)
+        if twice := [place for place, n in Counter(map(_place, maps)).items() if n > 1]:
+            raise bad_value("maps", "one map for the same layers", twice[0], "leave one out")
+        # R² is left out because its last digits differ between machines.
+        fitted = [one.provenance() | {"r2": None} for one in maps]
+        object.__setattr__(self, "maps", maps)
+        object.__setattr__(self, "digest", f"{zlib.crc32(json.dumps(fitted).encode()):08x}")
+
+    def __call__(
+        self, run: SourceRun, places: Sequence[tuple[Site, int]]
+    ) -> Float[Tensor, "places d_model"]:
+        """Return A·v + b of every site, by the map to its target layer."""
+        found = {_place(one): one for one in self.maps}
         wanted = [(site.kind, site.layer, target_layer) for site, target_layer in places]
         if missing := [place for place in wanted if place not in found]:
             raise bad_value(
@@ -150,20 +159,20 @@ def mapped(maps: Iterable[AffineMap]) -> PlaceVectors:
                 f"none for {missing[0]}, only for {sorted(found)}",
                 "name these layers in fit_affine(model, texts, pairs)",
             )
-        read = site_vectors(plan.model, plan.source, [site for site, _ in places])
-        vectors = torch.empty(len(places), plan.generator.model.d_model)
+        read = site_vectors(run.model, run.source, [site for site, _ in places])
+        vectors = torch.empty(len(places), run.generator.model.d_model)
         for place in dict.fromkeys(wanted):
-            found[place].check_models(plan.model, plan.generator.model)
+            found[place].check_models(run.model, run.generator.model)
             rows = [row for row, other in enumerate(wanted) if other == place]
             vectors[rows] = found[place](read[rows])
         return vectors
 
-    # A file of readings knows the maps by their name: R² is left out because its last digits
-    # differ between machines.
-    fitted = [one.provenance() | {"r2": None} for one in found.values()]
-    digest = zlib.crc32(json.dumps(fitted).encode())
-    through_maps.__name__ = f"{len(found)} affine maps {digest:08x}"
-    return through_maps
+    def __repr__(self) -> str:
+        return f"Mapped(<{len(self.maps)} maps {self.digest}>)"
+
+
+def _place(one: AffineMap) -> Place:
+    return one.kind, one.source_layer, one.target_layer
 
 
 def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:

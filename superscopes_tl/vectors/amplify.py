@@ -1,14 +1,23 @@
-"""Mapping functions f(v): what happens to a vector between reading it and patching it.
+"""How α acts: mapping families f(v), and the base that α is counted from.
 
 1. A mapping function is any callable from vectors to vectors of the same shape.
-2. A mapping *family* is a callable that takes the amplifier α and returns a mapping function;
-   a sweep calls the family once per α. `scale` is the paper's (section 3.4): f(v) = α·v, and
-   α = 1 is Patchscopes.
-3. Arithmetic is done in float32, because α·v of a half-precision model can overflow float16.
+2. A mapping *family* maps the amplifier α to a mapping function; a sweep calls it once per α.
+   `Scale()` is the paper's (section 3.4): f(v) = α·v, and α = 1 is Patchscopes. `RandomDirection()`
+   is its control.
+3. With a base b, a sweep patches f(v) = b + α·(v − b). The paper has b = 0, but notes that this
+   resembles classifier-free guidance (section 3.5), which amplifies the *difference* to an
+   unconditional prediction, and that a better base may exist (section 6). A base is a source of
+   vectors (`PlaceVectors`):
+   - `MeanActivation(texts)`: what the site carries on average; α amplifies what is special about
+     this prompt.
+   - `ResidMid()`: the residual stream before the block's MLP. For kind `resid_post`, v − b is the
+     MLP output: α = 1 is the block output, and a larger α repeats the step of the MLP.
+   - `PlaceholderState()`: the unpatched state of the placeholder; α = 0 is the unpatched prompt.
+4. Arithmetic is in float32, because α·v of a half-precision model can overflow float16.
 
-Why a scale changes anything although the next block normalises its input: LN(α·v) = LN(v), but
-the residual stream at the placeholder goes on as α·v + (what later blocks add). With α = 1 and a
-weak v the later blocks drown it; with α = 9 it outweighs them.
+Why does α matter at all, when the next block normalises its input? LN(α·v) = LN(v), but the
+residual stream at the placeholder continues as α·v + (what later blocks add). At α = 1 the later
+blocks drown out a weak v; at α = 9 it outweighs them.
 
 A family of your own needs no registration:
 
@@ -16,91 +25,163 @@ A family of your own needs no registration:
         return lambda v: mean + alpha * (v - mean)
 
     sweep(model, prompt, mapping=from_mean)
+
+Guidance on the logits, u + α·(c − u), is the setting `guide="logits"`.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superscopes_tl.engine import capture, site_vectors
+from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.model import LanguageModel, Site, tokenize
+from superscopes_tl.vectors.sources import SourceRun
+
 MappingFunction: TypeAlias = Callable[[Float[Tensor, "... d_model"]], Float[Tensor, "... d_model"]]
 MappingFamily: TypeAlias = Callable[[float], MappingFunction]
 
 
-def scale(alpha: float) -> MappingFunction:
+@dataclass(frozen=True)
+class Scale:
     """Amplify: f(v) = α·v (paper, section 3.4). α = 0 and negative α are legal."""
 
-    def scaled(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        return v.float() * alpha
+    def __call__(self, alpha: float) -> MappingFunction:
+        """Return f for one α."""
+        return lambda v: v.float() * alpha
 
-    return scaled
 
-
-def random_direction(seed: int = 0) -> MappingFamily:
-    """Control: the norm of α·v in a random direction.
+@dataclass(frozen=True)
+class RandomDirection:
+    """Control: a random direction with the norm of α·v.
 
     What a sweep reads through this family owes nothing to the meaning of v, only to how far the
-    placeholder was pushed. Each vector has a direction of its own, which stays the same for every
-    α, as that of v does, and in every batch: it is drawn from the seed and the signs of v.
+    placeholder is pushed. Each vector has its own direction, the same for every α and in every
+    batch: it is sampled from the seed and the signs of v.
 
-    Args:
-        seed: chooses the directions; another seed is another draw of the control.
+    Attributes:
+        seed: selects the directions.
     """
 
-    def random_scale(alpha: float) -> MappingFunction:
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, least=0, fix="RandomDirection(0)")
+
+    def __call__(self, alpha: float) -> MappingFunction:
+        """Return f for one α."""
+
         def redirect(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-            directions = torch.stack([_direction(row, seed) for row in v.reshape(-1, v.shape[-1])])
-            directions = directions.reshape(v.shape).to(v.device)
-            norms = v.float().norm(dim=-1, keepdim=True)
-            redirected: Tensor = alpha * norms * directions / directions.norm(dim=-1, keepdim=True)
-            return redirected
+            # Signs, because rounding errors of v seldom change them.
+            rows = [
+                random_direction(row, zlib.crc32((row > 0).cpu().numpy().tobytes(), self.seed))
+                for row in v.float().reshape(-1, v.shape[-1])
+            ]
+            return alpha * torch.stack(rows).reshape(v.shape)
 
         return redirect
 
-    random_scale.__name__ = f"random_direction(seed={seed})"
-    return random_scale
+
+def random_direction(v: Float[Tensor, "... d_model"], seed: int) -> Float[Tensor, "... d_model"]:
+    """Return random directions with the norms of `v`."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(v.shape, generator=generator).to(v.device)
+    redirected: Tensor = direction * (
+        v.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True)
+    )
+    return redirected
 
 
-def _direction(v: Float[Tensor, " d_model"], seed: int) -> Float[Tensor, " d_model"]:
-    """Return a random direction for one vector; rounding errors of v seldom change its signs."""
-    signs = (v > 0).cpu().numpy().tobytes()
-    generator = torch.Generator().manual_seed(zlib.crc32(signs, seed & 0xFFFFFFFF))
-    return torch.randn(v.shape, generator=generator)
+def label(setting: Callable[..., object]) -> str:
+    """Return what results call a mapping, source, base or way to write.
+
+    For the values of this package this is the Python that makes them, for functions their name.
+    """
+    return getattr(setting, "__name__", None) or repr(setting)
 
 
-@cache
-def in_units_of(norm: float) -> MappingFamily:
-    """Amplify to a given length: f(v) = α·norm·v/‖v‖, whatever the norm of v.
+PAPER_MAPPING = label(Scale())
+"""What results call f(v) = α·v."""
 
-    With the norm of the residual stream at the placeholder (`PatchedGenerator.placeholder_norms`
-    of the target layer), α = 1 weighs as much as what it replaces, for every kind and layer.
 
-    Args:
-        norm: the length that α = 1 stands for.
+@dataclass(frozen=True)
+class MeanActivation:
+    """Base: the mean activation over texts, at their last tokens.
+
+    Attributes:
+        texts: at least two; the more diverse, the less of any one is in the mean.
+        chat: whether they are rendered in the chat template, as the prompts of the sweep then are.
     """
 
-    def in_units(alpha: float) -> MappingFunction:
-        def resized(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-            length = v.float().norm(dim=-1, keepdim=True).clamp_min(1e-30)
-            result: Tensor = v.float() * (alpha * norm / length)
-            return result
+    texts: Sequence[str]
+    chat: bool = False
 
-        return resized
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str) or len(self.texts) < 2:
+            raise bad_value("texts", "at least two texts", self.texts, "for example PAPER_PROMPTS")
+        object.__setattr__(self, "texts", tuple(self.texts))
 
-    in_units.__name__ = f"in_units_of({norm!r})"
-    return in_units
+    def __call__(
+        self, run: SourceRun, places: Sequence[tuple[Site, int]]
+    ) -> Float[Tensor, "places d_model"]:
+        """Return the mean at every site; the texts are run once per model."""
+        known = _MEANS.setdefault(run.model, {})
+        if self not in known:
+            known[self] = self._means(run.model)
+        return torch.stack([known[self][site.kind, site.layer] for site, _ in places])
+
+    def __repr__(self) -> str:
+        digest = zlib.crc32(repr(self.texts).encode())
+        chat = ", chat=True" if self.chat else ""
+        return f"MeanActivation(<{len(self.texts)} texts {digest:08x}>{chat})"
+
+    def _means(self, model: LanguageModel) -> dict[tuple[str, int], Float[Tensor, " d_model"]]:
+        rows: dict[tuple[str, int], list[Tensor]] = {}
+        for text in self.texts:
+            tokens = tokenize(model, text, chat=self.chat)
+            seen = capture(model, tokens, kinds=model.kinds)
+            for kind in model.kinds:
+                for layer in range(model.n_layers):
+                    last = seen[kind, layer][tokens.own.stop - 1]
+                    rows.setdefault((kind, layer), []).append(last.float())
+        return {place: torch.stack(found).mean(dim=0) for place, found in rows.items()}
 
 
-def family_name(family: Callable[..., object]) -> str:
-    """Return the name under which a result records a mapping family or a base."""
-    return getattr(family, "__name__", None) or repr(family)
+_MEANS: WeakKeyDictionary[LanguageModel, dict[MeanActivation, dict[tuple[str, int], Tensor]]] = (
+    WeakKeyDictionary()
+)
 
 
-PAPER_MAPPING = family_name(scale)
-"""The name under which a result records f(v) = α·v."""
+@dataclass(frozen=True)
+class ResidMid:
+    """Base: the residual stream before the MLP, at the same layer and token.
+
+    Models that compute attention and MLP in parallel have none (`UnavailableKindError`).
+    """
+
+    def __call__(
+        self, run: SourceRun, places: Sequence[tuple[Site, int]]
+    ) -> Float[Tensor, "places d_model"]:
+        """Return `resid_mid` at every site's layer and token."""
+        sites = [replace(site, kind="resid_mid") for site, _ in places]
+        return site_vectors(run.model, run.source, sites)
+
+
+@dataclass(frozen=True)
+class PlaceholderState:
+    """Base: the block output at the placeholder and target layer when nothing is patched."""
+
+    def __call__(
+        self, run: SourceRun, places: Sequence[tuple[Site, int]]
+    ) -> Float[Tensor, "places d_model"]:
+        """Return the state of the placeholder at every target layer; the mean of several."""
+        states = run.generator.placeholder_states.mean(dim=1)
+        return torch.stack([states[target_layer] for _, target_layer in places])

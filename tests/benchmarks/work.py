@@ -18,7 +18,7 @@ import torch
 
 from superscopes_tl import PAPER_ALPHAS, PAPER_PROMPTS, LanguageModel, Patch, capture
 from superscopes_tl.model import tokenize
-from superscopes_tl.vectors import scale
+from superscopes_tl.vectors import Scale
 
 PROMPTS = 4
 LAYERS = 8
@@ -56,7 +56,7 @@ def make_cells(model: LanguageModel, count: int) -> list[Cell]:
     for step, alpha in enumerate(PAPER_ALPHAS):
         for prompt in prompts:
             for layer in layers:
-                vector = scale(alpha)(states[prompt]["resid_post", layer][-1].float().cpu())
+                vector = Scale()(alpha)(states[prompt]["resid_post", layer][-1].float().cpu())
                 into = (layer + step) % (model.n_layers - 1)
                 cells.append(Cell(prompt, layer, alpha, Patch(vector, into)))
     first = len(prompts) * len(layers)

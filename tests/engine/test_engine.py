@@ -24,7 +24,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.experiment import SweepError, SweepInterrupted
 from superscopes_tl.model import hook_name
-from superscopes_tl.vectors import random_direction, scale
+from superscopes_tl.vectors import RandomDirection, Scale
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.same import assert_same_readings
 from tests.support.tiny_models import ARCHITECTURES
@@ -135,7 +135,7 @@ def test_amplifying_is_the_same_as_reading_a_longer_vector(
     generator = PatchedGenerator(model, TARGET, max_new_tokens=3)
     v = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
     one, other = generator.generate(
-        [Patch(scale(alpha)(factor * v), layer), Patch(scale(alpha * factor)(v), layer)]
+        [Patch(Scale()(alpha)(factor * v), layer), Patch(Scale()(alpha * factor)(v), layer)]
     )
     if min(one.margin, other.margin) > 1e-3:
         assert one.token_ids == other.token_ids
@@ -144,14 +144,14 @@ def test_amplifying_is_the_same_as_reading_a_longer_vector(
 def test_the_random_control_keeps_the_norm_and_drops_the_direction() -> None:
     """Random vectors are as long as α·v, each of its own direction, equal for equal seeds."""
     v = torch.randn(7, 32)
-    control = random_direction(seed=4)(3.0)(v)
+    control = RandomDirection(seed=4)(3.0)(v)
     torch.testing.assert_close(control.norm(dim=-1), 3 * v.norm(dim=-1))
-    assert torch.equal(control, random_direction(seed=4)(3.0)(v))
+    assert torch.equal(control, RandomDirection(seed=4)(3.0)(v))
     directions = control / control.norm(dim=-1, keepdim=True)
     assert torch.pdist(directions).min() > 0.5, "every row has a direction of its own"
-    torch.testing.assert_close(random_direction(seed=4)(6.0)(v), 2 * control)
-    torch.testing.assert_close(random_direction(seed=4)(3.0)(v[:2]), control[:2])
-    assert not torch.allclose(control, random_direction(seed=5)(3.0)(v))
+    torch.testing.assert_close(RandomDirection(seed=4)(6.0)(v), 2 * control)
+    torch.testing.assert_close(RandomDirection(seed=4)(3.0)(v[:2]), control[:2])
+    assert not torch.allclose(control, RandomDirection(seed=5)(3.0)(v))
 
 
 def test_a_row_records_the_norm_of_what_was_patched(tiny: Tiny) -> None:
@@ -446,7 +446,7 @@ def test_a_sweep_records_where_it_comes_from(tiny: Tiny) -> None:
     assert provenance["model"]["weight_processing"] == "none"
     assert provenance["model"]["dtype"] == "float32"
     assert provenance["config"]["target_layer"] == "same"
-    assert provenance["config"]["mapping"] == "scale"
+    assert provenance["config"]["mapping"] == "Scale()"
     assert provenance["config"]["max_new_tokens"] == 3
 
 

@@ -27,7 +27,7 @@ from superscopes_tl import (
     sweep,
 )
 from superscopes_tl.engine import Generation
-from superscopes_tl.vectors import scale
+from superscopes_tl.vectors import Scale
 from tests.conftest import BACKENDS
 from tests.engine.test_engine import hooks_on
 from tests.support.tiny_models import random_hf, tiny_tokenizer
@@ -105,7 +105,7 @@ def test_a_block_output_in_its_own_place_changes_nothing(chosen: Any, share: flo
     model, writer = small(chosen), generator(chosen)
     layer = at(share, model.n_layers)
     own = capture(model, TARGET.text, kinds="resid_post", layers=[layer])
-    patch = Patch(scale(1.0)(own["resid_post", layer][writer.target.positions[0]]), layer)
+    patch = Patch(Scale()(1.0)(own["resid_post", layer][writer.target.positions[0]]), layer)
     assert same_text(writer.generate([patch])[0], writer.unpatched())
 
 
@@ -152,7 +152,7 @@ def test_only_the_product_of_alpha_and_length_counts(
     """α·(c·v) and (α·c)·v are one patch."""
     model = small(chosen)
     layer, v = at(share, model.n_layers), vector(model, seed)
-    patches = [Patch(scale(alpha)(factor * v), layer), Patch(scale(alpha * factor)(v), layer)]
+    patches = [Patch(Scale()(alpha)(factor * v), layer), Patch(Scale()(alpha * factor)(v), layer)]
     one, other = generator(chosen).generate(patches)
     likely = generator(chosen).next_token(patches)
     torch.testing.assert_close(likely[0], likely[1], rtol=1e-3, atol=1e-3)

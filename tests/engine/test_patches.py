@@ -149,7 +149,7 @@ def test_vectors_are_asked_for_once_with_all_places(tiny: Tiny, word_overlap: An
     assert [(site.layer, target) for site, target in calls[0]] == [(5, 4), (2, 4), (5, 1), (2, 1)]
     for number, (site, target) in enumerate(calls[0]):
         assert float(patches[Cell.at(site, target, 3.0)].vector[0]) == 3 * number
-    assert plan.mapping_name == "scale, of numbered"
+    assert plan.mapping_name == "Scale(), of numbered"
 
 
 def test_a_write_changes_the_patch_of_every_cell(tiny: Tiny, word_overlap: Any) -> None:
@@ -162,7 +162,7 @@ def test_a_write_changes_the_patch_of_every_cell(tiny: Tiny, word_overlap: Any) 
     plan = plan_sweep(model, PROMPT, alphas=[1, 3], write=half, scorer=word_overlap)
     for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
         assert (patch.keep, patch.layers) == (cell.alpha / 2, (2, 4))
-    assert plan.mapping_name == "scale, by half"
+    assert plan.mapping_name == "Scale(), by half"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_another_model_may_be_asked(tiny: Tiny, word_overlap: Any) -> None:
     alone = sweep(model, PROMPT, **settings)
     both = sweep(model, PROMPT, target_model=other, **settings)
     assert_same_readings(both.table, alone.table, ["text"])
-    assert set(both.table["mapping"]) == {"scale, into the other"}
+    assert set(both.table["mapping"]) == {"Scale(), into the other"}
     assert both.provenance["target_model"]["name"] == "the other"
     assert alone.provenance["target_model"] is None
 

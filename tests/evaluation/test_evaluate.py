@@ -25,7 +25,7 @@ from superscopes_tl import (
 )
 from superscopes_tl import evaluate as evaluate_function
 from superscopes_tl.evaluation import Evaluation, methods
-from superscopes_tl.vectors import mean_activation, random_direction, resid_mid
+from superscopes_tl.vectors import MeanActivation, RandomDirection, ResidMid
 from tests.support.same import assert_same_readings
 
 PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
@@ -93,7 +93,7 @@ def test_a_finished_cell_is_never_computed_twice(
         (8, PROMPTS[:2], {"alphas": (1, 6, 12)}),
         (6, PROMPTS, {}),
         (9, PROMPTS, {"layers": (5, 7)}),
-        (18, PROMPTS, {"base": resid_mid}),
+        (18, PROMPTS, {"base": ResidMid()}),
         (12, PROMPTS, {"draws": 2}),
     ):
         generated.clear()
@@ -265,7 +265,7 @@ def test_bases_and_seeds_of_one_name_family_are_told_apart(
     """Means of other texts are other bases; functions without a name cannot go into a file."""
     path = tmp_path / "run.sqlite"
     for texts in (("Pink Floyd", "Titanic"), ("Star Wars", "Will Smith")):
-        found = evaluate(mini, PROMPTS[:1], path, base=mean_activation(mini, texts), **settings)
+        found = evaluate(mini, PROMPTS[:1], path, base=MeanActivation(texts), **settings)
     assert found.table["mapping"].nunique() == 2
     assert len(found) == 12
     for extra in (
@@ -284,9 +284,9 @@ def test_random_directions_differ_between_prompts_and_not_between_batches(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """As a mapping, too: a null over prompts needs another vector for each of them."""
-    wide = evaluate(mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9}).table
+    wide = evaluate(mini, PROMPTS, mapping=RandomDirection(1), **{**settings, "alphas": 9}).table
     narrow = evaluate(
-        mini, PROMPTS, mapping=random_direction(1), **{**settings, "alphas": 9, "layers": 2}
+        mini, PROMPTS, mapping=RandomDirection(1), **{**settings, "alphas": 9, "layers": 2}
     ).table
     at_2 = wide[wide["source_layer"] == 2]
     assert_same_readings(at_2, narrow, ["text"])
@@ -300,11 +300,11 @@ def test_methods_have_equal_budgets_or_say_so(
     path, budget = tmp_path / "run.sqlite", {**settings, "draws": None}
     evaluate(mini, PROMPTS, path, **budget)
     found = evaluate(mini, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})
-    evaluate(mini, PROMPTS, path, base=resid_mid, **budget)
+    evaluate(mini, PROMPTS, path, base=ResidMid(), **budget)
     cells = {name: len(part) / 6 for name, part in methods(found).items()}
     assert cells == {"Patchscopes": 1, "Superscopes": 4, "Patchscopes, equal budget": 4}
     cells = {name: len(part) / 6 for name, part in methods(Evaluation.load(path)).items()}
-    assert cells["Superscopes, scale, from resid_mid"] == 2
+    assert cells["Superscopes, Scale(), from ResidMid()"] == 2
     fewer = evaluate(mini, PROMPTS, **{**settings, "alphas": (1, 3, 6, 9, 12), "draws": 1})
     assert len(methods(fewer)["Patchscopes, 2 readings"]) == 12
 

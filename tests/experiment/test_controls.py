@@ -24,7 +24,7 @@ from superscopes_tl import (
 from superscopes_tl.engine import crop_description, description_is_over
 from superscopes_tl.experiment import make_control, make_patches, rescored
 from superscopes_tl.experiment.controls import OTHER_PROMPTS
-from superscopes_tl.vectors import mean_activation
+from superscopes_tl.vectors import MeanActivation
 
 PROMPT = "Red Hot Chili Peppers"
 SETTINGS: dict[str, Any] = {
@@ -75,7 +75,7 @@ def test_alpha_zero_is_a_patched_zero_vector(controlled: SweepResult, mini: Lang
 
 def test_alpha_zero_with_a_base_is_the_base(mini: LanguageModel, word_overlap: Any) -> None:
     """f(v) = b + 0·(v − b) is b, one vector per layer."""
-    base = mean_activation(mini, PAPER_PROMPTS[:3])
+    base = MeanActivation(PAPER_PROMPTS[:3])
     plan = plan_sweep(mini, PROMPT, base=base, scorer=word_overlap, **SETTINGS)
     zero = make_control("alpha_zero", plan, plan.cells, make_patches(plan))
     places = [(site, 0) for site, _, _ in plan.cells]

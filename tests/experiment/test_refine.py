@@ -76,7 +76,7 @@ def test_nothing_to_refine_leaves_the_result_as_it_is(
     same = refine(plan_sweep(mini, "Pearl Jam", alphas=3, **settings), result, progress=False)
     pd.testing.assert_frame_equal(same.table, result.table)
     other = plan_sweep(mini, "Pearl Jam", alphas=3, unit="residual", **settings)
-    with pytest.raises(ValueError, match="by scale, in residual norms, got none"):
+    with pytest.raises(ValueError, match=r"by Scale\(\), in residual norms, got none"):
         refine(other, result)
 
 

@@ -40,7 +40,7 @@ def reading(
     position: int = 6,
     target_layer: int = 0,
     description: str | None = None,
-    mapping: str = "scale",
+    mapping: str = "Scale()",
 ) -> Reading:
     """Return one cell; its description tells the cells apart unless given."""
     name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
@@ -138,7 +138,7 @@ def test_best_breaks_ties_by_the_smallest_amplifier(
 
 @pytest.mark.parametrize(
     "change",
-    [{"position": 3}, {"target_layer": 2}, {"mapping": "random_direction(seed=0)"}],
+    [{"position": 3}, {"target_layer": 2}, {"mapping": "RandomDirection(seed=0)"}],
     ids=lambda change: next(iter(change)),
 )
 def test_best_keeps_sites_apart(change: dict[str, Any]) -> None:

@@ -32,11 +32,11 @@ from superscopes_tl.experiment import (
 )
 from superscopes_tl.experiment.vector_plans import NO_LAYER
 from superscopes_tl.vectors import (
+    PlaceholderState,
+    ResidMid,
     difference_of_means,
     mlp_keys,
     mlp_values,
-    placeholder_state,
-    resid_mid,
 )
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
@@ -263,7 +263,7 @@ def test_a_result_knows_its_vectors_by_their_numbers(tiny: Tiny) -> None:
     model = tiny("llama", "bridge")
     names = [plan_vectors(model, v)[0].mapping_name for v in (_given(2), _given(2), _given(2, 3))]
     assert names[0] == names[1] != names[2]
-    assert names[0].startswith("scale, of 2 given vectors ")
+    assert names[0].startswith("Scale(), of GivenVectors(<2 vectors ")
     assert names[0].endswith(", in residual norms")
 
 
@@ -309,13 +309,13 @@ def test_the_base_may_be_the_placeholders_own_state(backend: str, tiny: Tiny) ->
     """f(v) = b + α·(v − b) needs no source prompt either: α = 0 is the unpatched prompt."""
     model = tiny("llama", backend)
     table = read_vectors(
-        model, _given(2), base=placeholder_state, unit="vector", alphas=(0, 1), target_layer=5,
+        model, _given(2), base=PlaceholderState(), unit="vector", alphas=(0, 1), target_layer=5,
         target_prompt=TARGET, max_new_tokens=4, progress=False,
     ).table  # fmt: skip
     unpatched = PatchedGenerator(model, TARGET, max_new_tokens=4).unpatched().text
     assert set(table[table["alpha"] == 0]["text"]) == {unpatched}
-    with pytest.raises(ValueError, match="prompt: expected at least one token.*base=resid_mid"):
-        read_vectors(model, _given(2), base=resid_mid, target_prompt=TARGET, progress=False)
+    with pytest.raises(ValueError, match=r"prompt: expected at least one token.*base=ResidMid\(\)"):
+        read_vectors(model, _given(2), base=ResidMid(), target_prompt=TARGET, progress=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -328,7 +328,7 @@ def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, t
         "target_layer": (5, 2),
         "target_prompt": TARGET,
     }
-    (plan,) = plan_vectors(model, vectors, base=placeholder_state, **settings)
+    (plan,) = plan_vectors(model, vectors, base=PlaceholderState(), **settings)
     tokens = plan.generator.target
     ids, at = list(tokens.tokens.ids), tokens.positions[0]
     for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
@@ -337,8 +337,9 @@ def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, t
         v = vectors[cell.position] / vectors[cell.position].norm() * b.norm()
         torch.testing.assert_close(patch.vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
         assert alpha != 1 or patch.norm == pytest.approx(float(b.norm()), rel=1e-4)
-    (kept,) = plan_vectors(model, vectors, base=placeholder_state, unit="vector", **settings)
-    assert ", of 3 given vectors of residual norm " in plan.mapping_name
+    (kept,) = plan_vectors(model, vectors, base=PlaceholderState(), unit="vector", **settings)
+    assert ", of GivenVectors(<3 vectors " in plan.mapping_name
+    assert "resize=True" in plan.mapping_name
     assert kept.mapping_name == plan.mapping_name.replace(" of residual norm", "")
 
 

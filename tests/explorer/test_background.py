@@ -18,7 +18,7 @@ from superscopes_tl.explorer.background import (
     Progress,
     wait_for_all,
 )
-from superscopes_tl.vectors import random_direction
+from superscopes_tl.vectors import RandomDirection
 from tests.explorer.conftest import PROMPT, WAIT, hook_count
 from tests.support.same import assert_same_readings
 
@@ -102,7 +102,7 @@ def test_a_mapping_of_ones_own_is_reused_for_the_same_sites_alone(model: Languag
 
 @pytest.mark.parametrize(
     "changed",
-    [{"max_new_tokens": 2}, {"target_prompt": "x is"}, {"mapping": random_direction(0)}],
+    [{"max_new_tokens": 2}, {"target_prompt": "x is"}, {"mapping": RandomDirection(0)}],
     ids=lambda changed: next(iter(changed)),
 )
 def test_cells_of_other_texts_are_not_reused(model: LanguageModel, changed: Any) -> None:

@@ -24,7 +24,7 @@ from superscopes_tl import (
 from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.explorer.cell import code_for, ladder, probe, reading_at
 from superscopes_tl.neighbours import LENSES, TunedLens, lens_table
-from superscopes_tl.vectors import random_direction, scale
+from superscopes_tl.vectors import RandomDirection, Scale
 from tests.explorer.conftest import PROMPT, by_length, finished
 from tests.model.test_chat import TEMPLATES, with_template
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
@@ -93,7 +93,7 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
         assert lens.tokens == tuple(zip(rows["top_token"], rows["probability"], strict=True))
 
 
-@pytest.mark.parametrize("mapping", [scale, random_direction(3)], ids=["scale", "random"])
+@pytest.mark.parametrize("mapping", [Scale(), RandomDirection(3)], ids=str)
 @pytest.mark.parametrize("target_layer", [4, "same"])
 def test_the_code_reads_the_same_cell(
     mini: LanguageModel, mapping: Any, target_layer: Any, word_overlap: Any
@@ -116,15 +116,15 @@ def test_the_code_names_what_differs_from_the_defaults(model: LanguageModel) -> 
     """Another target prompt, mapping, scorer and protocol are all in it, with their imports."""
     result = sweep(
         model, PROMPT, alphas=(2,), kinds="mlp_out", max_new_tokens=2, score_on="text",
-        target_prompt=TargetPrompt("_ is", "_"), mapping=random_direction(1), scorer=by_length,
+        target_prompt=TargetPrompt("_ is", "_"), mapping=RandomDirection(1), scorer=by_length,
         progress=False,
     )  # fmt: skip
     code = first_code(result, 1)
     compile(code, "code", "exec")
     for part in (
-        "TargetPrompt('_ is', '_')", "mapping=random_direction(seed=1)", "score_on='text'",
+        "TargetPrompt('_ is', '_')", "mapping=RandomDirection(seed=1)", "score_on='text'",
         "scorer='by_length'", "from superscopes_tl import load_model, sweep, TargetPrompt",
-        "from superscopes_tl.vectors import random_direction",
+        "from superscopes_tl.vectors import RandomDirection",
     ):  # fmt: skip
         assert part in code
 
@@ -144,9 +144,9 @@ def test_a_mapping_of_ones_own_is_left_to_fill_in(model: LanguageModel) -> None:
 @pytest.mark.parametrize(
     "label",
     [
-        "x\nboom()", "ｂｏｏｍ()", "head\rboom()", "boom()", "head(boom())", "head(boom)", "boom",
-        "head.boom()", "head([boom() for _ in 'x'])", "head(lambda: boom())", "head()()",
-        "head(f'{boom()}')",
+        "x\nboom()", "ｂｏｏｍ()", "Head\rboom()", "boom()", "Head(boom())", "Head(boom)", "boom",
+        "Head.boom()", "Head([boom() for _ in 'x'])", "Head(lambda: boom())", "Head()()",
+        "Head(f'{boom()}')",
     ],
 )  # fmt: skip
 def test_no_code_comes_out_of_a_file(model: LanguageModel, label: str) -> None:

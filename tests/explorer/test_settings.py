@@ -19,7 +19,7 @@ from superscopes_tl import (
     plan_sweep,
 )
 from superscopes_tl.explorer.settings import alphas_text, parse_alphas
-from superscopes_tl.vectors import placeholder_state, random_direction
+from superscopes_tl.vectors import PlaceholderState, RandomDirection
 from tests.explorer.conftest import PROMPT, WAIT, by_length, finished
 
 BAND = "Red Hot Chili Peppers"
@@ -27,7 +27,7 @@ BAND = "Red Hot Chili Peppers"
 
 def test_controls_and_config_agree(explorer: Explorer) -> None:
     """What is set in Python shows in the controls, and the other way round."""
-    mapping = random_direction(3)
+    mapping = RandomDirection(3)
     explorer.config = SweepConfig(
         layers=(1, 2), kinds="mlp_out", alphas=(2, -0.5), positions=1, target_layer="same",
         target_prompt=TargetPrompt("_ means", "_"), score_on="text", scorer=by_length,
@@ -61,7 +61,7 @@ def test_controls_and_config_agree(explorer: Explorer) -> None:
         ("max_new_tokens", {"max_new_tokens": 0}),
         ("scorer", {"scorer": 5}),
         ("target_prompt.placeholder", {"target_prompt": TargetPrompt("a  x b", " x")}),
-        ("target_model", {"target_model": "no/such-model", "vectors": placeholder_state}),
+        ("target_model", {"target_model": "no/such-model", "vectors": PlaceholderState()}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -22,7 +22,7 @@ from superscopes_tl.figures import (
 
 ONE = Reading(
     prompt="P $x$", position=1, token="t", kind="resid_mid", source_layer=0, target_layer=0,
-    mapping="scale", alpha=1.0, vector_norm=1.0, norm_ratio=1.0, text=": a <b>",
+    mapping="Scale()", alpha=1.0, vector_norm=1.0, norm_ratio=1.0, text=": a <b>",
     description="a <b>", score=0.1, few_shot_copy=False, n_tokens=2, margin=1.0,
 )  # fmt: skip
 

@@ -45,7 +45,7 @@ def reading(
         kind=kind,
         source_layer=source_layer,
         target_layer=target_layer,
-        mapping="scale",
+        mapping="Scale()",
         alpha=float(alpha),
         vector_norm=2.0,
         norm_ratio=(source_layer + alpha) / 10,

@@ -35,7 +35,7 @@ from superscopes_tl.experiment.run import run_plan
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.model import resolve_positions, tokenize
 from superscopes_tl.neighbours import beside, causal_effects, lens_table, sites_of
-from superscopes_tl.vectors import mean_activation, sum_of
+from superscopes_tl.vectors import MeanActivation, SumOf
 from tests.conftest import BACKENDS
 from tests.model.test_tokens_and_prompts import by_hand
 from tests.support import plain_hf
@@ -396,7 +396,7 @@ def test_a_mean_over_texts_is_that_of_their_own_last_tokens(model: LanguageModel
     """The base of a chat sweep is read where its source prompts are read."""
     texts = ("Syria", "Red Hot")
     plan = plan_sweep(model, SOURCE, scorer=lambda r, c: [0.0] * len(c), **FAST)
-    base = mean_activation(model, texts, chat=True)
+    base = MeanActivation(texts, chat=True)
     found = base(plan, [(site, 0) for site in plan.sites])
     for row, site in zip(found, plan.sites, strict=True):
         vectors = []
@@ -407,7 +407,7 @@ def test_a_mean_over_texts_is_that_of_their_own_last_tokens(model: LanguageModel
                 plain_hf.source_vectors(tiny_hf("llama"), ids, site.kind, site.layer)[last]
             )
         torch.testing.assert_close(row, torch.stack(vectors).mean(dim=0), rtol=1e-4, atol=1e-4)
-    names = {f.__name__ for f in (base, mean_activation(model, texts))}  # type: ignore[attr-defined]
+    names = {repr(f) for f in (base, MeanActivation(texts))}
     assert len(names) == 2
 
 
@@ -548,7 +548,7 @@ def test_a_sum_counts_from_the_end_of_the_text(model: LanguageModel, word_overla
     """The last token of a sum of sites is the text's, as a sweep's is."""
     settings: dict[str, Any] = {"layers": 5, "kinds": "mlp_out", "alphas": 2, "chat": True}
     plain = plan_sweep(model, SOURCE, scorer=word_overlap, **settings)
-    same = sum_of([Site("mlp_out", 5, -1)])
+    same = SumOf([Site("mlp_out", 5, -1)])
     summed = plan_sweep(model, SOURCE, scorer=word_overlap, vectors=same, **settings)
     one, other = make_patches(plain)[0].vector, make_patches(summed)[0].vector
     assert torch.equal(one, other)

@@ -18,7 +18,7 @@ from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.mini.facts import load_facts
 from superscopes_tl.mini.twin import random_rotation, rotated_llama
 from superscopes_tl.neighbours import PATCHED, next_tokens
-from superscopes_tl.vectors import AffineMap, fit_affine, mapped
+from superscopes_tl.vectors import AffineMap, Mapped, fit_affine
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings
@@ -113,7 +113,7 @@ def test_equal_widths_patch_the_vector_as_it_is(
         lambda row: plain_hf.source_vectors(hf, source, row["kind"], row["source_layer"])[-1],
     )
     assert table["text"].nunique() > 1
-    assert set(table["mapping"]) == {f"scale, into {asked.name}"}
+    assert set(table["mapping"]) == {f"Scale(), into {asked.name}"}
 
 
 def _fit_by_hand(layer: int, target_layer: int) -> tuple[np.ndarray, int]:
@@ -144,7 +144,7 @@ def test_other_widths_and_tokenizers_patch_through_an_affine_map(
     maps = fit_affine(model, TEXTS, pairs, target_model=asked)
     table = sweep(
         model, SOURCE, layers=[5, 2], kinds="resid_post", alphas=[1, 9], target_layer=[3, 1],
-        target_model=asked, vectors=mapped(maps), target_prompt=TARGET, max_new_tokens=N_NEW,
+        target_model=asked, vectors=Mapped(maps), target_prompt=TARGET, max_new_tokens=N_NEW,
         scorer=word_overlap, progress=False,
     ).table  # fmt: skip
     source = _ids(tiny_tokenizer(), SOURCE)
@@ -174,7 +174,7 @@ def test_other_widths_need_a_map(tiny: Tiny, word_overlap: Any) -> None:
     with pytest.raises(ValueError, match="^model:"):
         sweep(
             model, SOURCE, layers=5, kinds="resid_post", target_layer=2, target_model=asked,
-            vectors=mapped(maps), scorer=word_overlap, progress=False,
+            vectors=Mapped(maps), scorer=word_overlap, progress=False,
         )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def test_an_affine_map_recovers_what_a_rotation_hides(
     }  # fmt: skip
     own = sweep(mini, SOURCE, **settings).table
     assert "rock band" in crop_description(own["text"][0])
-    through = sweep(mini, SOURCE, target_model=twin, vectors=mapped(maps), **settings).table
+    through = sweep(mini, SOURCE, target_model=twin, vectors=Mapped(maps), **settings).table
     assert_same_readings(through, own, ["text"])
     identity = sweep(mini, SOURCE, target_model=twin, **settings).table
     assert "rock band" not in " ".join(identity["text"])
@@ -245,7 +245,7 @@ def test_next_tokens_across_models(mini: LanguageModel) -> None:
         return found
 
     own = surprisal()
-    through = surprisal(target_model=twin, vectors=mapped(maps))
+    through = surprisal(target_model=twin, vectors=Mapped(maps))
     np.testing.assert_allclose(through, own, atol=1e-2)
     assert surprisal(target_model=twin).mean() > own.mean() + 1
 

@@ -17,17 +17,16 @@ from superscopes_tl.engine import Run
 from superscopes_tl.figures import effect_heatmap
 from superscopes_tl.model import tokenize
 from superscopes_tl.neighbours import (
-    amplified,
+    Amplified,
+    Noise,
+    OtherTokens,
+    Resampled,
+    Without,
     beside,
     causal_effects,
     causal_trace,
-    noise,
-    other_tokens,
-    resampled,
-    without,
-    zero,
 )
-from superscopes_tl.vectors import head, mean_activation, random_direction
+from superscopes_tl.vectors import Head, MeanActivation, RandomDirection
 from tests.conftest import BACKENDS
 from tests.support.plain_hf import _mlp_branch, _tensor, blocks_of
 from tests.support.same import ROUNDING
@@ -131,7 +130,7 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
     clean = _plain(hf, ids, told, {})
     table = causal_effects(
         model, PROMPT, kinds=model.kinds, layers=LAYERS, positions=(3, -1), continuation=3,
-        replacement=resampled(OTHER),
+        replacement=Resampled(OTHER),
     )  # fmt: skip
     own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
     other = capture(model, OTHER, kinds=model.kinds, layers=LAYERS)
@@ -148,7 +147,7 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
         assert row["clean_log_probability"] == pytest.approx(before, abs=2e-4)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_changed"] == changed
-        random = v + random_direction(0)(1.0)(new - v)
+        random = v + RandomDirection(0)(1.0)(new - v)
         torch.testing.assert_close((random - v).norm(), (new - v).norm(), rtol=1e-4, atol=1e-4)
         likely, kl, _ = _numbers(clean, _plain(hf, ids, told, {site: random}), told)
         assert row["control_effect"] == pytest.approx(likely - before, abs=2e-4)
@@ -170,7 +169,7 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
         _numbers(clean, _plain(hf, tokens, told, {}), told)[0] for tokens in (ids, corrupt)
     )
     table = causal_trace(
-        model, PROMPT, corruption=other_tokens(OTHER), kinds=model.kinds, layers=LAYERS,
+        model, PROMPT, corruption=OtherTokens(OTHER), kinds=model.kinds, layers=LAYERS,
         positions=(-1, 3), continuation=2,
     )  # fmt: skip
     own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
@@ -183,7 +182,7 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
         assert row["recovered"] == pytest.approx((likely - after) / (before - after), abs=1e-3)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_restored"] == (not changed)
-        random = random_direction(0)(1.0)(own.at(site))
+        random = RandomDirection(0)(1.0)(own.at(site))
         likely, kl, _ = _numbers(clean, _plain(hf, corrupt, told, {site: random}), told)
         assert row["control_effect"] == pytest.approx(likely - after, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
@@ -199,7 +198,7 @@ def test_noise_is_averaged_over_draws_as_in_plain_hugging_face(
     source = tokenize(model, PROMPT)
     told = _plain_greedy(hf, source.ids, 1)
     clean = _plain(hf, source.ids, told, {})
-    corruption = noise("Chili Peppers", draws=3)
+    corruption = Noise("Chili Peppers", draws=3)
     draws = corruption(Run(model, source))
     subject = {i for i, (_, end) in enumerate(source.spans) if end > PROMPT.index("Chili")}
     assert all({site.position for site in draw.writes} == subject for draw in draws)
@@ -223,12 +222,12 @@ def test_noise_has_the_asked_size_and_repeats(tiny: Tiny) -> None:
     model = tiny("llama", "bridge")
     source = tokenize(model, PROMPT)
     embedded = capture(model, PROMPT, kinds="resid_pre", layers=0)["resid_pre", 0]
-    rows = noise(PROMPT, draws=40)(Run(model, source))
+    rows = Noise(PROMPT, draws=40)(Run(model, source))
     added = torch.stack(
         [v - embedded[site.position] for row in rows for site, v in row.writes.items()]
     )
     assert float(added.std() / embedded[1:].std()) == pytest.approx(3, rel=0.03)
-    again = noise(PROMPT, draws=40)(Run(model, source))
+    again = Noise(PROMPT, draws=40)(Run(model, source))
     site = Site("resid_pre", 0, 3)
     assert torch.equal(rows[1].writes[site], again[1].writes[site])
     assert not torch.equal(rows[0].writes[site], rows[1].writes[site])
@@ -238,9 +237,9 @@ def test_noise_has_the_asked_size_and_repeats(tiny: Tiny) -> None:
 def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
     """Own vector: no effect. Last block, earlier token: none. Last block, last token: b_U alone."""
     model = tiny("llama", backend)
-    same = causal_effects(model, PROMPT, kinds=model.kinds, replacement=amplified(1))
+    same = causal_effects(model, PROMPT, kinds=model.kinds, replacement=Amplified(1))
     assert same["kl"].max() < 1e-5
-    assert set(same["replacement"]) == {"scale(1)"}
+    assert set(same["replacement"]) == {"Amplified(alpha=1, mapping=Scale())"}
     assert not same["top_changed"].any()
     last: dict[str, Any] = {"kinds": "resid_post", "layers": -1}
     assert causal_effects(model, PROMPT, positions=3, **last)["kl"][0] < 1e-5
@@ -253,7 +252,7 @@ def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
 def test_closed_forms_of_restoring(backend: str, tiny: Tiny) -> None:
     """The last block's output at the last token is all that the next token depends on."""
     table = causal_trace(
-        tiny("llama", backend), PROMPT, corruption=noise("Chili Peppers", draws=2),
+        tiny("llama", backend), PROMPT, corruption=Noise("Chili Peppers", draws=2),
         kinds=("resid_mid", "resid_post"), layers=(5, 0),
     )  # fmt: skip
     assert table["top_restored"].between(0, 1).all()
@@ -285,9 +284,9 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
     told = _plain_greedy(hf, ids, 1)
     clean = _plain(hf, ids, told, {})
     table = causal_effects(
-        model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=without(head(3))
+        model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=Without(Head(3))
     )
-    assert set(table["replacement"]) == {"without head(3)"}
+    assert set(table["replacement"]) == {"Without(Head(3))"}
     for row in table.to_dict("records"):
 
         def mask(module: Any, inputs: Any) -> Any:
@@ -305,9 +304,9 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
 def test_a_base_is_a_replacement(tiny: Tiny) -> None:
     """The mean of `guided` ablates too; the table says which one it was."""
     model = tiny("llama", "bridge")
-    mean = mean_activation(model, [OTHER, "x"])
+    mean = MeanActivation([OTHER, "x"])
     table = causal_effects(model, PROMPT, layers=LAYERS, replacement=mean)
-    assert set(table["replacement"]) == {mean.__name__}  # type: ignore[attr-defined]
+    assert set(table["replacement"]) == {repr(mean)}
     others = [capture(model, text, layers=LAYERS) for text in (OTHER, "x")]
 
     def by_hand(run: Any, places: Any) -> torch.Tensor:
@@ -357,7 +356,7 @@ def test_a_bfloat16_model_is_patched_too() -> None:
     model = load_model("mini", backend="bridge", device="cpu", dtype="bfloat16")
     table = causal_effects(model, PROMPT, kinds=model.kinds, layers=(5, 2))
     assert table["kl"].between(0, 50).all()
-    same = causal_effects(model, PROMPT, layers=(5, 2), replacement=amplified(1))
+    same = causal_effects(model, PROMPT, layers=(5, 2), replacement=Amplified(1))
     assert same["kl"].max() < 0.01
 
 
@@ -399,9 +398,15 @@ def test_nothing_stays_on_the_model_after_a_failure(
         ({"window": 0}, r"window: expected 1 or more, got 0"),
         ({"batch_size": 0}, r"batch_size: expected 1 or more, got 0"),
         ({"replacement": lambda run, places: 3}, r"replacement: expected vectors of shape \(6, 32"),
+<<<<<<< HEAD
         ({"replacement": resampled("x")}, r"text: expected a token for position 1 of"),
         ({"replacement": amplified(1e39)}, r"replacement: expected numbers that torch\.floa"),
         ({"kinds": "mlp"}, r"kinds: expected"),
+=======
+        ({"replacement": Resampled("x")}, r"text: expected a token for position 1 of"),
+        ({"replacement": Amplified(1e39)}, r"replacement: expected numbers that torch\.floa"),
+        ({"kinds": "mlp"}, r"kinds: expected kinds out of"),
+>>>>>>> 5756c96 (Mappings, sources, bases and ways to write are values: equal, hashable, picklable, printed as the Python that makes them)
     ],
 )  # fmt: skip
 def test_bad_input_says_what_was_expected(
@@ -416,8 +421,8 @@ def test_bad_input_says_what_was_expected(
 @pytest.mark.parametrize(
     ("corruption", "message"),
     [
-        (other_tokens("x"), r"text: expected \d+ tokens, as 'Syria"),
-        (noise("Pink Floyd"), r"positions: expected a substring of"),
+        (OtherTokens("x"), r"text: expected \d+ tokens, as 'Syria"),
+        (Noise("Pink Floyd"), r"positions: expected a substring of"),
     ],
 )
 def test_a_corruption_that_does_not_fit_is_refused(
@@ -437,7 +442,7 @@ def test_parallel_blocks_have_no_middle(tiny: Tiny) -> None:
 def test_noise_needs_a_draw() -> None:
     """No draw, no mean."""
     with pytest.raises(ValueError, match=r"draws: expected 1 or more, got 0"):
-        noise("x", draws=0)
+        Noise("x", draws=0)
 
 
 def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: Any) -> None:
@@ -530,7 +535,7 @@ def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> 
     name, told = "Saturday Night Live", " American sketch comedy show"
     prompt = f"Syria: Country in the Middle East, {name}:"
     asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
-    used = causal_trace(mini, prompt, corruption=noise(name), continuation=told, **asked)
+    used = causal_trace(mini, prompt, corruption=Noise(name), continuation=told, **asked)
     said = sweep(
         mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
         target_layer=0, progress=False, **asked,
@@ -548,4 +553,4 @@ def test_zero_is_zero(tiny: Tiny) -> None:
     """As many zeros as sites."""
     model = tiny("llama", "bridge")
     run = Run(model, tokenize(model, PROMPT))
-    assert torch.equal(zero(run, [(Site("mlp_out", 2, 1), 2)] * 3), torch.zeros(3, 32))
+    assert torch.equal(Zero()(run, [(Site("mlp_out", 2, 1), 2)] * 3), torch.zeros(3, 32))

@@ -16,7 +16,7 @@ from superscopes_tl.cli.main import app
 from superscopes_tl.figures import side_by_side_figure
 from superscopes_tl.neighbours import NEIGHBOURS, causal_effects, side_by_side
 from superscopes_tl.neighbours.methods import OWN_TOKENS
-from superscopes_tl.vectors import add, fit_affine
+from superscopes_tl.vectors import Add, fit_affine
 
 PROMPT = "Red Hot Chili Peppers"
 Tiny = Callable[[str, str], LanguageModel]
@@ -92,7 +92,7 @@ def test_a_target_prompt_is_read_once_for_all_its_methods(
         "one": {"alphas": 1},
         "two": {},
         "three": {"target_prompt": other},
-        "four": {"write": add},
+        "four": {"write": Add()},
         "five": {"target_prompt": other, "alphas": 3},
         "six": {"unit": "residual"},
     }

@@ -15,7 +15,7 @@ from superscopes_tl import LanguageModel, load_model
 from superscopes_tl.engine import IDENTITY_PROMPT
 from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, NextTokens, next_tokens
 from superscopes_tl.statistics import bootstrap
-from superscopes_tl.vectors import head
+from superscopes_tl.vectors import Head
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
@@ -101,7 +101,7 @@ def test_a_text_given_twice_counts_once(tiny: Tiny) -> None:
     found = next_tokens(tiny("llama", "bridge"), [TEXTS[0], TEXTS[0]], layers=2, controls=())
     assert not found.table.duplicated(["method", "text", "position"]).any()
     assert found.provenance["texts"] == [TEXTS[0]]
-    assert found.provenance["config"]["mapping"] == "scale"
+    assert found.provenance["config"]["mapping"] == "Scale()"
     assert "scorer" not in found.provenance["config"]
 
 
@@ -179,6 +179,6 @@ def test_the_lens_is_left_out_where_v_is_something_else(tiny: Tiny) -> None:
     model = tiny("llama", "bridge")
     asked: dict[str, Any] = {"layers": [5, 2], "kinds": "attn_out", "controls": ()}
     plain = next_tokens(model, ["Red Hot Chili Peppers"], **asked).table
-    headed = next_tokens(model, ["Red Hot Chili Peppers"], vectors=head(1), **asked).table
+    headed = next_tokens(model, ["Red Hot Chili Peppers"], vectors=Head(1), **asked).table
     assert set(plain["method"]) == {"patched", "logit_lens"}
     assert set(headed["method"]) == {"patched"}

@@ -24,7 +24,7 @@ def cell(
         "kind": "resid_post",
         "source_layer": source_layer,
         "target_layer": 0,
-        "mapping": "scale",
+        "mapping": "Scale()",
         "alpha": float(alpha),
         "text": f": {description}, Adele: singer",
         "description": description,

@@ -19,7 +19,7 @@ from superscopes_tl import LanguageModel, capture, plan_sweep
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import TokenizedText, tokenize
-from superscopes_tl.vectors import AffineMap, fit_affine, load_maps, mapped, save_maps
+from superscopes_tl.vectors import AffineMap, Mapped, fit_affine, load_maps, save_maps
 from superscopes_tl.vectors import affine as files
 from superscopes_tl.vectors.affine_fit import SMALL_RIDGE, least_squares, matched, r_squared
 from tests.conftest import BACKENDS
@@ -186,7 +186,7 @@ def test_a_sweep_patches_what_the_maps_give(tiny: Tiny, word_overlap: Any) -> No
     maps = fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"])
     plan = plan_sweep(
         model, PROMPT, layers=[5, 2], kinds=["resid_post", "mlp_out"], alphas=[1, 3],
-        target_layer=[4, 1], positions=["Hot", -1], vectors=mapped(maps), scorer=word_overlap,
+        target_layer=[4, 1], positions=["Hot", -1], vectors=Mapped(maps), scorer=word_overlap,
     )  # fmt: skip
     seen = capture(model, PROMPT, kinds=["resid_post", "mlp_out"])
     found = {(one.kind, one.source_layer, one.target_layer): one for one in maps}
@@ -194,10 +194,11 @@ def test_a_sweep_patches_what_the_maps_give(tiny: Tiny, word_overlap: Any) -> No
         one = found[cell.kind, cell.source_layer, cell.target_layer]
         expected = cell.alpha * (one.weight @ seen.at(cell.site) + one.bias)
         torch.testing.assert_close(patch.vector, expected, rtol=1e-4, atol=1e-3)
-    assert plan.mapping_name.startswith("scale, of 8 affine maps ")
-    again = mapped(fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"]))
-    other = mapped(fit_affine(model, TEXTS[:-1], pairs, kinds=["mlp_out", "resid_post"]))
-    assert again.__name__ == mapped(maps).__name__ != other.__name__
+    assert plan.mapping_name.startswith("Scale(), of Mapped(<8 maps ")
+    again = Mapped(fit_affine(model, TEXTS, pairs, kinds=["mlp_out", "resid_post"]))
+    other = Mapped(fit_affine(model, TEXTS[:-1], pairs, kinds=["mlp_out", "resid_post"]))
+    assert again == Mapped(maps) != other
+    assert repr(again) == repr(Mapped(maps)) != repr(other)
 
 
 def test_a_layer_without_a_map_is_refused(tiny: Tiny, word_overlap: Any) -> None:
@@ -205,13 +206,13 @@ def test_a_layer_without_a_map_is_refused(tiny: Tiny, word_overlap: Any) -> None
     model = tiny("llama", "bridge")
     maps = fit_affine(model, TEXTS, [(5, 2)])
     plan = plan_sweep(
-        model, PROMPT, layers=4, kinds="resid_post", target_layer=2, vectors=mapped(maps),
+        model, PROMPT, layers=4, kinds="resid_post", target_layer=2, vectors=Mapped(maps),
         scorer=word_overlap,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"got none for \('resid_post', 4, 2\), only for \[\('r"):
         make_patches(plan)
     with pytest.raises(ValueError, match="maps: expected one map for the same layers"):
-        mapped([*maps, *maps])
+        Mapped([*maps, *maps])
 
 
 def test_maps_of_other_weights_are_refused(tiny: Tiny, word_overlap: Any) -> None:
@@ -222,7 +223,7 @@ def test_maps_of_other_weights_are_refused(tiny: Tiny, word_overlap: Any) -> Non
         ({"source_fingerprint": "abc"}, "model"),
         ({"target_fingerprint": "abc"}, "target_model"),
     ):
-        foreign = mapped([replace(one, **change)])
+        foreign = Mapped([replace(one, **change)])
         plan = plan_sweep(
             model, PROMPT, layers=5, kinds="resid_post", target_layer=2, vectors=foreign,
             scorer=word_overlap,

@@ -10,7 +10,7 @@ import torch
 from superscopes_tl import LanguageModel, PatchedGenerator, SweepConfig, capture, plan_sweep, sweep
 from superscopes_tl.experiment import Cell, make_patches
 from superscopes_tl.explorer.cell import code_for
-from superscopes_tl.vectors import PlaceVectors, mean_activation, placeholder_state, resid_mid
+from superscopes_tl.vectors import MeanActivation, PlaceholderState, PlaceVectors, ResidMid
 from tests.support.tiny_models import D_MODEL, N_LAYERS
 
 PROMPT = "Red Hot Chili Peppers"
@@ -30,9 +30,9 @@ def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
     own = capture(model, PROMPT)
     others = [capture(model, text) for text in TEXTS]
     for name, base in (
-        ("mean", mean_activation(model, TEXTS)),
-        ("mid", resid_mid),
-        ("placeholder", placeholder_state),
+        ("mean", MeanActivation(TEXTS)),
+        ("mid", ResidMid()),
+        ("placeholder", PlaceholderState()),
     ):
         made = _vectors(
             model, word_overlap, layers=(5, 2), kinds=("mlp_out", "resid_post"),
@@ -51,7 +51,9 @@ def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
 
 def test_resid_mid_as_base_repeats_the_mlp_s_step(mini: LanguageModel, word_overlap: Any) -> None:
     """V − b of resid_post is the MLP output: α = 2 adds it twice (paper, Figure 1)."""
-    made = _vectors(mini, word_overlap, layers=5, kinds="resid_post", alphas=(1, 2), base=resid_mid)
+    made = _vectors(
+        mini, word_overlap, layers=5, kinds="resid_post", alphas=(1, 2), base=ResidMid()
+    )
     mlp = capture(mini, PROMPT)["mlp_out", 5][-1]
     once, twice = made.values()
     torch.testing.assert_close(twice - once, mlp, rtol=1e-4, atol=1e-3)
@@ -79,24 +81,24 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
         sweep(mini, PROMPT, **settings, **extra).table["mapping"][0]
         for extra in (
             {},
-            {"base": resid_mid},
-            {"base": mean_activation(mini, TEXTS)},
+            {"base": ResidMid()},
+            {"base": MeanActivation(TEXTS)},
             {"unit": "residual"},
             {"guide": "logits"},
         )
     ]
     assert names == [
-        "scale",
-        "scale, from resid_mid",
-        "scale, from mean of 3 texts 2d5333e8",
-        "scale, in residual norms",
-        "scale, on logits",
+        "Scale()",
+        "Scale(), from ResidMid()",
+        "Scale(), from MeanActivation(<3 texts 2d5333e8>)",
+        "Scale(), in residual norms",
+        "Scale(), on logits",
     ]
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{"base": resid_mid}, {"base": placeholder_state}, {"unit": "residual"}, {"guide": "logits"},
+    [{"base": ResidMid()}, {"base": PlaceholderState()}, {"unit": "residual"}, {"guide": "logits"},
      {"draw": 3}],
     ids=lambda extra: next(iter(extra)),
 )  # fmt: skip
@@ -149,4 +151,4 @@ def test_a_mean_needs_several_texts(mini: LanguageModel) -> None:
     """One text has no mean; a string is no list of texts."""
     for texts in (("Pearl Jam",), "Pearl Jam"):
         with pytest.raises(ValueError, match="texts: expected at least two texts"):
-            mean_activation(mini, texts)
+            MeanActivation(texts)

@@ -15,14 +15,7 @@ from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt,
 from superscopes_tl.experiment import plan_vectors
 from superscopes_tl.figures import relevancy_figure
 from superscopes_tl.neighbours import relevancy, token_effects
-from superscopes_tl.vectors import (
-    SELFIE_PROMPT,
-    add,
-    at_layers,
-    both,
-    interpolate,
-    placeholder_state,
-)
+from superscopes_tl.vectors import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, PlaceholderState
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings
@@ -36,11 +29,11 @@ NEAR_TIE = 5e-5
 N_NEW = 4
 WAYS: dict[str, Any] = {
     "replace": None,
-    "add": add,
-    "interpolate": interpolate,
-    "at_layers": at_layers(4, 1),
-    "add at_layers": both(add, at_layers(4, 1)),
-    "interpolate at_layers": both(at_layers(4, 1), interpolate),
+    "add": Add(),
+    "interpolate": Interpolate(),
+    "at_layers": AtLayers(4, 1),
+    "add at_layers": Both(Add(), AtLayers(4, 1)),
+    "interpolate at_layers": Both(AtLayers(4, 1), Interpolate()),
 }
 
 
@@ -143,13 +136,13 @@ def test_the_ends_of_every_way_are_known(
     """α = 0 of add and interpolate is the unpatched prompt; α = 1 of interpolate is replace."""
     model = tiny(architecture, backend)
     unpatched = PatchedGenerator(model, target, max_new_tokens=N_NEW).unpatched()
-    for write in (add, interpolate, both(add, at_layers(4, 1)), both(interpolate, at_layers(4, 1))):
+    for write in (Add(), Interpolate(), WAYS["add at_layers"], WAYS["interpolate at_layers"]):
         table = _table(model, write, 0, target_prompt=target)
         assert set(table["text"]) == {unpatched.text}
         assert table["entropy"].nunique() <= 2  # one number, but for rounding
     for layers in ((), (4, 1)):
-        writes = [at_layers(*layers)] if layers else []
-        mixed = _table(model, both(interpolate, *writes), 1, target_prompt=target)
+        writes = [AtLayers(*layers)] if layers else []
+        mixed = _table(model, Both(Interpolate(), *writes), 1, target_prompt=target)
         replaced = _table(model, writes[0] if writes else None, 1, target_prompt=target)
         assert_same_readings(mixed, replaced, ["text"])
         assert mixed["text"].nunique() > 1
@@ -163,8 +156,8 @@ def test_interpolating_is_counting_from_the_placeholders_state(
     """At one placeholder and layer, (1 − α)·old + α·v is b + α·(v − b) with b = old."""
     model = tiny(architecture, backend)
     alphas = (0.25, 0.75, 1.5)
-    one = _table(model, interpolate, alphas)
-    other = _table(model, None, alphas, base=placeholder_state)
+    one = _table(model, Interpolate(), alphas)
+    other = _table(model, None, alphas, base=PlaceholderState())
     assert_same_readings(one, other, ["text", "log_probability"])
     assert one["text"].nunique() > 2
 
@@ -173,14 +166,14 @@ def test_ways_have_names_and_are_told_apart(tiny: Tiny) -> None:
     """The column `mapping` says how a cell was written; the same way is the same object."""
     model = tiny("llama", "bridge")
     for write, name in (
-        (add, "scale, by add"),
-        (interpolate, "scale, by interpolate"),
-        (at_layers(5, 2), "scale, by at_layers(5, 2)"),
-        (both(add, at_layers(5, 2)), "scale, by both(add, at_layers(5, 2))"),
+        (Add(), "Scale(), by Add()"),
+        (Interpolate(), "Scale(), by Interpolate()"),
+        (AtLayers(5, 2), "Scale(), by AtLayers(5, 2)"),
+        (Both(Add(), AtLayers(5, 2)), "Scale(), by Both(Add(), AtLayers(5, 2))"),
     ):
         plan = plan_sweep(model, PROMPT, write=write, scorer=_nothing)
         assert plan.mapping_name == name
-    assert both(add, at_layers(5, 2)) is both(add, at_layers(5, 2))
+    assert Both(Add(), AtLayers(5, 2)) == Both(Add(), AtLayers(5, 2))
 
 
 def test_relevancy_takes_rows_of_its_own_sweep(tiny: Tiny) -> None:
@@ -194,23 +187,23 @@ def test_relevancy_takes_rows_of_its_own_sweep(tiny: Tiny) -> None:
     with pytest.raises(TypeError, match="plan: expected a plan, got SweepResult"):
         relevancy(wrong)
     with pytest.raises(TypeError, match="writes: expected ways to write, got str 'add'"):
-        both("add", at_layers(2))  # type: ignore[arg-type]
+        Both("add", AtLayers(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"layers: expected whole numbers, got list \[0, 3\]"):
-        at_layers([0, 3])  # type: ignore[arg-type]
+        AtLayers([0, 3])  # type: ignore[arg-type]
 
 
 def test_bad_ways_are_refused(tiny: Tiny) -> None:
     """No layer, no such layer, a share that acts on logits."""
     bad: Any = 1.5
     with pytest.raises(ValueError, match="layers: expected at least one layer"):
-        at_layers()
+        AtLayers()
     with pytest.raises(TypeError, match="layers: expected whole numbers, got float"):
-        at_layers(0, bad)
+        AtLayers(0, bad)
     model = tiny("llama", "bridge")
     with pytest.raises(ValueError, match="target_layer: expected layers of a model with 6"):
-        _table(model, at_layers(0, 6), 1)
-    with pytest.raises(ValueError, match="write: expected add or at_layers where α acts on the"):
-        _table(model, interpolate, 2, guide="logits")
+        _table(model, AtLayers(0, 6), 1)
+    with pytest.raises(ValueError, match=r"write: expected Add\(\) or AtLayers α acts on the"):
+        _table(model, Interpolate(), 2, guide="logits")
 
 
 def test_the_prompt_has_five_placeholders(mini: LanguageModel) -> None:
@@ -270,7 +263,7 @@ def _written(plan: Any) -> Any:
 def test_what_is_not_injected_has_no_relevancy(tiny: Tiny) -> None:
     """With α = 0 of add nothing is changed: 0 for every token."""
     plan = plan_sweep(
-        tiny("llama", "bridge"), PROMPT, layers=2, kinds="mlp_out", alphas=0, write=add,
+        tiny("llama", "bridge"), PROMPT, layers=2, kinds="mlp_out", alphas=0, write=Add(),
         target_prompt=ONE, max_new_tokens=N_NEW, scorer=_nothing,
     )  # fmt: skip
     assert relevancy(plan)["relevancy"].abs().max() < 1e-4

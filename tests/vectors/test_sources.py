@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from superscopes_tl import LanguageModel, Site, SweepResult, capture, plan_sweep, sweep
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import tokenize
-from superscopes_tl.vectors import accumulated, head, sum_of, window
+from superscopes_tl.vectors import Accumulated, Head, SumOf, Window
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import blocks_of
 from tests.support.tiny_models import tiny_hf
@@ -67,7 +67,7 @@ def test_a_head_is_o_proj_of_its_own_input(architecture: str, backend: str, tiny
     """Each head, grouped queries included, is what plain Hugging Face projects of it alone."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     for number in range(N_HEADS):
-        given_ = _read(model, head(number), kinds="attn_out", layers=(5, 2), positions=slice(None))
+        given_ = _read(model, Head(number), kinds="attn_out", layers=(5, 2), positions=slice(None))
         for site, vector in given_.items():
             plain = _plain_head(hf, tokenize(model, PROMPT).ids, site.layer, number)
             torch.testing.assert_close(vector, plain[site.position], rtol=1e-4, atol=1e-5)
@@ -80,8 +80,8 @@ def test_heads_and_the_bias_add_up_to_attn_out(architecture: str, backend: str, 
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     asked: dict[str, Any] = {"kinds": "attn_out", "layers": (5, 2)}
     own = capture(model, PROMPT, **asked)
-    single = [_read(model, head(number), **asked) for number in range(N_HEADS)]
-    together = _read(model, head(*range(N_HEADS)), **asked)
+    single = [_read(model, Head(number), **asked) for number in range(N_HEADS)]
+    together = _read(model, Head(*range(N_HEADS)), **asked)
     for site, vector in together.items():
         bias = getattr(_output_projection(hf, site.layer), "bias", None)
         whole = vector if bias is None else vector + bias.detach()
@@ -97,7 +97,7 @@ def test_all_layers_and_the_embedding_are_the_residual_stream(
     """Embedding + accumulated attn_out + accumulated mlp_out = resid_post, at every token."""
     model = tiny(architecture, backend)
     asked: dict[str, Any] = {"layers": (5, 2), "positions": slice(None)}
-    found = _read(model, accumulated(), kinds=("attn_out", "mlp_out"), **asked)
+    found = _read(model, Accumulated(), kinds=("attn_out", "mlp_out"), **asked)
     embedding = capture(model, PROMPT, kinds="resid_pre", layers=0)["resid_pre", 0]
     stream = capture(model, PROMPT, kinds="resid_post", layers=(5, 2))
     for site, attention in found.items():
@@ -117,7 +117,7 @@ def test_a_window_is_the_difference_of_two_accumulations(length: int, layer: int
     """Layers l-k+1..l are all layers to l less all layers to l-k; 1 is the site itself."""
     model = tiny_model("llama", "bridge")
     asked: dict[str, Any] = {"kinds": "mlp_out", "layers": tuple(range(6))}
-    (so_far, near) = (_read(model, source, **asked) for source in (accumulated(), window(length)))
+    (so_far, near) = (_read(model, source, **asked) for source in (Accumulated(), Window(length)))
     own = capture(model, PROMPT, kinds="mlp_out")
     position = len(tokenize(model, PROMPT)) - 1
     site = Site("mlp_out", layer, position)
@@ -133,7 +133,7 @@ def test_a_window_is_the_difference_of_two_accumulations(length: int, layer: int
 def test_a_sum_of_sites_is_the_same_for_every_cell(backend: str, tiny: Tiny) -> None:
     """resid_mid + mlp_out = resid_post, by hand; positions may count from the end."""
     model = tiny("llama", backend)
-    source = sum_of([Site("resid_mid", 2, -1), Site("mlp_out", 2, -1)])
+    source = SumOf([Site("resid_mid", 2, -1), Site("mlp_out", 2, -1)])
     found = _read(model, source, kinds="mlp_out", layers=(5, 0))
     stream = capture(model, PROMPT, kinds="resid_post", layers=2)["resid_post", 2][-1]
     assert len(found) == 2
@@ -153,10 +153,10 @@ def test_a_source_runs_the_prompt_once(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(type(model.tl), "run_with_cache", counted)
     for source, kinds in (
-        (head(3), "attn_out"),
-        (window(2), ("attn_out", "mlp_out")),
-        (accumulated(), "mlp_out"),
-        (sum_of([Site("mlp_out", 1, -1), Site("resid_pre", 4, 1)]), "mlp_out"),
+        (Head(3), "attn_out"),
+        (Window(2), ("attn_out", "mlp_out")),
+        (Accumulated(), "mlp_out"),
+        (SumOf([Site("mlp_out", 1, -1), Site("resid_pre", 4, 1)]), "mlp_out"),
     ):
         runs.clear()
         _read(model, source, kinds=kinds, positions=slice(None))
@@ -169,13 +169,13 @@ def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: A
         "kinds": "attn_out", "layers": (5, 2), "alphas": (1, 3), "scorer": word_overlap,
     }  # fmt: skip
     parts = [
-        sweep(mini, PROMPT, vectors=head(h), max_new_tokens=3, progress=False, **asked)
+        sweep(mini, PROMPT, vectors=Head(h), max_new_tokens=3, progress=False, **asked)
         for h in (0, 3)
     ]
     both = SweepResult(pd.concat([part.table for part in parts]), parts[0].provenance)
-    assert list(both.table["mapping"].unique()) == ["scale, of head(0)", "scale, of head(3)"]
+    assert list(both.table["mapping"].unique()) == ["Scale(), of Head(0)", "Scale(), of Head(3)"]
     assert len(both.best()) == 4
-    for source in (head(0, 3), window(2), accumulated(), sum_of([Site("mlp_out", 5, -1)])):
+    for source in (Head(0, 3), Window(2), Accumulated(), SumOf([Site("mlp_out", 5, -1)])):
         plan = plan_sweep(mini, PROMPT, vectors=source, target_layer=(0, 7), **asked)
         own = source(plan, [(site, 0) for site in plan.sites])
         by_site = dict(zip(plan.sites, own, strict=True))
@@ -186,22 +186,22 @@ def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: A
 def test_names_say_the_parameters() -> None:
     """A result can tell one source from another."""
     sites = [Site("mlp_out", 3, -1), Site("attn_out", 2, 5)]
-    sources = [head(3), head(4, 1), window(2), accumulated(), sum_of(sites)]
-    assert [source.__name__ for source in sources] == [  # type: ignore[attr-defined]
-        "head(3)", "head(1, 4)", "window(2)", "accumulated()",
-        "mlp_out 3 at -1 + attn_out 2 at 5",
+    sources = [Head(3), Head(4, 1), Window(2), Accumulated(), SumOf(sites)]
+    assert list(map(repr, sources)) == [
+        "Head(3)", "Head(1, 4)", "Window(length=2)", "Accumulated()",
+        f"SumOf(sites={tuple(sites)})",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: head(), r"head: expected at least one head"),
-        (lambda: head(-1), r"head: expected 0 or more, got -1"),
-        (lambda: head(1.5), r"head: expected a whole number, got float 1\.5"),  # type: ignore[arg-type]
-        (lambda: window(0), r"length: expected 1 or more, got 0"),
-        (lambda: sum_of([]), r"sites: expected at least one site"),
-        (lambda: sum_of(["mlp_out"]), r"sites: expected sites, got str"),  # type: ignore[list-item]
+        (lambda: Head(), r"^heads: expected at least one head"),
+        (lambda: Head(-1), r"^heads: expected 0 or more, got -1"),
+        (lambda: Head(1.5), r"^heads: expected a whole number, got float 1\.5"),  # type: ignore[arg-type]
+        (lambda: Window(0), r"length: expected 1 or more, got 0"),
+        (lambda: SumOf([]), r"sites: expected at least one site"),
+        (lambda: SumOf(["mlp_out"]), r"sites: expected sites, got str"),  # type: ignore[list-item]
     ],
 )
 def test_bad_parameters_say_what_was_expected(make: Callable[[], Any], message: str) -> None:
@@ -213,9 +213,9 @@ def test_bad_parameters_say_what_was_expected(make: Callable[[], Any], message: 
 @pytest.mark.parametrize(
     ("architecture", "source", "kinds", "message"),
     [
-        ("llama", head(4), "attn_out", r"head: expected 0 to 3, the heads of a layer.*got 4"),
-        ("llama", head(0), "mlp_out", r"kinds: expected 'attn_out'.*got \['mlp_out'\]"),
-        ("gemma2", head(0), "attn_out", r"head: expected a model whose attn_out is the sum"),
+        ("llama", Head(4), "attn_out", r"^heads: expected 0 to 3, the heads of a layer.*got 4"),
+        ("llama", Head(0), "mlp_out", r"kinds: expected 'attn_out'.*got \['mlp_out'\]"),
+        ("gemma2", Head(0), "attn_out", r"^heads: expected a model whose attn_out is the sum"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(
