@@ -22,6 +22,7 @@ from superscopes_tl.neighbours import (
     OtherTokens,
     Resampled,
     Without,
+    Zero,
     beside,
     causal_effects,
     causal_trace,
@@ -135,7 +136,7 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
     own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
     other = capture(model, OTHER, kinds=model.kinds, layers=LAYERS)
     assert len(table) == 2 * 2 * len(model.kinds)
-    assert set(table["replacement"]) == {repr(OTHER)}
+    assert set(table["replacement"]) == {repr(Resampled(OTHER))}
     for row in table.to_dict("records"):
         site = Site(row["kind"], row["source_layer"], row["position"])
         shifted = dataclasses.replace(site, position=site.position - len(ids))  # from the end

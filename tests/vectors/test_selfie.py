@@ -202,7 +202,7 @@ def test_bad_ways_are_refused(tiny: Tiny) -> None:
     model = tiny("llama", "bridge")
     with pytest.raises(ValueError, match="target_layer: expected layers of a model with 6"):
         _table(model, AtLayers(0, 6), 1)
-    with pytest.raises(ValueError, match=r"write: expected Add\(\) or AtLayers α acts on the"):
+    with pytest.raises(ValueError, match=r"^write: "):
         _table(model, Interpolate(), 2, guide="logits")
 
 
