@@ -78,7 +78,7 @@ def test_alpha_zero_with_a_base_is_the_base(mini: LanguageModel, word_overlap: A
     base = MeanActivation(PAPER_PROMPTS[:3])
     plan = plan_sweep(mini, PROMPT, base=base, scorer=word_overlap, **SETTINGS)
     zero = make_control("alpha_zero", plan, plan.cells, make_patches(plan))
-    places = [(site, 0) for site, _, _ in plan.cells]
+    places = [cell.place for cell in plan.cells]
     torch.testing.assert_close(torch.stack([p.vector for p in zero]), base(plan, places))
 
 

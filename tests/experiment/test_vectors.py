@@ -154,7 +154,7 @@ def test_a_difference_of_means_needs_texts(tiny: Tiny) -> None:
     for bad in ("Syria", []):
         with pytest.raises(ValueError, match="texts_b: expected texts"):
             difference_of_means(model, ["Syria"], bad, "mlp_out", 2)
-    with pytest.raises(ValueError, match="kinds: expected kinds out of"):
+    with pytest.raises(ValueError, match="^kinds: "):
         difference_of_means(model, ["Syria"], ["East"], "mlp", 2)
 
 
