@@ -86,12 +86,8 @@ def causal_effects(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, replacement or continuation.
     """
-<<<<<<< HEAD
     model = load_model(model)
-    fix = "pass zero, resampled(text), ..."
-=======
     fix = "pass Zero(), Resampled(text), ..."
->>>>>>> 5756c96 (Mappings, sources, bases and ways to write are values: equal, hashable, picklable, printed as the Python that makes them)
     check_callable("replacement", replacement, expected="a replacement", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
@@ -159,12 +155,8 @@ def causal_trace(
     Raises:
         ValueError, TypeError: a bad prompt, kind, layer, position, corruption or continuation.
     """
-<<<<<<< HEAD
     model = load_model(model)
-    fix = "pass noise(subject), other_tokens(text), ..."
-=======
     fix = "pass Noise(subject), OtherTokens(text), ..."
->>>>>>> 5756c96 (Mappings, sources, bases and ways to write are values: equal, hashable, picklable, printed as the Python that makes them)
     check_callable("corruption", corruption, expected="a corruption", fix=fix)
     run, sites, told = _asked(model, prompt, kinds, layers, positions, continuation, chat)
     windows = _windows(model, sites, window)
