@@ -141,9 +141,7 @@ def test_a_way_that_memory_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench.psutil, "virtual_memory", Memory)
     with pytest.MonkeyPatch.context() as later:
         # The engine asks too, for its batch; that much there is.
-        later.setattr(
-            "superscopes_tl.engine.generation.default_batch_size", lambda model, length: 64
-        )
+        later.setattr("superscopes_tl.engine.forced.default_batch_size", lambda model, length: 64)
         made = bench.prepare(hf, tiny_tokenizer(), TINY)
     assert [way.name for way in made.ways] == [bench.ONE_BY_ONE, bench.BRIDGE, bench.LIMIT]
     if "hooked" in BACKENDS:

@@ -13,7 +13,7 @@ import torch
 
 from superscopes_tl import CHAT_PROMPT, DESCRIPTION_PROMPT, LanguageModel, load_model, sweep
 from superscopes_tl.engine import NEAR_TIE, crop_description
-from superscopes_tl.engine.generation import LOOK_AHEAD
+from superscopes_tl.engine.named import LOOK_AHEAD
 from superscopes_tl.scores import no_scores
 from superscopes_tl.weights import PACKAGED, find_packaged
 from tests.conftest import BACKENDS

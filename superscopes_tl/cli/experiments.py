@@ -37,7 +37,7 @@ from superscopes_tl.evaluation import (
     methods,
 )
 from superscopes_tl.evaluation import evaluate as run_evaluate
-from superscopes_tl.experiment import SweepError, SweepInterrupted, check_config
+from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
 from superscopes_tl.experiment import sweep as run_sweep
 from superscopes_tl.figures import earlier_table, figure_3, heatmap, write_html
 from superscopes_tl.files import written_whole
@@ -80,7 +80,7 @@ def sweep(
         "reference": reference or None,
         "controls": parse_names(controls),
     }
-    check_config(None, settings)  # before the model is loaded
+    SweepConfig.of(None, settings)  # before the model is loaded
     if auto:
         own = replace(
             cells, target_prompt=None, answer="", chat=False, target_layer="same",

@@ -2,10 +2,11 @@
 
 from superscopes_tl.engine.activations import Activations, capture, site_vectors
 from superscopes_tl.engine.decoding import Generation
-from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator, tokens_told
+from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator
 from superscopes_tl.engine.memory import bytes_per_row, free_bytes
+from superscopes_tl.engine.named import generate_named, name_fits, named_log_probabilities
 from superscopes_tl.engine.patch import Patch
-from superscopes_tl.engine.runs import Row, Run, continuation_ids, follow
+from superscopes_tl.engine.runs import Row, Run, continuation_ids, follow_continuation
 from superscopes_tl.engine.target_prompt import (
     CHAT_PROMPT,
     DESCRIPTION_PROMPT,
@@ -41,9 +42,11 @@ __all__ = [
     "crop_description",
     "default_target_prompt",
     "description_is_over",
-    "follow",
+    "follow_continuation",
     "free_bytes",
+    "generate_named",
     "is_echo",
+    "name_fits",
+    "named_log_probabilities",
     "site_vectors",
-    "tokens_told",
 ]

@@ -1,8 +1,8 @@
 """Read the activations of a source prompt, all of them in one forward pass.
 
 1. Tokenise the prompt.
-2. Run the model once, keeping what the wanted hook points see.
-3. Hand the vectors out by kind and layer *number* (never by index into a list of layers).
+2. Run the model once with hooks on the requested hook points.
+3. Index the vectors by kind and layer *number* (never by position in a list of layers).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from superscopes_tl.model import (
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What the hook points of one run saw.
+    """The activations of one run.
 
     Attributes:
         tokens: the source prompt.
-        vectors: `(kind, layer)` to `Float[Tensor, "pos d_model"]`, in the model's number type.
+        vectors: `(kind, layer)` to `Float[Tensor, "pos d_model"]`, in the model's dtype.
     """
 
     tokens: TokenizedText
@@ -87,10 +87,10 @@ def capture(
         model: from `load_model`, or anything that it accepts.
         prompt: the source prompt, as text or already tokenised.
         kinds: out of `KINDS`.
-        layers: layer numbers, counted from 0; every layer unless given.
+        layers: layer numbers, counted from 0; defaults to every layer.
 
     Raises:
-        ValueError: a bad prompt, kind or layer.
+        ValueError: an empty prompt, an unknown kind, or a layer out of range.
     """
     model = load_model(model)
     wanted = model.checked_kinds(kinds)
@@ -103,7 +103,7 @@ def capture(
         )  # fmt: skip
     names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
     seen = model.activations(tokens.tensor(model.device), list(names.values()))
-    # A copy: some backends hand out views of buffers that a later run may write to.
+    # A copy: some backends return views of buffers that a later run may overwrite.
     vectors = {place: seen[name][0].clone() for place, name in names.items()}
     return Activations(tokens, MappingProxyType(vectors))
 
@@ -111,12 +111,12 @@ def capture(
 def site_vectors(
     model: LanguageModel, source: TokenizedText, sites: Sequence[Site]
 ) -> Float[Tensor, "sites d_model"]:
-    """Return what a source prompt carries at some sites, in float32 on the CPU.
+    """Return the activations of a source prompt at some sites, in float32 on the CPU.
 
     One forward pass, however many sites.
 
     Raises:
-        ValueError: a kind, layer or position that is not there.
+        ValueError: a kind that the model lacks, or a layer or position out of range.
     """
     seen = capture(
         model,

@@ -1,4 +1,4 @@
-"""How much to compute at a time, how much fits into memory, and what to do when it runs out."""
+"""How many rows to compute at a time, and what to do when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from superscopes_tl.model import LanguageModel
 
 CACHE_SHARE = 0.25
-"""Share of the free memory that the keys and values of one batch may take."""
+"""Share of the free memory that the KV cache of one batch may take."""
 
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 WORK_PER_STEP = 2**35
-"""Rows times parameters of a step on a CPU: progress and cancel wait for a batch."""
+"""Rows times parameters of a step on a CPU: progress and cancelling wait for a batch."""
 
 _WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
 def default_batch_size(model: LanguageModel, length: int) -> int:
-    """Return how many rows to compute at a time: large batches are faster, where there is memory.
+    """Return how many rows to compute at a time: as many as memory and responsiveness allow.
 
     Args:
-        model: the model that writes.
-        length: tokens that each row keeps for itself.
+        model: the target model.
+        length: tokens that each row caches for itself.
     """
     rows = MOST_ROWS
     if model.device.type == "cpu":
@@ -34,17 +34,17 @@ def default_batch_size(model: LanguageModel, length: int) -> int:
 
 
 def rows_that_fit(model: LanguageModel, length: int) -> int:
-    """Return how many rows of `length` tokens may have their keys and values in memory; 1 or more.
+    """Return how many rows of `length` tokens may have their KV cache in memory; 1 or more.
 
-    A row takes 2 · length · layers · key-value heads · d_head numbers. What all rows begin with is
-    stored once and counts in none of them.
+    A row takes 2 · length · layers · key-value heads · d_head numbers. The common prefix is stored
+    once and counts in none of them.
     """
     free = free_bytes(model.device)
     return max(1, int(free * CACHE_SHARE) // bytes_per_row(model, length))
 
 
 def bytes_per_row(model: LanguageModel, length: int) -> int:
-    """Return what the keys and values of `length` tokens take."""
+    """Return the size of the KV cache of `length` tokens."""
     cfg = model.tl.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     numbers = 2 * length * cfg.n_layers * heads * cfg.d_head
@@ -62,12 +62,12 @@ def out_of_memory(error: Exception) -> bool:
     """Tell whether an allocation failed; not every device has an error class of its own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in _WORDS)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in _WORDS)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Release unreferenced memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,10 +1,12 @@
-"""What is written over a placeholder, and the hooks that write it.
+"""Patches, and the hooks that write vectors over activations.
 
-1. A `Patch` says which vector goes where, and how much of the residual stream stays.
+1. A `Patch` says which vector replaces the block output at which layers, and which share of the
+   residual stream is kept.
 2. `patch_hooks` makes one hook per *distinct* layer of a batch: it writes each row's vector over
    the block output (`hook_resid_post`) at the placeholder's tokens, so that the rows of a batch
    may be patched at different layers, and one row at several.
-3. Vectors are cast to the model's number type here, and refused where it cannot hold them.
+3. `write_hooks` is the one place where vectors are written; `runs` uses it for every kind.
+4. Vectors are cast to the model's dtype here, and refused where it cannot hold them.
 """
 
 from __future__ import annotations
@@ -20,22 +22,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.model import Hook, LanguageModel, check_layers, hook_name
+from superscopes_tl.model import Hook, HookKind, LanguageModel, check_layers, hook_name
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One cell's work: write `vector` over the placeholder at the output of `target_layer`.
+    """One row of a batch: `vector` replaces the output of `target_layer` at the placeholder.
 
     Attributes:
         vector: f(v), `Float[Tensor, " d_model"]`, the same at every placeholder token; or one
             vector for each of them, `Float[Tensor, "placeholders d_model"]`. The vectors of one
             call are on one device.
-        target_layer: block number from 0, or several, to write at each of them; `None` leaves the
+        target_layer: block number from 0, or several, to patch each of them; `None` leaves the
             target prompt unpatched.
         guidance: w of u + w·(c − u), the logits between unpatched (0) and patched (1), or beyond.
-        seed: draw the text at temperature 1 from it; the likeliest tokens unless given.
-        keep: the share of the residual stream that stays, new = keep·old + vector: 0 replaces it
+        seed: sample the text at temperature 1 with this seed; defaults to greedy decoding.
+        keep: the share of the residual stream that is kept, new = keep·old + vector: 0 replaces it
             (the paper, section 3.1), 1 adds to it.
     """
 
@@ -47,30 +49,30 @@ class Patch:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Where the vector is written; nowhere if nothing is patched."""
+        """The patched layers; none if nothing is patched."""
         if self.target_layer is None:
             return ()
         return self.target_layer if isinstance(self.target_layer, tuple) else (self.target_layer,)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What decides the text: patches with equal keys are written once."""
-        # A digest, not the numbers: thousands of patches are told apart at a time.
+        """What decides the text: of patches with equal keys one is generated."""
+        # A digest, not the numbers: thousands of patches are compared at a time.
         digest = hashlib.blake2b(self.vector.float().cpu().contiguous().numpy().tobytes())
         vector = (self.vector.shape, digest.digest()) if self.layers else ()
         return self.layers, self.guidance, self.seed, self.keep, vector
 
     @property
     def norm(self) -> float:
-        """The length of the vector; of several, the mean of their lengths."""
+        """The norm of the vector; of several, the mean of their norms."""
         return float(self.vector.norm(dim=-1).mean())
 
 
 def check_patch(model: LanguageModel, patch: Patch) -> None:
-    """Check a patch's layers and share, before anything is generated.
+    """Check a patch before anything is generated.
 
     Raises:
-        ValueError: a layer that the model does not have, or a share that is no finite number.
+        ValueError: a layer that the model does not have, or `keep` is no finite number.
     """
     if patch.target_layer is not None:
         check_layers(patch.target_layer, model.n_layers, "target_layer")
@@ -81,12 +83,12 @@ def check_patch(model: LanguageModel, patch: Patch) -> None:
 def patch_hooks(
     model: LanguageModel, patches: Sequence[Patch], positions: Sequence[int]
 ) -> list[tuple[str, Hook]]:
-    """Return the hooks that write a batch's patches.
+    """Return the hooks that apply a batch's patches.
 
     Args:
-        model: the model that is asked.
+        model: the target model.
         patches: one per row.
-        positions: the placeholder's tokens, counted from the first one that is run.
+        positions: the placeholder's tokens, counted from the first token that is run.
 
     Raises:
         ValueError: vectors of another shape, or with numbers that the model cannot hold.
@@ -96,23 +98,68 @@ def patch_hooks(
         for layer in dict.fromkeys(layer % model.n_layers for layer in patch.layers):
             rows_of.setdefault(layer, []).append(row)
     return [
-        (
-            hook_name("resid_post", layer),
-            _writer(
-                torch.tensor(rows),
-                torch.tensor(positions),
-                _cast(model, [patches[row].vector for row in rows], len(positions)),
-                torch.tensor([patches[row].keep for row in rows]),
-            ),
-        )
+        hook
         for layer, rows in rows_of.items()
+        for hook in write_hooks(
+            "resid_post",
+            layer,
+            (torch.tensor(rows)[:, None], torch.tensor(positions)[None, :]),
+            _cast(model, [patches[row].vector for row in rows], len(positions)),
+            keep=torch.tensor([patches[row].keep for row in rows])[:, None, None],
+        )
     ]
+
+
+def write_hooks(
+    kind: HookKind,
+    layer: int,
+    at: tuple[Int[Tensor, "*writes"], Int[Tensor, "*writes"]],
+    vectors: Float[Tensor, "*writes d_model"],
+    *,
+    keep: Float[Tensor, "*writes 1"] | None = None,
+) -> list[tuple[str, Hook]]:
+    """Return the hooks that write vectors over an activation.
+
+    `resid_mid` is written through the attention, attn_out := v − resid_pre: what a hook on
+    `resid_mid` itself returns reaches the MLP of a `TransformerBridge` alone, and the residual
+    stream goes on without it.
+
+    Args:
+        kind: the activation.
+        layer: its block.
+        at: the rows and the positions to write at, broadcast against each other.
+        vectors: what to write there.
+        keep: the share of the old activation that is kept; 0 where not given.
+    """
+    before: list[Tensor] = []
+
+    def remember(activation: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+        before.append(activation[at])
+
+    def write(
+        activation: Float[Tensor, "batch pos d_model"], hook: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
+        patched = activation.clone()  # an edit in place would reach other users of the tensor
+        new = vectors.to(patched.device)
+        if kind == "resid_mid":
+            new = new - before.pop()
+        if keep is not None and keep.any():
+            share = keep.to(patched.device)
+            mixed = (share * patched[at].float() + new.float()).to(patched.dtype)
+            # A row that keeps nothing is not touched: 0 · old is not 0 where old overflowed.
+            new = torch.where(share != 0, mixed, new)
+        patched[at] = new
+        return patched
+
+    if kind == "resid_mid":
+        return [(hook_name("resid_pre", layer), remember), (hook_name("attn_out", layer), write)]
+    return [(hook_name(kind, layer), write)]
 
 
 def _cast(
     model: LanguageModel, vectors: Sequence[Tensor], placeholders: int
 ) -> Float[Tensor, "rows placeholders d_model"]:
-    """Return the vectors of some rows in the model's number type, on its device."""
+    """Return the vectors of some rows in the model's dtype, on its device."""
     for vector in vectors:
         if vector.shape not in ((model.d_model,), (placeholders, model.d_model)):
             raise bad_value(
@@ -127,10 +174,10 @@ def _cast(
 
 
 def cast_for(model: LanguageModel, vectors: Tensor, argument: str) -> Tensor:
-    """Return vectors in the model's number type, on its device.
+    """Return vectors in the model's dtype, on its device.
 
     Raises:
-        ValueError: numbers that the type cannot hold.
+        ValueError: numbers that the dtype cannot hold.
     """
     cast = vectors.to(model.dtype)
     if not torch.isfinite(cast).all():
@@ -141,27 +188,3 @@ def cast_for(model: LanguageModel, vectors: Tensor, argument: str) -> Tensor:
             "use a smaller α, or load the model with dtype='float32'",
         )
     return cast.to(model.device)
-
-
-def _writer(
-    rows: Int[Tensor, " rows"],
-    positions: Int[Tensor, " placeholders"],
-    vectors: Float[Tensor, "rows placeholders d_model"],
-    keep: Float[Tensor, " rows"],
-) -> Hook:
-    at = (rows[:, None], positions[None, :])
-
-    def write(
-        block_output: Float[Tensor, "batch pos d_model"], hook: Any
-    ) -> Float[Tensor, "batch pos d_model"]:
-        patched = block_output.clone()  # an edit in place would reach other users of the tensor
-        new = vectors.to(patched.device)
-        if keep.any():
-            share = keep[:, None, None].to(patched.device)
-            mixed = (share * patched[at].float() + new.float()).to(patched.dtype)
-            # A row that keeps nothing is not touched: 0 · old is not 0 where old overflowed.
-            new = torch.where(share != 0, mixed, new)
-        patched[at] = new
-        return patched
-
-    return write

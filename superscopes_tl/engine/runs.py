@@ -1,16 +1,12 @@
 """Run a prompt with some of its own activations replaced, many variants in one batch.
 
-1. A `Row` is one variant: the prompt's tokens, and the vectors to write while they are read.
+1. A `Row` is one variant: the prompt's tokens, and the vectors to write while they are run.
 2. What the rows of a batch have in common, the tokens before the first difference or write, is run
-   once; its keys and values are copied (as for target prompts, `patching`).
+   once; the rows share its KV cache (as in `forced`).
 3. The rest is run with one hook per *distinct* hook point, which writes every row's vector at that
-   row's position. The hooks are on the model during this step alone.
-4. A given continuation is fed token by token; what each step would say goes to a function that
-   keeps the few numbers that matter.
-
-`resid_mid` is written through the attention: attn_out := v − resid_pre. A hook at its own place is
-not enough, because a `TransformerBridge` hands what such a hook returns to the MLP alone and goes
-on adding to the old residual stream.
+   row's position (`patch`). The hooks are on the model during this step alone.
+4. A given continuation is fed token by token (teacher forcing); the log-probabilities of each step
+   go to a function that keeps the few numbers that matter.
 """
 
 from __future__ import annotations
@@ -18,30 +14,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.engine.decoding import Batch, decode
 from superscopes_tl.engine.memory import default_batch_size
-from superscopes_tl.engine.patch import cast_for
+from superscopes_tl.engine.patch import cast_for, write_hooks
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model import (
-    KINDS,
-    Hook,
-    LanguageModel,
-    Site,
-    TokenizedText,
-    hook_name,
-    tokenize,
-)
+from superscopes_tl.model import KINDS, Hook, HookKind, LanguageModel, Site, TokenizedText, tokenize
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A source prompt in a model; like a `SweepPlan` it has the attributes `model`, `source`."""
+    """A source prompt in a model; `model` and `source` as in a `SweepPlan`."""
 
     model: LanguageModel
     source: TokenizedText
@@ -49,10 +36,10 @@ class Run:
 
     @classmethod
     def of(cls, model: LanguageModel, prompt: str, *, chat: bool = False) -> Run:
-        """Return the run of a prompt, in the model's chat template if that is asked for.
+        """Return the run of a prompt, with `chat` in the model's chat template.
 
         Raises:
-            ValueError, TypeError: a bad prompt, or a model without a chat template.
+            ValueError: an empty prompt, or `chat` with a model that has no chat template.
         """
         return cls(model, tokenize(model, prompt, chat=chat), chat)
 
@@ -62,7 +49,7 @@ class Row:
     """One variant of a run.
 
     Attributes:
-        ids: the tokens, the BOS included; as many in every row of a call.
+        ids: the tokens, BOS included; equally many in every row of a call.
         writes: the vector to write at each site, in float32; nothing for a clean run.
     """
 
@@ -70,48 +57,48 @@ class Row:
     writes: Mapping[Site, Float[Tensor, " d_model"]] = field(default_factory=dict)
 
 
-Look = Callable[[Float[Tensor, "rows vocab"], int], Float[Tensor, "rows numbers"]]
-"""Keeps what matters of the log-probabilities (nats, float32) at one step of a continuation."""
+Readout = Callable[[Float[Tensor, "rows vocab"], int], Float[Tensor, "rows numbers"]]
+"""Reduces the log-probabilities (nats, float32) at one step of a continuation to a few numbers."""
 
 
-def follow(
+def follow_continuation(
     model: LanguageModel,
     rows: Sequence[Row],
     continuation: Sequence[int],
-    look: Look,
+    readout: Readout,
     *,
     batch_size: int | None = None,
 ) -> Float[Tensor, "rows steps numbers"]:
-    """Return what `look` keeps of each row at each token of the continuation.
+    """Return the readout of each row at each token of the continuation.
 
     Args:
         model: from `load_model`.
         rows: the variants.
-        continuation: at least one token id; step k says what is expected in place of token k
-            behind the tokens before it.
-        look: what to keep of a step.
-        batch_size: rows per batch; chosen by memory unless given.
+        continuation: at least one token id; step k is the distribution of token k, given the
+            tokens before it.
+        readout: what to keep of a step.
+        batch_size: rows per batch; defaults to what fits into memory.
 
     Raises:
-        ValueError: a vector that overflows the model's number type.
+        ValueError: a vector that overflows the model's dtype.
     """
     length = len(rows[0].ids) + len(continuation)
     size = default_batch_size(model, length)
     if batch_size is not None:
         size = check_count("batch_size", batch_size, least=1, fix="leave it out")
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return torch.cat([_follow_batch(model, batch, continuation, look) for batch in batches])
+    return torch.cat([_follow_batch(model, batch, continuation, readout) for batch in batches])
 
 
 def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
-    """Return the tokens that the model is asked for behind the source prompt.
+    """Return the tokens of a continuation of the source prompt.
 
     Args:
         run: the source prompt in its model.
-        continuation: so many tokens of the model's own, or a text that goes on behind the prompt.
+        continuation: that many tokens of the model's own greedy continuation, or a text.
 
     Raises:
-        ValueError, TypeError: neither, or no room for it.
+        ValueError: no room in the context, or a text whose first token joins the prompt's last.
     """
     model, source = run.model, run.source
     if not isinstance(continuation, str):
@@ -126,7 +113,7 @@ def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
     if whole.ids[: len(source)] != source.ids or len(whole) == len(source):
         raise bad_value(
             "continuation",
-            f"a text that goes on behind the tokens {source.numbered()}",
+            f"a text that continues the tokens {source.numbered()}",
             continuation,
             "begin it where a new token begins, with a space or a mark such as ':'",
         )
@@ -134,17 +121,24 @@ def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
 
 
 def _own_continuation(run: Run, count: int) -> tuple[int, ...]:
-    """Return the likeliest next tokens; the token that ends a text is one like the others."""
+    """Return the greedy next tokens; the end-of-text token is one like the others."""
     decoder, ids = run.model.decoder, run.source.tensor(run.model.device)
     with run.model.lock, torch.no_grad():
         cache = decoder.expand(decoder.prefill(ids[:, :-1]), 1, count + 1)
         batch = Batch(decoder.step, decoder.keep, cache, torch.ones(1))
-        written = decode(batch, batch.run(ids[:, -1:]), max_new_tokens=count, eos=(), seeds=[None])
-    return tuple(written.ids[0].tolist())
+        (text,) = decode(
+            batch,
+            batch.run(ids[:, -1:]),
+            max_new_tokens=count,
+            eos=(),
+            seeds=[None],
+            text_of=run.model.tokenizer.decode,
+        )
+    return text.token_ids
 
 
 def _follow_batch(
-    model: LanguageModel, rows: Sequence[Row], continuation: Sequence[int], look: Look
+    model: LanguageModel, rows: Sequence[Row], continuation: Sequence[int], readout: Readout
 ) -> Float[Tensor, "rows steps numbers"]:
     first = _shared_tokens(rows)
     ids = torch.tensor([row.ids for row in rows], device=model.device)
@@ -155,10 +149,10 @@ def _follow_batch(
         with model.hooks(_hooks(model, rows, first)):
             logits = model.decoder.step(ids[:, first:], cache)
         for step, token in enumerate(continuation):
-            seen.append(look(logits.float().log_softmax(dim=-1), step).cpu())
+            seen.append(readout(logits.float().log_softmax(dim=-1), step).cpu())
             if step + 1 < len(continuation):
-                written = torch.full((len(rows), 1), token, device=model.device)
-                logits = model.decoder.step(written, cache)
+                tokens = torch.full((len(rows), 1), token, device=model.device)
+                logits = model.decoder.step(tokens, cache)
     return torch.stack(seen, dim=1)
 
 
@@ -171,8 +165,8 @@ def _shared_tokens(rows: Sequence[Row]) -> int:
 
 
 def _hooks(model: LanguageModel, rows: Sequence[Row], first: int) -> list[tuple[str, Hook]]:
-    """Return what writes every row's vectors into tokens that start at position `first`."""
-    places: dict[Any, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    """Return the hooks that write every row's vectors; tokens start at position `first`."""
+    places: dict[tuple[HookKind, int], list[tuple[int, int, Tensor]]] = defaultdict(list)
     for number, row in enumerate(rows):
         for site, vector in row.writes.items():
             places[site.kind, site.layer].append((number, site.position - first, vector))
@@ -182,42 +176,5 @@ def _hooks(model: LanguageModel, rows: Sequence[Row], first: int) -> list[tuple[
         numbers, positions, vectors = zip(*places[kind, layer], strict=True)
         at = (torch.tensor(numbers), torch.tensor(positions))
         new = cast_for(model, torch.stack(vectors), "replacement")
-        if kind == "resid_mid":
-            hooks += _middle_writers(layer, at, new)
-        else:
-            hooks.append((hook_name(kind, layer), _writer(at, new)))
+        hooks += write_hooks(kind, layer, at, new)
     return hooks
-
-
-def _writer(
-    at: tuple[Int[Tensor, " writes"], Int[Tensor, " writes"]],
-    vectors: Float[Tensor, "writes d_model"],
-    before: list[Tensor] | None = None,
-) -> Hook:
-    """Return what writes the vectors, or what is missing from `before` to them."""
-
-    def write(
-        activation: Float[Tensor, "rows pos d_model"], hook: Any
-    ) -> Float[Tensor, "rows pos d_model"]:
-        written = activation.clone()  # an edit in place would reach other users of the tensor
-        written[at] = vectors if before is None else vectors - before.pop()
-        return written
-
-    return write
-
-
-def _middle_writers(
-    layer: int,
-    at: tuple[Int[Tensor, " writes"], Int[Tensor, " writes"]],
-    vectors: Float[Tensor, "writes d_model"],
-) -> list[tuple[str, Hook]]:
-    """Return the hooks after which the residual stream between attention and MLP is `vectors`."""
-    before: list[Tensor] = []
-
-    def remember(activation: Float[Tensor, "rows pos d_model"], hook: Any) -> None:
-        before.append(activation[at])
-
-    return [
-        (hook_name("resid_pre", layer), remember),
-        (hook_name("attn_out", layer), _writer(at, vectors, before)),
-    ]

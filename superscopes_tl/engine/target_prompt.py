@@ -1,10 +1,9 @@
-"""Target prompts: the question put to the model about a vector.
+"""Target prompts: the prompt that makes the model describe a patched vector.
 
-1. A target prompt asks the model to describe its placeholder; the placeholder's tokens are where
-   the vector goes.
+1. A target prompt asks the model to describe its placeholder, whose tokens are patched.
 2. It is tokenised in one piece, and the placeholder is found by its characters: a token that also
-   holds other characters is no place to patch.
-3. What the model writes behind the prompt is cropped to the description of the placeholder.
+   holds other characters cannot be patched.
+3. The generated text is cropped to the description of the placeholder.
 """
 
 from __future__ import annotations
@@ -96,8 +95,8 @@ MANY_KINDS: tuple[str, ...] = (
     "Penicillin",
     "Christmas",
 )
-"""Names of as many kinds, of which a model says different things: 40 of the paper's are bands or
-films. `readability` reads the first dozen."""
+"""Names of as many kinds, with different descriptions: 40 of the paper's 48 are bands or films.
+`readability` reads the first dozen."""
 
 PAPER_MAX_NEW_TOKENS = 10
 """How many tokens the authors' code generates."""
@@ -105,17 +104,17 @@ PAPER_MAX_NEW_TOKENS = 10
 
 @dataclass(frozen=True)
 class TargetPrompt:
-    """A prompt that makes the model describe what stands at its placeholder.
+    """A prompt that makes the model describe its placeholder.
 
     Every occurrence of `placeholder` that is a word of its own is patched, so that
     `TargetPrompt("_ _ _ means:", "_")` has three, and all of an occurrence's tokens are.
 
     Attributes:
         text: the prompt; with `chat`, the message of a user.
-        placeholder: the word where the vector goes. It is looked for in the text alone, not in
-            the answer, nor in a chat template.
-        answer: with `chat` only, how the model's answer begins: it goes on from there. Without
-            it, it starts where the template lets an answer start.
+        placeholder: the word to patch. It is looked for in the text alone, not in the answer or
+            the chat template.
+        answer: with `chat` only, the beginning of the model's answer, which generation continues.
+            Without it, generation starts where the template lets an answer start.
 
     Raises:
         ValueError: the text is empty.
@@ -144,7 +143,7 @@ class TargetPrompt:
                     "target_prompt",
                     got=self.text,
                     expected=f"a text with the placeholder {self.placeholder!r} as a word",
-                    fix=f"write {self.placeholder!r} where the vector shall go, or name another "
+                    fix=f"write {self.placeholder!r} where the vector goes, or name another "
                     "word: TargetPrompt(text, placeholder=...)",
                 )
             )
@@ -161,7 +160,7 @@ class TargetPrompt:
 
     @property
     def few_shot_names(self) -> tuple[str, ...]:
-        """The names that the prompt itself describes (`Syria`, ...): not to be read back."""
+        """The names that the prompt itself describes (`Syria`, ...): no reading of v."""
         names = re.findall(r"(?:^|,|\n)\s*([^,:\n]+):", self.text)
         return tuple(n.strip() for n in names if not re.search(self._word, n))
 
@@ -176,14 +175,13 @@ class TargetPrompt:
 
         Args:
             model: gives the tokenizer, the context length and the chat template.
-            max_new_tokens: what must fit behind the prompt.
+            max_new_tokens: how many tokens must fit after the prompt.
             chat: whether the text is a user's message in the chat template.
 
         Raises:
-            ValueError: the prompt and the new tokens do not fit into the context, or the prompt
-                and the chat template do not go together.
-            PlaceholderError: a token joins the placeholder with other characters, so that there
-                is no place of its own to patch.
+            ValueError: the prompt and the new tokens do not fit into the context, or the chat
+                template does not contain the prompt as it is.
+            PlaceholderError: a token joins the placeholder with other characters.
         """
         tokens = tokenize(
             model,
@@ -240,16 +238,12 @@ CHAT_PROMPT = TargetPrompt(
 )
 """A question for chat models, to be used with `chat=True`.
 
-The wording is this package's own: try others, and give controls beside what comes out.
+The wording is this package's own: try others, and report controls beside the readings.
 """
 
 
 def default_target_prompt(target_prompt: TargetPrompt | str | None, *, chat: bool) -> TargetPrompt:
-    """Return a target prompt; of none, `CHAT_PROMPT` with `chat`, else `DESCRIPTION_PROMPT`.
-
-    Raises:
-        TypeError, PlaceholderError: as `as_target_prompt`.
-    """
+    """Return the target prompt; `None` is `CHAT_PROMPT` with `chat`, else `DESCRIPTION_PROMPT`."""
     if target_prompt is None:
         return CHAT_PROMPT if chat else DESCRIPTION_PROMPT
     return as_target_prompt(target_prompt)
@@ -273,9 +267,8 @@ _NEXT_ENTRY = re.compile(r",[^,:]{1,80}:")
 def crop_description(text: str) -> str:
     """Crop a generated text to the description of the placeholder.
 
-    The model goes on in the form of the prompt: `: American rock band, Adele: English singer`.
-    What follows the comma (or line break) before the next `name:` is no longer about the
-    placeholder.
+    The model continues the list of the prompt: `: American rock band, Adele: English singer`.
+    What follows the comma (or line break) before the next `name:` is not about the placeholder.
 
     >>> crop_description(": American rock band, Adele: English singer")
     'American rock band'
@@ -287,7 +280,7 @@ def crop_description(text: str) -> str:
 
 
 def description_is_over(text: str) -> bool:
-    """Tell whether `crop_description` gives the same for this text however it goes on.
+    """Tell whether `crop_description` returns the same however the text continues.
 
     >>> description_is_over(": American rock band, Adele")
     False
@@ -299,22 +292,22 @@ def description_is_over(text: str) -> bool:
 
 
 def is_echo(description: str, about: str) -> bool:
-    """Tell whether a description repeats the name instead of saying anything of it.
+    """Tell whether a description repeats the name instead of describing it.
 
-    It does where it has the whole name in it, or where half of its words are words of the name,
-    those of up to three letters aside.
+    It does where it contains the whole name, or where half of its words of more than three letters
+    are words of the name.
 
     >>> is_echo("-great-great-great", "Alexander the Great")
     True
     >>> is_echo("King of the Roman Empire", "Alexander the Great")
     False
     """
-    said, name = (re.findall(r"\w+", text.lower()) for text in (description, about))
-    if not said or not name:
+    words, name = (re.findall(r"\w+", text.lower()) for text in (description, about))
+    if not words or not name:
         return False
-    whole = f" {' '.join(name)} " in f" {' '.join(said)} "
-    telling = [word for word in said if len(word) > 3]  # not "the", "of"
-    return whole or (bool(telling) and 2 * sum(word in name for word in telling) >= len(telling))
+    whole = f" {' '.join(name)} " in f" {' '.join(words)} "
+    content = [word for word in words if len(word) > 3]  # not "the", "of"
+    return whole or (bool(content) and 2 * sum(word in name for word in content) >= len(content))
 
 
 def _entry(text: str) -> str:

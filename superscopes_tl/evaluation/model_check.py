@@ -126,7 +126,7 @@ class Readability:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        asked = self.config.asked
+        asked = self.config.prompt_with_placeholder
         return {
             "format": FORMAT,
             "model": self.model,
@@ -385,7 +385,7 @@ def _shares(
     )
     first = plan_sweep(model, names[0], config)
     # One per prompt, whatever the target layer: the own words are the same.
-    key = (setting.bos, setting.config.asked, setting.config.chat)
+    key = (setting.bos, setting.config.prompt_with_placeholder, setting.config.chat)
     first = replace(first, generator=known.setdefault(key, first.generator))
     plans = [first, *map(first.at_prompt, names[1:])]
     words = words_of(first.generator, names)

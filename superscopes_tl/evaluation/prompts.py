@@ -28,14 +28,7 @@ from superscopes_tl.evaluation.shares import Outline, Share, outline, read_share
 from superscopes_tl.evaluation.spread import Spread, Workers
 from superscopes_tl.evaluation.store import Evaluation, EvaluationFile
 from superscopes_tl.evaluation.workers import Loader
-from superscopes_tl.experiment import (
-    CONTROLS,
-    Generate,
-    Reading,
-    SweepConfig,
-    check_names,
-    plan_sweep,
-)
+from superscopes_tl.experiment import CONTROLS, Generate, Reading, SweepConfig, plan_sweep
 from superscopes_tl.model import LanguageModel
 from superscopes_tl.vectors import PAPER_MAPPING
 
@@ -119,10 +112,9 @@ def evaluate(
             What is finished is in the file: call once more to go on.
     """
     several = check_prompts(prompts)
-    check_names(settings)
     if draws is not None:
         check_count("draws", draws, least=0, fix="4 more readings make 5, as many as the paper's α")
-    config = replace(config, **settings)
+    config = SweepConfig.of(config, settings)
     with contextlib.ExitStack() as stack:
         if executor is None:
             first = plan_sweep(_loaded(model), several[0], config)

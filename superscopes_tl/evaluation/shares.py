@@ -125,5 +125,5 @@ def read_shares(first: SweepPlan, shares: Iterable[Share]) -> Generator[list[Rea
 def _plan(first: SweepPlan, share: Share) -> SweepPlan:
     plan = first.at_prompt(share.prompt)
     if share.draw:
-        plan = replace(plan, alphas=(1.0,), config=replace(plan.config, draw=share.draw))
-    return replace(plan, finished=frozenset(plan.all_cells).difference(share.cells))
+        plan = plan.with_settings(alphas=1, draw=share.draw)
+    return plan.only(share.cells)

@@ -1,23 +1,16 @@
 """One source prompt: settings, plan, cells, controls, the run, and its result."""
 
 from superscopes_tl.experiment.cells import finished_cells, make_patches, mean, score_readings
-from superscopes_tl.experiment.config import (
-    CONTROLS,
-    Generate,
-    SweepConfig,
-    check_config,
-    check_names,
-)
+from superscopes_tl.experiment.config import CONTROLS, Generate, SweepConfig
 from superscopes_tl.experiment.controls import make_control, rescored
 from superscopes_tl.experiment.plan import Cell, SweepPlan, lay_out, plan_sweep
-from superscopes_tl.experiment.refinement import refine
 from superscopes_tl.experiment.results import COLUMNS, SITE, TYPES, Reading, SweepResult
 from superscopes_tl.experiment.run import (
     SweepError,
     SweepInterrupted,
     collect,
     iter_sweep,
-    run_batches,
+    refine,
     run_plans,
     sweep,
 )
@@ -46,8 +39,6 @@ __all__ = [
     "SweepInterrupted",
     "SweepPlan",
     "SweepResult",
-    "check_config",
-    "check_names",
     "collect",
     "contextualization",
     "finished_cells",
@@ -63,7 +54,6 @@ __all__ = [
     "refine",
     "rescored",
     "rows_at",
-    "run_batches",
     "run_plans",
     "score_readings",
     "sweep",

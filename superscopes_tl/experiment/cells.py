@@ -1,11 +1,11 @@
-"""The work of a plan's cells: what is patched, and what came of it.
+"""What a plan's cells patch, and the rows of the table that come of it.
 
-1. Read the source prompt once (`capture`): v of every site, in float32.
-   Or take what the plan's `vectors` gives in its place.
+1. Read the source prompt once (`capture`): v of every site, in float32, or what the plan's
+   `vectors` returns in its place.
 2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
-   of the residual norm if the plan says so. Where α acts on the logits, f(v) is that of α = 1.
-   The plan's `write` may change how it is written.
-3. Score a batch's texts (`scoring`) and make the rows of the table.
+   of the residual norm with `unit="residual"`. Where α acts on the logits, f(v) is that of α = 1.
+   The plan's `write` may change how it is patched.
+3. Score the texts of a batch (`scores`) and make the rows of the table.
 """
 
 from __future__ import annotations
@@ -18,17 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import (
-    Generation,
-    Patch,
-    crop_description,
-    is_echo,
-    site_vectors,
-    tokens_told,
-)
+from superscopes_tl.engine import Generation, Patch, is_echo, site_vectors
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment.config import Generate
-from superscopes_tl.experiment.plan import Cell, SweepPlan
+from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
 from superscopes_tl.experiment.results import Reading
 from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import Site
@@ -38,23 +31,21 @@ from superscopes_tl.vectors import PlaceVectors
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Those cells of a batch that are of one plan; a batch may hold cells of several prompts.
+    """The cells of one plan in a batch, which may hold cells of several plans.
 
     Attributes:
         plan: the plan.
         cells: some of its cells.
         patches: what they patch.
-        generations: what was written.
     """
 
     plan: SweepPlan
     cells: Sequence[Cell]
     patches: Sequence[Patch]
-    generations: Sequence[Generation]
 
 
 def make_patches(plan: SweepPlan) -> list[Patch]:
-    """Return what is patched for each of the plan's cells.
+    """Return the patch of each of the plan's cells.
 
     Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
     function may treat the rows of a batch together.
@@ -63,7 +54,9 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
         return []
     places = [
         (site, target)
-        for targets in zip(*map(plan.target_layers, plan.sites), strict=True)
+        for targets in zip(
+            *(target_layers(site, plan.target_layer) for site in plan.sites), strict=True
+        )
         for site, target in zip(plan.sites, targets, strict=True)
     ]
     vectors = _vectors(plan, plan.config.vectors or _captured, places, "vectors")
@@ -96,7 +89,7 @@ def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Pa
 
 
 def _seed(plan: SweepPlan, cell: Cell) -> int | None:
-    """Return what a drawn text starts from: the same in every run and every batch."""
+    """Return the seed of a sampled text: the same in every run and every batch."""
     if plan.config.draw == 0:
         return None
     return stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
@@ -105,22 +98,22 @@ def _seed(plan: SweepPlan, cell: Cell) -> int | None:
 def _captured(
     plan: SweepPlan, places: Sequence[tuple[Site, int]]
 ) -> Float[Tensor, "places d_model"]:
-    """Return what the source prompt carries at every site."""
+    """Return the activation of every site."""
     return site_vectors(plan.model, plan.source, [site for site, _ in places])
 
 
 def _vectors(
-    plan: SweepPlan, give: PlaceVectors, places: Sequence[tuple[Site, int]], argument: str
+    plan: SweepPlan, source: PlaceVectors, places: Sequence[tuple[Site, int]], argument: str
 ) -> Float[Tensor, "places d_model"]:
     """Return one vector per place, checked."""
-    vectors = give(plan, places)
+    vectors = source(plan, places)
     shape = (len(places), plan.generator.model.d_model)
     if not isinstance(vectors, Tensor) or vectors.shape != shape:
         raise bad_value(
             argument,
             f"vectors of shape {shape}, one per site and target layer",
             tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
-            "see superscopes_tl.experiment.config.PlaceVectors",
+            "see superscopes_tl.vectors.PlaceVectors",
         )
     return vectors.float().cpu()
 
@@ -128,7 +121,7 @@ def _vectors(
 def _in_units(
     plan: SweepPlan, vectors: Float[Tensor, "sites d_model"], targets: Sequence[int]
 ) -> Float[Tensor, "sites d_model"]:
-    """Return the vectors as long as the residual stream that they replace, if the plan says so."""
+    """Return the vectors, with `unit="residual"` scaled to the norm of what they replace."""
     if plan.config.unit == "vector":
         return vectors
     lengths = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -156,7 +149,7 @@ def _map(
     if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
         raise bad_value(
             name,
-            f"vectors of shape {tuple(vectors.shape)}, as it was given",
+            f"vectors of shape {tuple(vectors.shape)}, that of its argument",
             tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
             "return one vector per vector",
         )
@@ -173,45 +166,36 @@ def _map(
     return mapped
 
 
-def read(part: Part) -> list[Reading]:
+def read(part: Part, generations: Sequence[Generation]) -> list[Reading]:
     """Score the texts of some cells and return their rows."""
     plan = part.plan
-    descriptions = [crop_description(generation.text) for generation in part.generations]
-    texts = [generation.text for generation in part.generations]
-    scores = score_readings(plan, part.cells, texts, descriptions)
+    scores = score_readings(
+        plan, part.cells, [g.text for g in generations], [g.description for g in generations]
+    )
     names = plan.generator.target.prompt.few_shot_names
-    rows = []
-    for empty, generation, description, score in zip(
-        unwritten(plan, part.cells, part.patches),
-        part.generations,
-        descriptions,
-        scores,
-        strict=True,
-    ):
-        told = tokens_told(plan.generator.model.tokenizer, generation, description)
-        rows.append(
-            replace(
-                empty,
-                text=generation.text,
-                description=description,
-                score=score,
-                few_shot_copy=any(name.lower() in description.lower() for name in names),
-                n_tokens=len(generation.token_ids),
-                margin=generation.margin,
-                entropy=mean(generation.entropies[:told]),
-                log_probability=mean(generation.log_probabilities[:told]),
-                written=True,
-                echo=is_echo(description, empty.about),
-            )
+    return [
+        replace(
+            empty,
+            text=generation.text,
+            description=generation.description,
+            score=score,
+            few_shot_copy=any(name.lower() in generation.description.lower() for name in names),
+            n_tokens=len(generation.token_ids),
+            margin=generation.margin,
+            entropy=mean(generation.entropies[: generation.n_description_tokens]),
+            log_probability=mean(generation.log_probabilities[: generation.n_description_tokens]),
+            written=True,
+            echo=is_echo(generation.description, empty.about),
         )
-    return rows
+        for empty, generation, score in zip(unwritten(part), generations, scores, strict=True)
+    ]
 
 
-def unwritten(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Reading]:
-    """Return the rows of some cells without what the model writes there."""
-    norms = plan.generator.placeholder_norms
+def unwritten(part: Part) -> list[Reading]:
+    """Return the rows of some cells without a text."""
+    plan, norms = part.plan, part.plan.generator.placeholder_norms
     rows = []
-    for cell, patch in zip(cells, patches, strict=True):
+    for cell, patch in zip(part.cells, part.patches, strict=True):
         norm = patch.norm
         rows.append(
             Reading(
@@ -243,14 +227,15 @@ def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozense
     """Return the cells that need no more work.
 
     Args:
-        written: the cells of one prompt that are there, and whether each is written out.
-        generate: which cells are to be, as in `SweepConfig`.
+        written: the computed cells of one prompt, and whether each has a text.
+        generate: which cells are to have one, as in `SweepConfig`.
     """
     if generate == "none":
         return frozenset(written)
+    texts = frozenset(cell for cell, has_text in written.items() if has_text)
     if generate == "all":
-        return frozenset(cell for cell, there in written.items() if there)
-    places = {cell.place for cell, there in written.items() if there}
+        return texts
+    places = {cell.place for cell in texts}
     return frozenset(cell for cell in written if cell.place in places)
 
 
@@ -262,6 +247,6 @@ def mean(numbers: Sequence[float]) -> float:
 def score_readings(
     plan: SweepPlan, cells: Sequence[Cell], texts: Sequence[str], descriptions: Sequence[str]
 ) -> list[float]:
-    """Score what was written in some cells, whole or cropped, against what each is about."""
+    """Score the texts of some cells, whole or cropped, against what each is about."""
     judged = descriptions if plan.config.score_on == "description" else texts
     return score_texts(plan.scorer, [plan.about(cell.position) for cell in cells], judged)

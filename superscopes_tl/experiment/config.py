@@ -1,23 +1,28 @@
-"""The settings of a sweep, and what of them can be checked without a model."""
+"""The settings of a sweep: an object that validates itself.
+
+1. `SweepConfig` checks at construction all that can be checked without a model, so that a bad
+   setting costs no download, and normalises it: α are floats, names and layers are tuples.
+2. `plan_sweep` checks the rest against the model: kinds, layers, positions, target layers.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from superscopes_tl.engine import PAPER_ALPHAS, TargetPrompt, default_target_prompt
-from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
+from superscopes_tl.errors import bad_type, bad_value, check_callable, check_choice, check_count
 from superscopes_tl.model import (
     PAPER_KINDS,
     LanguageModel,
     Positions,
-    check_layers,
+    check_answer,
     check_template,
     check_text,
 )
-from superscopes_tl.scores import Scorer
+from superscopes_tl.scores import Scorer, as_scorer
 from superscopes_tl.vectors import MappingFamily, PlaceVectors, Scale, Write
 
 TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
@@ -25,6 +30,8 @@ TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 
 ScoreOn = Literal["description", "text"]
 Generate = Literal["all", "best", "none"]
+Unit = Literal["vector", "residual"]
+Guide = Literal["vector", "logits"]
 
 CONTROLS = (
     "unpatched",
@@ -43,49 +50,49 @@ class SweepConfig:
 
     With two exceptions: the description is scored without what follows it (`score_on="text"` is
     the paper's protocol), and a model may state its own length of a text. Of the paper's two
-    target layers, 0 and "same", the default is the one that `readability` finds to read both
-    real models with the paper's prompt: Gemma-3-270M's own words are recovered to 0.87 (layer 0:
-    0.71), SmolLM2-135M's to 0.88 (0.90), other names' vectors far less.
+    target layers, 0 and "same", the default is the one with which `readability` reads both real
+    models with the paper's prompt: it recovers 0.87 of Gemma-3-270M's own words (layer 0: 0.71)
+    and 0.88 of SmolLM2-135M's (0.90), and far less with other names' vectors.
 
     Attributes:
-        layers: source layers, counted from 0; every layer unless given.
+        layers: source layers, counted from 0; defaults to every layer.
         kinds: kinds of activation.
         alphas: amplifiers; 0 and negative numbers are legal.
         positions: tokens of the source prompt: an index, a substring, a slice (`slice(None)` is
-            every token but the BOS) or a sequence of these. The last token unless given.
-        source_template: what stands around the source prompt, such as `"Tell me about {}"`:
+            every token but the BOS) or a sequence of these. Defaults to the last token.
+        source_template: the text around the source prompt, such as `"Tell me about {}"`:
             positions are still those of the prompt. A name of one token needs it where a model
-            puts no BOS in front: the first token of a text is the attention sink.
-        about: what a reading is scored against; unless given the substring that chose its
-            position, else the source prompt up to that token.
+            has no BOS: the first token of a text is the attention sink.
+        about: what a reading is scored against; defaults to the substring that chose its
+            position, else to the source prompt up to that token.
         reference: a text, such as a true fact, in place of the model's own words (`own_words`);
             or several, by source prompt.
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
-            Unless given `DESCRIPTION_PROMPT`, the paper's, or with `chat` `CHAT_PROMPT`.
-        mapping: gives the mapping function of each α.
-        vectors: what v is, where it is not the site's own activation: `Head(3)`, `Window(3)`,
-            `Mapped(maps)`, or any `PlaceVectors`.
+            Defaults to `DESCRIPTION_PROMPT`, the paper's, with `chat` to `CHAT_PROMPT`.
+        mapping: the mapping family: returns the mapping function of each α.
+        vectors: the source of v, where it is not the site's own activation: `Head(3)`,
+            `Window(3)`, `Mapped(maps)`, or any `PlaceVectors`.
         base: the b of f(v) = b + mapping(α)(v − b), such as `ResidMid()`; defaults to 0.
-        unit: what α = 1 means: the "vector" as it is, or as long as the "residual" stream that it
-            replaces, whatever its own length.
+        unit: what α = 1 means: the "vector" as it is, or scaled to the norm of the "residual"
+            stream that it replaces.
         guide: where α acts: on the "vector", or on the "logits", u + α·(c − u), with c those of
             the vector at α = 1 and u those of the unpatched prompt.
         write: how the patch is written, where it does not simply replace the residual stream at
             the target layer: `Add()`, `Interpolate()`, `AtLayers(0, 3)`, or any `Write`.
-        target_model: the model that is asked; the one that is read unless given. Its tokenizer,
+        target_model: the model of the target prompt; defaults to the source model. Its tokenizer,
             layers and width are those of the target prompt, the target layers and f(v).
-        chat: whether the source prompt and the target prompt are each a message of a user in the
-            chat template of the model that gets them (see `tokens`).
-        draw: 0 for the likeliest tokens; k for the k-th text drawn at temperature 1.
+        chat: whether the source prompt and the target prompt are each a user's message in the
+            chat template of their model.
+        draw: 0 for greedy texts; k for the k-th text sampled at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
-        others: how many other prompts' vectors the control "other_prompt" takes for `recovered`: a
-            single one is a noisy control. The text beside a cell is that of the first.
-        max_new_tokens: the longest text; the paper's 10, with `chat` 24, or the model's own
-            (`PatchedGenerator`).
-        generate: which cells to write out: "all"; "best", of each site the α that recovers most;
-            or "none": then there is `recovered` alone, a whole map in the time of a few texts.
-        batch_size: rows per batch; chosen by memory unless given.
+        others: how many other prompts' vectors the control "other_prompt" averages `recovered`
+            over: a single one is a noisy control. The text beside a cell is that of the first.
+        max_new_tokens: the longest text; defaults to the paper's 10, with `chat` to 24, or to the
+            model's own (`PatchedPrompt`).
+        generate: which cells to generate: "all"; "best", of each site and target layer the α that
+            recovers most; or "none", which gives `recovered` alone, in the time of a few texts.
+        batch_size: rows per batch; defaults to what fits into memory.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_on: score the cropped "description", or as the paper did the whole "text". Texts end
             where their description does, unless they are scored whole.
@@ -103,8 +110,8 @@ class SweepConfig:
     mapping: MappingFamily = Scale()
     vectors: PlaceVectors | None = None
     base: PlaceVectors | None = None
-    unit: Literal["vector", "residual"] = "vector"
-    guide: Literal["vector", "logits"] = "vector"
+    unit: Unit = "vector"
+    guide: Guide = "vector"
     write: Write | None = None
     target_model: LanguageModel | str | None = None
     chat: bool = False
@@ -117,9 +124,50 @@ class SweepConfig:
     scorer: Scorer | str | None = None
     score_on: ScoreOn = "description"
 
+    def __post_init__(self) -> None:
+        check_choice("score_on", self.score_on, get_args(ScoreOn))
+        check_choice("unit", self.unit, get_args(Unit))
+        check_choice("guide", self.guide, get_args(Guide))
+        check_choice("generate", self.generate, get_args(Generate))
+        if not isinstance(self.chat, bool):
+            raise bad_type("chat", "True or False", self.chat, "chat=True")
+        check_count("others", self.others, least=1, fix="3 is the default")
+        check_count("draw", self.draw, least=0, fix="0 is greedy, 1 the first sampled text")
+        self._check_prompts()
+        for name, expected, where in _CALLABLES:
+            if (given := getattr(self, name)) is not None or name == "mapping":
+                fix = f"pass the function itself, without quotes; see superscopes_tl.{where}"
+                check_callable(name, given, expected=expected, fix=fix)
+        as_scorer(self.scorer)
+        names = (self.controls,) if isinstance(self.controls, str) else tuple(self.controls)
+        for control in names:
+            check_choice("controls", control, CONTROLS)
+        normal: dict[str, Any] = {
+            "alphas": _alphas(self.alphas),
+            "controls": tuple(name for name in CONTROLS if name in names),
+            "layers": _several(self.layers),
+            "target_layer": _several(self.target_layer),
+        }
+        if isinstance(self.target_layer, str):
+            check_choice("target_layer", self.target_layer, ("same",))
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
+        """Return a config, by default the default one, with some settings changed.
+
+        Raises:
+            TypeError: a setting that is no field of `SweepConfig`.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in settings if name not in names]:
+            raise bad_type("settings", f"settings out of {names}", unknown, "correct the name")
+        return replace(config or cls(), **settings)
+
     @property
-    def asked(self) -> TargetPrompt:
-        """The target prompt, the default one filled in."""
+    def prompt_with_placeholder(self) -> TargetPrompt:
+        """The target prompt, or the default one."""
         return default_target_prompt(self.target_prompt, chat=self.chat)
 
     def reference_of(self, prompt: str) -> str | None:
@@ -127,98 +175,40 @@ class SweepConfig:
         given = self.reference
         return given.get(prompt) if isinstance(given, Mapping) else given
 
+    def _check_prompts(self) -> None:
+        """Check the target prompt, and the texts around and beside a source prompt."""
+        answer = self.prompt_with_placeholder.answer
+        check_answer(answer, chat=self.chat, argument="target_prompt")
+        check_template(self.source_template)
+        if self.about is not None:
+            check_text(self.about, "about")
+        given = self.reference
+        for text in given.values() if isinstance(given, Mapping) else (given,):
+            if text is not None:
+                check_text(text, "reference")
+
 
 _PLACES = "a callable from a plan and its places to vectors"
 _CALLABLES = (
-    ("vectors", _PLACES, "sources"),
-    ("base", _PLACES, "guided"),
-    ("write", "a callable from a patch and its α to a patch", "selfie"),
+    ("mapping", "a callable from α to a mapping function", "vectors"),
+    ("vectors", _PLACES, "vectors"),
+    ("base", _PLACES, "vectors"),
+    ("write", "a callable from a patch and its α to a patch", "vectors"),
 )
-"""Settings that are callables if they are given: name, what is expected, where examples are."""
+"""Settings that are callables: name, what is expected, where examples are."""
 
 
-def check_names(settings: dict[str, Any]) -> None:
-    """Check that the settings are fields of `SweepConfig`.
-
-    Raises:
-        TypeError: one is not.
-    """
-    names = [field.name for field in fields(SweepConfig)]
-    if unknown := [name for name in settings if name not in names]:
-        raise bad_type("settings", f"settings out of {names}", unknown, "correct the name")
+def _several(value: Any) -> Any:
+    """Return an iterable as a tuple; a text, a number or `None` as it is."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
-def check_config(config: SweepConfig | None, settings: dict[str, Any]) -> SweepConfig:
-    """Return the settings as one object, after the checks that concern it alone."""
-    if config is not None and settings:
-        raise bad_value(
-            "config",
-            "either config or single settings",
-            settings,
-            "use dataclasses.replace(config, ...)",
-        )
-    check_names(settings)
-    config = config or SweepConfig(**settings)
-    if config.score_on not in ("description", "text"):
-        raise bad_value(
-            "score_on", "'description' or 'text'", config.score_on, "'text' is the paper's protocol"
-        )
-    for name, choices in (
-        ("unit", ("vector", "residual")),
-        ("guide", ("vector", "logits")),
-        ("generate", ("all", "best", "none")),
-    ):
-        if getattr(config, name) not in choices:
-            raise bad_value(
-                name,
-                " or ".join(map(repr, choices)),
-                getattr(config, name),
-                "leave it out for the default",
-            )
-    _check_source(config)
-    if not isinstance(config.chat, bool):
-        raise bad_type("chat", "True or False", config.chat, "chat=True")
-    asked = (config.controls,) if isinstance(config.controls, str) else tuple(config.controls)
-    if unknown := [name for name in asked if name not in CONTROLS]:
-        raise bad_value("controls", f"controls out of {CONTROLS}", unknown, "correct the name")
-    config = replace(config, controls=tuple(name for name in CONTROLS if name in asked))
-    check_count("others", config.others, least=1, fix="3 is the default")
-    check_count("draw", config.draw, least=0, fix="0 is greedy, 1 the first drawn text")
-    for name, expected, where in _CALLABLES:
-        if (given := getattr(config, name)) is not None:
-            fix = f"pass the function itself, without quotes; see superscopes_tl.{where}"
-            check_callable(name, given, expected=expected, fix=fix)
-    if not callable(config.mapping):
-        raise bad_type(
-            "mapping",
-            "a callable from α to a mapping function",
-            config.mapping,
-            "see superscopes_tl.vectors.amplify",
-        )
-    return config
-
-
-def _check_source(config: SweepConfig) -> None:
-    """Check what stands around a source prompt, and what its readings are held against."""
-    check_template(config.source_template)
-    references = config.reference
-    if config.about is not None:
-        check_text(config.about, "about")
-    for text in references.values() if isinstance(references, Mapping) else [references]:
-        if text is not None:
-            check_text(text, "reference")
-
-
-def check_alphas(alphas: Any) -> tuple[float, ...]:
-    """Return the amplifiers as distinct finite numbers, in the given order.
-
-    Raises:
-        ValueError, TypeError: none, or something that is no finite number.
-    """
-    if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
-        raise bad_type("alphas", "finite numbers", alphas, "pass numbers, as in alphas=(1, 3)")
-    given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
+def _alphas(alphas: Any) -> tuple[float, ...]:
+    """Return the amplifiers as distinct finite numbers, in the given order."""
     fix = "pass for example alphas=(1, 3, 6, 9, 12, 15)"
+    if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
+        raise bad_type("alphas", "finite numbers", alphas, fix)
+    given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
     if not given:
         raise bad_value("alphas", "at least one finite number", given, fix)
     checked: dict[float, None] = {}
@@ -231,23 +221,3 @@ def check_alphas(alphas: Any) -> tuple[float, ...]:
             raise bad_value("alphas", "finite numbers", alpha, fix)
         checked[number] = None
     return tuple(checked)
-
-
-def check_target_layer(
-    target_layer: TargetLayer, n_layers: int
-) -> Literal["same"] | tuple[int, ...]:
-    """Return where to patch, as layer numbers counted from 0 or as "same".
-
-    Raises:
-        ValueError, TypeError: neither of these.
-    """
-    if isinstance(target_layer, str):
-        if target_layer != "same":
-            raise bad_value(
-                "target_layer",
-                "a layer, 'same' or a list of layers",
-                target_layer,
-                "0 and 'same' are the paper's choices",
-            )
-        return "same"
-    return check_layers(target_layer, n_layers, "target_layer")

@@ -1,30 +1,36 @@
-"""Controls: what a cell's place would say without the cell's meaning.
+"""Controls: what the target prompt says when the patched vector carries no meaning of the source.
 
 1. A control makes, for each cell, another patch: same place, same model, but a vector that cannot
-   know what the source token means (`make_control`). Other prompts are those of which the model
-   itself says something else.
-2. All controls of a batch are generated together, across prompts, identical ones once.
+   know what the source token means (`make_control`). Other prompts are chosen among those that the
+   model itself describes differently.
+2. All controls of a batch are generated together, across prompts, equal ones once.
 3. Their scores and texts become columns of the table: `random_direction` is the score, and
-   `random_direction_text` what was written. `unpatched_log_probability` has no text of its own:
-   it is how likely the *cell's* description is when nothing is patched, in nats per token.
+   `random_direction_text` the text. `unpatched_log_probability` has no text of its own: it is the
+   log-probability of the *cell's* description when nothing is patched, in nats per token.
 
-A score says something only beside its controls: a text in the target prompt's style has some
+A score means something only beside its controls: a text in the target prompt's style has some
 similarity to most prompts.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from superscopes_tl.engine import MANY_KINDS, PAPER_PROMPTS, Patch, crop_description, tokens_told
+from superscopes_tl.engine import (
+    MANY_KINDS,
+    PAPER_PROMPTS,
+    Generation,
+    Patch,
+    PatchedGenerator,
+    crop_description,
+)
 from superscopes_tl.experiment.cells import Part, make_patches, mean, score_readings
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.results import Reading
@@ -35,18 +41,19 @@ from superscopes_tl.vectors import random_direction
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""
 OTHER_PROMPTS = tuple(dict.fromkeys((*PAPER_PROMPTS, *MANY_KINDS)))
-"""What the other prompts are chosen from."""
+"""The pool of other prompts."""
 
 
 def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
-    """Patch nothing: what the target prompt says by itself."""
+    """Patch nothing."""
     return [Patch(torch.zeros_like(patch.vector), None, seed=patch.seed) for patch in patches]
 
 
 def _alpha_zero(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
     """Patch f(v) at α = 0: a zero vector, or the base alone."""
-    at_zero = replace(plan, alphas=(0.0,), finished=frozenset())
-    return _found(at_zero, [replace(cell, alpha=0.0) for cell in cells], patches)
+    return _found(
+        plan.with_settings(alphas=0), [replace(cell, alpha=0.0) for cell in cells], patches
+    )
 
 
 def _random_direction(
@@ -62,18 +69,18 @@ def _shuffled_dimensions(
     """Patch the vector's own numbers in another order: equal norm, equal outliers."""
 
     def shuffle(vector: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return vector[..., torch.randperm(vector.shape[-1], generator=generator)]
+        order = torch.Generator().manual_seed(seed)
+        return vector[..., torch.randperm(vector.shape[-1], generator=order)]
 
     return _at_random(plan, cells, patches, shuffle)
 
 
 def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
     """Patch the last token's vector of another prompt, same kind and layer."""
-    return other_patches(plan, cells, patches, 0)
+    return _other_patches(plan, cells, patches, 0)
 
 
-def other_patches(
+def _other_patches(
     plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch], number: int
 ) -> list[Patch]:
     """Patch the last token's vector of another prompt, same kind and layer.
@@ -90,7 +97,7 @@ def other_patches(
     ):
         mine, given = zip(*group, strict=True)
         other = _other_names(plan, position)[number]
-        there = replace(plan, config=replace(plan.config, positions=-1)).at_prompt(other)
+        there = plan.with_settings(positions=-1).at_prompt(other)
         last = there.sites[0].position
         wanted = [replace(cell, position=last) for cell in mine]
         made += _found(there, wanted, given)
@@ -98,9 +105,9 @@ def other_patches(
 
 
 def _other_names(plan: SweepPlan, position: int) -> list[str]:
-    """Return other prompts of which the model says something else; chosen by a seed.
+    """Return other prompts that the model describes differently, chosen by a seed.
 
-    Where the model says the same of two names, the vector of one is no control for the other.
+    Where the model describes two names alike, the vector of one is no control for the other.
     """
     about = plan.about(position)
     own = {plan.source.text.casefold(), about.casefold()}
@@ -114,7 +121,7 @@ def _other_names(plan: SweepPlan, position: int) -> list[str]:
         found += [name for name, own in zip(names, words, strict=True) if own.text != mine]
         if len(found) >= wanted:
             return found[:wanted]
-    return (found + pool * wanted)[:wanted]  # it says the same of almost everything
+    return (found + pool * wanted)[:wanted]  # it describes almost everything alike
 
 
 _LIKELY = "unpatched_log_probability"
@@ -129,6 +136,9 @@ PATCH_CONTROLS: Mapping[str, Control] = {
     "other_prompt": _other_prompt,
 }
 
+ControlPatches: TypeAlias = Mapping[str, Sequence[Sequence[Patch]]]
+"""By control, one or several lists with a patch for each cell; only other prompts are several."""
+
 
 def make_control(
     name: str, plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
@@ -136,7 +146,7 @@ def make_control(
     """Return a control's patch for each cell.
 
     Args:
-        name: out of `config.CONTROLS`, but not `unpatched_log_probability`.
+        name: out of `CONTROLS`, but not `unpatched_log_probability`.
         plan: the sweep.
         cells: some of its cells.
         patches: what these cells patch.
@@ -144,41 +154,62 @@ def make_control(
     return PATCH_CONTROLS[name](plan, cells, patches)
 
 
-def add_controls(parts: Sequence[Part], readings: Sequence[Reading]) -> list[Reading]:
-    """Return the readings with the controls, generated in one go for all parts of a batch.
+def control_patches(part: Part) -> ControlPatches:
+    """Return the patches of all controls that the plan asks for."""
+    plan = part.plan
+    several = range(1, plan.config.others)
+    return {
+        name: [
+            make_control(name, plan, part.cells, part.patches),
+            *(
+                _other_patches(plan, part.cells, part.patches, number)
+                for number in (several if name == "other_prompt" else ())
+            ),
+        ]
+        for name in plan.config.controls
+        if name in PATCH_CONTROLS
+    }
+
+
+def add_controls(
+    parts: Sequence[Part],
+    controls: Sequence[ControlPatches],
+    generations: Sequence[Generation],
+    readings: Sequence[Reading],
+) -> list[Reading]:
+    """Return the readings with their controls' texts and scores, generated in one batch.
 
     Args:
         parts: of plans that differ in their prompts and draws alone.
-        readings: those of all parts, one behind the other.
+        controls: the patches of each part's controls.
+        generations: the texts of the cells of all parts.
+        readings: their rows.
     """
-    asked = parts[0].plan.config.controls
-    names = [name for name in asked if name in PATCH_CONTROLS]
-    made = [
-        patch
-        for part in parts
-        for name in names
-        for patch in make_control(name, part.plan, part.cells, part.patches)
-    ]
-    written = iter(parts[0].plan.generator.generate(made))
-    likely = iter(_likely(parts, readings) if _LIKELY in asked else ())
+    generator = parts[0].plan.generator
+    patches = [patch for made in controls for several in made.values() for patch in several[0]]
+    texts = iter(generator.generate(patches))
+    asks_likely = _LIKELY in parts[0].plan.config.controls
+    likely = iter(_unpatched_likely(generator, generations) if asks_likely else [])
     rows: list[dict[str, float | str]] = []
-    for part in parts:
+    for part, made in zip(parts, controls, strict=True):
         columns: dict[str, Sequence[Any]] = {}
-        for name in names:
-            texts = [next(written).text for _ in part.cells]
-            cropped = list(map(crop_description, texts))
-            columns[name] = score_readings(part.plan, part.cells, texts, cropped)
-            columns[f"{name}_text"] = texts
-        if _LIKELY in asked:
+        for name in made:
+            own = [next(texts) for _ in part.cells]
+            columns[name] = score_readings(
+                part.plan, part.cells, [g.text for g in own], [g.description for g in own]
+            )
+            columns[f"{name}_text"] = [generation.text for generation in own]
+        if asks_likely:
             columns[_LIKELY] = [next(likely) for _ in part.cells]
         rows += [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            {name: column[row] for name, column in columns.items()}
+            for row in range(len(part.cells))
         ]
     return [replace(r, controls=row) for r, row in zip(readings, rows, strict=True)]
 
 
 def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
-    """Return the readings, their controls included, as the plan's scorer judges them."""
+    """Return the readings, their controls included, with the scores of the plan's scorer."""
     cells = [Cell.of(reading) for reading in readings]
 
     def scores(texts: Sequence[str]) -> list[float]:
@@ -203,27 +234,18 @@ def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
     ]
 
 
-def _likely(parts: Sequence[Part], readings: Sequence[Reading]) -> Iterator[float]:
-    """Yield how likely each reading's description is without the patch, in nats per token."""
-    plan = parts[0].plan
-    tokenizer = plan.generator.model.tokenizer
-    generations = [generation for part in parts for generation in part.generations]
-    told = [
-        generation.token_ids[: tokens_told(tokenizer, generation, reading.description)]
-        for generation, reading in zip(generations, readings, strict=True)
-    ]
-    # The same text behind the same unpatched prompt needs no second run.
-    distinct = [ids for ids in dict.fromkeys(told) if ids]
-    unpatched = _unpatched(plan, (), [patch for part in parts for patch in part.patches])
-    likely = plan.generator.log_probabilities(unpatched[: len(distinct)], distinct)
-    found = dict(zip(distinct, map(mean, likely), strict=True))
-    return (found.get(ids, math.nan) for ids in told)
+def _unpatched_likely(
+    generator: PatchedGenerator, generations: Sequence[Generation]
+) -> list[float]:
+    """Return the log-probability of each description without a patch, in nats per token."""
+    texts = [g.token_ids[: g.n_description_tokens] for g in generations]
+    unpatched = [Patch(torch.zeros(generator.model.d_model), None)] * len(texts)
+    return [mean(likely) for likely in generator.log_probabilities(unpatched, texts)]
 
 
 def _found(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
-    """Return the patches of some cells of another plan, drawn as the given ones are."""
-    wanted = set(cells)
-    part = replace(plan, finished=frozenset(cell for cell in plan.all_cells if cell not in wanted))
+    """Return the patches of some cells of another plan, with the seeds of the given ones."""
+    part = plan.only(cells)
     made = dict(zip(part.cells, make_patches(part), strict=True))
     return [replace(made[cell], seed=p.seed) for cell, p in zip(cells, patches, strict=True)]
 
@@ -234,6 +256,7 @@ def _at_random(
     patches: Sequence[Patch],
     change: Callable[[Tensor, int], Tensor],
 ) -> list[Patch]:
+    """Return the patches with their vectors changed by a seed of their places."""
     return [
         replace(patch, vector=change(patch.vector, _seed(plan, *cell.place)))
         for cell, patch in zip(cells, patches, strict=True)

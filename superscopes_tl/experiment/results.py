@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 import pandas as pd
 
 from superscopes_tl.errors import RunFileError, bad_value, check_choice, describe, reason
+from superscopes_tl.experiment.plan import SweepPlan
 from superscopes_tl.experiment.summary import (
     By,
     Contextualization,
@@ -130,18 +131,22 @@ class SweepResult:
     Attributes:
         table: one row per cell; the columns are the fields of `Reading`.
         provenance: model, versions, prompts, tokens and settings, as plain data.
+        plan: the plan of the sweep, where it was run in this session; no file holds it.
     """
 
     table: pd.DataFrame
     provenance: dict[str, Any]
+    plan: SweepPlan | None = None
 
     @classmethod
-    def from_readings(cls, readings: Iterable[Reading], provenance: dict[str, Any]) -> Self:
+    def from_readings(
+        cls, readings: Iterable[Reading], provenance: dict[str, Any], plan: SweepPlan | None = None
+    ) -> Self:
         """Return the result that holds `readings`."""
         rows = [asdict(reading) for reading in readings]
         rows = [row | row.pop("controls") for row in rows]
         columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
-        return cls(pd.DataFrame(rows, columns=list(columns)), provenance)
+        return cls(pd.DataFrame(rows, columns=list(columns)), provenance, plan)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -169,7 +174,7 @@ class SweepResult:
         rows = rows_at(
             self.table, position=position, target_layer=target_layer, kind=kind, alpha=alpha
         )
-        return SweepResult(rows, self.provenance)
+        return SweepResult(rows, self.provenance, self.plan)
 
     def best(self, *, by: By | None = None) -> pd.DataFrame:
         """Return the best cell of every site: the automatic amplifier.

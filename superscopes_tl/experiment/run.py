@@ -2,9 +2,13 @@
 
 1. Check every setting (`plan`): bad input ends here, before any work.
 2. Read the source prompt once and map the vectors, one f(v) per cell (`cells`).
-3. Generate the cells in batches (`patching`), score each batch's texts (`scoring`), take what
-   each cell recovers (`recovery`), and hand the readings over as they are finished.
-   Where not all cells are written out, what they recover comes first and chooses those that are.
+3. Fill batches with the cells of one plan or of several. Generate the texts of a batch, score
+   them, generate its controls, compute what its cells recover (`recovery`), and yield its readings.
+   With `generate="best"` or "none", what the cells recover comes first and chooses those that are
+   generated.
+4. `refine` goes from coarse to fine: it tries the α between those of a sweep where it reads best
+   (paper, section 4.1). What counts is the ratio of α·v to the residual stream, so that the
+   midpoint of two positive α is their geometric mean.
 
 The order of the cells, and so of the table's rows, is position, kind, source layer, target layer,
 α, as they were given.
@@ -15,17 +19,20 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from superscopes_tl.engine import Patch
+from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.experiment.cells import Part, make_patches, read, unwritten
 from superscopes_tl.experiment.config import SweepConfig
-from superscopes_tl.experiment.controls import add_controls
+from superscopes_tl.experiment.controls import add_controls, control_patches
 from superscopes_tl.experiment.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.experiment.recovery import add_recovered
 from superscopes_tl.experiment.results import Reading, SweepResult
@@ -36,7 +43,7 @@ Work = tuple[SweepPlan, Cell, Patch]
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """The user stopped a sweep; `partial` holds the cells that were finished."""
+    """The user stopped a sweep; `partial` holds the finished cells."""
 
     def __init__(self, message: str, partial: SweepResult) -> None:
         super().__init__(message)
@@ -44,7 +51,7 @@ class SweepInterrupted(KeyboardInterrupt):
 
 
 class SweepError(RuntimeError):
-    """A sweep broke off; `partial` holds the cells that were finished."""
+    """A sweep failed; `partial` holds the finished cells."""
 
     def __init__(self, message: str, partial: SweepResult) -> None:
         super().__init__(message)
@@ -61,21 +68,22 @@ def iter_sweep(
 ) -> Iterator[Reading]:
     """Yield the readings of a sweep as they are finished, batch by batch.
 
-    Settings are checked at the call, before the first reading is asked for. Closing the iterator
-    stops the sweep; no hook stays on the model. Unless all cells are written out, a cell that is
+    Settings are checked at the call, before the first reading is requested. Closing the iterator
+    stops the sweep; no hook stays on the model. With `generate="best"` a cell that is generated
     comes twice: first with what it recovers, later with its text.
 
     Args:
         model: from `load_model`, or anything that it takes.
         prompt: the source prompt.
-        config: the settings; or give them one by one as keyword arguments.
+        config: the settings; defaults to `SweepConfig()`.
         progress: whether to show a progress bar.
-        **settings: the fields of `SweepConfig`.
+        **settings: fields of `SweepConfig` to change in it.
 
     Raises:
-        ValueError, TypeError: a bad setting.
+        ValueError, TypeError: as `plan_sweep`.
     """
-    return run_plan(plan_sweep(model, prompt, config, **settings), progress=progress)
+    plan = plan_sweep(model, prompt, config, **settings)
+    return (reading for batch in _with_bar([plan], progress) for reading in batch)
 
 
 def sweep(
@@ -86,7 +94,7 @@ def sweep(
     progress: bool = True,
     **settings: Any,
 ) -> SweepResult:
-    """Read a prompt's activations at every layer and α, and score what they say.
+    """Read a prompt's activations at every layer and α, and score the descriptions.
 
     Example:
         >>> result = sweep(load_model(), "Red Hot Chili Peppers", progress=False)
@@ -110,7 +118,7 @@ def sweep(
     if not isinstance(plan.scorer, SentenceEmbeddingScorer):
         # One that returns another number of scores should not cost a sweep.
         score_texts(plan.scorer, prompt, [prompt, prompt])
-    result = collect([plan], progress=progress)
+    result = plan.run(progress=progress)
     if progress:
         for line in result.caveats:
             tqdm.write(f"Caveat: {line}", file=sys.stderr)
@@ -128,117 +136,146 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
         progress: whether to show a progress bar.
 
     Raises:
-        SweepInterrupted, SweepError: as `sweep` does.
+        SweepInterrupted, SweepError: as `SweepPlan.run`.
     """
     started = time.perf_counter()
-    planned = sum(len(plan.cells) for plan in plans)
-    found: dict[Hashable, Reading] = {}
+    found: dict[tuple[str, int, Cell], Reading] = {}
 
     def result(*, complete: bool) -> SweepResult:
-        several = [plan.provenance() for plan in plans]
-        provenance = several[0]
-        for name in ("layers", "kinds", "positions"):
-            values = (value for one in several for value in one["config"][name])
-            provenance["config"][name] = list(dict.fromkeys(values))
-        if len(several) > 1:
-            provenance["prompts"] = list(dict.fromkeys(one["prompt"] for one in several))
-        provenance["planned_cells"] = sum(one["planned_cells"] for one in several)
+        provenance = _common_provenance(plans)
         provenance["complete"] = complete
         provenance["seconds"] = round(time.perf_counter() - started, 3)
-        return SweepResult.from_readings(found.values(), provenance)
+        plan = plans[0] if len(plans) == 1 else None
+        return SweepResult.from_readings(found.values(), provenance, plan)
 
-    def broke_off(why: str) -> str:
-        return (
-            f"{why} after {len(found)} of {planned} cells; the finished ones are in "
-            "this exception's .partial"
-        )
+    def stopped(why: str) -> str:
+        planned = sum(len(plan.cells) for plan in plans)
+        return f"{why} after {len(found)} of {planned} cells; the finished ones are in .partial"
 
     try:
-        if len(plans) == 1 or plans[0].config.generate != "all":
-            for number, plan in enumerate(plans):
-                for batch in run_batches(plan, progress=progress):
-                    # A cell that comes once more, with its text, takes its own place.
-                    found.update({(number, Cell.of(reading)): reading for reading in batch})
-        else:
-            with tqdm(total=planned, unit="cell", disable=not progress) as bar:
-                for batch in run_plans(plans):
-                    found.update(enumerate(batch, start=len(found)))
-                    bar.update(len(batch))
+        for batch in _with_bar(plans, progress):
+            # A cell that comes once more, with its text, takes its own place.
+            found.update({(r.prompt, r.draw, Cell.of(r)): r for r in batch})
     except KeyboardInterrupt as error:
-        raise SweepInterrupted(broke_off("stopped"), result(complete=False)) from error
+        raise SweepInterrupted(stopped("stopped"), result(complete=False)) from error
     except Exception as error:
         if not found:
             raise
-        why = broke_off(f"{type(error).__name__}: {error}")
+        why = stopped(f"{type(error).__name__}: {error}")
         raise SweepError(why, result(complete=False)) from error
     return result(complete=True)
 
 
-def run_plan(plan: SweepPlan, *, progress: bool = False) -> Iterator[Reading]:
-    """Yield the readings of a plan as they are finished."""
-    for batch in run_batches(plan, progress=progress):
-        yield from batch
+def _common_provenance(plans: Sequence[SweepPlan]) -> dict[str, Any]:
+    several = [plan.provenance() for plan in plans]
+    provenance = several[0]
+    for name in ("layers", "kinds", "positions"):
+        values = (value for one in several for value in one["config"][name])
+        provenance["config"][name] = list(dict.fromkeys(values))
+    if len(several) > 1:
+        provenance["prompts"] = list(dict.fromkeys(one["prompt"] for one in several))
+    provenance["planned_cells"] = sum(one["planned_cells"] for one in several)
+    return provenance
 
 
-def run_batches(plan: SweepPlan, *, progress: bool = False) -> Iterator[list[Reading]]:
-    """Yield the readings of a plan's cells, each batch when it is finished and scored.
-
-    Unless all cells are written out, they come without a text first, and those that are written
-    come once more with it.
-    """
-    patches = make_patches(plan)
-    with _progress_bar(plan, progress) as bar:
-        batches = _written(plan, patches) if plan.config.generate == "all" else _map(plan, patches)
-        for batch in batches:
+def _with_bar(plans: Sequence[SweepPlan], progress: bool) -> Iterator[list[Reading]]:
+    """Yield the readings of plans batch by batch, beside a progress bar."""
+    total = sum(
+        len(plan.cells) + (plan.n_texts if plan.config.generate == "best" else 0) for plan in plans
+    )
+    with tqdm(total=total, unit="cell", disable=not progress) as bar:
+        for batch in run_plans(plans):
             yield batch
             bar.update(len(batch))
 
 
-def _written(plan: SweepPlan, patches: Sequence[Patch]) -> Iterator[list[Reading]]:
-    """Yield every cell, written out."""
-    done = 0
-    for generations in plan.generator.batches(patches):
-        end = done + len(generations)
-        yield read_batch([Part(plan, plan.cells[done:end], patches[done:end], generations)])
-        done = end
+def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
+    """Yield the readings of plans, each batch when it is finished and scored.
+
+    A batch may hold the cells of several plans. Unless all cells are generated, they come without
+    a text first, plan by plan, and those that are generated come once more with it.
+
+    Args:
+        plans: of the same model, target prompt and settings; taken one by one as they are needed.
+    """
+    several = iter(plans)
+    for first in several:
+        if first.config.generate == "all":
+            work = (item for plan in chain([first], several) for item in _work(plan))
+            for parts in _batches(work):
+                yield _generated(parts)
+        else:
+            yield from _map(first)
 
 
-def _map(plan: SweepPlan, patches: Sequence[Patch]) -> Iterator[list[Reading]]:
+def _work(plan: SweepPlan) -> list[Work]:
+    return [(plan, *work) for work in zip(plan.cells, make_patches(plan), strict=True)]
+
+
+def _batches(work: Iterable[Work]) -> Iterator[list[Part]]:
+    """Yield full batches, the cells of each plan together."""
+    waiting: list[Work] = []
+    for item in work:
+        waiting.append(item)
+        if len(waiting) >= item[0].generator.batch_size:
+            yield _parts(waiting)
+            waiting = []
+    if waiting:
+        yield _parts(waiting)
+
+
+def _parts(batch: Sequence[Work]) -> list[Part]:
+    parts = []
+    for plan, work in groupby(batch, key=lambda item: item[0]):
+        _, cells, patches = zip(*work, strict=True)
+        parts.append(Part(plan, cells, patches))
+    return parts
+
+
+def _generated(parts: Sequence[Part], *, recovered: bool = True) -> list[Reading]:
+    """Return the readings of a batch: texts, controls and, unless known, what they recover."""
+    patches = [patch for part in parts for patch in part.patches]
+    generations = parts[0].plan.generator.generate(patches)
+    texts = iter(generations)
+    readings = [r for part in parts for r in read(part, [next(texts) for _ in part.cells])]
+    controls = [control_patches(part) for part in parts]
+    readings = add_controls(parts, controls, generations, readings)
+    return add_recovered(parts, controls, readings) if recovered else readings
+
+
+def _map(plan: SweepPlan) -> Iterator[list[Reading]]:
     """Yield what every cell recovers, then the best cell of each site with its text."""
-    size, cells = plan.generator.batch_size, plan.cells
+    work = _work(plan)
     there: list[Reading] = []
-    for start in range(0, len(cells), size):
-        part = Part(plan, cells[start : start + size], patches[start : start + size], ())
-        found = add_recovered([part], unwritten(plan, part.cells, part.patches))
+    for parts in _batches(work):
+        empty = [reading for part in parts for reading in unwritten(part)]
+        found = add_recovered(parts, [control_patches(part) for part in parts], empty)
         there += found
         yield found
-    chosen = _best_of_sites(there) if plan.config.generate == "best" else []
-    done = 0
-    for generations in plan.generator.batches([patches[place] for place in chosen]):
-        places = chosen[done : done + len(generations)]
-        done += len(generations)
-        part = Part(plan, [cells[p] for p in places], [patches[p] for p in places], generations)
-        texts = add_controls([part], read(part)) if plan.config.controls else read(part)
-        yield [_joined(there[place], text) for place, text in zip(places, texts, strict=True)]
+    if plan.config.generate == "best":
+        known = {Cell.of(reading): reading for reading in there}
+        for parts in _batches(work[number] for number in _best_of_sites(there)):
+            texts = _generated(parts, recovered=False)
+            yield [_joined(known[Cell.of(text)], text) for text in texts]
 
 
 def _best_of_sites(readings: Sequence[Reading]) -> list[int]:
-    """Return the places of the cells that recover most of each site, the best sites first."""
+    """Return the numbers of the cells that recover most of each site, the best sites first."""
 
-    def worth(place: int) -> tuple[float, float]:
-        share = readings[place].recovered
-        return -math.inf if math.isnan(share) else share, -abs(readings[place].alpha)
+    def worth(number: int) -> tuple[float, float]:
+        share = readings[number].recovered
+        return -math.inf if math.isnan(share) else share, -abs(readings[number].alpha)
 
-    best: dict[tuple[Site, int], int] = {}
-    for place, reading in enumerate(readings):
-        site = Cell.of(reading).place
-        if site not in best or worth(place) > worth(best[site]):
-            best[site] = place
+    best: dict[Any, int] = {}
+    for number, reading in enumerate(readings):
+        place = Cell.of(reading).place
+        if place not in best or worth(number) > worth(best[place]):
+            best[place] = number
     return sorted(best.values(), key=worth, reverse=True)
 
 
 def _joined(shares: Reading, text: Reading) -> Reading:
-    """Return a written cell with what it recovers, which is known already."""
+    """Return a generated cell with what it recovers, which is known already."""
     return replace(
         text,
         recovered=shares.recovered,
@@ -249,55 +286,82 @@ def _joined(shares: Reading, text: Reading) -> Reading:
     )
 
 
-def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
-    """Yield the readings of all plans, batch by batch; a batch may hold several plans' cells."""
-    several = iter(plans)
-    first = next(several, None)
-    if first is None:
-        return
-    if first.config.generate != "all":
-        for plan in chain([first], several):
-            yield from run_batches(plan)
-        return
-    for batch in _batches(chain([first], several)):
-        generator = batch[0][0].generator
-        generations = iter(generator.generate([patch for _, _, patch in batch]))
-        parts = []
-        for plan, work in groupby(batch, key=lambda work: work[0]):
-            cells, patches = zip(*((cell, patch) for _, cell, patch in work), strict=True)
-            parts.append(Part(plan, cells, patches, [next(generations) for _ in cells]))
-        yield read_batch(parts)
+def refine(
+    result: SweepResult, plan: SweepPlan | None = None, *, rounds: int = 2, progress: bool = True
+) -> SweepResult:
+    """Return a result with more α around the best one of each site.
 
+    Every round adds up to two readings per site: the best score can only rise, and with it the
+    budget that a control has to be given.
 
-def _batches(plans: Iterable[SweepPlan]) -> Iterator[list[Work]]:
-    waiting: list[Work] = []
-    for plan in plans:
-        waiting += [
-            (plan, cell, patch) for cell, patch in zip(plan.cells, make_patches(plan), strict=True)
+    Args:
+        result: of a sweep, or of an earlier refinement.
+        plan: its plan; defaults to `result.plan`, which a loaded result does not have.
+        rounds: how often to halve the distance.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: fewer than one round, no plan, or a result without cells of the plan.
+    """
+    check_count("rounds", rounds, least=1, fix="2 is the default")
+    judge = "score" if result.table["written"].all() else "recovered"
+    plan = plan or result.plan
+    if plan is None:
+        raise bad_value("plan", "the plan of a loaded result", None, "plan=plan_sweep(...)")
+    for _ in range(rounds):
+        wanted = [
+            Cell.at(site, target_layer, alpha)
+            for site, target_layer in dict.fromkeys(cell.place for cell in plan.all_cells)
+            for alpha in midpoints(_rows(result.table, plan, site, target_layer), judge)
         ]
-        size = plan.generator.batch_size
-        while len(waiting) >= size:
-            yield waiting[:size]
-            waiting = waiting[size:]
-    if waiting:
-        yield waiting
+        if not wanted:
+            break
+        alphas = (*plan.alphas, *(cell.alpha for cell in wanted))
+        plan = plan.with_settings(alphas=alphas)
+        new = plan.only(wanted).run(progress=progress).table
+        table = pd.concat([result.table, new], ignore_index=True)
+        config = {**result.provenance.get("config", {}), "alphas": sorted(set(table["alpha"]))}
+        provenance = {**result.provenance, "config": config, "planned_cells": len(table)}
+        result = SweepResult(table, provenance, plan)
+    return result
 
 
-def read_batch(parts: Sequence[Part]) -> list[Reading]:
-    """Return the rows of a batch: texts, the controls that its plans ask for, shares recovered."""
-    readings = [reading for part in parts for reading in read(part)]
-    if parts[0].plan.config.controls:
-        readings = add_controls(parts, readings)
-    return add_recovered(parts, readings)
+def midpoints(rows: pd.DataFrame, judge: str = "score") -> list[float]:
+    """Return the α to try next at one site: halfway from the best to each of its neighbours.
+
+    The rows are in the order of α.
+
+    >>> midpoints(pd.DataFrame({"alpha": [1, 3, 12], "score": [0.1, 0.4, 0.2]}))
+    [1.732, 6.0]
+    """
+    alphas, scores = rows["alpha"].to_numpy(float), rows[judge].to_numpy(float)
+    if np.isnan(scores).all():  # nothing was read: no place to look more closely
+        return []
+    best = alphas[np.nanargmax(scores)]
+    around = [*alphas[alphas < best][-1:], *alphas[alphas > best][:1]]
+    middle = [between(float(best), float(neighbour)) for neighbour in around]
+    return [alpha for alpha in middle if alpha not in alphas]  # too near for four digits
 
 
-def _progress_bar(plan: SweepPlan, progress: bool) -> tqdm[Any]:
-    if not progress:
-        return tqdm(disable=True)
-    if plan.config.generate != "all":
-        texts = len(plan.sites) if plan.config.generate == "best" else 0
-        return tqdm(total=len(plan.cells) + texts, unit="cell")
-    seconds = plan.estimate_seconds()
-    expected = f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    title = f"{len(plan.cells)} cells in {plan.n_batches} batches, {expected}"
-    return tqdm(total=len(plan.cells), unit="cell", desc=title)
+def between(a: float, b: float) -> float:
+    """Return the point halfway, to four digits; geometric for two positive numbers."""
+    middle = math.sqrt(a * b) if a > 0 and b > 0 else (a + b) / 2
+    return float(f"{middle:.4g}")
+
+
+def _rows(table: pd.DataFrame, plan: SweepPlan, site: Site, target_layer: int) -> pd.DataFrame:
+    """Return the plan's readings of one site at every α, smallest first."""
+    rows = table[
+        (table["kind"] == site.kind)
+        & (table["source_layer"] == site.layer)
+        & (table["position"] == site.position)
+        & (table["target_layer"] == target_layer)
+        & (table["prompt"] == plan.source.text)
+        & (table["mapping"] == plan.mapping_name)
+        & (table["draw"] == plan.config.draw)
+    ].sort_values("alpha")
+    if rows.empty:
+        raise bad_value(
+            "result", f"readings of {site} by the plan", "none", "pass the result of this plan"
+        )
+    return rows

@@ -1,13 +1,13 @@
-"""Read vectors that no source prompt gave: parameters, steering vectors, anything (Dar 2023).
+"""Read vectors that come from no source prompt: parameters, steering vectors, anything.
 
 Speaking Probes ("Speaking Probes: Self-interpreting Models?", Dar 2023) patches a *parameter* over
-the placeholder and lets the model say what it means. Here:
+the placeholder and lets the model describe it. Here:
 
-1. Get vectors of the residual stream's width: a feed-forward layer's keys or values, a difference
-   of means (`directions`), the rows of a file (`vector_files`).
+1. Take vectors of the residual stream's width: a feed-forward layer's keys or values, a difference
+   of means (`vectors.directions`), the rows of a file (`vectors.stored`).
 2. `plan_vectors` makes them the sites of a sweep, in the place of a prompt's tokens: site i is
    vector i, its token label the vector's name, its kind "vector". There is no source run.
-3. `read_vectors` runs the plan in the same engine as any sweep: every vector, target layer and α
+3. `read_vectors` runs the plans in the same engine as any sweep: every vector, target layer and α
    in common batches, with the same controls, guidance, mappings and table.
 """
 
@@ -22,9 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import default_target_prompt
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.experiment.config import check_names
+from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.experiment.plan import SweepPlan, plan_sweep
 from superscopes_tl.experiment.results import SweepResult
 from superscopes_tl.experiment.run import collect
@@ -36,6 +35,7 @@ from superscopes_tl.model import (
     check_text,
     load_model,
 )
+from superscopes_tl.scores import no_scores
 from superscopes_tl.vectors import SourceRun
 
 KIND: Any = "vector"
@@ -57,58 +57,56 @@ def plan_vectors(
 ) -> list[SweepPlan]:
     """Check everything and return the plans, one for each distinct reference.
 
-    A plan is that of a sweep: `refine`, `relevancy` and the explorer's panels take it.
-
     Args:
         model: from `load_model`, or anything that it takes.
         vectors: a tensor or array; one vector or many.
-        names: what to call them in the table; "vector 0", "vector 1", ... unless given.
+        names: their token labels in the table; default to "vector 0", "vector 1", ...
         references: what each means, if that is known, to score against: one text for all, or one
-            each with `None` for unknown. What has no reference has no score: NaN.
-        layers: where they come from, for the table and for `target_layer="same"`: one for all, or
-            one each, counted from 0; `NO_LAYER` (−1) where there is none, as unless given.
-        unit: "residual", unlike in a sweep of activations: α = 1 is as long as the residual stream
-            that the vector replaces. A parameter's own length says little, since the model
-            multiplies it by an activation before it is added; with "vector" it is kept. With a
-            `base`, v is resized before the base is taken off: f(v) = b + α·(v − b) is v at α = 1.
+            each with `None` for unknown. A vector without a reference has no score: NaN.
+        layers: their source layers, for the table and for `target_layer="same"`: one for all, or
+            one each, counted from 0. Defaults to `NO_LAYER` (−1), no layer.
+        unit: "residual", unlike in a sweep of activations: α = 1 has the norm of the residual
+            stream that the vector replaces. A parameter's own norm says little, since the model
+            multiplies it by an activation before it is added; "vector" keeps it. With a `base`, v
+            is scaled before the base is subtracted: f(v) = b + α·(v − b) is v at α = 1.
         **settings: the fields of `SweepConfig`, but for those that concern a source prompt.
 
     Raises:
-        ValueError, TypeError: a bad setting, or vectors of another width.
+        ValueError, TypeError: as `plan_sweep`; vectors of another width, or as many names,
+            references or layers as there are no vectors.
     """
     _check_settings(settings)
     model = load_model(model)
     rows = _checked(vectors, model)
-    shown = _names(names, len(rows))
+    labels = _names(names, len(rows))
     resize = unit == "residual" and settings.get("base") is not None
-    config: dict[str, Any] = {
-        "vectors": GivenVectors(rows, resize), "unit": "vector" if resize else unit,
-        "target_layer": 0, **settings,
-    }  # fmt: skip
+    config = SweepConfig.of(
+        SweepConfig(vectors=GivenVectors(rows, resize=resize), target_layer=0),
+        {"unit": "vector" if resize else unit, **settings},
+    )
     sources = _sources(layers, len(rows), model)
-    if NO_LAYER in sources and config.get("target_layer") == "same":
+    if NO_LAYER in sources and config.target_layer == "same":
         raise bad_value(
-            "target_layer", "layers, as there are vectors that come from none", "same",
-            "say where they come from: layers=...",
+            "target_layer", "layers, as some vectors come from none", "same",
+            "pass their source layers: layers=...",
         )  # fmt: skip
     meanings = _one_each("references", references, len(rows)) or [None] * len(rows)
     for meaning in dict.fromkeys(meanings):
         if meaning is not None:
             check_text(meaning, "references")
     if not any(meanings):
-        config["scorer"] = unscored
+        config = replace(config, scorer=no_scores)
     # A plan wants a source prompt; any will do, since it is replaced at once.
-    asked = config.get("target_prompt")
-    text = default_target_prompt(asked, chat=bool(config.get("chat"))).text
-    first = plan_sweep(model, text, layers=0, kinds=model.kinds[0], **config)
+    text = config.prompt_with_placeholder.text
+    first = plan_sweep(model, text, config, layers=0, kinds=model.kinds[0])
     return [
         replace(
             first,
-            source=TokenizedText(meaning or "", (), (), shown, 0, range(len(rows))),
+            source=TokenizedText(meaning or "", (), (), labels, 0, range(len(rows))),
             sites=tuple(
                 Site(KIND, sources[i], i) for i in range(len(rows)) if meanings[i] == meaning
             ),
-            scorer=first.scorer if meaning else unscored,
+            config=replace(first.config, scorer=first.scorer if meaning else no_scores),
             abouts={},
         )
         # Known meanings first: the provenance of the whole has the first plan's scorer.
@@ -119,7 +117,7 @@ def plan_vectors(
 def read_vectors(
     model: LanguageModel | Any, vectors: Any, *, progress: bool = True, **settings: Any
 ) -> SweepResult:
-    """Let the model say what each vector means, at every target layer and α.
+    """Let the model describe each vector, at every target layer and α.
 
     Example:
         >>> values = mlp_values(model, 4)[:8]  # doctest: +SKIP
@@ -136,34 +134,33 @@ def read_vectors(
     Returns:
         A row per cell, in the order of the vectors: `token` is the vector's name, `position` its
         number, `prompt` its reference or empty, `score` NaN without one. What needs no reference
-        (`entropy`, `log_probability`, the opt-in control "unpatched_log_probability") is there.
+        (`entropy`, `log_probability`, the control "unpatched_log_probability") is there.
 
     Raises:
-        ValueError, TypeError: a bad setting, or vectors of another width.
-        SweepInterrupted, SweepError: it broke off; finished cells are in its `partial`.
+        ValueError, TypeError: as `plan_vectors`.
+        SweepInterrupted, SweepError: as `SweepPlan.run`.
     """
     plans = plan_vectors(model, vectors, **settings)
     result = collect(plans, progress=progress)
     table = result.table.sort_values("position", kind="stable", ignore_index=True)
-    return SweepResult(table, result.provenance)
+    return SweepResult(table, result.provenance, result.plan)
 
 
 def read_vector(
     model: LanguageModel | Any, v: Any, *, name: str = "vector", **settings: Any
 ) -> SweepResult:
-    """Let the model say what one vector means: `read_vectors` for a single one.
+    """Let the model describe one vector: `read_vectors` for a single one.
 
     Args:
         model: from `load_model`, or anything that it takes.
         v: a tensor or array, `[d_model]`.
-        name: what to call it in the table.
+        name: its token label in the table.
         **settings: those of `read_vectors`.
 
     Raises:
-        ValueError, TypeError: several vectors, or a bad setting.
+        ValueError, TypeError: several vectors, or as `plan_vectors`.
     """
-    dims = getattr(v, "ndim", 1)
-    if dims != 1:
+    if getattr(v, "ndim", 1) != 1:
         raise bad_value(
             "v", "one vector, of shape [d_model]", f"shape {list(v.shape)}",
             "use read_vectors, or choose a row",
@@ -171,19 +168,14 @@ def read_vector(
     return read_vectors(model, v, names=[name], **settings)
 
 
-def unscored(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Score nothing: the scorer of texts whose truth is not known."""
-    return [float("nan")] * len(candidates)
-
-
 @dataclass(frozen=True, repr=False)
 class GivenVectors:
-    """Source: the vector of each site, by its number.
+    """A source of vectors: row i for position i.
 
     Attributes:
         rows: the vectors.
         resize: whether each is scaled to the norm of the residual stream that it replaces.
-        digest: identifies the vectors.
+        digest: a hash of the numbers, by which results distinguish vectors.
     """
 
     rows: Float[Tensor, "n d_model"] = field(compare=False)
@@ -194,10 +186,8 @@ class GivenVectors:
         digest = zlib.crc32(self.rows.numpy().tobytes())
         object.__setattr__(self, "digest", f"{digest:08x}")
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
-        """Return the vectors of some places."""
+    def __call__(self, run: SourceRun, places: Sequence[tuple[Site, int]]) -> Tensor:
+        """Return the vector of each site."""
         vectors = self.rows[[site.position for site, _ in places]]
         if not self.resize:
             return vectors
@@ -233,7 +223,7 @@ def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
     for name in given:
         check_text(name, "names")
     if len(set(given)) < n:
-        raise bad_value("names", "a name of its own for each", given, "number them")
+        raise bad_value("names", "distinct names", given, "number them")
     return tuple(given)
 
 
@@ -246,9 +236,8 @@ def _sources(layers: Any, n: int, model: LanguageModel) -> list[int]:
     # Were −2 the last layer but one, −1 would be taken for the last one, not for no layer.
     if backwards := [one for one in given if one < NO_LAYER]:
         raise bad_value(
-            "layers", f"layers counted from 0, or NO_LAYER, {NO_LAYER}", backwards,
-            "count from 0",
-        )  # fmt: skip
+            "layers", f"layers counted from 0, or NO_LAYER ({NO_LAYER})", backwards, "count from 0"
+        )
     return checked
 
 
@@ -260,10 +249,7 @@ def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:
         return [given] * n
     several = list(given)
     if len(several) != n:
-        raise bad_value(
-            argument, f"one for each of {n} vectors", f"{len(several)}",
-            "give as many",
-        )  # fmt: skip
+        raise bad_value(argument, f"one for each of {n} vectors", f"{len(several)}", "match them")
     return several
 
 
@@ -271,13 +257,9 @@ _OF_A_PROMPT = ("kinds", "positions", "source_template", "about", "vectors", "ta
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that mean nothing where there is no source prompt."""
-    check_names(settings)
+    """Refuse settings that mean nothing without a source prompt."""
     if senseless := [name for name in settings if name in _OF_A_PROMPT]:
-        raise bad_type(
-            "settings", "settings that need no source prompt", senseless,
-            "leave them out",
-        )  # fmt: skip
+        raise bad_type("settings", "settings that need no source prompt", senseless, "omit them")
     controls = settings.get("controls", ())
     if "other_prompt" in ((controls,) if isinstance(controls, str) else controls):
         raise bad_value(

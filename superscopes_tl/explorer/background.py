@@ -33,7 +33,7 @@ from superscopes_tl.experiment import (
     finished_cells,
     plan_sweep,
     rescored,
-    run_batches,
+    run_plans,
 )
 from superscopes_tl.model import LanguageModel
 from superscopes_tl.scores import Scorer
@@ -296,7 +296,7 @@ class BackgroundSweep:
         started = flushed = time.monotonic()
         try:
             todo = replace(full, finished=frozenset(reused))
-            for batch in () if self._stop.is_set() else run_batches(todo):
+            for batch in () if self._stop.is_set() else run_plans([todo]):
                 self._store.add(full, batch)
                 fresh += batch
                 self._seconds = time.monotonic() - started

@@ -26,14 +26,7 @@ from typing import Any, Self
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Readability, kept_readability
-from superscopes_tl.experiment import (
-    Cell,
-    Reading,
-    SweepConfig,
-    SweepPlan,
-    SweepResult,
-    check_config,
-)
+from superscopes_tl.experiment import Cell, Reading, SweepConfig, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import (
     BackgroundSweep,
@@ -99,7 +92,7 @@ class Explorer:
         **settings: Any,
     ) -> None:
         if settings:  # a bad one should not cost a load
-            config = check_config(config, settings)
+            config = SweepConfig.of(config, settings)
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
         self.model: LanguageModel | None = None
         if result is None:

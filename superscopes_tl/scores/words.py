@@ -1,19 +1,19 @@
-"""What a model says of a name in its own words: the best that a patch can be asked for.
+"""A model's own words about a name: the best that a patch can achieve.
 
-1. Put the name itself in the placeholder's place, let the model go on greedily, and crop the
-   text to the description: the *own words* D. A text of the user's own may take their place.
+1. Put the name itself in the placeholder's place, generate greedily, and crop the text to the
+   description: the *own words* D. A reference text may take their place.
 2. L_plain = log p(D | target prompt with the name), L_0 = log p(D | unpatched target prompt).
 3. For a patch with L = log p(D | patched target prompt):
 
        recovered = (L - L_0) / (L_plain - L_0)
 
-   0 is what the prompt says anyway, 1 is as if the name stood there. In activation patching the
-   same ratio of logit differences is the fraction recovered (Zhang and Nanda 2024, "Towards Best
-   Practices of Activation Patching in Language Models").
+   0 is what the prompt says without a patch, 1 is as if the name stood there. In activation
+   patching the same ratio of logit differences is the fraction recovered (Zhang and Nanda 2024,
+   "Towards Best Practices of Activation Patching in Language Models").
 
-All are sums over the tokens of D, in nats. Nothing is generated behind a patch and no second model
-judges anything. Where L_plain - L_0 is under 1 nat there is nothing to recover, and the share is
-not defined.
+All are sums over the tokens of D, in nats. Nothing is generated after a patch, and no second model
+is needed. Where L_plain - L_0 is under 1 nat there is nothing to recover, and the share is not
+defined.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from superscopes_tl.engine import (
     TargetPrompt,
     crop_description,
     default_target_prompt,
-    tokens_told,
+    generate_named,
+    name_fits,
+    named_log_probabilities,
 )
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model import (
@@ -53,21 +55,21 @@ Shares = TypeVar("Shares", np.ndarray, "pd.Series[float]")
 """Shares recovered, as an array or as a column of a table."""
 
 LEAST_GAP = 1.0
-"""Nats between plain and unpatched under which a share of them means nothing."""
+"""Below this gap between plain and unpatched, in nats, the share is not defined."""
 
 
 @dataclass(frozen=True)
 class OwnWords:
-    """What a model says of a name that it reads, and how likely that is with and without it.
+    """What a model says of a name, and the log-probability of that with and without the name.
 
     Attributes:
-        about: the name, which stood in the placeholder's place.
-        token_ids: D, from the first token behind the prompt to the description's end.
+        about: the name, in the placeholder's place.
+        token_ids: D, from the first token after the prompt to the end of the description.
         text: the description in it.
-        plain_nats: log p(D) behind the target prompt with the name, in nats.
-        unpatched_nats: log p(D) behind the unpatched target prompt.
-        given: whether D is the user's own text.
-        too_long: whether the name does not fit into the target prompt, so that nothing was asked.
+        plain_nats: log p(D) after the target prompt with the name, in nats.
+        unpatched_nats: log p(D) after the unpatched target prompt.
+        given: whether D is a reference text.
+        too_long: whether the name does not fit into the target prompt, so that nothing was run.
     """
 
     about: str
@@ -80,21 +82,21 @@ class OwnWords:
 
     @property
     def gap(self) -> float:
-        """How much likelier the name makes D, in nats."""
+        """The log-probability of D that the name adds, in nats."""
         return self.plain_nats - self.unpatched_nats
 
     @property
     def undefined(self) -> str:
-        """Why nothing can be recovered; empty where something can."""
+        """Why the share recovered is not defined; empty where it is."""
         if not self.about.strip():
             return "no text stands at or before this token"
         if self.too_long:
             return f"{self.about[:40]!r}... does not fit into the target prompt"
         if not self.token_ids:
-            return f"the model writes nothing of {self.about!r}"
+            return f"the model generates no description of {self.about!r}"
         if not self.gap >= LEAST_GAP:
             return (
-                f"{self.text!r} is hardly likelier with {self.about!r} in the prompt than without "
+                f"{self.about!r} in the prompt makes {self.text!r} hardly more likely "
                 f"({self.gap:.2f} nats)"
             )
         return ""
@@ -116,7 +118,7 @@ def own_words(
     source_template: str = "{}",
     max_new_tokens: int | None = None,
 ) -> OwnWords:
-    """Return what the model says of a prompt, up to a token, when it reads it as it stands.
+    """Return the model's own words about a prompt, up to one of its tokens.
 
     Example:
         >>> own_words(load_model(), "Pink Floyd").text  # doctest: +SKIP
@@ -125,17 +127,18 @@ def own_words(
     Args:
         model: from `load_model`, or anything that it takes.
         prompt: the source prompt.
-        position: one of its tokens: the text up to it is what the words are about, or the
-            substring that chose it.
+        position: one of its tokens: the words are about the text up to it, or about the substring
+            that chose it.
         target_prompt: the prompt with the placeholder; as in `SweepConfig`.
         about: what the words are about instead.
-        reference: a text of your own, such as a true fact, in place of the model's words.
+        reference: a text, such as a true fact, in place of the model's words.
         chat: as in `SweepConfig`.
         source_template: as in `SweepConfig`.
         max_new_tokens: the longest text; as in `SweepConfig`.
 
     Raises:
-        ValueError, TypeError: a bad prompt, position or target prompt.
+        ValueError: an empty prompt, or a position that it does not have.
+        PlaceholderError: a target prompt without its placeholder.
     """
     model = load_model(model)
     check_template(source_template)
@@ -154,9 +157,9 @@ def own_words(
 
 
 def above_others(own: Shares, others: Shares) -> Shares:
-    """Return what is recovered above other prompts' vectors, or above nothing.
+    """Return what is recovered above other prompts' vectors, or above 0.
 
-    Vectors that make the words less likely than no patch at all are no merit of the own ones.
+    Control vectors that make the words less likely than no patch do not count in favour.
     """
     above: Shares = own - np.maximum(others, 0)
     return above
@@ -170,12 +173,12 @@ _KNOWN: WeakKeyDictionary[PatchedGenerator, dict[tuple[str, str | None], OwnWord
 def words_of(
     generator: PatchedGenerator, names: Iterable[str], reference: str | None = None
 ) -> list[OwnWords]:
-    """Return the own words of several names; each is asked for once per generator.
+    """Return the own words of several names; each is generated once per generator.
 
     Args:
         generator: of the target prompt.
         names: what the words are about.
-        reference: a text that takes the place of the words of all of them.
+        reference: a text in place of the words of all of them.
 
     Raises:
         ValueError: a name or reference that does not fit.
@@ -183,8 +186,12 @@ def words_of(
     known = _KNOWN.setdefault(generator, {})
     several = list(names)
     new = [name for name in dict.fromkeys(several) if (name, reference) not in known]
-    there = [name for name in new if name.strip() and generator.fits(name)]
-    found = _written(generator, there) if reference is None else _given(generator, there, reference)
+    there = [name for name in new if name.strip() and name_fits(generator, name)]
+    found = (
+        _generated(generator, there)
+        if reference is None
+        else _referenced(generator, there, reference)
+    )
     nothing = torch.zeros(generator.model.d_model)
     unpatched = generator.log_probabilities(
         [Patch(nothing, None) for _ in found], [words.token_ids for words in found]
@@ -199,25 +206,26 @@ def words_of(
     return [known[name, reference] for name in several]
 
 
-def _written(generator: PatchedGenerator, names: Sequence[str]) -> list[OwnWords]:
-    """Return the model's own words, without what they are worth unpatched."""
+def _generated(generator: PatchedGenerator, names: Sequence[str]) -> list[OwnWords]:
+    """Return the model's own words, `unpatched_nats` still missing."""
     found = []
-    for name, written in zip(names, generator.written_for(names), strict=True):
-        text = crop_description(written.text)
-        told = tokens_told(generator.model.tokenizer, written, text)
-        if told > generator.max_new_tokens:  # no longer than what a patch may write
-            told = generator.max_new_tokens
-            text = crop_description(generator.text_of(written.token_ids[:told]))
-        nats = sum(written.log_probabilities[:told])
-        found.append(OwnWords(name, written.token_ids[:told], text, nats, math.nan))
+    for name, generation in zip(names, generate_named(generator, names), strict=True):
+        text, length = generation.description, generation.n_description_tokens
+        if length > generator.max_new_tokens:  # no longer than a patched text may be
+            length = generator.max_new_tokens
+            text = crop_description(generator.text_of(generation.token_ids[:length]))
+        nats = sum(generation.log_probabilities[:length])
+        found.append(OwnWords(name, generation.token_ids[:length], text, nats, math.nan))
     return found
 
 
-def _given(generator: PatchedGenerator, names: Sequence[str], reference: str) -> list[OwnWords]:
-    """Return a text of the user's own for each name, without what it is worth unpatched."""
+def _referenced(
+    generator: PatchedGenerator, names: Sequence[str], reference: str
+) -> list[OwnWords]:
+    """Return a reference text for each name, `unpatched_nats` still missing."""
     check_text(reference, "reference")
     ids = _continuation(generator, reference)
-    likely = generator.named_log_probabilities(names, [ids for _ in names])
+    likely = named_log_probabilities(generator, names, [ids for _ in names])
     text = reference.strip().removeprefix(":").strip()
     return [
         OwnWords(name, ids, text, sum(nats), math.nan, given=True)
@@ -226,13 +234,13 @@ def _given(generator: PatchedGenerator, names: Sequence[str], reference: str) ->
 
 
 def _continuation(generator: PatchedGenerator, text: str) -> tuple[int, ...]:
-    """Return a text's tokens as they stand behind the target prompt.
+    """Return a text's tokens as a continuation of the target prompt.
 
     Raises:
         ValueError: its first token joins the prompt's last one.
     """
     target, model = generator.target, generator.model
-    # What a few-shot prompt writes behind a name, and a sentence behind its first words.
+    # A few-shot prompt continues a name with a colon, a sentence its first words with a space.
     lead = ": " if target.prompt.few_shot_names and not generator.chat else " "
     if generator.chat and not target.prompt.answer:
         lead = ""  # the template itself begins the answer
@@ -253,7 +261,7 @@ def _continuation(generator: PatchedGenerator, text: str) -> tuple[int, ...]:
     if whole.ids[: len(before)] != before:
         raise bad_value(
             "reference",
-            "a text whose first token is its own, behind the target prompt",
+            "a text whose first token does not join the target prompt's last",
             text,
             "begin it with a space or a colon",
         )

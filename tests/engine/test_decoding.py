@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
-from superscopes_tl.engine import crop_description, description_is_over
+from superscopes_tl.engine import crop_description, description_is_over, generate_named
 from superscopes_tl.engine.decoding import Batch, decode, guide
-from superscopes_tl.experiment.cells import tokens_told
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings, same_text
+from tests.support.spies import spied
 from tests.support.tiny_models import tiny_hf
 
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
@@ -141,8 +141,8 @@ def test_draws_follow_the_model_s_distribution() -> None:
         raise AssertionError("one token per text")
 
     batch = Batch(nothing_more, nothing_more, None, torch.ones(4000))
-    written = decode(batch, logits, max_new_tokens=1, eos=(), seeds=list(range(4000)))
-    counts = Counter(written.ids[:, 0].tolist())
+    texts = decode(batch, logits, max_new_tokens=1, eos=(), seeds=list(range(4000)), text_of=str)
+    counts = Counter(text.token_ids[0] for text in texts)
     for token, p in enumerate((0.5, 0.3, 0.2)):
         assert abs(counts[token] / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
 
@@ -157,20 +157,18 @@ def test_draws_of_a_sweep_are_reproducible_and_named(tiny: Tiny, word_overlap: A
     first, again, other = (sweep(model, "Red Hot", draw=k, **settings) for k in (2, 2, 1))
     assert list(first.table["text"]) == list(again.table["text"]) != list(other.table["text"])
     assert set(first.table["draw"]) == {2}
-    assert first.provenance["config"]["decoding"] == "drawn at temperature 1, 2"
+    assert first.provenance["config"]["decoding"] == "sampled at temperature 1, 2"
 
 
-def test_tokens_told_ends_with_the_description(mini: LanguageModel) -> None:
+def test_a_generation_knows_how_many_tokens_its_description_takes(mini: LanguageModel) -> None:
     """The tokens counted hold the description, and one token fewer does not."""
-    table = sweep(mini, "Pearl Jam", layers=(7,), alphas=(1,), kinds="resid_post", progress=False)
-    vector = torch.zeros(mini.d_model)
-    generation = PatchedGenerator(mini).generate([Patch(vector, None)])[0]
-    description = generation.text.split(",")[0].lstrip(": ")
-    told = tokens_told(mini.tokenizer, generation, description)
-    assert description in mini.tokenizer.decode(list(generation.token_ids[:told]))
-    assert description not in mini.tokenizer.decode(list(generation.token_ids[: told - 1]))
-    assert tokens_told(mini.tokenizer, generation, "") == 0
-    assert table.table["entropy"].between(0, 8).all()
+    generator = PatchedGenerator(mini)
+    found = [generator.unpatched(), *generate_named(generator, ["Pearl Jam", "Titanic"])]
+    for generation in found:
+        ids, length = generation.token_ids, generation.n_description_tokens
+        assert generation.description == crop_description(generation.text) != ""
+        assert generation.description in generator.text_of(ids[:length])
+        assert generation.description not in generator.text_of(ids[: length - 1])
 
 
 def test_texts_that_end_with_their_description_change_no_result(mini: LanguageModel) -> None:
@@ -232,26 +230,20 @@ def test_texts_longer_than_those_of_the_generator_can_be_followed(backend: str, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_text_of_one_token_has_an_estimate(backend: str, tiny: Tiny, word_overlap: Any) -> None:
-    """With a progress bar, which times a batch first, it is what it is without one."""
-    settings: dict[str, Any] = {
-        "layers": (5, 2), "target_prompt": TARGET, "max_new_tokens": 1, "scorer": word_overlap,
-    }  # fmt: skip
-    model = tiny("llama", backend)
-    shown, quiet = (sweep(model, "Red Hot", progress=p, **settings) for p in (True, False))
-    assert_same_readings(shown.table, quiet.table, ["text"])
+def test_a_text_of_one_token_has_an_estimate(backend: str, tiny: Tiny) -> None:
+    """Timing a batch needs more room than one new token takes."""
+    assert PatchedGenerator(tiny("llama", backend), TARGET, max_new_tokens=1).seconds_per_batch(3)
 
 
 @pytest.mark.parametrize("patches", ["two layers", "drawn", "kept", "guided"])
-def test_what_else_decides_a_text_keeps_rows_apart(
-    patches: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_else_decides_a_text_keeps_rows_apart(patches: str, tiny: Tiny) -> None:
     """A patch at the last layer and an earlier one, or a drawn or guided row, writes for itself.
 
     A row that keeps a share of the residual stream at the last layer alone need not.
     """
-    model = tiny("llama", "bridge")
-    generator = PatchedGenerator(model, TargetPrompt("x, x: Adele, x"), max_new_tokens=N_NEW)
+    model, spy = spied(tiny("llama", "bridge"))
+    target = TargetPrompt("x, x: Adele, x")
+    generator = PatchedGenerator(model, target, max_new_tokens=N_NEW, live_share=1)
     v = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
     rows = {
         "two layers": [Patch(a * v, (2, 5)) for a in (1.0, 1.01, 1.02)],
@@ -259,37 +251,21 @@ def test_what_else_decides_a_text_keeps_rows_apart(
         "kept": [Patch(a * v, 5, keep=1.0) for a in (1.0, 1.01, 1.02)],
         "guided": [Patch(v, 5, guidance=w) for w in (2.0, 2.1, 2.2)],
     }[patches]
-    monkeypatch.setattr("superscopes_tl.engine.decoding.LIVE_SHARE", 1)
-    sizes = _batch_sizes(generator, monkeypatch)
-    together = generator.generate(rows)
+    together, sizes = generator.generate(rows), spy.steps
     firsts = {generation.token_ids[0] for generation in together}
     assert sizes[1] == {"guided": 6, "kept": len(firsts)}.get(patches, 3)
     assert len(firsts) < 3 or patches == "drawn"
     assert all(map(same_text, together, [generator.generate([p])[0] for p in rows]))
 
 
-def _batch_sizes(generator: PatchedGenerator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of rows of every step."""
-    sizes: list[int] = []
-    step = generator.step
-
-    def spy(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        sizes.append(len(tokens))
-        return step(tokens, cache)
-
-    monkeypatch.setattr(generator, "step", spy)
-    return sizes
-
-
-def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_have_ended_leave_the_batch(tiny: Tiny) -> None:
     """The batch shrinks as texts end, and every text is the one that its row writes alone."""
-    model = tiny("llama", "bridge")
+    model, spy = spied(tiny("llama", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=12, until=lambda t: len(t) > 9)
     vectors = torch.randn(12, model.d_model, generator=torch.Generator().manual_seed(2))
     patches = [Patch(20 * vector, 2) for vector in vectors]
     patches += [Patch(vector, 3, guidance=2.0, seed=5) for vector in vectors[:3]]
-    sizes = _batch_sizes(generator, monkeypatch)
-    together = generator.generate(patches)
+    together, sizes = generator.generate(patches), list(spy.steps)
     assert sizes[0] == 15 + 3, "every row, and the unpatched twins of the guided ones"
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
@@ -301,15 +277,14 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Tiny, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("until", [None, lambda text: len(text) > 4])
 def test_at_the_last_layer_one_row_writes_for_those_that_begin_alike(
-    until: Callable[[str], bool] | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    until: Callable[[str], bool] | None, tiny: Tiny
 ) -> None:
     """After the first token as many rows go on as there are first tokens; texts are unchanged."""
-    model = tiny("gpt2", "bridge")
+    model, spy = spied(tiny("gpt2", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, until=until)
     vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(0))
     patches = [Patch(alpha * v, 5) for v in vectors for alpha in (0.5, 1, 3, 15)]
-    sizes = _batch_sizes(generator, monkeypatch)
-    together = generator.generate(patches)
+    together, sizes = generator.generate(patches), list(spy.steps)
     firsts = {generation.token_ids[:1] for generation in together}
     assert sizes[0] == 12
     assert sizes[1] <= len(firsts) <= 3

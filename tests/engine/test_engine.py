@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from superscopes_tl import (
     LanguageModel,
@@ -24,10 +21,10 @@ from superscopes_tl import (
 )
 from superscopes_tl.experiment import SweepError, SweepInterrupted
 from superscopes_tl.model import hook_name
-from superscopes_tl.vectors import RandomDirection, Scale
-from tests.conftest import BACKENDS, tiny_model
+from superscopes_tl.vectors import RandomDirection
+from tests.conftest import BACKENDS
 from tests.support.same import assert_same_readings
-from tests.support.tiny_models import ARCHITECTURES
+from tests.support.spies import spied
 
 SOURCE = "Red Hot Chili Peppers"
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
@@ -56,18 +53,6 @@ def quick(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "mistral"])
-def test_block_output_is_its_middle_plus_its_mlp(
-    architecture: str, backend: str, tiny: Tiny
-) -> None:
-    """resid_post = resid_mid + mlp_out, also where a norm follows the MLP."""
-    activations = capture(tiny(architecture, backend), SOURCE, layers=(5, 2))
-    for layer in (5, 2):
-        total = activations["resid_mid", layer] + activations["mlp_out", layer]
-        torch.testing.assert_close(activations["resid_post", layer], total, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
 def test_block_middle_is_its_input_plus_its_attention(
     architecture: str, backend: str, tiny: Tiny
@@ -87,58 +72,6 @@ def test_activations_are_found_by_layer_number(tiny: Tiny) -> None:
     assert torch.equal(some["mlp_out", 2], every["mlp_out", 2])
     with pytest.raises(ValueError, match="activations: expected one of .*Fix: name it"):
         some["mlp_out", 0]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_at_the_last_layer_every_positive_alpha_writes_the_same(
-    architecture: str, backend: str, tiny: Tiny
-) -> None:
-    """Nothing is added behind the last block, and the final norm cancels a scale.
-
-    Only the first token is decided by the scaled state alone; what follows has attended to the
-    placeholder in earlier blocks, where it was not patched.
-    """
-    settings = quick(alphas=(0.5, 1, 3, 15, 100), target_layer=5, kinds=("mlp_out", "resid_post"))
-    table = sweep(tiny(architecture, backend), SOURCE, **settings).table
-    assert (table.groupby(["kind", "source_layer"])["text"].nunique() == 1).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_patching_a_vector_into_its_own_place_changes_nothing(
-    architecture: str, backend: str, tiny: Tiny
-) -> None:
-    """The placeholder's own block output at α = 1 gives the unpatched text, at every layer."""
-    model = tiny(architecture, backend)
-    generator = PatchedGenerator(model, TARGET, max_new_tokens=6)
-    own = capture(model, TARGET.text, kinds="resid_post")
-    position = generator.target.positions[0]
-    patches = [Patch(own["resid_post", layer][position], layer) for layer in (5, 2, 0)]
-    unpatched = generator.unpatched()
-    for generation in generator.generate(patches):
-        assert generation.token_ids == unpatched.token_ids
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    factor=st.floats(0.01, 100, allow_nan=False),
-    alpha=st.floats(-20, 20, allow_nan=False),
-    layer=st.integers(0, 5),
-    seed=st.integers(0, 5),
-)
-def test_amplifying_is_the_same_as_reading_a_longer_vector(
-    factor: float, alpha: float, layer: int, seed: int
-) -> None:
-    """α·(c·v) and (α·c)·v are one patch: only the product counts."""
-    model = tiny_model("qwen2", "bridge")
-    generator = PatchedGenerator(model, TARGET, max_new_tokens=3)
-    v = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
-    one, other = generator.generate(
-        [Patch(Scale()(alpha)(factor * v), layer), Patch(Scale()(alpha * factor)(v), layer)]
-    )
-    if min(one.margin, other.margin) > 1e-3:
-        assert one.token_ids == other.token_ids
 
 
 def test_the_random_control_keeps_the_norm_and_drops_the_direction() -> None:
@@ -166,55 +99,20 @@ def test_a_row_records_the_norm_of_what_was_patched(tiny: Tiny) -> None:
         assert row["norm_ratio"] == pytest.approx(norm / yardstick, rel=1e-5)
 
 
-def test_rows_come_in_the_order_of_the_settings(tiny: Tiny) -> None:
-    """Position, kind, source layer, target layer, α: each as it was given."""
-    settings = quick(
-        positions=(-1, 2), kinds=("mlp_out", "resid_mid"), target_layer=(4, 1), alphas=(3, 1)
-    )
-    table = sweep(tiny("llama", "bridge"), SOURCE, **settings).table
-    columns = ["position", "kind", "source_layer", "target_layer", "alpha"]
-    last = table["position"].iloc[0]
-    expected = [
-        (position, kind, layer, target, alpha)
-        for position in (last, 2)
-        for kind in ("mlp_out", "resid_mid")
-        for layer in (5, 2)
-        for target in (4, 1)
-        for alpha in (3.0, 1.0)
-    ]
-    assert list(table[columns].itertuples(index=False, name=None)) == expected
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_hook_stays_after_a_sweep(backend: str, tiny: Tiny) -> None:
-    """A finished sweep leaves the model as it was."""
-    model = tiny("llama", backend)
-    before = hooks_on(model)
-    sweep(model, SOURCE, **quick())
-    assert hooks_on(model) == before
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("error", [RuntimeError("no luck"), KeyboardInterrupt()])
 def test_an_interrupted_sweep_hands_over_what_it_has_and_leaves_no_hook(
-    backend: str, error: BaseException, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    backend: str, error: BaseException, tiny: Tiny
 ) -> None:
     """After the first batch something breaks: its cells are in .partial, the hooks are gone."""
-    model = tiny("llama", backend)
-    before, step, batch = hooks_on(model), PatchedGenerator.step, PatchedGenerator._generate_batch
-    batches: list[int] = []
+    model, spy = spied(tiny("llama", backend))
+    before = hooks_on(model)
 
-    def counted(self: PatchedGenerator, patches: Any) -> Any:
-        batches.append(len(patches))
-        return batch(self, patches)
-
-    def breaks_in_the_second_batch(self: PatchedGenerator, tokens: Any, cache: Any) -> Any:
-        if len(batches) == 2:  # the first step of a batch runs with the hooks on
+    def breaks_in_the_second_batch() -> None:
+        if spy.batches.count(4) >= 2:  # the first step of a batch runs with the hooks on
             raise error
-        return step(self, tokens, cache)
 
-    monkeypatch.setattr(PatchedGenerator, "_generate_batch", counted)
-    monkeypatch.setattr(PatchedGenerator, "step", breaks_in_the_second_batch)
+    spy.on_step = breaks_in_the_second_batch
     expected = SweepInterrupted if isinstance(error, KeyboardInterrupt) else SweepError
     with pytest.raises(expected, match=r"after 4 of 12 cells; .* \.partial") as raised:
         sweep(model, SOURCE, batch_size=4, **quick())
@@ -222,8 +120,7 @@ def test_an_interrupted_sweep_hands_over_what_it_has_and_leaves_no_hook(
     assert len(partial) == 4
     assert partial.provenance["complete"] is False
     assert hooks_on(model) == before
-    monkeypatch.undo()
-    whole = sweep(model, SOURCE, batch_size=4, **quick()).table
+    whole = sweep(tiny("llama", backend), SOURCE, batch_size=4, **quick()).table
     assert partial.table["text"].tolist() == whole["text"].tolist()[:4]
 
 
@@ -245,47 +142,38 @@ def _real_allocation_failure() -> Exception:
     return raised.value
 
 
-@pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), _real_allocation_failure()],
     ids=["cuda", "cpu"],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    error: Exception, progress: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception, tiny: Tiny) -> None:
     """More than three rows fail: the sweep ends with the same table nevertheless."""
-    model = tiny("llama", "bridge")
-    whole = sweep(model, SOURCE, **quick()).table
-    start = PatchedGenerator._start
-    sizes: list[int] = []
+    model, spy = spied(tiny("llama", "bridge"))
 
-    def small_only(self: PatchedGenerator, rows: int, new: int) -> Any:
-        sizes.append(rows)
+    def small_only(rows: int) -> None:
         if rows > 3:
             raise error
-        return start(self, rows, new)
 
-    monkeypatch.setattr(PatchedGenerator, "_start", small_only)
-    table = sweep(model, SOURCE, batch_size=12, **quick(progress=progress)).table
-    # With a progress bar the estimate finds out, else the first batch.
-    assert sizes[:3] == [12, 6, 3]
-    assert max(sizes[3:]) == 3
+    whole = sweep(model, SOURCE, **quick()).table
+    spy.on_batch, spy.batches = small_only, []
+    table = sweep(model, SOURCE, batch_size=12, **quick()).table
+    assert spy.batches[:3] == [12, 6, 3]
+    assert max(spy.batches[3:]) == 3
     assert_same_readings(table, whole, ["text"])
 
 
-def test_out_of_memory_for_one_row_is_an_error_that_says_so(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_for_one_row_is_an_error_that_says_so(tiny: Tiny) -> None:
     """Where not even one row fits there is nothing left to halve."""
-    generator = PatchedGenerator(tiny("llama", "bridge"), TARGET, batch_size=2)
+    model, spy = spied(tiny("llama", "bridge"))
 
-    def never(rows: int, new: int) -> Any:
+    def never(rows: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(generator, "_start", never)
-    with pytest.raises(MemoryError, match="batch_size: not even one row .* Fix: a shorter"):
-        generator.generate([Patch(torch.zeros(32), 2)] * 4)
+    spy.on_batch = never
+    generator = PatchedGenerator(model, TARGET, batch_size=2)
+    with pytest.raises(MemoryError, match="^batch_size:"):
+        generator.generate([Patch(torch.full((32,), k), 2) for k in (1.0, 2.0)])
 
 
 def test_the_batch_size_is_capped_by_free_memory(
@@ -306,19 +194,11 @@ def test_the_batch_size_is_capped_by_free_memory(
     assert PatchedGenerator(model, TARGET).batch_size == 5
 
 
-def test_the_target_prefix_is_read_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_prefix_is_read_once(tiny: Tiny) -> None:
     """However many batches there are, the tokens before the placeholder are run once."""
-    model = tiny("llama", "bridge")
-    lengths: list[int] = []
-    prefill = type(model.decoder).prefill
-
-    def spy(self: Any, tokens: torch.Tensor) -> Any:
-        lengths.append(tokens.shape[1])
-        return prefill(self, tokens)
-
-    monkeypatch.setattr(type(model.decoder), "prefill", spy)
+    model, spy = spied(tiny("llama", "bridge"))
     sweep(model, SOURCE, batch_size=2, **quick())
-    assert lengths == [len(PatchedGenerator(model, TARGET).target.tokens) - 1]
+    assert spy.prefills == [len(PatchedGenerator(model, TARGET).target.tokens) - 1]
 
 
 def test_a_vector_that_overflows_half_precision_is_refused(tiny: Tiny) -> None:
@@ -329,22 +209,17 @@ def test_a_vector_that_overflows_half_precision_is_refused(tiny: Tiny) -> None:
         half.generate([Patch(torch.full((32,), 7e4), 2)])
 
 
-def test_an_overflow_inside_the_model_ends_that_row_alone(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overflow_inside_the_model_ends_that_row_alone(tiny: Tiny) -> None:
     """Logits that are no numbers give an empty text and a NaN margin, not a made-up text."""
-    monkeypatch.setattr("superscopes_tl.engine.decoding.LIVE_SHARE", 0)  # rows keep their numbers
-    generator = PatchedGenerator(tiny("llama", "bridge"), TARGET, max_new_tokens=4)
-    step, calls = generator.step, []
+    model, spy = spied(tiny("llama", "bridge"))
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=4, live_share=0)
 
-    def overflows_later(tokens: Any, cache: Any) -> torch.Tensor:
-        logits = step(tokens, cache)
-        calls.append(1)
-        if len(calls) == 7:  # the third step of the second run
+    def overflows_later(logits: torch.Tensor) -> torch.Tensor:
+        if len(spy.steps) == 7:  # the third step of the second run
             logits[1] = float("nan")
         return logits
 
-    monkeypatch.setattr(generator, "step", overflows_later)
+    spy.change = overflows_later
     patches = [Patch(torch.ones(32), 5), Patch(torch.ones(32), 2)]
     whole, broken = generator.generate(patches), generator.generate(patches)
     assert broken[0] == whole[0]
@@ -360,21 +235,16 @@ def _in_half_precision(model: LanguageModel) -> LanguageModel:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "message"),
-    [
-        (lambda alpha: 3.0, r"mapping\(1\): expected a mapping function, .* got float 3.0"),
-        (lambda alpha: lambda v: v.sum(0), r"mapping\(1\): expected vectors of shape \(6, 32\)"),
-        (lambda alpha: lambda v: v / 0, r"mapping\(1\): expected numbers that torch.float32 can"),
-    ],
+    "mapping",
+    [lambda alpha: 3.0, lambda alpha: lambda v: v.sum(0), lambda alpha: lambda v: v / 0],
     ids=["no function", "another shape", "not finite"],
 )
-def test_a_mapping_is_checked_before_anything_is_generated(
-    mapping: Any, message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mapping_is_checked_before_anything_is_generated(mapping: Any, tiny: Tiny) -> None:
     """What a mapping returns is named with its α, before the first batch."""
-    monkeypatch.setattr(PatchedGenerator, "batches", lambda self, patches: pytest.fail("ran"))
-    with pytest.raises((ValueError, TypeError), match=message):
-        sweep(tiny("llama", "bridge"), SOURCE, **quick(mapping=mapping))
+    model, spy = spied(tiny("llama", "bridge"))
+    with pytest.raises((ValueError, TypeError), match=r"^mapping\(1\):"):
+        sweep(model, SOURCE, **quick(mapping=mapping))
+    assert not spy.batches
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, 10), (33, 33), (2048, 10), (0, 10)])
@@ -393,17 +263,12 @@ def test_a_generator_patches_vectors_of_its_own_width_only(tiny: Tiny) -> None:
         generator.generate([Patch(torch.zeros(31), 2)])
 
 
-def test_the_hooks_are_on_for_one_step_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patched once, at the prompt's step; never while new tokens are written."""
-    model = tiny("llama", "bridge")
+def test_the_hooks_are_on_for_one_step_alone(tiny: Tiny) -> None:
+    """Patched once, at the prompt's step; never while new tokens are generated."""
+    model, spy = spied(tiny("llama", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=4)
-    idle, step, on = hooks_on(model), generator.step, []
-
-    def spy(tokens: Any, cache: Any) -> Any:
-        on.append(hooks_on(model) - idle)
-        return step(tokens, cache)
-
-    monkeypatch.setattr(generator, "step", spy)
+    idle, on = hooks_on(model), []
+    spy.on_step = lambda: on.append(hooks_on(model) - idle)
     generator.generate([Patch(torch.ones(32), 5), Patch(torch.ones(32), 2)])
     assert on[0] > 0
     assert on[1:] == [0, 0, 0]
@@ -417,22 +282,13 @@ def test_hook_names_are_those_of_transformer_lens(tiny: Tiny) -> None:
 
 
 def test_a_plan_knows_its_cells_and_its_cost_before_it_runs(tiny: Tiny) -> None:
-    """2 layers x 3 kinds x 2 alphas x 2 target layers are 24 cells, in 5 batches of 5."""
+    """2 layers x 3 kinds x 2 alphas x 2 target layers are 24 cells, as many texts."""
     settings = quick(target_layer=(4, 1), batch_size=5)
     settings.pop("progress")
     plan = plan_sweep(tiny("llama", "bridge"), SOURCE, **settings)
-    assert (len(plan.cells), plan.n_batches) == (24, 5)
+    assert (len(plan.cells), plan.n_texts) == (24, 24)
+    assert plan.with_settings(generate="best").n_texts == 12
     assert 0 < plan.estimate_seconds() < 60
-
-
-def test_progress_shows_cells_batches_and_expected_time(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The bar says what is ahead before the first cell is done, and counts to the end."""
-    sweep(tiny("llama", "bridge"), SOURCE, **quick(progress=True, batch_size=5))
-    shown = capsys.readouterr().err
-    assert re.search(r"12 cells in 3 batches, (under 1 s|about \d+ s)", shown)
-    assert "12/12" in shown
 
 
 def test_a_sweep_records_where_it_comes_from(tiny: Tiny) -> None:

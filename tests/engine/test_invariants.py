@@ -37,7 +37,7 @@ CLEAR = 1e-3
 
 TARGET = TargetPrompt("Syria: a land, x")
 KINDS = ("resid_mid", "mlp_out", "resid_post")
-EXAMPLES = 75
+EXAMPLES = 25
 
 models = st.builds(
     lambda *parts: parts,

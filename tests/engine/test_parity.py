@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, capture, sweep
-from superscopes_tl.engine import Generation
+from superscopes_tl.engine import NEAR_TIE, Generation
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings
+from tests.support.spies import spied
 from tests.support.tiny_models import ARCHITECTURES, tiny_hf
 
 SOURCE = "Red Hot Chili Peppers"
@@ -27,7 +28,6 @@ TARGETS = {
 LAYERS = (5, 2, 0)
 ALPHAS = (0.5, 1.0, 3.0, 15.0)
 N_NEW = 5
-NEAR_TIE = 5e-5
 
 Tiny = Callable[[str, str], LanguageModel]
 
@@ -106,20 +106,12 @@ def test_captured_vectors_equal_plain_hugging_face(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_of_every_step_equal_plain_hugging_face(
-    architecture: str, backend: str, place: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    architecture: str, backend: str, place: str, tiny: Tiny
 ) -> None:
     """The cached, batched logits are those of a whole forward pass, to 1e-4 relative."""
-    monkeypatch.setattr("superscopes_tl.engine.decoding.LIVE_SHARE", 0)  # rows keep their numbers
-    model, hf = tiny(architecture, backend), tiny_hf(architecture)
-    generator = PatchedGenerator(model, TARGETS[place], max_new_tokens=N_NEW)
-    seen: list[torch.Tensor] = []
-    step = generator.step
-
-    def spy(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        seen.append(step(tokens, cache))
-        return seen[-1]
-
-    monkeypatch.setattr(generator, "step", spy)
+    (model, spy), hf = spied(tiny(architecture, backend)), tiny_hf(architecture)
+    # With a share of 0 rows keep their numbers.
+    generator = PatchedGenerator(model, TARGETS[place], max_new_tokens=N_NEW, live_share=0)
     torch.manual_seed(3)
     patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in (5, 2, 0, 2)]
     generations = generator.generate(patches)
@@ -129,7 +121,7 @@ def test_logits_of_every_step_equal_plain_hugging_face(
             hf, ids, positions, patch.vector, patch.target_layer, n_new=N_NEW, eos=1
         )
         assert list(generation.token_ids) == new
-        for got, expected in zip(seen, logits, strict=False):
+        for got, expected in zip(spy.seen, logits, strict=False):
             scale = expected.abs().max()
             assert (got[row] - expected).abs().max() / scale < 1e-4
 

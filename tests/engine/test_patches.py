@@ -27,6 +27,7 @@ from superscopes_tl.experiment import Cell, make_patches
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import blocks_of
 from tests.support.same import assert_same_readings
+from tests.support.spies import spied
 from tests.support.tiny_models import tiny_hf
 
 Tiny = Callable[[str, str], LanguageModel]
@@ -200,11 +201,11 @@ def test_another_model_may_be_asked(tiny: Tiny, word_overlap: Any) -> None:
     assert alone.provenance["target_model"] is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(numbers=st.lists(st.integers(0, 6), min_size=1, max_size=12), size=st.integers(1, 4))
 def test_alike_patches_are_written_once_and_in_order(numbers: list[int], size: int) -> None:
     """Whatever repeats where, every patch gets its own text, and no row is computed twice."""
-    model = tiny_model("llama", "bridge")
+    model, spy = spied(tiny_model("llama", "bridge"))
     generator = PatchedGenerator(model, TWO, max_new_tokens=2, batch_size=size)
     torch.manual_seed(3)
     vector = torch.randn(model.d_model) * 5
@@ -218,19 +219,9 @@ def test_alike_patches_are_written_once_and_in_order(numbers: list[int], size: i
         Patch(vector, None),
     ]
     alone = [generator.generate([kind])[0].token_ids for kind in kinds]
-    rows: list[int] = []
-    original = generator._generate_batch
-
-    def counted(patches: Sequence[Patch]) -> Any:
-        rows.append(len(patches))
-        return original(patches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "_generate_batch", counted)
-        copies = [replace(kinds[n], vector=kinds[n].vector.clone()) for n in numbers]
-        batches = list(generator.batches(copies))
-    assert all(batches)
-    found = [generation.token_ids for batch in batches for generation in batch]
-    assert found == [alone[n] for n in numbers]
-    assert sum(rows) == len(set(numbers))
-    assert max(rows) <= size
+    spy.batches = []
+    copies = [replace(kinds[n], vector=kinds[n].vector.clone()) for n in numbers]
+    assert [text.token_ids for text in generator.generate(copies)] == [alone[n] for n in numbers]
+    twins = int(3 in numbers)  # of the guided row
+    assert sum(spy.batches) == len(set(numbers)) + twins
+    assert max(spy.batches) <= size + twins

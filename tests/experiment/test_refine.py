@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import LanguageModel, plan_sweep, sweep
+from superscopes_tl import LanguageModel, sweep
 from superscopes_tl.experiment import refine
-from superscopes_tl.experiment.refinement import between, midpoints
+from superscopes_tl.experiment.run import between, midpoints
 from tests.support.same import assert_same_readings
 
 
@@ -40,9 +41,8 @@ def test_refinement_adds_cells_near_the_best_and_computes_none_twice(
         "layers": (5, 2), "kinds": "mlp_out", "alphas": (1, 3, 9), "max_new_tokens": 12,
         "scorer": word_overlap,
     }  # fmt: skip
-    plan = plan_sweep(mini, "Pearl Jam", **settings)
     coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
-    fine = refine(plan, coarse, progress=False)
+    fine = refine(coarse, progress=False)
     assert not fine.table.duplicated(["source_layer", "alpha"]).any()
     assert len(coarse) < len(fine) <= len(coarse) + 2 * 2 * 2
     assert (fine.best()["score"] >= coarse.best()["score"]).all()
@@ -54,30 +54,20 @@ def test_refinement_adds_cells_near_the_best_and_computes_none_twice(
     assert_same_readings(direct.table, fine.table.tail(1), ["text"])
 
 
-def test_a_foreign_result_is_refused(mini: LanguageModel, word_overlap: Any) -> None:
-    """The result has to be the plan's own; rounds have to be at least one."""
-    settings: dict[str, Any] = {"layers": 5, "kinds": "mlp_out", "alphas": 1, "max_new_tokens": 3}
-    result = sweep(mini, "Pearl Jam", scorer=word_overlap, progress=False, **settings)
-    plan = plan_sweep(mini, "Will Smith", scorer=word_overlap, **settings)
-    with pytest.raises(ValueError, match="result: expected readings of .*'Will Smith'.*got none"):
-        refine(plan, result)
-    with pytest.raises(ValueError, match="rounds: expected 1 or more, got 0"):
-        refine(plan, result, rounds=0)
-
-
-def test_nothing_to_refine_leaves_the_result_as_it_is(
-    mini: LanguageModel, word_overlap: Any
-) -> None:
-    """One α has no neighbour: no cell, no change of types; another mapping's result is refused."""
-    settings: dict[str, Any] = {
-        "layers": 5, "kinds": "mlp_out", "max_new_tokens": 3, "scorer": word_overlap,
-    }  # fmt: skip
-    result = sweep(mini, "Pearl Jam", alphas=3, progress=False, **settings)
-    same = refine(plan_sweep(mini, "Pearl Jam", alphas=3, **settings), result, progress=False)
-    pd.testing.assert_frame_equal(same.table, result.table)
-    other = plan_sweep(mini, "Pearl Jam", alphas=3, unit="residual", **settings)
-    with pytest.raises(ValueError, match=r"by Scale\(\), in residual norms, got none"):
-        refine(other, result)
+def test_what_cannot_be_refined(mini: LanguageModel, word_overlap: Any) -> None:
+    """One α has no neighbour; a loaded result has no plan, another plan has other cells."""
+    result = sweep(
+        mini, "Pearl Jam", layers=5, kinds="mlp_out", alphas=3, max_new_tokens=3,
+        scorer=word_overlap, progress=False,
+    )  # fmt: skip
+    pd.testing.assert_frame_equal(refine(result, progress=False).table, result.table)
+    with pytest.raises(ValueError, match="^plan:"):
+        refine(replace(result, plan=None))
+    for other in (result.plan.with_settings(unit="residual"), result.plan.at_prompt("Titanic")):  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="^result:"):
+            refine(result, other)
+    with pytest.raises(ValueError, match="^rounds:"):
+        refine(result, rounds=0)
 
 
 def test_refinement_ends_where_four_digits_end(mini: LanguageModel, word_overlap: Any) -> None:
@@ -87,7 +77,7 @@ def test_refinement_ends_where_four_digits_end(mini: LanguageModel, word_overlap
         "scorer": word_overlap,
     }  # fmt: skip
     coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
-    fine = refine(plan_sweep(mini, "Pearl Jam", **settings), coarse, rounds=12, progress=False)
+    fine = refine(coarse, rounds=12, progress=False)
     assert not fine.table["alpha"].duplicated().any()
     assert fine.provenance["config"]["alphas"] == sorted(fine.table["alpha"])
     assert fine.provenance["planned_cells"] == len(fine)

@@ -30,8 +30,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.cli.main import app
 from superscopes_tl.errors import PlaceholderError
-from superscopes_tl.experiment import Cell, make_control, make_patches
-from superscopes_tl.experiment.run import run_plan
+from superscopes_tl.experiment import Cell, make_control, make_patches, run_plans
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.model import resolve_positions, tokenize
 from superscopes_tl.neighbours import beside, causal_effects, lens_table, sites_of
@@ -323,7 +322,7 @@ def test_every_cell_of_a_chat_sweep_equals_plain_hugging_face(
         max_new_tokens=N_NEW,
         scorer=word_overlap,
     )
-    table = SweepResult.from_readings(list(run_plan(plan)), {}).table
+    table = SweepResult.from_readings([r for batch in run_plans([plan]) for r in batch], {}).table
     source = by_hugging_face(model.tokenizer, SOURCE)
     ids = by_hugging_face(model.tokenizer, TARGET.text, TARGET.answer)
     start = TARGET.text.index("x")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from superscopes_tl import LanguageModel, Site, capture, load_model, plan_sweep, sweep
 from superscopes_tl.errors import RunFileError
-from superscopes_tl.experiment.run import run_plan
+from superscopes_tl.experiment import run_plans
 from superscopes_tl.explorer.cell import probe
 from superscopes_tl.model import tokenize
 from superscopes_tl.neighbours import (
@@ -272,7 +272,7 @@ def test_the_panel_of_an_embedding_has_every_lens(tiny: Tiny) -> None:
         target_prompt="Syria: Country, x",
         scorer=lambda references, candidates: [0.5] * len(candidates),
     )  # fmt: skip
-    (reading,) = run_plan(plan)
+    ((reading,),) = run_plans([plan])
     found = probe(plan, reading, {**LENSES, "tuned": random_lens(model)}).lenses
     named = {one.lens: one.tokens for one in found}
     assert named["tuned"] == named[LOGIT_LENS]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,8 +24,8 @@ from superscopes_tl import (
     plan_sweep,
     sweep,
 )
+from superscopes_tl.engine import is_echo, name_fits
 from superscopes_tl.experiment import Cell, finished_cells
-from superscopes_tl.experiment.cells import is_echo
 from superscopes_tl.scores import OwnWords, own_words, words_of
 from tests.conftest import BACKENDS, tiny_model
 from tests.model.test_chat import TEMPLATES, with_template
@@ -201,14 +202,18 @@ def test_every_cell_of_a_sweep_has_its_share(mini: LanguageModel, word_overlap: 
     assert at["resid_post", 5, 1.0] > 0.8 > at["mlp_out", 2, 1.0]
 
 
+@pytest.fixture(scope="module")
+def whole(mini: LanguageModel, word_overlap: Any) -> pd.DataFrame:
+    """A small sweep with controls."""
+    names = ("unpatched", "alpha_zero", "random_direction", "other_prompt")
+    return sweep(mini, PROMPT, controls=names, scorer=word_overlap, **FAST).table
+
+
 def test_controls_have_shares_and_leave_what_is_specific(
-    mini: LanguageModel, word_overlap: Any
+    whole: pd.DataFrame, mini: LanguageModel, word_overlap: Any
 ) -> None:
     """Own minus the mean over several other prompts whose own words differ."""
-    table = sweep(
-        mini, PROMPT, controls=("unpatched", "alpha_zero", "random_direction", "other_prompt"),
-        scorer=word_overlap, **FAST,
-    ).table  # fmt: skip
+    table = whole
     assert (table["unpatched_recovered"] == 0).all()
     assert table.groupby("target_layer")["alpha_zero_recovered"].nunique().max() == 1
     specific = table["recovered"] - table["other_prompt_recovered"]
@@ -223,10 +228,9 @@ def test_controls_have_shares_and_leave_what_is_specific(
 
 @pytest.mark.parametrize("generate", ["best", "none"])
 def test_only_the_best_of_each_site_is_written_out(
-    generate: Any, mini: LanguageModel, word_overlap: Any
+    generate: Any, whole: pd.DataFrame, mini: LanguageModel, word_overlap: Any
 ) -> None:
     """The shares are those of the whole sweep; of each site the α that recovers most is written."""
-    whole = sweep(mini, PROMPT, scorer=word_overlap, controls="other_prompt", **FAST).table
     settings_ = {**FAST, "generate": generate, "controls": "other_prompt"}
     table = sweep(mini, PROMPT, scorer=word_overlap, **settings_).table
     assert table["recovered"].tolist() == pytest.approx(whole["recovered"].tolist(), abs=1e-3)
@@ -297,9 +301,9 @@ def test_a_position_is_scored_against_what_it_can_know(mini: LanguageModel) -> N
 
 def test_chat_takes_its_own_prompt_and_longer_texts() -> None:
     """`chat=True` alone asks a question: the few-shot prompt is none that a chat model expects."""
-    assert SweepConfig(chat=True).asked == CHAT_PROMPT
-    assert SweepConfig().asked == DESCRIPTION_PROMPT
-    assert SweepConfig(chat=True, target_prompt=TARGET).asked == TARGET
+    assert SweepConfig(chat=True).prompt_with_placeholder == CHAT_PROMPT
+    assert SweepConfig().prompt_with_placeholder == DESCRIPTION_PROMPT
+    assert SweepConfig(chat=True, target_prompt=TARGET).prompt_with_placeholder == TARGET
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_a_name_that_does_not_fit_costs_no_sweep(tiny: Tiny, word_overlap: Any) 
     """Where the name in the target prompt is longer than the context, nothing is asked of it."""
     model = tiny("llama", "bridge")
     generator = PatchedGenerator(model, TARGET)
-    count = next(n for n in range(1, 400) if not generator.fits("Red " * n))
+    count = next(n for n in range(1, 400) if not name_fits(generator, "Red " * n))
     (long,) = words_of(generator, ["Red " * count])
     assert long.too_long
     assert math.isnan(long.recovered(-1.0))
