@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,10 +15,11 @@ import pytest
 from hypothesis import settings
 
 from superscopes_tl import LanguageModel, load_model
+from tests.support import scorers
 from tests.support.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
 
 # A shared machine may take any time for an example; whether it is right does not depend on it.
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None, max_examples=40)
 settings.load_profile("patient")
 
 
@@ -65,13 +66,5 @@ def mini() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def word_overlap() -> Any:
-    """A cheap scorer: the Jaccard overlap of the two texts' words."""
-
-    def word_overlap(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-        pairs = [
-            (set(a.lower().split()), set(b.lower().split()))
-            for a, b in zip(references, candidates, strict=True)
-        ]
-        return [len(a & b) / max(1, len(a | b)) for a, b in pairs]
-
-    return word_overlap
+    """A cheap scorer."""
+    return scorers.word_overlap

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from superscopes_tl import Explorer, LanguageModel, SweepConfig, load_model
 from tests.model.test_chat import TEMPLATES, with_template
+from tests.support.hooks import hooks_on
+from tests.support.scorers import by_length
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 PROMPT = "Will Smith"
 WAIT = 120
-
-
-def by_length(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """A cheap scorer."""
-    return [len(candidate) / 100 for candidate in candidates]
-
-
-def hook_count(model: LanguageModel) -> int:
-    """How many functions hang on the model's hook points."""
-    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.tl.hook_dict.values())
 
 
 def finished(explorer: Explorer) -> Explorer:
@@ -75,7 +67,7 @@ def explorer(model: LanguageModel, config: SweepConfig) -> Iterator[Explorer]:
     yield made
     made.cancel()
     assert made.wait(WAIT)
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from superscopes_tl.explorer.background import (
     wait_for_all,
 )
 from superscopes_tl.vectors import RandomDirection
-from tests.explorer.conftest import PROMPT, WAIT, hook_count
+from tests.explorer.conftest import PROMPT, WAIT
+from tests.support.hooks import hooks_on
 from tests.support.same import assert_same_readings
 
 SMALL: dict[str, Any] = {"layers": (0, 2), "alphas": (1, 3), "max_new_tokens": 3}
@@ -136,7 +137,7 @@ def test_cancel_stops_after_the_batch_and_keeps_it(model: LanguageModel) -> None
     assert background.state == "cancelled"
     assert (len(background.result()), len(batches)) == (2, 1)
     assert not background.result().provenance["complete"]
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
 
 
 def test_a_scorer_that_raises_fails_the_run(model: LanguageModel) -> None:
@@ -153,7 +154,7 @@ def test_a_scorer_that_raises_fails_the_run(model: LanguageModel) -> None:
     assert background.state == "failed"
     assert "out of order" in str(background.error)
     assert len(background.result()) == 3
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
 
 
 def test_bad_settings_fail_before_anything_runs(model: LanguageModel) -> None:

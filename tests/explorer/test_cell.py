@@ -25,8 +25,9 @@ from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.explorer.cell import code_for, ladder, probe, reading_at
 from superscopes_tl.neighbours import LENSES, TunedLens, lens_table
 from superscopes_tl.vectors import RandomDirection, Scale
-from tests.explorer.conftest import PROMPT, by_length, finished
+from tests.explorer.conftest import PROMPT, finished
 from tests.model.test_chat import TEMPLATES, with_template
+from tests.support.scorers import by_length
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 

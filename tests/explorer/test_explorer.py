@@ -21,8 +21,10 @@ from superscopes_tl.evaluation import Readability
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.figures import value_range
-from tests.explorer.conftest import PROMPT, WAIT, by_length, finished, heatmaps, hook_count, marked
+from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked
+from tests.support.hooks import hooks_on
 from tests.support.same import assert_same_readings
+from tests.support.scorers import by_length
 
 
 def shows(explorer: Explorer) -> str:
@@ -76,7 +78,7 @@ def test_cancel_keeps_what_is_finished(model: LanguageModel, tmp_path: Path) -> 
     assert set(made.result.table["prompt"]) == {PROMPT}  # type: ignore[union-attr]
     assert "Cancelled: 3 of" in shows(made)
     assert marked(made, "not computed") == model.n_layers * 3 * 6 - 3
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
     made.select(kind="mlp_out", layer=model.n_layers - 1, alpha=15)  # none of the finished cells
     made.view.show.value = "parts"
     assert "not computed" in made.view.stage.children[0].value
@@ -116,7 +118,7 @@ def test_a_scorer_that_fails_is_shown(model: LanguageModel) -> None:
         assert "traceback" in shows(made)
     made.view.scorer.value = by_length
     finished(made)
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
 
 
 @pytest.mark.parametrize("score", [1e9, 1e308, -1e308, math.inf])
@@ -172,7 +174,7 @@ def test_memory_that_runs_out_is_shown(
     assert explorer.state == "failed"
     assert isinstance(explorer.error, MemoryError)
     assert "MemoryError" in shows(explorer)
-    assert hook_count(model) == 0
+    assert hooks_on(model) == 0
     finished(explorer)
 
 

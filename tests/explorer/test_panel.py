@@ -18,7 +18,8 @@ from superscopes_tl.explorer.cell import ControlReading, LensReading, Probe
 from superscopes_tl.explorer.live_map import SharedFigureWidget
 from superscopes_tl.figures import MARKS, Shades
 from superscopes_tl.neighbours import TokenEffect
-from tests.explorer.conftest import PROMPT, WAIT, by_length, finished, heatmaps, marked, numbers
+from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked, numbers
+from tests.support.scorers import by_length
 
 ATTACKS = ("<script>", "<img", "<b>&</b>")
 

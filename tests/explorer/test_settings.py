@@ -20,7 +20,8 @@ from superscopes_tl import (
 )
 from superscopes_tl.explorer.settings import alphas_text, parse_alphas
 from superscopes_tl.vectors import PlaceholderState, RandomDirection
-from tests.explorer.conftest import PROMPT, WAIT, by_length, finished
+from tests.explorer.conftest import PROMPT, WAIT, finished
+from tests.support.scorers import by_length
 
 BAND = "Red Hot Chili Peppers"
 

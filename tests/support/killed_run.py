@@ -5,7 +5,6 @@ They are forked from a process that has imported this module and with it torch, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +15,7 @@ import transformer_lens  # noqa: F401 - slow to import: once, before the process
 from superscopes_tl import LanguageModel, TargetPrompt, evaluate, load_model
 from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.evaluation.store import EvaluationFile
+from tests.support.scorers import half
 from tests.support.tiny_models import random_hf, tiny_tokenizer
 
 PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith", "Syria")
@@ -27,11 +27,6 @@ def model() -> LanguageModel:
     return load_model(
         random_hf("llama", n_layers=3, width=16, heads=2), tiny_tokenizer(), backend="bridge"
     )
-
-
-def half(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Return no judgement."""
-    return [0.5 for _ in candidates]
 
 
 def run(path: Any, **changes: Any) -> Evaluation:

@@ -13,6 +13,7 @@ import torch
 
 from superscopes_tl import LanguageModel, Site, load_model
 from superscopes_tl.experiment import SweepPlan
+from tests.support.scorers import letters
 
 
 def loaded(folder: str, log: str) -> LanguageModel:
@@ -20,12 +21,6 @@ def loaded(folder: str, log: str) -> LanguageModel:
     with Path(log).open("a", encoding="utf-8") as lines:
         lines.write(f"{os.getpid()}\n")
     return load_model(folder, backend="bridge", device="cpu")
-
-
-def letters(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Score the Jaccard overlap of the two texts' letters."""
-    pairs = [(set(a), set(b)) for a, b in zip(references, candidates, strict=True)]
-    return [len(a & b) / max(1, len(a | b)) for a, b in pairs]
 
 
 @dataclass(frozen=True)
