@@ -67,8 +67,8 @@ def run_bench(
         size: a name of `sizes.SIZES`.
         dtype: float32 or bfloat16.
         rounds: of which the median counts.
-        threads: of a CPU; as torch chooses unless given.
-        device: where to run; the best there is unless given.
+        threads: CPU threads; defaults to torch's choice.
+        device: where to run; defaults to the best available.
 
     Raises:
         ValueError: a bad setting.

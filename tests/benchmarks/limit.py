@@ -4,7 +4,7 @@
 2. Copy its keys and values into buffers with a row per cell and room for all that follows. The
    buffers are kept: the next batch of as many rows only overwrites what follows the placeholder.
 3. Run the rest of the prompt with a plain forward hook per target layer, then one token per step,
-   the likeliest, a fixed number of times. No row is looked at before the end.
+   the most likely one, a fixed number of times. No row is looked at before the end.
 4. Of as many rows per batch as the engine takes, and all cells in one batch, the faster counts.
 """
 
@@ -101,8 +101,8 @@ class Limit:
 
     def _step(self, tokens: Tensor, cache: Any) -> Tensor:
         out = self._hf(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        likeliest: Tensor = out.logits[:, -1:].argmax(dim=-1)
-        return likeliest
+        chosen: Tensor = out.logits[:, -1:].argmax(dim=-1)
+        return chosen
 
     def _cache(self, rows: int) -> Any:
         """Return a cache of `rows` rows that have read the prompt up to the placeholder."""
@@ -123,7 +123,7 @@ def _writer(hf: Any, cells: Sequence[Cell], layer: int) -> Any:
 
     def write(module: Any, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        states[rows, 0] = vectors  # the placeholder is the first token behind the prefix
+        states[rows, 0] = vectors  # the placeholder is the first token after the prefix
 
     return write
 

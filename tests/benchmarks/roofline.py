@@ -29,7 +29,7 @@ class Shape:
 
     Attributes:
         body: weights in the matrices of the blocks; every token goes through them.
-        head: weights of the unembedding; only tokens that something is chosen behind do.
+        head: weights of the unembedding; only tokens after which one is chosen use them.
         attention: n_layers · n_heads · d_head.
         d_model: width of the residual stream.
         d_mlp: width of the MLP.

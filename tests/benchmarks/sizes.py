@@ -1,6 +1,6 @@
 """The models of the benchmark: the bundled one, and two of larger sizes with random weights.
 
-1. A `Size` builds one Hugging Face model. Random weights are drawn from a fixed seed, and larger
+1. A `Size` builds one Hugging Face model. Random weights come from a fixed seed, and larger
    than a fresh model's, so that patches change what is written.
 2. A model with random weights has no end of text: each of its cells takes the same work.
 3. `over_the_same_weights` gives every way that wraps a model a module of its own. The weights are
