@@ -1,6 +1,7 @@
 """Many source prompts in one resumable file, and which setting reads a model best."""
 
-from superscopes_tl.evaluation.model_check import (
+from superscopes_tl.evaluation.run import FINE_ALPHAS, HIDDEN_STATES, MLP_OUTPUTS, evaluate, methods
+from superscopes_tl.evaluation.screening import (
     LONG_PROMPT,
     NAMES,
     SENTENCE,
@@ -11,15 +12,7 @@ from superscopes_tl.evaluation.model_check import (
     kept_readability,
     readability,
 )
-from superscopes_tl.evaluation.prompts import (
-    FINE_ALPHAS,
-    HIDDEN_STATES,
-    MLP_OUTPUTS,
-    evaluate,
-    methods,
-)
-from superscopes_tl.evaluation.spread import local_workers
-from superscopes_tl.evaluation.store import Evaluation
+from superscopes_tl.evaluation.workers import local_workers
 
 __all__ = [
     "FINE_ALPHAS",
@@ -29,7 +22,6 @@ __all__ = [
     "NAMES",
     "SENTENCE",
     "SHORT_PROMPT",
-    "Evaluation",
     "Readability",
     "best_config",
     "evaluate",

@@ -4,7 +4,14 @@ from superscopes_tl.experiment.cells import finished_cells, make_patches, mean, 
 from superscopes_tl.experiment.config import CONTROLS, Generate, SweepConfig
 from superscopes_tl.experiment.controls import make_control, rescored
 from superscopes_tl.experiment.plan import Cell, SweepPlan, lay_out, plan_sweep
-from superscopes_tl.experiment.results import COLUMNS, SITE, TYPES, Reading, SweepResult
+from superscopes_tl.experiment.results import (
+    By,
+    Contextualization,
+    Reads,
+    SweepResult,
+    contextualization,
+    rows_at,
+)
 from superscopes_tl.experiment.run import (
     SweepError,
     SweepInterrupted,
@@ -14,13 +21,7 @@ from superscopes_tl.experiment.run import (
     run_plans,
     sweep,
 )
-from superscopes_tl.experiment.summary import (
-    By,
-    Contextualization,
-    Reads,
-    contextualization,
-    rows_at,
-)
+from superscopes_tl.experiment.store import COLUMNS, SITE, TYPES, EvaluationFile, Reading
 from superscopes_tl.experiment.vector_plans import plan_vectors, read_vector, read_vectors
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "By",
     "Cell",
     "Contextualization",
+    "EvaluationFile",
     "Generate",
     "Reading",
     "Reads",

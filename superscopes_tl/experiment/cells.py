@@ -22,7 +22,7 @@ from superscopes_tl.engine import Generation, Patch, is_echo, site_vectors
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
-from superscopes_tl.experiment.results import Reading
+from superscopes_tl.experiment.store import Reading
 from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import Site
 from superscopes_tl.scores import score_texts

@@ -33,7 +33,7 @@ from superscopes_tl.engine import (
 )
 from superscopes_tl.experiment.cells import Part, make_patches, mean, score_readings
 from superscopes_tl.experiment.plan import Cell, SweepPlan
-from superscopes_tl.experiment.results import Reading
+from superscopes_tl.experiment.store import Reading
 from superscopes_tl.hashing import stable_hash
 from superscopes_tl.scores import words_of
 from superscopes_tl.vectors import random_direction

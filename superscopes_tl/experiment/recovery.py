@@ -18,7 +18,7 @@ from dataclasses import replace
 from superscopes_tl.engine import Patch
 from superscopes_tl.experiment.cells import Part, mean
 from superscopes_tl.experiment.controls import ControlPatches
-from superscopes_tl.experiment.results import Reading
+from superscopes_tl.experiment.store import Reading
 
 SPECIFIC = "specific"
 

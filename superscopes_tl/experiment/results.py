@@ -1,132 +1,57 @@
-"""The table of a sweep and where it came from.
+"""The table of a sweep or of an evaluation, and what it says.
 
-1. A sweep yields one `Reading` per cell.
-2. `SweepResult` holds them as a long table (pandas, one row per cell) beside its provenance.
-   Whatever draws or judges reads this table; nothing computes a cell again.
-3. One file holds both: a zip with `provenance.json` and `table.parquet`. It contains data alone,
-   no code, and opens without a model.
+1. `SweepResult` holds one row per cell beside its provenance; figures and statistics read this
+   table, and nothing computes a cell again.
+2. `best` and `by_layer` choose α as the paper's automatic amplifier does; `rows_at` selects the
+   rows of one token, target layer, kind and α.
+3. `contextualization` returns ℓ_c of one token (paper, section 4.1): the first source layer whose
+   unamplified block output reads the entity, judged by the share of the model's own words that it
+   recovers, by its score, or by a callable that knows the entity.
+4. `caveats` lists what makes a result misleading: an attention sink, own words that nothing
+   recovers or that say nothing, vectors much longer than what they replace, texts that are all the
+   same or repeat the name. The first three lines count, the gravest first, each with a setting to
+   try.
 """
 
 from __future__ import annotations
 
 import html
-import io
-import json
 import math
 import os
-import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import pandas as pd
 
-from superscopes_tl.errors import RunFileError, bad_value, check_choice, describe, reason
+from superscopes_tl.engine import is_echo
+from superscopes_tl.errors import bad_type, bad_value, check_choice
 from superscopes_tl.experiment.plan import SweepPlan
-from superscopes_tl.experiment.summary import (
-    By,
-    Contextualization,
-    Reads,
-    caveats,
-    contextualization,
-    rows_at,
-)
-from superscopes_tl.files import (
-    checked_provenance,
-    checked_rows,
-    read_json,
-    read_parquet,
-    read_zip,
-    written_whole,
-)
+from superscopes_tl.experiment.store import COLUMNS, SITE, Reading, read_readings, write_run
+from superscopes_tl.model import KINDS
+from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
+from superscopes_tl.vectors import PAPER_MAPPING
 
-FORMAT = "superscopes_tl.sweep"
-FORMAT_VERSION = 1
-ENTRIES = ("provenance.json", "table.parquet")
-MAX_FILE_BYTES = 2**30
-"""A run file that unpacks to more than this is refused."""
+By: TypeAlias = Literal["score", "recovered"]
+Reads: TypeAlias = Callable[[str, str], bool]
+"""Judges whether a description reads its entity, from the source prompt and the description."""
 
-SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
-"""The columns that name a site and where it is patched; the cells of a site differ in α."""
+LEAST_RECOVERED = 0.2
+"""Below this share of the model's own words nothing was read: half of nothing is noise."""
+USUAL_RATIO = (0.1, 10.0)
+"""Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
+MOST_CAVEATS = 3
 
-
-@dataclass(frozen=True)
-class Reading:
-    """One cell: a vector, amplified and patched, and what the model wrote about it.
-
-    Attributes:
-        prompt: the source prompt.
-        position: the token whose activation was read, counted from 0.
-        token: that token, with visible white space.
-        kind: the kind of activation.
-        source_layer: where it was read.
-        target_layer: where it was patched.
-        mapping: the mapping family, `scale` in the paper.
-        alpha: the amplifier α.
-        vector_norm: the norm of f(v), the patched vector.
-        norm_ratio: that norm in units of the residual stream that it replaced.
-        text: everything that the model wrote.
-        description: the part of it that is about the placeholder.
-        score: the scorer's number; NaN where there was nothing to score.
-        few_shot_copy: whether the description repeats a name that the target prompt gave.
-        n_tokens: how many tokens were written.
-        margin: the closest call among them, in logits (see `decoding.Generation`).
-        draw: 0 for the likeliest tokens, k for the k-th text drawn at temperature 1.
-        entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
-            description.
-        log_probability: how likely these tokens were, in nats per token.
-        written: whether the cell was written out; if not, all that a text gives is empty or NaN.
-        echo: whether the description repeats the name that it should be about.
-        about: what the reading is scored against.
-        recovered: the share of the model's own words that the patch recovers (see `own_words`);
-            NaN where it is not defined.
-        own_words: what the model says of `about` when it reads it as it stands.
-        plain_nats: how likely that is behind the target prompt with the name, in nats.
-        unpatched_nats: and behind the unpatched target prompt.
-        controls: what was written and scored in the cell's place without its meaning, where that
-            was asked for; each is a column of the table (see `controls`).
-    """
-
-    prompt: str
-    position: int
-    token: str
-    kind: str
-    source_layer: int
-    target_layer: int
-    mapping: str
-    alpha: float
-    vector_norm: float
-    norm_ratio: float
-    text: str
-    description: str
-    score: float
-    few_shot_copy: bool
-    n_tokens: int
-    margin: float
-    draw: int = 0
-    entropy: float = math.nan
-    log_probability: float = math.nan
-    written: bool = True
-    echo: bool = False
-    about: str = ""
-    recovered: float = math.nan
-    own_words: str = ""
-    plain_nats: float = math.nan
-    unpatched_nats: float = math.nan
-    controls: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+Rule: TypeAlias = Callable[[pd.DataFrame, Mapping[str, Any]], str]
 
 
 _SHOWN = ("description", "alpha", "score", "recovered", "target_layer")
 
-COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
-TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
-_LATER = {f.name: f.default for f in fields(Reading) if f.default is not MISSING}
-
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """Every cell of a sweep ("Show All") and its provenance.
+    """The readings of a sweep ("Show All"), or of many source prompts, and their provenance.
 
     Attributes:
         table: one row per cell; the columns are the fields of `Reading`.
@@ -174,19 +99,19 @@ class SweepResult:
         rows = rows_at(
             self.table, position=position, target_layer=target_layer, kind=kind, alpha=alpha
         )
-        return SweepResult(rows, self.provenance, self.plan)
+        return replace(self, table=rows)
 
     def best(self, *, by: By | None = None) -> pd.DataFrame:
         """Return the best cell of every site: the automatic amplifier.
 
         This is the paper's "Show Best Results" (section 5.1). The α is chosen by the same number
-        that judges it, so a best one is an upper bound, to be compared with equal draws of a
+        that judges it, so a best one is an upper bound, to be compared with as many samples of a
         control. Among equal numbers the smallest |α| wins; a site without any keeps its
         smallest |α|.
 
         Args:
-            by: "score" or "recovered"; unless given the score, or what is recovered where not
-                all cells were written out.
+            by: "score" or "recovered"; defaults to the score, or to the share recovered where not
+                all cells have a text.
         """
         column = self._by(by)
         order = self.table.assign(_size=self.table["alpha"].abs()).sort_values(
@@ -203,9 +128,9 @@ class SweepResult:
         Where a source layer was patched at several target layers, the best one counts.
 
         Args:
-            alpha: this α for all (the paper's Figure 5 has α = 1); the best of each site unless
-                given (Figure 6).
-            position: the token; the rightmost one of the sweep unless given.
+            alpha: this α for all (the paper's Figure 5 has α = 1); defaults to the best of each
+                site (Figure 6).
+            position: the token; defaults to the rightmost one.
             by: what the best is judged by, as in `best`.
 
         Returns:
@@ -241,15 +166,14 @@ class SweepResult:
         The answer comes with what is read there: a number alone misleads.
 
         Args:
-            by: "recovered" (as unless given, where that is defined): the first layer that
-                recovers at least half of what the best one does, less what other prompts'
-                vectors recover above nothing where the sweep has them
-                (`controls="other_prompt"`). "score": the paper's threshold.
-            threshold: with the score, from which a description counts as reading the entity;
-                the paper's 0.3 unless given.
+            by: "recovered" (the default where it is defined): the first layer that recovers at
+                least half of what the best one does, less what other prompts' vectors recover
+                above nothing where the sweep has them (`controls="other_prompt"`). "score": the
+                paper's threshold.
+            threshold: the least score that reads the entity; defaults to the paper's 0.3.
             reads: judges prompt and description instead, for example
                 `lambda prompt, text: "rock band" in text`.
-            position: the token; the rightmost one of the sweep unless given.
+            position: the token; defaults to the rightmost one.
             target_layer: which target layer, if the sweep patched several per source layer.
 
         Returns:
@@ -285,55 +209,71 @@ class SweepResult:
             return "score" if self.table["written"].all() else "recovered"
         return check_choice("by", by, ("score", "recovered"))
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The source prompts, in the order of the table."""
+        return tuple(dict.fromkeys(self.table["prompt"]))
+
+    def of(
+        self, prompt: str | None = None, *, mapping: str | None = None, draw: int | None = None
+    ) -> Self:
+        """Return the readings of one source prompt, as its own sweep would return them.
+
+        Args:
+            prompt: one of `prompts`; defaults to the only one.
+            mapping: one of the column `mapping`; defaults to `scale` if it is there, else to all.
+            draw: 0 for the greedy texts, k for the k-th samples; defaults to the first.
+
+        Raises:
+            ValueError: there are none, or several prompts to choose from.
+        """
+        rows = self.table
+        if prompt is None and len(self.prompts) == 1:
+            (prompt,) = self.prompts
+        rows = rows[rows["prompt"] == check_choice("prompt", prompt, self.prompts)]
+        if mapping is None and PAPER_MAPPING in set(rows["mapping"]):
+            mapping = PAPER_MAPPING
+        if mapping is not None:
+            check_choice("mapping", mapping, rows["mapping"].unique().tolist())
+            rows = rows[rows["mapping"] == mapping]
+        draws = sorted(rows["draw"].unique().tolist())
+        draw = draws[0] if draw is None else check_choice("draw", draw, draws)
+        config = self.provenance.get("config", {})
+        config = {**config, "mapping": mapping or config.get("mapping"), "draw": draw}
+        provenance = {**self.provenance, "prompt": prompt, "config": config}
+        rows = rows[rows["draw"] == draw].reset_index(drop=True)
+        return replace(self, table=rows, provenance=provenance)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write table and provenance to one file, whole or not at all; return its path.
 
         Raises:
-            ValueError, TypeError: a table or provenance that `load` would refuse.
+            ValueError: a table or provenance that `load` would refuse.
+            TypeError: a provenance that JSON cannot hold.
             OSError: the file cannot be written; an older one of that name stays.
         """
-        target = Path(path)
-        buffer = io.BytesIO()
-        self.table.to_parquet(buffer, index=False, compression="snappy")
-        header = {"format": FORMAT, "version": FORMAT_VERSION, "provenance": self.provenance}
-        text = json.dumps(header, indent=1, ensure_ascii=False).encode()
-        try:
-            _parsed(text, buffer.getvalue())
-        except ValueError as error:
-            raise bad_value(
-                "result", "a table and provenance to read again", reason(error),
-                "keep result.table as the sweep made it; save your own table with pandas",
-            ) from error  # fmt: skip
-        with (
-            written_whole(target) as fresh,
-            zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
-        ):
-            for name, data in zip(ENTRIES, (text, buffer.getvalue()), strict=True):
-                archive.writestr(name, data)
-        return target
+        return write_run(path, self.table, self.provenance)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a file that `save` wrote. No model is needed.
+        """Read a file that `save` or `evaluate` wrote, finished or not. No model is needed.
 
         Raises:
             FileNotFoundError: there is no such file.
-            RunFileError: it is corrupt, foreign, too large, or of a newer format.
+            RunFileError: it is corrupt, foreign, too large, or of another format.
+            OSError: it cannot be read.
         """
-        try:
-            return cls(*_parsed(*read_zip(path, ENTRIES, MAX_FILE_BYTES)))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # whatever zip, JSON and Parquet readers raise on bad bytes
-            raise _unreadable(path, reason(error)) from error
+        return cls(*read_readings(path))
 
     def __repr__(self) -> str:
         model = self.provenance.get("model", {}).get("name")
-        return f"SweepResult({len(self)} cells of {self.provenance.get('prompt')!r}, {model})"
+        several = f"{len(self.prompts)} prompts" if len(self.prompts) > 1 else ""
+        prompt = several or repr(self.provenance.get("prompt", *self.prompts))
+        return f"SweepResult({len(self)} cells of {prompt}, {model})"
 
     def _repr_html_(self) -> str:
         """Return the best reading per layer and kind as an HTML table; all text is escaped."""
-        if self.table.empty:
+        if self.table.empty or len(self.prompts) > 1:
             return f"<p>{html.escape(repr(self))}</p>"
         wide = self.by_layer()
         kinds = list(wide.columns.get_level_values(0).unique())
@@ -351,21 +291,6 @@ class SweepResult:
         )
 
 
-def _parsed(text: bytes, data: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the table and the provenance that the two entries of a run file hold."""
-    header = read_json(text)
-    if header.get("format") != FORMAT:
-        raise ValueError("a zip that is not a sweep")
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(f"format version {header.get('version')!r}")
-    table = read_parquet(data, MAX_FILE_BYTES)
-    # A column with a default came later than the first files.
-    table = table.assign(**{c: v for c, v in _LATER.items() if c not in table.columns})
-    if missing := [c for c in COLUMNS if c not in table.columns]:
-        raise ValueError(f"no column {missing}")
-    return checked_rows(table, TYPES), checked_provenance(header.get("provenance"))
-
-
 def _html_cell(cell: pd.Series) -> str:
     if pd.isna(cell["alpha"]):
         return "<td>not computed</td>"
@@ -377,12 +302,272 @@ def _html_cell(cell: pd.Series) -> str:
     )
 
 
-def _unreadable(path: object, got: str) -> RunFileError:
-    return RunFileError(
-        describe(
-            "path",
-            f"a run file of format {FORMAT} version {FORMAT_VERSION}",
-            f"{path} with {got}",
-            "pass a file that SweepResult.save wrote, complete",
+def rows_at(
+    table: pd.DataFrame,
+    *,
+    position: int | None = None,
+    target_layer: int | Literal["same", "all"] | None = None,
+    kind: str | None = None,
+    alpha: float | None = None,
+) -> pd.DataFrame:
+    """Select the rows of one token and one target layer.
+
+    A column that the table lacks is not selected by, so tables of lenses work as well.
+
+    Args:
+        table: readings of one source prompt or of many.
+        position: the token; defaults to the rightmost one of each prompt.
+        target_layer: a target layer, or "same" as the source layer. Defaults to the only one per
+            source layer; "all" keeps the rows of several.
+        kind: one kind of activation; defaults to all of them.
+        alpha: one amplifier; defaults to all of them.
+
+    Raises:
+        ValueError: an empty table, a value that the table does not have, or several target layers
+            of which none was chosen.
+    """
+    if not isinstance(table, pd.DataFrame):
+        raise bad_type("table", "a table of readings", table, "pass result.table")
+    if table.empty:
+        raise bad_value(
+            "table", "at least one cell", "an empty table", "let the sweep finish a batch"
         )
+    prompts = table["prompt"] if "prompt" in table else pd.Series("", index=table.index)
+    wanted = table["position"].groupby(prompts).transform("max") if position is None else position
+    rows = table[table["position"] == wanted]
+    if lacking := set(prompts) - set(prompts[rows.index]):
+        check_choice("position", position, _values(table[prompts == min(lacking)], "position"))
+    for column, value in (("kind", kind), ("alpha", alpha)):
+        if value is not None:
+            check_choice(column, value, _values(rows, column))
+            rows = rows[rows[column] == value]
+    if "target_layer" not in rows or target_layer == "all":
+        return rows
+    if target_layer is not None:
+        into = rows["source_layer"] if target_layer == "same" else target_layer
+        chosen = rows[rows["target_layer"] == into]
+        if chosen.empty:
+            check_choice("target_layer", target_layer, ["same", *_values(rows, "target_layer")])
+        return chosen
+    place = [c for c in ("prompt", "kind", "source_layer") if c in rows]
+    if (rows.groupby(place)["target_layer"].nunique() > 1).any():
+        raise bad_value(
+            "target_layer", f"one of {_values(rows, 'target_layer')}", None, "choose one"
+        )  # fmt: skip
+    return rows
+
+
+def _values(table: pd.DataFrame, column: str) -> list[Any]:
+    values: list[Any] = sorted(table[column].unique().tolist())
+    return values
+
+
+@dataclass(frozen=True)
+class Contextualization:
+    """The contextualization layer ℓ_c of one token, with what is read there.
+
+    Attributes:
+        layer: the first source layer that reads the entity; `None` if none does. The other fields
+            then describe the layer that comes nearest.
+        position: the token, counted from 0.
+        token: that token, with visible white space.
+        about: the entity that readings are judged against.
+        by: the criterion: "recovered", "score", or "reads" for a callable.
+        description: what the unamplified `resid_post` of that layer reads as.
+        score: its similarity to `about`.
+        recovered: the share of the model's own words that it recovers.
+        others: the share that other prompts' vectors recover there; NaN without that control.
+        own_words: the model's own words.
+        echo: whether the description repeats the name.
+    """
+
+    layer: int | None
+    position: int
+    token: str
+    about: str
+    by: str
+    description: str
+    score: float
+    recovered: float
+    others: float
+    own_words: str
+    echo: bool
+
+    def __str__(self) -> str:
+        where = "no layer" if self.layer is None else f"layer {self.layer}"
+        parts = [f"contextualization layer of {self.about!r} (token {self.token!r}): {where}"]
+        if self.description:
+            parts.append(repr(self.description) + (" (repeats the name)" if self.echo else ""))
+        if not math.isnan(self.score):
+            parts.append(f"score {self.score:.2f}")
+        if not math.isnan(self.recovered):
+            others = "" if math.isnan(self.others) else f", other names' vectors {self.others:.2f}"
+            parts.append(f"recovers {self.recovered:.2f} of {self.own_words!r}{others}")
+        return "; ".join([*parts, f"judged by {self.by}"])
+
+
+def contextualization(
+    rows: pd.DataFrame,
+    *,
+    by: By | None = None,
+    threshold: float | None = None,
+    reads: Reads | None = None,
+) -> Contextualization:
+    """Return ℓ_c of one token from its unamplified block outputs.
+
+    Args:
+        rows: `resid_post` at α = 1, one row per source layer.
+        by: "recovered" or "score"; defaults to the former where it is defined and no threshold
+            is given.
+        threshold: the least score that reads the entity; defaults to the paper's 0.3.
+        reads: judges prompt and description instead.
+
+    Raises:
+        ValueError: a threshold beside `by="recovered"`, or texts to judge that were not generated.
+    """
+    rows = rows.sort_values("source_layer")
+    written = bool(rows["written"].all())
+    if by is None:
+        defined = bool(rows["recovered"].notna().any())
+        # With neither shares nor texts nothing is read, and that is the answer.
+        shares = threshold is None and reads is None and (defined or not written)
+        by = "recovered" if shares else "score"
+    check_choice("by", by, ("recovered", "score"))
+    if by == "recovered" and threshold is not None:
+        raise bad_value("threshold", "none beside by='recovered'", threshold, "use by='score'")
+    if (by == "score" or reads is not None) and not written:
+        raise bad_value(
+            "by", "'recovered', as not all cells have a text", by, "sweep with generate='all'"
+        )
+    if reads is not None:
+        pairs = zip(rows["prompt"], rows["description"], strict=True)
+        worth, least = pd.Series([float(reads(*p)) for p in pairs], index=rows.index), 1.0
+    elif by == "score":
+        worth, least = rows["score"], PAPER_THRESHOLD if threshold is None else threshold
+    else:
+        worth = rows["recovered"]
+        if "other_prompt_recovered" in rows:
+            worth = above_others(worth, rows["other_prompt_recovered"])
+        least = worth.max() / 2 if worth.max() >= LEAST_RECOVERED else math.inf
+    hits = rows[worth >= least]
+    nearest = rows.loc[[worth.idxmax()]] if worth.notna().any() else rows.head(1)
+    row = (hits if len(hits) else nearest).iloc[0]
+    return Contextualization(
+        layer=int(row["source_layer"]) if len(hits) else None,
+        position=int(row["position"]),
+        token=str(row["token"]),
+        about=str(row["about"]) or str(row["prompt"]),
+        by=by if reads is None else "reads",
+        description=str(row["description"]),
+        score=float(row["score"]),
+        recovered=float(row["recovered"]),
+        others=float(row.get("other_prompt_recovered", math.nan)),
+        own_words=str(row["own_words"]),
+        echo=bool(row["echo"]),
     )
+
+
+def caveats(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what makes a result misleading and what to try, at most three lines.
+
+    Args:
+        table: the cells of one prompt.
+        provenance: of their sweep.
+    """
+    if table.empty:
+        return ()
+    config = provenance.get("config", {})
+    lines = (rule(table, config) for rule in _RULES)
+    return tuple(line for line in lines if line)[:MOST_CAVEATS]
+
+
+def _attention_sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    read = table["kind"].isin(KINDS)  # a vector that no prompt gave has a number for a position
+    rows = table[read & (table["position"] == 0) & (table["alpha"] == 1)]
+    if rows.empty:
+        return ""
+    return (
+        f"token {rows['token'].iloc[0]!r} is the first of its text and so an attention sink: its "
+        f"norm is up to {rows['vector_norm'].max():,.0f}, and it carries little about the name. "
+        "Try source_template='Tell me about {}'."
+    )
+
+
+def _nothing_recovered(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    rows = _plain(table)
+    rows = rows[rows["kind"] == "resid_post"]
+    best = rows["recovered"].max()
+    if pd.isna(best) or best >= LEAST_RECOVERED or rows["source_layer"].nunique() < 3:
+        return ""
+    return (
+        f"no unamplified block output recovers more than {best:.2f} of the model's own words "
+        f"({rows['own_words'].iloc[0]!r}): this setting may not read this model. Try "
+        + ("" if config.get("target_layer") == "same" else "target_layer='same', or ")
+        + "`superscopes check MODEL`."
+    )
+
+
+def _poor_own_words(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    abouts = table.drop_duplicates("about")
+    gap = abouts["plain_nats"] - abouts["unpatched_nats"]
+    undefined = abouts[(abouts["about"] != "") & ~(gap >= LEAST_GAP)]
+    if len(undefined):
+        return (
+            f"recovered is not defined for {undefined['about'].iloc[0]!r}: with the name in the "
+            f"target prompt the model says {undefined['own_words'].iloc[0]!r}, hardly more likely "
+            "than without it. Try another target prompt, or reference='a true fact'."
+        )
+    for about, words in zip(abouts["about"], abouts["own_words"], strict=True):
+        if is_echo(words, about):
+            return (
+                f"the model's own words of {about!r} repeat the name ({words!r}): recovered then "
+                "measures copying. Try another target prompt, or reference='a true fact'."
+            )
+    return ""
+
+
+def _unusual_norms(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    ratio = _plain(table)["norm_ratio"].median()
+    if pd.isna(ratio) or USUAL_RATIO[0] <= ratio <= USUAL_RATIO[1]:
+        return ""
+    return (
+        f"at α = 1 the vectors are {ratio:.3g} times as long as the residual stream that they "
+        "replace (median). Try unit='residual', or a target layer near the source."
+    )
+
+
+def _same_texts(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    rows = _plain(table)
+    texts = rows.loc[rows["written"], "description"]
+    if len(texts) < 4 or not 2 * (count := int(texts.value_counts().iloc[0])) > len(texts):
+        return ""
+    other = "another target prompt" if config.get("target_layer") == "same" else (
+        "target_layer='same'"
+    )  # fmt: skip
+    return (
+        f"{count} of {len(texts)} unamplified cells of {rows['kind'].iloc[0]} read as "
+        f"{texts.value_counts().index[0]!r}. Try {other}."
+    )
+
+
+def _echoes(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    scored = table[table["score"] >= table["score"].quantile(0.9)]
+    count = int(scored["echo"].sum())
+    if len(scored) < 3 or 3 * count < len(scored):
+        return ""
+    return (
+        f"{count} of the {len(scored)} texts with the highest scores repeat the name, which "
+        "similarity rewards. Try the column recovered."
+    )
+
+
+_RULES: tuple[Rule, ...] = (
+    _attention_sink, _nothing_recovered, _poor_own_words, _unusual_norms, _same_texts, _echoes,
+)  # fmt: skip
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the unamplified block outputs, or all that is unamplified where there are none."""
+    plain = table[table["alpha"] == 1]
+    outputs = plain[plain["kind"] == "resid_post"]
+    return outputs if len(outputs) else plain

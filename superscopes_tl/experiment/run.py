@@ -35,7 +35,8 @@ from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.experiment.controls import add_controls, control_patches
 from superscopes_tl.experiment.plan import Cell, SweepPlan, plan_sweep
 from superscopes_tl.experiment.recovery import add_recovered
-from superscopes_tl.experiment.results import Reading, SweepResult
+from superscopes_tl.experiment.results import SweepResult
+from superscopes_tl.experiment.store import Reading
 from superscopes_tl.model import LanguageModel, Site
 from superscopes_tl.scores import SentenceEmbeddingScorer, score_texts
 

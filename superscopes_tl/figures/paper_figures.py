@@ -19,14 +19,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.evaluation import Evaluation, methods
+from superscopes_tl.evaluation import methods
 from superscopes_tl.experiment import SweepResult
 from superscopes_tl.figures.paper import at_target, best_table, decomposition, text_lines
 from superscopes_tl.figures.sweeps import alpha_curve
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.statistics import Comparison, compare
-
-Readings = SweepResult | Evaluation
 
 METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's colours, told apart with and without colour vision."""
@@ -35,7 +33,7 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def figure_1(
-    readings: Readings,
+    readings: SweepResult,
     layer: int,
     *,
     alpha: float | None = None,
@@ -54,10 +52,10 @@ def figure_1(
     Raises:
         ValueError: a prompt, layer, α or token that is not there.
     """
-    return decomposition(_one(readings, prompt), layer, alpha=alpha, position=position)
+    return decomposition(readings.of(prompt), layer, alpha=alpha, position=position)
 
 
-def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
+def figure_3(counted: Comparison | SweepResult, *, title: str = "") -> go.Figure:
     """Draw at how many prompts each method reads something alike, over source layers (Figure 3).
 
     Left the paper's count, similarity above the threshold; right the corrected one. Bars are 95 %
@@ -114,7 +112,7 @@ def figure_3(counted: Comparison | Evaluation, *, title: str = "") -> go.Figure:
 
 
 def figure_5(
-    readings: Readings, *, prompt: str | None = None, position: int | None = None
+    readings: SweepResult, *, prompt: str | None = None, position: int | None = None
 ) -> go.Figure:
     """Draw what every layer reads as at α = 1, which is Patchscopes (Figure 5).
 
@@ -126,11 +124,11 @@ def figure_5(
     Raises:
         ValueError: a prompt or token that is not there, or no α = 1.
     """
-    return best_table(_one(readings, prompt), alpha=1, position=position)
+    return best_table(readings.of(prompt), alpha=1, position=position)
 
 
 def figure_6(
-    readings: Readings, *, prompt: str | None = None, position: int | None = None
+    readings: SweepResult, *, prompt: str | None = None, position: int | None = None
 ) -> go.Figure:
     """Draw what every layer reads as at its best α, "Show Best Results" (Figure 6).
 
@@ -142,11 +140,11 @@ def figure_6(
     Raises:
         ValueError: a prompt or token that is not there.
     """
-    return best_table(_one(readings, prompt), position=position)
+    return best_table(readings.of(prompt), position=position)
 
 
 def alpha_ladder(
-    readings: Readings,
+    readings: SweepResult,
     layer: int,
     *,
     kind: str = "mlp_out",
@@ -167,7 +165,7 @@ def alpha_ladder(
     Raises:
         ValueError: a prompt, layer, kind, token or target layer that is not there.
     """
-    result = at_target(_one(readings, prompt), target_layer)
+    result = at_target(readings.of(prompt), target_layer)
     curve = alpha_curve(result, kind=kind, layers=[layer], position=position)
     line = curve.data[0]
     table = result.table
@@ -206,23 +204,6 @@ def alpha_ladder(
         width=900,
     )
     return figure
-
-
-def _one(readings: Readings, prompt: str | None) -> SweepResult:
-    """Return the readings of one source prompt."""
-    if isinstance(readings, SweepResult):
-        own = readings.provenance.get("prompt")
-        if prompt not in (None, own):
-            raise bad_value(
-                "prompt", f"{own!r}, the prompt of this sweep", prompt,
-                "leave it out",
-            )  # fmt: skip
-        return readings
-    if prompt is None and len(readings.prompts) == 1:
-        prompt = readings.prompts[0]
-    if prompt is None:
-        raise bad_value("prompt", f"one of {list(readings.prompts)}", None, "choose one")
-    return readings.of(prompt)
 
 
 def _count_lines(rows: pd.DataFrame, count: str, chance: str, rank: int) -> list[go.Scatter]:

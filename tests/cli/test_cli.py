@@ -18,7 +18,6 @@ from superscopes_tl import PAPER_PROMPTS, LanguageModel, SweepResult, sweep
 from superscopes_tl.cli.demonstration import CONFIG, read_share, rescue_table, run_demo
 from superscopes_tl.cli.main import app
 from superscopes_tl.cli.options import parse_layers, parse_numbers
-from superscopes_tl.evaluation import Evaluation
 from superscopes_tl.experiment import SweepError, SweepInterrupted
 from superscopes_tl.scores import own_words
 from superscopes_tl.statistics import reveals_earlier
@@ -205,7 +204,7 @@ def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) ->
     assert "Found: " in shown
     assert page.name in shown
     assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
-    table = Evaluation.load(tmp_path / "demo.sqlite").table
+    table = SweepResult.load(tmp_path / "demo.sqlite").table
     assert len(table) == 2 * 2 * (1 + 2)  # names x layers x (block output, MLP output at two α)
 
 
@@ -223,11 +222,11 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> Non
     for method in ("Patchscopes", "Superscopes", "Patchscopes, equal budget", "random direction"):
         assert len(re.findall(rf"^{method} \d \d$", first.output, re.MULTILINE)) == 2
     assert (tmp_path / "run.html").stat().st_size > 1_000_000
-    readings = Evaluation.load(tmp_path / "run.sqlite").table
+    readings = SweepResult.load(tmp_path / "run.sqlite").table
     assert len(readings) == 3 * 2 * (3 + 1)
     again = run(*command, "--layers", "5,2,7")
     assert again.exit_code == 0, again.output
-    assert len(Evaluation.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
+    assert len(SweepResult.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
 
 
 def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path) -> Non
                "--target", "0", "--kinds", "resid_post", "--out", str(out)]  # fmt: skip
     first = run(*command, "--generate", "none")
     assert first.exit_code == 0, first.output
-    table = Evaluation.load(out).table
+    table = SweepResult.load(out).table
     assert len(table) == 3 * 2 * 2
     assert not table["written"].any()
     shares = table.groupby(["source_layer", "alpha"])["recovered"].mean()
@@ -248,7 +247,7 @@ def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path) -> Non
         assert f"{shares[layer, 9.0]:.2f}" in line
     later = run(*command, "--generate", "best")
     assert later.exit_code == 0, later.output
-    again = Evaluation.load(out).table
+    again = SweepResult.load(out).table
     assert len(again) == len(table)
     assert again.groupby(["prompt", "source_layer"])["written"].sum().eq(1).all()
 
@@ -282,7 +281,7 @@ def test_evaluate_of_hidden_states_lists_what_is_read_early(tmp_path: Path) -> N
         "--out", str(tmp_path / "run.sqlite"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    found = reveals_earlier(Evaluation.load(tmp_path / "run.sqlite").table)
+    found = reveals_earlier(SweepResult.load(tmp_path / "run.sqlite").table)
     assert f"read {found['prompt'].nunique()} of 8 prompts ({len(found)} layers)" in done.output
     for row in found.to_dict("records"):
         assert f"{row['prompt']}, layer {row['source_layer']} before" in done.output

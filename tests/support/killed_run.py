@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import transformer_lens  # noqa: F401 - slow to import: once, before the processes begin
 
-from superscopes_tl import LanguageModel, TargetPrompt, evaluate, load_model
-from superscopes_tl.evaluation import Evaluation
-from superscopes_tl.evaluation.store import EvaluationFile
+from superscopes_tl import LanguageModel, SweepResult, TargetPrompt, evaluate, load_model
+from superscopes_tl.experiment import EvaluationFile
 from tests.support.scorers import half
 from tests.support.tiny_models import random_hf, tiny_tokenizer
 
@@ -29,7 +28,7 @@ def model() -> LanguageModel:
     )
 
 
-def run(path: Any, **changes: Any) -> Evaluation:
+def run(path: Any, **changes: Any) -> SweepResult:
     """Evaluate in batches of two cells, so that the file is written to most of the time."""
     settings = {
         "layers": (2, 1), "alphas": (1, 3, 9), "kinds": ("mlp_out", "resid_mid", "resid_post"),

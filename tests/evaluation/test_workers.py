@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ import pandas as pd
 import pytest
 import torch
 
-from superscopes_tl import Site, SweepConfig, evaluate, load_model
-from superscopes_tl.evaluation import Evaluation, local_workers, spread
-from superscopes_tl.evaluation.shares import Share, portions
-from superscopes_tl.evaluation.store import EvaluationFile
-from superscopes_tl.evaluation.workers import as_loader, kept_under
+from superscopes_tl import SweepConfig, SweepResult, evaluate, load_model
+from superscopes_tl.evaluation import local_workers
+from superscopes_tl.evaluation.workers import RemoteReader, Share, as_loader, kept_under, portions
+from superscopes_tl.experiment import Cell, EvaluationFile
 from tests.support import workers
 from tests.support.same import assert_same_readings
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
@@ -72,13 +69,13 @@ def settings() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_order(evaluation: Evaluation) -> pd.DataFrame:
+def in_order(evaluation: SweepResult) -> pd.DataFrame:
     """Return the rows in an order that does not depend on who was finished first."""
     assert not evaluation.table.duplicated(KEY).any()
     return evaluation.table.sort_values(KEY, ignore_index=True)
 
 
-def same(one: Evaluation, other: Evaluation) -> None:
+def same(one: SweepResult, other: SweepResult) -> None:
     """Check that two tables hold the same rows."""
     assert_same_readings(in_order(one), in_order(other))
 
@@ -105,7 +102,7 @@ def test_the_table_is_that_of_one_process(
     asked = {**settings, "controls": ("random_direction",), "batch_size": 4}
     model = load_model(folder, backend="bridge", device="cpu")
     evaluate(model, PROMPTS[:2], path, **{**asked, "alphas": (1, 3), "draws": 1})
-    partly = Evaluation.load(path)
+    partly = SweepResult.load(path)
     executor = request.getfixturevalue(kind)
     load = partial(workers.loaded, folder, str(log))
     found = evaluate(load, PROMPTS, path, executor=executor, **asked)
@@ -119,17 +116,18 @@ def test_the_table_is_that_of_one_process(
     assert str(os.getpid()) not in loads
 
 
-def test_a_killed_process_is_replaced_and_its_cells_are_read_again(
+def test_a_killed_process_ends_the_run_and_the_next_one_resumes(
     folder: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The kill breaks the pool; the next one ends with every row, each of them once."""
+    """Completed cells are in the file; the second run reads the others."""
     load = partial(load_model, folder, backend="bridge", device="cpu")
-    deadly = workers.Deadly(str(tmp_path), "Pearl Jam", times=1)
+    path = tmp_path / "run.sqlite"
+    deadly = workers.Deadly(str(tmp_path), "Will Smith", times=1)
     asked = {**settings, "draws": 0, "batch_size": 2}
-    found = evaluate(
-        load, PROMPTS, executor=local_workers(2), **{**asked, "scorer": deadly}
-    )  # fmt: skip
-    assert sorted(path.name for path in tmp_path.glob("death*")) == ["death 0"]
+    with pytest.raises(ChildProcessError, match="^executor: "):
+        evaluate(load, PROMPTS, path, executor=local_workers(1), **{**asked, "scorer": deadly})
+    assert 0 < len(SweepResult.load(path)) < 18
+    found = evaluate(load, PROMPTS, path, executor=local_workers(1), **{**asked, "scorer": deadly})
     same(found, evaluate(load, PROMPTS, **asked))
 
 
@@ -145,39 +143,17 @@ def test_dask_replaces_a_killed_worker(
     same(found, evaluate(load, PROMPTS, **asked))
 
 
-def test_a_task_that_dask_gives_up_says_what_to_do(
-    folder: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """Its own error speaks of Dask's keys; ours of workers and files, and theirs is the cause."""
-    distributed = pytest.importorskip("distributed")
-    dask_module = pytest.importorskip("dask")
-    deadly = workers.Deadly(str(tmp_path), "Pearl Jam", times=9)
-    asked = {**settings, "scorer": deadly, "draws": 0}
-    with (
-        dask_module.config.set({"distributed.scheduler.allowed-failures": 0}),
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        distributed.Client(cluster) as client,
-        pytest.raises(
-            ChildProcessError, match=r"executor: expected workers that live.*KilledWorker"
-        ) as caught,
-    ):
-        evaluate(folder, PROMPTS[1:2], executor=client.get_executor(), **asked)
-    assert type(caught.value.__cause__).__name__ == "KilledWorker"
-
-
 def test_an_error_in_a_worker_reaches_the_caller(
     pool: Any, folder: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """With its type and message; what was finished is in the file, and the pool goes on."""
     path = tmp_path / "run.sqlite"
     asked = {**settings, "draws": 0, "batch_size": 6}
-    with pytest.raises(ValueError, match=r"vectors: expected vectors of shape \(2, 32\).*\(2, 3\)"):
+    with pytest.raises(ValueError, match="^vectors: "):
         evaluate(folder, PROMPTS, path, executor=pool, **asked, vectors=workers.short)
-    assert not set(Evaluation.load(path).table["prompt"]) & {"Will Smith"}
+    assert not set(SweepResult.load(path).table["prompt"]) & {"Will Smith"}
     assert len(evaluate(folder, PROMPTS[:1], path, executor=pool, **asked).prompts) >= 1
-    with pytest.raises(ValueError, match=r"layers: expected layers of a model with 6 layers"):
+    with pytest.raises(ValueError, match="^layers: "):
         evaluate(folder, PROMPTS, executor=pool, **{**asked, "layers": [9]})
 
 
@@ -187,7 +163,7 @@ def test_what_waits_is_cancelled_when_the_parent_stops(
     """Ctrl+C at the third task: two are in the file, few others begin, the next run ends it."""
     path, plain, calls = tmp_path / "run.sqlite", EvaluationFile.add, iter(range(99))
 
-    def stopped(self: EvaluationFile, readings: Any) -> None:
+    def stopped(self: SweepResultFile, readings: Any) -> None:
         if next(calls) == 2:
             raise KeyboardInterrupt
         plain(self, readings)
@@ -197,7 +173,7 @@ def test_what_waits_is_cancelled_when_the_parent_stops(
         patch.setattr(EvaluationFile, "add", stopped)
         with pytest.raises(KeyboardInterrupt):
             evaluate(folder, PROMPTS, path, executor=here, **asked)
-        assert len(Evaluation.load(path)) == 2
+        assert len(SweepResult.load(path)) == 2
         cancelled = sum(future.cancelled() for future in here.futures)
         assert len(here.futures) == 1 + 18
         assert cancelled >= 10
@@ -205,32 +181,6 @@ def test_what_waits_is_cancelled_when_the_parent_stops(
         found = evaluate(folder, PROMPTS, path, executor=here, **asked)
         assert len(here.futures) == 1 + 16
     same(found, evaluate(folder, PROMPTS, **asked))
-
-
-def test_few_tasks_are_handed_out_at_a_time(
-    folder: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Never more than the bound are with the executor."""
-    most = []
-    flying: set[Future[Any]] = set()
-
-    class Counting(Here):
-        def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
-            future = super().submit(*arguments, **named)
-            flying.add(future)
-            most.append(len(flying))
-            return future
-
-    monkeypatch.setattr(spread, "IN_FLIGHT", 3)
-    plain = EvaluationFile.add
-    monkeypatch.setattr(
-        EvaluationFile, "add", lambda self, readings: (flying.pop(), plain(self, readings))
-    )
-    with Counting() as here:
-        assert (
-            len(evaluate(folder, PROMPTS, executor=here, draws=0, batch_size=1, **settings)) == 18
-        )
-    assert max(most) == 4  # the outline's future was never taken out by `add`
 
 
 class Breaking(Here):
@@ -244,59 +194,6 @@ class Breaking(Here):
         if self._at is not None and len(self.futures) >= self._at:
             raise BrokenProcessPool("terminated abruptly")
         return super().submit(function, *arguments, **named)
-
-
-def test_an_executor_is_started_anew_a_bounded_number_of_times(
-    folder: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """Three replacements at one task, then an error; while tasks are finished, on and on."""
-    path = tmp_path / "run.sqlite"
-    asked = {**settings, "draws": 0, "batch_size": 1}
-    started: list[int | None] = []
-
-    def start(at: Callable[[int], int | None]) -> Here:
-        started.append(at(len(started)))
-        return Breaking(started[-1])
-
-    with pytest.raises(
-        ChildProcessError,
-        match=r"executor: expected workers that live .*BrokenProcessPool \(terminated abruptly\), "
-        r"4 times at one task\. Fix: .*run again: a file goes on where it was\.$",
-    ):
-        evaluate(folder, PROMPTS, path, executor=lambda: start(lambda n: 0 if n else 3), **asked)
-    assert started == [3, 0, 0, 0]
-    assert len(Evaluation.load(path)) == 2  # the first executor's outline and two tasks
-    started.clear()
-    found = evaluate(folder, PROMPTS, path, executor=lambda: start(lambda n: 2), **asked)
-    assert len(started) > 2 * spread.MOST_BREAKAGES
-    same(found, evaluate(folder, PROMPTS, **asked))
-
-
-class Poisoned(Here):
-    """An executor that breaks whenever it is given a certain prompt."""
-
-    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
-        if any(getattr(share, "prompt", "") == "Pearl Jam" for share in arguments[1]):
-            future: Future[Any] = Future()
-            future.set_exception(BrokenProcessPool("terminated abruptly"))
-            return future
-        return super().submit(function, *arguments, **named)
-
-
-def test_a_task_that_always_kills_its_worker_is_given_up(
-    folder: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """However many other tasks are finished meanwhile; their cells are in the file."""
-    path, started = tmp_path / "run.sqlite", []
-
-    def start() -> Here:
-        started.append(1)
-        return Poisoned()
-
-    with pytest.raises(ChildProcessError, match="4 times at one task"):
-        evaluate(folder, PROMPTS, path, executor=start, **settings, draws=0, batch_size=1)
-    assert len(started) == 1 + spread.MOST_BREAKAGES
-    assert "Pearl Jam" not in set(Evaluation.load(path).table["prompt"])
 
 
 def test_a_notebook_s_function_is_asked_again_for_every_run() -> None:
@@ -326,50 +223,32 @@ def test_a_directory_with_new_weights_is_loaded_anew(folder: str, tmp_path: Path
     )
 
 
-def test_an_executor_that_breaks_for_good_says_what_to_do(
-    folder: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """One that the caller started is the caller's to replace."""
-    with (
-        Breaking(0) as here,
-        pytest.raises(
-            ChildProcessError, match=r"executor: .*; or pass a function that starts the executor\."
-        ),
-    ):
-        evaluate(folder, PROMPTS, executor=here, **settings)
-    with pytest.raises(
-        TypeError, match=r"executor: expected an executor, or a function.*got int 2"
-    ):
-        evaluate(folder, PROMPTS, executor=2, **settings)  # type: ignore[arg-type]
-
-
-def test_a_task_that_was_cancelled_elsewhere_is_done_again(
-    folder: str, settings: dict[str, Any]
-) -> None:
-    """As a cluster's tasks are when its scheduler is gone; a class starts an executor, too."""
+def test_an_executor_that_breaks_is_named(folder: str, settings: dict[str, Any]) -> None:
+    """Whether it was broken before or a task was lost; and what is no executor at all."""
 
     class Fickle(Here):
         def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
             future = super().submit(*arguments, **named)
             if len(self.futures) == 4:
-                lost: Future[Any] = Future()
-                lost.cancel()
-                lost.set_running_or_notify_cancel()
-                return lost
+                future = Future()
+                future.cancel()
+                future.set_running_or_notify_cancel()
             return future
 
-    asked = {**settings, "draws": 0, "batch_size": 1}
-    same(evaluate(folder, PROMPTS, executor=Fickle, **asked), evaluate(folder, PROMPTS, **asked))
+    for start in (lambda: Breaking(0), lambda: Breaking(3), Fickle):
+        with pytest.raises(ChildProcessError, match="^executor: "):
+            evaluate(folder, PROMPTS, executor=start, **settings)
+    with pytest.raises(TypeError, match="^executor: "):
+        evaluate(folder, PROMPTS, executor=2, **settings)  # type: ignore[arg-type]
 
 
 def test_a_model_of_this_process_alone_is_refused(settings: dict[str, Any]) -> None:
     """The message says what every worker could load."""
     mine = load_model(tiny_hf("llama"), tiny_tokenizer(), backend="bridge")
-    fix = r"a model that every worker can load for itself, got .*pass a name, a directory, or a fun"
     for model in (mine, tiny_hf("llama"), lambda: mine, 3):
-        with Here() as here, pytest.raises(ValueError, match=f"^model: expected {fix}"):
+        with Here() as here, pytest.raises(ValueError, match="^model: "):
             evaluate(model, PROMPTS, executor=here, **settings)
-    with Here() as here, pytest.raises(ValueError, match=f"^target_model: expected {fix}"):
+    with Here() as here, pytest.raises(ValueError, match="^target_model: "):
         evaluate("mini", PROMPTS, executor=here, **settings, target_model=mine)
 
 
@@ -398,14 +277,11 @@ def test_another_target_model_is_loaded_by_the_workers_too(
 def test_other_weights_in_a_worker_are_refused(folder: str, settings: dict[str, Any]) -> None:
     """As where a machine has an older revision of the same name."""
     config = SweepConfig(**{k: v for k, v in settings.items() if k != "progress"})
-    with Here() as here, spread.Spread(here, folder, PROMPTS, config) as there:
-        outline = there.outline()
-        model = {**outline.provenance["model"], "fingerprint": "other"}
-        other = replace(outline, provenance={**outline.provenance, "model": model})
-        with pytest.raises(
-            ValueError, match=r"model: expected weights with the fingerprints .*othe"
-        ):
-            next(there.read(other, list(outline.shares(0))))
+    with Here() as here, RemoteReader(here, folder, PROMPTS[0], config) as reader:
+        outline = reader.outline(PROMPTS)
+        outline.provenance["model"]["fingerprint"] = "other"
+        with pytest.raises(ValueError, match="^model: "):
+            next(reader.read(list(outline.shares(0))))
 
 
 def test_what_a_process_pool_cannot_send_is_named(
@@ -417,14 +293,12 @@ def test_what_a_process_pool_cannot_send_is_named(
         ("scorer", lambda references, candidates: [0.5 for _ in candidates]),
         ("target_prompt", threading.Lock()),
     ):
-        with pytest.raises(
-            ValueError, match=rf"^{name}: expected something that can be sent .*Fix: define the fun"
-        ):
+        with pytest.raises(ValueError, match=f"^{name}: "):
             evaluate(folder, PROMPTS, executor=local_workers(1), **{**settings, name: value})
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     monkeypatch.setattr(workers.letters, "__module__", "__main__")
     monkeypatch.setattr(sys.modules["__main__"], "letters", workers.letters, raising=False)
-    with pytest.raises(ValueError, match="scorer: .*does not have what a notebook defined"):
+    with pytest.raises(ValueError, match="^scorer: "):
         evaluate(folder, PROMPTS, executor=local_workers(1), **settings)
 
 
@@ -439,7 +313,7 @@ def test_an_executor_that_sends_functions_whole_takes_lambdas(
 
 def test_portions_are_full_and_hold_every_cell_once() -> None:
     """Whatever the size: several prompts in one, or one prompt in several."""
-    cells = tuple((Site("mlp_out", layer, 3), 0, 1.0) for layer in range(5))
+    cells = tuple(Cell(3, "mlp_out", layer, 0, 1.0) for layer in range(5))
     shares = [Share("a", 0, cells), Share("b", 1, ()), Share("c", 2, cells[:3])]
     every = [(s.prompt, s.draw, cell) for s in shares for cell in s.cells]
     for size in range(1, 10):
@@ -459,28 +333,10 @@ def test_a_run_of_few_batches_is_cut_into_more_tasks(folder: str, settings: dict
         assert len(here.futures) == 1 + 8
 
 
-def test_local_workers_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight threads make four for each of two, and one for each of twenty."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for count, threads in ((2, 4), (20, 1)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-        found: list[int] = []
-        monkeypatch.setattr(torch, "set_num_threads", found.append)
-        with contextlib.closing(Closing(local_workers(count)())) as started:
-            started.pool._initializer(*started.pool._initargs)
-            assert started.pool._max_workers == count
-            assert started.pool._mp_context.get_start_method() == "spawn"
-        assert found == [threads]
-    with pytest.raises(ValueError, match="workers: expected 1 or more, got 0"):
+def test_local_workers_are_at_least_one() -> None:
+    """Each has its own share of the threads."""
+    with local_workers(2)() as started:
+        threads = started.submit(torch.get_num_threads).result()
+    assert threads <= max(1, (os.cpu_count() or 1) // 2)
+    with pytest.raises(ValueError, match="^workers: "):
         local_workers(0)
-
-
-class Closing:
-    """Shuts an executor down."""
-
-    def __init__(self, pool: Any) -> None:
-        self.pool = pool
-
-    def close(self) -> None:
-        """Shut it down."""
-        self.pool.shutdown()

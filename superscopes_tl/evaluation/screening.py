@@ -1,19 +1,19 @@
-"""Can this model be read at all, and how? Answered before anyone sweeps.
+"""Can this model be read, and in which setting?
 
 1. Take about a dozen names of many kinds, and settings to try: target prompts (the paper's, a
    shorter and a longer one, and the chat form where the model has a template), target layers
-   (0, 1, 2, a middle one, and the same as the source), and what stands in front of a text.
-2. Screen: for a few names and every few layers, take what block outputs recover at α = 1 of the
-   model's own words, and what another name's vectors recover there. Nothing is generated but the
-   own words. Every prompt is tried at target layer 0 and at the same as the source; the best one
-   also at the other layers, and with the BOS the other way.
-3. The setting that recovers most above other names (or above nothing, where those recover less
-   than nothing), over its best third of layers, is measured on all names and on up to
-   `MEASURED_LAYERS` layers.
-4. The verdict: readable where own is above others by more than a bootstrap interval over names.
+   (0, 1, 2, a middle one, and the same as the source), and whether texts begin with a BOS.
+2. Screen: for a few names and every few layers, measure the share of the model's own words that
+   block outputs recover at α = 1, and the share that another name's vectors recover there. Nothing
+   is generated but the own words. Every prompt is tried at target layer 0 and at the same as the
+   source; the best one also at the other layers, and with or without the BOS.
+3. The setting that recovers most above other names (or above 0, where those recover less), over
+   its best third of layers, is measured on all names and on up to `MEASURED_LAYERS` layers.
+4. The verdict: readable where the own share exceeds the others' by more than a bootstrap interval
+   over names.
 
-The setting is chosen on some of the names that it is then measured on, so its share is a little
-high; the verdict rests on the distance to other names' vectors in the same setting.
+The setting is chosen on some of the names that it is then measured on, so its share is slightly
+optimistic; the verdict rests on the difference to other names' vectors in the same setting.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ LONG_PROMPT = TargetPrompt(
     + "Oxygen: Chemical element with the symbol O, Guernica: Painting by Pablo Picasso, x"
 )
 SENTENCE = "Tell me about {}"
-"""What stands around a name so that its first token is no attention sink."""
+"""A source template in which the first token of a name is no attention sink."""
 
 NAMES = MANY_KINDS[:12]
 SCREENED_NAMES = 3
 SCREENED_LAYERS = 5
 MEASURED_LAYERS = 9
 SCREENED_OTHERS, MEASURED_OTHERS = 1, 2
-"""How many other names' vectors stand beside each own one."""
+"""How many other names' vectors are compared with each own one."""
 CHAT_TOKENS = 8
-"""How many tokens of a chat model's own words are looked at."""
+"""How many tokens of a chat model's own words count."""
 BETTER = 0.1
-"""How much more another BOS has to recover before the verdict mentions it."""
+"""How much more the other choice of BOS has to recover to be mentioned in the verdict."""
 EQUAL = 0.05
-"""Settings that recover as much as the best one but for this are as good: the first tried wins."""
+"""Settings within this of the best one are as good: the first tried wins."""
 LEAST_SHARE = 0.2
-"""A layer that recovers less of the model's own words is not said to be readable."""
+"""A layer that recovers less of the model's own words is not called readable."""
 FORMAT = "superscopes_tl.readability 1"
 
 Target: TypeAlias = int | Literal["same"]
@@ -78,9 +78,9 @@ class Setting:
     """One way to read a model.
 
     Attributes:
-        prompt: what the target prompt is called.
+        prompt: the display name of the target prompt.
         config: the settings of the sweep.
-        bos: whether texts begin as the tokenizer begins them, or the other way.
+        bos: whether texts begin as the tokenizer begins them ("own"), or not ("other").
     """
 
     prompt: str
@@ -102,17 +102,17 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Readability:
-    """What came of the check.
+    """Whether and how a model can be read.
 
     Attributes:
         model: the model's name.
-        readable: whether own words are recovered above what other names' vectors recover.
+        readable: whether the model's own words are recovered above other names' vectors.
         verdict: the same in words, with numbers.
         config: the best setting found, for `sweep(model, prompt, config)`.
         layers: per source layer in that setting, over names: `recovered`, `others` and `specific`
-            (means), with `specific_low` and `specific_high`, a bootstrap interval that holds
-            for all layers together at 95 %.
-        settings: what was screened, a row per setting, best first.
+            (means), with `specific_low` and `specific_high`, a bootstrap interval with a joint
+            level of 95 % over all layers.
+        settings: the settings screened, one row each, best first.
         words: the model's own words of each name in the best setting.
     """
 
@@ -145,7 +145,7 @@ class Readability:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Readability:
-        """Return what `to_json` wrote.
+        """Return the check that `to_json` made plain data.
 
         Raises:
             ValueError: it is something else.
@@ -181,8 +181,8 @@ def readability(
 
     Args:
         model: from `load_model`, or anything that it takes.
-        names: what the model should know, of different kinds; at least three.
-        prompts: target prompts to try beside the built-in ones, by name.
+        names: names that the model should know, of different kinds; at least three.
+        prompts: further target prompts to try, by display name.
         progress: whether to show a progress bar.
 
     Raises:
@@ -229,17 +229,17 @@ def readability(
 
 
 def best_config(model: LanguageModel | Any, *, progress: bool = True) -> SweepConfig:
-    """Return the setting that reads a model best, measured once and kept in the cache folder.
+    """Return the setting that reads a model best, measured once and cached.
 
     Args:
         model: from `load_model`, or anything that it takes.
-        progress: whether to show a progress bar, where it has to be measured.
+        progress: whether to show a progress bar while it is measured.
     """
     return kept_readability(load_model(model), progress=progress).config
 
 
 def kept_readability(model: LanguageModel, *, progress: bool = True) -> Readability:
-    """Return the check of a model, from the cache folder where it was made before."""
+    """Return the check of a model, from the cache folder if it is there."""
     path = _kept_at(model)
     try:
         return Readability.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -250,7 +250,7 @@ def kept_readability(model: LanguageModel, *, progress: bool = True) -> Readabil
 
 
 def keep(model: LanguageModel, found: Readability) -> None:
-    """Keep a check in the cache folder; where that cannot be written, it is made anew next time."""
+    """Write a check to the cache folder, if that can be written."""
     path = _kept_at(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def keep(model: LanguageModel, found: Readability) -> None:
 
 
 def _kept_at(model: LanguageModel) -> Path:
-    """Return the file of a model: by its weights, and by what it puts in front of a text."""
+    """Return the file of a model, by its weights and its BOS."""
     prefix = "-".join(map(str, model.prefix_ids)) or "none"
     folder = platformdirs.user_cache_path("superscopes_tl") / "checks"
     return folder / f"{model.fingerprint}-{prefix}.json"
@@ -287,7 +287,7 @@ def _settings(model: LanguageModel, more: dict[str, TargetPrompt]) -> Iterator[S
 
 
 def _other_bos(model: LanguageModel) -> LanguageModel | None:
-    """Return the model with the BOS the other way; `None` where it has none."""
+    """Return the model with its BOS left out or added; `None` if it has none."""
     bos = model.tokenizer.bos_token_id
     if bos is None:
         return None
@@ -295,14 +295,14 @@ def _other_bos(model: LanguageModel) -> LanguageModel | None:
 
 
 def _spread(n_layers: int, count: int) -> tuple[int, ...]:
-    """Return some layers, evenly spaced; not the last, where a patch decides one token alone."""
+    """Return some layers, evenly spaced, without the last, which affects one token alone."""
     return tuple(dict.fromkeys(round(i) for i in np.linspace(0, max(0, n_layers - 2), count)))
 
 
 def _screen(
     model: LanguageModel, setting: Setting, names: Sequence[str], known: Generators
 ) -> dict[str, Any]:
-    """Return what a setting recovers over its best third of layers."""
+    """Return the shares that a setting recovers over its best third of layers."""
     layers = _spread(model.n_layers, SCREENED_LAYERS)
     own, others, _ = _shares(model, setting, names, layers, SCREENED_OTHERS, known)
     table = _per_layer(own, others, layers)
@@ -335,7 +335,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _measure(
     model: LanguageModel, setting: Setting, names: Sequence[str], known: Generators
 ) -> tuple[pd.DataFrame, list[OwnWords]]:
-    """Return what a setting recovers at every layer, over all names, with intervals."""
+    """Return the shares that a setting recovers at every layer, with intervals over names."""
     layers = _spread(model.n_layers, min(MEASURED_LAYERS, model.n_layers))
     own, others, words = _shares(model, setting, names, layers, MEASURED_OTHERS, known)
     table = _per_layer(own, others, layers)
@@ -376,9 +376,9 @@ def _shares(
     beside: int,
     known: Generators,
 ) -> tuple[np.ndarray, np.ndarray, list[OwnWords]]:
-    """Return what each name's own vectors recover, and the mean of other names': name x layer.
+    """Return the shares that own vectors recover, and the mean of other names': name x layer.
 
-    A name is NaN where nothing can be recovered, or where the model says the same of all others.
+    They are NaN for a name whose share is not defined, or whose own words all others have.
     """
     config = replace(
         setting.config, layers=tuple(layers), kinds="resid_post", alphas=1.0, scorer=no_scores
@@ -416,7 +416,7 @@ def _shares(
 
 
 def _after(start: int, count: int) -> list[int]:
-    """Return all numbers but one, those that come after it first."""
+    """Return all numbers but one, beginning after it."""
     return [(start + step) % count for step in range(1, count)]
 
 
@@ -427,7 +427,7 @@ def _verdict(
     words: Sequence[OwnWords],
     settings: pd.DataFrame,
 ) -> tuple[bool, str]:
-    """Return whether a model can be read, and that in words."""
+    """Return whether a model can be read, and the verdict in words."""
     sure = table[(table["specific_low"] > 0) & (table["recovered"] >= LEAST_SHARE)]
     named = sum(not one.undefined for one in words)
     if sure.empty:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from superscopes_tl.experiment import SweepResult, rows_at
-from superscopes_tl.experiment.summary import MOST_CAVEATS, caveats
+from superscopes_tl.experiment.results import MOST_CAVEATS, caveats
 from tests.support.long_tables import cell, table_of
 
 CONFIG = {"config": {"target_layer": 0}}

@@ -1,0 +1,336 @@
+"""A reading, and the two kinds of files that keep readings; both are data alone.
+
+1. A sweep is saved whole: a zip with `provenance.json` and `table.parquet`.
+2. An evaluation grows: an SQLite database with one row per reading. A batch is written in one
+   transaction, so a run that is killed loses at most the batch in flight, and the next run asks the
+   file which cells it holds.
+3. Model, target prompt, length, scorer and controls must not differ within one evaluation: they are
+   written once, and a run that differs there is refused. Prompts, layers, α, mappings and samples
+   may be added.
+4. `read_readings` reads both kinds without a model. Files may come from anyone: their size is
+   bounded, a database has exactly the tables made here, and the table is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sqlite3
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from superscopes_tl import files
+from superscopes_tl.errors import RunFileError, bad_value, describe, reason
+from superscopes_tl.experiment.plan import Cell
+
+RUN, RUN_VERSION = "superscopes_tl.sweep", 1
+EVALUATION, EVALUATION_VERSION = "superscopes_tl.evaluation", 2
+ENTRIES = ("provenance.json", "table.parquet")
+MAX_FILE_BYTES = 2**30
+"""A sweep that unpacks to more than this is refused."""
+MAX_DATABASE_BYTES = 4 * 2**30
+BUSY_SECONDS = 60
+"""How long to wait for another process that is writing to the same file."""
+
+Content: TypeAlias = tuple[pd.DataFrame, dict[str, Any]]
+"""A table of readings and its provenance."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One cell: a vector, amplified and patched, and what the model wrote about it.
+
+    Attributes:
+        prompt: the source prompt.
+        position: the token whose activation was read, counted from 0.
+        token: that token, with visible white space.
+        kind: the kind of activation.
+        source_layer: where it was read.
+        target_layer: where it was patched.
+        mapping: the mapping family, `scale` in the paper.
+        alpha: the amplifier α.
+        vector_norm: the norm of f(v), the patched vector.
+        norm_ratio: that norm in units of the residual stream that it replaced.
+        text: everything that the model wrote.
+        description: the part of it that is about the placeholder.
+        score: the scorer's number; NaN where there was nothing to score.
+        few_shot_copy: whether the description repeats a name that the target prompt gave.
+        n_tokens: how many tokens were written.
+        margin: the closest call among them, in logits (see `decoding.Generation`).
+        draw: 0 for the likeliest tokens, k for the k-th text drawn at temperature 1.
+        entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
+            description.
+        log_probability: how likely these tokens were, in nats per token.
+        written: whether the cell was written out; if not, all that a text gives is empty or NaN.
+        echo: whether the description repeats the name that it should be about.
+        about: what the reading is scored against.
+        recovered: the share of the model's own words that the patch recovers (see `own_words`);
+            NaN where it is not defined.
+        own_words: what the model says of `about` when it reads it as it stands.
+        plain_nats: how likely that is behind the target prompt with the name, in nats.
+        unpatched_nats: and behind the unpatched target prompt.
+        controls: what was written and scored in the cell's place without its meaning, where that
+            was asked for; each is a column of the table (see `controls`).
+    """
+
+    prompt: str
+    position: int
+    token: str
+    kind: str
+    source_layer: int
+    target_layer: int
+    mapping: str
+    alpha: float
+    vector_norm: float
+    norm_ratio: float
+    text: str
+    description: str
+    score: float
+    few_shot_copy: bool
+    n_tokens: int
+    margin: float
+    draw: int = 0
+    entropy: float = math.nan
+    log_probability: float = math.nan
+    written: bool = True
+    echo: bool = False
+    about: str = ""
+    recovered: float = math.nan
+    own_words: str = ""
+    plain_nats: float = math.nan
+    unpatched_nats: float = math.nan
+    controls: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+
+
+COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
+TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
+SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
+"""The columns that name a site and where it is patched; the cells of a site differ in α."""
+
+_EXPECTED = (
+    f"a file of format {RUN} version {RUN_VERSION} or {EVALUATION} version {EVALUATION_VERSION}"
+)
+_FIX = "pass a complete file that SweepResult.save or evaluate wrote"
+_SQL = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL", "str": "TEXT"}
+_PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
+_COLUMNS = ", ".join([*(f"{name} {_SQL[type_]}" for name, type_ in TYPES.items()), "controls TEXT"])
+_KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
+_UPDATE = ", ".join(f"{name} = excluded.{name}" for name in (*TYPES, "controls"))
+_TABLES = {
+    "readings": f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))",
+    "provenance": "CREATE TABLE provenance (text TEXT)",
+}
+_REFUSED = {
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS,
+}  # fmt: skip
+"""Errors of the disk, the folder or another process; all others are about the content."""
+_WEIGHTS = ("fingerprint", "dtype", "prepend_bos", "weight_processing")
+_CONSTANT = {
+    "model": _WEIGHTS,
+    "target_model": _WEIGHTS,
+    "target_prompt": ("text", "placeholder", "answer"),
+    "config": ("max_new_tokens", "scorer", "score_on", "controls", "chat", "source_template",
+               "others", "reference"),
+}  # fmt: skip
+"""What must be the same for every reading of an evaluation, by part of its provenance."""
+
+
+def write_run(path: str | os.PathLike[str], table: pd.DataFrame, provenance: Any) -> Path:
+    """Write a sweep to one file, whole or not at all; return its path.
+
+    Raises:
+        ValueError: a table or provenance that `read_readings` would refuse.
+        TypeError: a provenance that JSON cannot hold.
+        OSError: the file cannot be written; an older one of that name stays.
+    """
+    target, buffer = Path(path), io.BytesIO()
+    table.to_parquet(buffer, index=False, compression="snappy")
+    header = {"format": RUN, "version": RUN_VERSION, "provenance": provenance}
+    text = json.dumps(header, indent=1, ensure_ascii=False).encode()
+    try:
+        _run(text, buffer.getvalue())
+    except ValueError as error:
+        raise bad_value(
+            "result", "a table and provenance to read again", reason(error),
+            "keep result.table as the sweep made it; save your own table with pandas",
+        ) from error  # fmt: skip
+    with (
+        files.written_whole(target) as fresh,
+        zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name, data in zip(ENTRIES, (text, buffer.getvalue()), strict=True):
+            archive.writestr(name, data)
+    return target
+
+
+def read_readings(path: str | os.PathLike[str]) -> Content:
+    """Read a file that `write_run` or an `EvaluationFile` wrote, finished or not.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RunFileError: it is corrupt, foreign, too large, or of another format.
+        OSError: it cannot be read.
+    """
+    with files.reading(path, _EXPECTED, _FIX, most=MAX_DATABASE_BYTES, passing=(OSError,)):
+        with Path(path).open("rb") as file:
+            is_database = file.read(15) == b"SQLite format 3"
+        if not is_database:
+            return _run(*files.read_zip(path, ENTRIES, MAX_FILE_BYTES))
+        # A journal is what a killed writer left: undoing the batch in flight needs to write.
+        mode = "rw" if Path(f"{Path(path).resolve()}-journal").exists() else "ro"
+        with _explained(path), contextlib.closing(_open(path, mode)) as database:
+            return _content(database, path)
+
+
+def _run(text: bytes, data: bytes) -> Content:
+    """Return what the two entries of a sweep hold."""
+    header = files.read_json(text)
+    files.check_format(header, RUN, RUN_VERSION)
+    table = files.read_parquet(data, MAX_FILE_BYTES)
+    if missing := [c for c in COLUMNS if c not in table.columns]:
+        raise ValueError(f"no column {missing}")
+    return files.checked_rows(table, TYPES), files.checked_provenance(header.get("provenance"))
+
+
+class EvaluationFile:
+    """The growing file of an evaluation.
+
+    Args:
+        path: the file, made if it is not there; `None` keeps the readings in memory.
+        provenance: what must not differ within the evaluation, and where it comes from.
+
+    Raises:
+        RunFileError: the file is something else.
+        ValueError: it holds an evaluation with another model or other settings.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, provenance: dict[str, Any]) -> None:
+        self._path = path or "memory"
+        with contextlib.ExitStack() as on_error, _explained(self._path):
+            self._database = _open(path, "rwc")
+            on_error.callback(self._database.close)
+            self._begin(provenance)
+            on_error.pop_all()
+
+    def _begin(self, ours: dict[str, Any]) -> None:
+        """Make the tables, or check that they are those of this evaluation."""
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")  # all tables at once, by one process
+            (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables:
+                for table in _TABLES.values():
+                    self._database.execute(table)
+                header = {"format": EVALUATION, "version": EVALUATION_VERSION, "provenance": ours}
+                self._database.execute("INSERT INTO provenance VALUES (?)", [json.dumps(header)])
+        theirs = _provenance(self._database, self._path)
+        ours = json.loads(json.dumps(ours))
+        for part, names in _CONSTANT.items():
+            # Without a target model of its own, neither side has the settings of one.
+            our, their = (side.get(part) or {} for side in (ours, theirs))
+            for name in names:
+                if our.get(name) != their.get(name):
+                    raise bad_value(
+                        "path", f"an evaluation with {name} {our.get(name)!r} of the {part}",
+                        f"{self._path} with {their.get(name)!r}",
+                        "choose another file, or the settings of this one",
+                    )  # fmt: skip
+
+    def written(self, prompt: str, mapping: str, draw: int) -> dict[Cell, bool]:
+        """Return the cells of a source prompt that are there, and whether each has its text."""
+        rows = self._database.execute(
+            "SELECT position, kind, source_layer, target_layer, alpha, written FROM readings "
+            "WHERE prompt = ? AND mapping = ? AND draw = ?",
+            [prompt, mapping, draw],
+        )
+        return {Cell(*cell): bool(written) for *cell, written in rows}
+
+    def alphas(self, mapping: str) -> set[float]:
+        """Return the α of a mapping that the file holds."""
+        found = "SELECT DISTINCT alpha FROM readings WHERE mapping = ?"
+        return {alpha for (alpha,) in self._database.execute(found, [mapping])}
+
+    def add(self, readings: Sequence[Reading]) -> None:
+        """Write a batch, whole or not at all.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        rows = [
+            [*(getattr(reading, name) for name in COLUMNS), json.dumps(dict(reading.controls))]
+            for reading in readings
+        ]
+        places = ", ".join("?" for _ in (*COLUMNS, "controls"))
+        with _explained(self._path), self._database:
+            self._database.executemany(
+                # A cell that is there stays, unless a text comes for one that had none.
+                f"INSERT INTO readings VALUES ({places}) ON CONFLICT ({_KEY}) DO UPDATE SET "
+                f"{_UPDATE} WHERE excluded.written AND NOT readings.written",
+                rows,
+            )
+
+    def content(self) -> Content:
+        """Return all readings and the provenance."""
+        with _explained(self._path):
+            return _content(self._database, self._path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+
+def _open(path: str | os.PathLike[str] | None, mode: str) -> sqlite3.Connection:
+    where = ":memory:" if path is None else f"{Path(path).absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(where, uri=path is not None, timeout=BUSY_SECONDS)
+    database.execute("PRAGMA trusted_schema = OFF")
+    return database
+
+
+def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
+    """Return the provenance; raise a ValueError where the database is no evaluation."""
+    tables = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
+    if tables != _TABLES:  # a view, a trigger, a computed column: nothing else is read
+        raise _foreign(path, f"the tables {sorted(tables)}, not made by evaluate")
+    try:
+        header = files.read_json(*database.execute("SELECT text FROM provenance").fetchone())
+        files.check_format(header, EVALUATION, EVALUATION_VERSION)
+        return files.checked_provenance(header.get("provenance"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _foreign(path, reason(error)) from error
+
+
+def _content(database: sqlite3.Connection, path: object) -> Content:
+    provenance = _provenance(database, path)
+    names = [*TYPES, "controls"]
+    rows = database.execute(f"SELECT {', '.join(names)} FROM readings ORDER BY rowid").fetchall()
+    frame = pd.DataFrame(rows, columns=names)
+    several = [files.read_json(text, nan=True) for text in frame["controls"]]
+    controls = pd.DataFrame(several, index=frame.index)
+    readings = frame[list(COLUMNS)].astype({name: _PANDAS[type_] for name, type_ in TYPES.items()})
+    table = pd.concat([readings, controls], axis="columns")
+    return files.checked_rows(table, TYPES), provenance
+
+
+def _foreign(path: object, got: str) -> RunFileError:
+    return RunFileError(describe("path", _EXPECTED, f"{path} with {got}", _FIX))
+
+
+@contextlib.contextmanager
+def _explained(path: object) -> Iterator[None]:
+    """Name the file in what SQLite raises: an `OSError` of the disk or a `RunFileError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        # The lowest byte is the kind of error. No code at all: a text that is no text.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REFUSED:
+            raise files.unwritable(path, error) from error
+        raise _foreign(path, reason(error)) from error
