@@ -353,7 +353,7 @@ def _measure(
 def _per_layer(own: np.ndarray, others: np.ndarray, layers: Sequence[int]) -> pd.DataFrame:
     """Return the means over names, a row per layer."""
     there = ~np.isnan(own[:, 0])
-    if there.sum() < 2:  # of one name nothing can be said
+    if there.sum() < 2:  # no mean over one name
         own = others = np.full((1, len(layers)), np.nan)
         there = np.array([True])
     mine, theirs = own[there].mean(axis=0), others[there].mean(axis=0)
@@ -433,14 +433,14 @@ def _verdict(
     if sure.empty:
         order = table.sort_values("specific", ascending=False)
         top: Any = order.iloc[0] if table["specific"].notna().any() else None
-        best_said = "nothing could be recovered" if top is None else (
+        at_best = "nothing could be recovered" if top is None else (
             f"at best layer {top['source_layer']:.0f} recovers {top['recovered']:.2f} of the "
             f"model's own words, other names' vectors {top['others']:.2f} (specific "
             f"{top['specific']:.2f}, 95 % interval {top['specific_low']:.2f} to "
             f"{top['specific_high']:.2f})"
         )  # fmt: skip
         return False, (
-            f"{model.name}: not readable in the settings tried: {best_said}, over {named} names."
+            f"{model.name}: not readable in the settings tried: {at_best}, over {named} names."
         )
     strong = sure[sure["specific"] >= sure["specific"].max() / 2]
     where = _ranges(strong["source_layer"], among=table["source_layer"])

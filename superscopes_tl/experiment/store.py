@@ -46,7 +46,7 @@ Content: TypeAlias = tuple[pd.DataFrame, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """One cell: a vector, amplified and patched, and what the model wrote about it.
+    """One cell: a vector, amplified and patched, and the description that the model generates.
 
     Attributes:
         prompt: the source prompt.
@@ -59,26 +59,25 @@ class Reading:
         alpha: the amplifier α.
         vector_norm: the norm of f(v), the patched vector.
         norm_ratio: that norm in units of the residual stream that it replaced.
-        text: everything that the model wrote.
+        text: everything that the model generated.
         description: the part of it that is about the placeholder.
-        score: the scorer's number; NaN where there was nothing to score.
-        few_shot_copy: whether the description repeats a name that the target prompt gave.
-        n_tokens: how many tokens were written.
-        margin: the closest call among them, in logits (see `decoding.Generation`).
-        draw: 0 for the likeliest tokens, k for the k-th text drawn at temperature 1.
-        entropy: how unsure the model was, in nats: the mean over the tokens up to the end of the
-            description.
-        log_probability: how likely these tokens were, in nats per token.
-        written: whether the cell was written out; if not, all that a text gives is empty or NaN.
+        score: of the description or text; NaN where there was nothing to score.
+        few_shot_copy: whether the description repeats a name of the target prompt.
+        n_tokens: how many tokens were generated.
+        margin: the smallest margin among them, in logits (see `Generation`).
+        draw: 0 for greedy decoding, k for the k-th text sampled at temperature 1.
+        entropy: mean entropy of the description's tokens, in nats.
+        log_probability: their mean log-probability, in nats per token.
+        written: whether a text was generated; without one, its columns are empty or NaN.
         echo: whether the description repeats the name that it should be about.
         about: what the reading is scored against.
         recovered: the share of the model's own words that the patch recovers (see `own_words`);
             NaN where it is not defined.
-        own_words: what the model says of `about` when it reads it as it stands.
-        plain_nats: how likely that is behind the target prompt with the name, in nats.
-        unpatched_nats: and behind the unpatched target prompt.
-        controls: what was written and scored in the cell's place without its meaning, where that
-            was asked for; each is a column of the table (see `controls`).
+        own_words: what the model says about `about` when that stands in the target prompt.
+        plain_nats: log-probability of the own words there, in nats.
+        unpatched_nats: their log-probability after the unpatched target prompt.
+        controls: texts and scores of the controls that were asked for; each is a column of the
+            table (see `controls`).
     """
 
     prompt: str

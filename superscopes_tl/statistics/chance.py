@@ -9,13 +9,14 @@
 
 An empty text scores NaN, never 0. A source prompt whose every text is empty has no score: it is no
 hit, and it enters no null. A reference with fewer than two scored others has no null, so its own
-prompt is no corrected hit either.
+prompt is no corrected hit either. All functions of `best` raise a `ValueError` unless it is square,
+with at least three prompts.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,17 +53,8 @@ def best_scores(
 
 
 def other_prompt_null(best: Best, percentile: float = 95) -> Float[np.ndarray, " reference"]:
-    """Return the percentile (numpy's linear quantile) of each reference's other prompts.
-
-    Raises:
-        ValueError: `best` is not square, or has fewer than three prompts.
-    """
-    return np.array(
-        [
-            np.percentile(others, percentile) if len(others) > 1 else np.nan
-            for _, others in _nulls(best)
-        ]
-    )
+    """Return the percentile (numpy's linear quantile) of each reference's other prompts."""
+    return _each(best, lambda own, others: np.percentile(others, percentile), np.nan, scored=False)
 
 
 def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " prompt"]:
@@ -78,9 +70,6 @@ def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " pro
     for evenly spread scores (n - h) / (n + 1) = (0.05 n + 0.95) / (n + 1). With 48 prompts that is
     between 6.3 % and 8.3 %, evenly spread 6.9 %, and it tends to 5 % as n grows.
     `chance_corrected` computes it exactly for given scores.
-
-    Raises:
-        ValueError: `best` is not square, or has fewer than three prompts.
     """
     null = other_prompt_null(best, percentile)
     return np.diagonal(best) > null
@@ -90,17 +79,9 @@ def p_values(best: Best) -> Float[np.ndarray, " prompt"]:
     """Return (1 + number of others at or above the own score) / (1 + number of others).
 
     It is never below 1 / number of prompts, and NaN for a prompt without a score or a null.
-
-    Raises:
-        ValueError: `best` is not square, or has fewer than three prompts.
     """
-    return np.array(
-        [
-            np.nan
-            if np.isnan(own) or len(others) < 2
-            else (1 + np.count_nonzero(others >= own)) / (1 + len(others))
-            for own, others in _nulls(best)
-        ]
+    return _each(
+        best, lambda own, others: (1 + np.count_nonzero(others >= own)) / (1 + len(others)), np.nan
     )
 
 
@@ -121,16 +102,8 @@ def chance_hits(best: Best, threshold: float) -> Float[np.ndarray, " prompt"]:
 
     Their sum is the expected number of hits of texts that carry no information about their prompt.
     A prompt without a score cannot be a hit, so its share is 0.
-
-    Raises:
-        ValueError: `best` is not square, or has fewer than three prompts.
     """
-    return np.array(
-        [
-            0.0 if np.isnan(own) or len(others) < 2 else np.mean(others > threshold)
-            for own, others in _nulls(best)
-        ]
-    )
+    return _each(best, lambda own, others: np.mean(others > threshold), 0.0)
 
 
 def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " prompt"]:
@@ -138,18 +111,8 @@ def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " 
 
     Any of a reference's n + 1 scores is then equally likely to be the own one: the result is the
     share of them that exceed the percentile of the other n (see `corrected_hits`).
-
-    Raises:
-        ValueError: `best` is not square, or has fewer than three prompts.
     """
-    return np.array(
-        [
-            0.0
-            if np.isnan(own) or len(others) < 2
-            else _accepted(np.append(others, own), percentile)
-            for own, others in _nulls(best)
-        ]
-    )
+    return _each(best, lambda own, others: _accepted(np.append(others, own), percentile), 0.0)
 
 
 def mean(values: Values, weights: Weights) -> Resampled:
@@ -223,15 +186,31 @@ def _accepted(scores: Float[np.ndarray, " prompt"], percentile: float) -> float:
     return float(np.mean(scores > nulls))
 
 
-def _nulls(best: Best) -> Iterator[tuple[float, Float[np.ndarray, " other"]]]:
-    """Yield each reference's own score and the scores of the other prompts that have one."""
+def _each(
+    best: Best,
+    function: Callable[[float, Float[np.ndarray, " other"]], Any],
+    otherwise: float,
+    *,
+    scored: bool = True,
+) -> Float[np.ndarray, " prompt"]:
+    """Return a function of each reference's own score and the scores of the other prompts.
+
+    Args:
+        best: as from `best_scores`.
+        function: of a prompt that has a null.
+        otherwise: the value of a prompt without a null or, if `scored`, without a score.
+        scored: whether the function needs the own score.
+    """
     if best.ndim != 2 or best.shape[0] != best.shape[1] or len(best) < FEWEST_PROMPTS:
         raise bad_value(
-            "best",
-            f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
+            "best", f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
             f"shape {best.shape}",
             "the null needs other prompts: add prompts, or count hits alone",
-        )
+        )  # fmt: skip
+    found = np.full(len(best), otherwise, dtype=float)
     for prompt, column in enumerate(best.T):
         others = np.delete(column, prompt)
-        yield float(column[prompt]), others[~np.isnan(others)]
+        others = others[~np.isnan(others)]
+        if len(others) > 1 and not (scored and np.isnan(column[prompt])):
+            found[prompt] = function(float(column[prompt]), others)
+    return found

@@ -245,8 +245,7 @@ def _checked(name: str, table: pd.DataFrame, score_on: str) -> pd.DataFrame:
         wanted = f"at least one row with the columns {', '.join(COLUMNS)}"
         raise _refused(name, wanted, got, "pass one row per generated text")
     for column, kind in (("prompt", str), ("text", str), ("source_layer", Real), ("alpha", Real)):
-        strange = [value for value in table[column] if not isinstance(value, kind)]
-        if strange:
+        if strange := [value for value in table[column] if not isinstance(value, kind)]:
             what = "strings" if kind is str else "numbers"
             fix = "pass an empty text as '' (pd.read_csv: keep_default_na=False)"
             raise _refused(name, f"{what} in the column {column}", strange[0], fix)
@@ -269,26 +268,23 @@ def _check_settings(score_on: str, threshold: float, percentile: float, resample
 
 
 def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse methods that cannot be compared with the first one."""
+    """Refuse methods that share no prompt and layer with the first one."""
     if not tables:
         raise bad_value("methods", "at least one method", {}, "pass its table by name")
-    (first, *_), (first_places, *_) = list(tables), [_places(t) for t in tables.values()]
+    places = {
+        name: set(zip(table["prompt"], table["source_layer"], strict=True))
+        for name, table in tables.items()
+    }
+    first = next(iter(tables))
     for name, table in tables.items():
-        if not first_places & _places(table):
-            got = (
-                f"layers {_some(sorted(set(table['source_layer'])))} of the prompts "
-                f"{_some(list(dict.fromkeys(table['prompt'])))}"
-            )
+        if not places[first] & places[name]:
+            got = f"layers {_some(sorted(set(table['source_layer'])))} of other prompts or layers"
             fix = "compare methods on the same prompts and layers"
             raise _refused(name, f"some prompt and source layer of {first}", got, fix)
 
 
 def _refused(name: str, expected: str, got: object, fix: str) -> ValueError:
     return bad_value(f"methods[{name!r}]", expected, got, fix)
-
-
-def _places(table: pd.DataFrame) -> set[tuple[str, int]]:
-    return set(zip(table["prompt"], table["source_layer"], strict=True))
 
 
 def _notes(tables: Mapping[str, pd.DataFrame], cells: pd.DataFrame) -> Iterator[str]:

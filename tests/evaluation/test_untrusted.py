@@ -118,13 +118,13 @@ def test_a_table_of_one_repeated_text_is_refused_before_it_is_written_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A megabyte in the file that would be gigabytes in memory: its sum is known beforehand."""
-    many = pd.concat([LADDER.table.head(1)] * 20_000)
+    many = pd.concat([LADDER.table.head(1)] * 6_000)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(many, preserve_index=False)
     at = table.column_names.index("text")
-    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, "int32")), ["x" * 200_000])
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(6_000, "int32")), ["x" * 200_000])
     table = table.set_column(at, pa.field("text", repeated.type), [repeated])
     buffer = io.BytesIO()
     pq.write_table(table, buffer, store_schema=False)  # so that the column says that it is a text
