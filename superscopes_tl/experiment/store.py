@@ -27,9 +27,19 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from superscopes_tl import files
 from superscopes_tl.errors import RunFileError, bad_value, describe, reason
 from superscopes_tl.experiment.plan import Cell
+from superscopes_tl.files import (
+    check_format,
+    checked_provenance,
+    checked_rows,
+    read_json,
+    read_parquet,
+    read_zip,
+    reading,
+    unwritable,
+    written_whole,
+)
 
 RUN, RUN_VERSION = "superscopes_tl.sweep", 1
 EVALUATION, EVALUATION_VERSION = "superscopes_tl.evaluation", 2
@@ -163,7 +173,7 @@ def write_run(path: str | os.PathLike[str], table: pd.DataFrame, provenance: Any
             "keep result.table as the sweep made it; save your own table with pandas",
         ) from error  # fmt: skip
     with (
-        files.written_whole(target) as fresh,
+        written_whole(target) as fresh,
         zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
     ):
         for name, data in zip(ENTRIES, (text, buffer.getvalue()), strict=True):
@@ -179,11 +189,11 @@ def read_readings(path: str | os.PathLike[str]) -> Content:
         RunFileError: it is corrupt, foreign, too large, or of another format.
         OSError: it cannot be read.
     """
-    with files.reading(path, _EXPECTED, _FIX, most=MAX_DATABASE_BYTES, passing=(OSError,)):
+    with reading(path, _EXPECTED, _FIX, most=MAX_DATABASE_BYTES, passing=(OSError,)):
         with Path(path).open("rb") as file:
             is_database = file.read(15) == b"SQLite format 3"
         if not is_database:
-            return _run(*files.read_zip(path, ENTRIES, MAX_FILE_BYTES))
+            return _run(*read_zip(path, ENTRIES, MAX_FILE_BYTES))
         # A journal is what a killed writer left: undoing the batch in flight needs to write.
         mode = "rw" if Path(f"{Path(path).resolve()}-journal").exists() else "ro"
         with _explained(path), contextlib.closing(_open(path, mode)) as database:
@@ -192,12 +202,12 @@ def read_readings(path: str | os.PathLike[str]) -> Content:
 
 def _run(text: bytes, data: bytes) -> Content:
     """Return what the two entries of a sweep hold."""
-    header = files.read_json(text)
-    files.check_format(header, RUN, RUN_VERSION)
-    table = files.read_parquet(data, MAX_FILE_BYTES)
+    header = read_json(text)
+    check_format(header, RUN, RUN_VERSION)
+    table = read_parquet(data, MAX_FILE_BYTES)
     if missing := [c for c in COLUMNS if c not in table.columns]:
         raise ValueError(f"no column {missing}")
-    return files.checked_rows(table, TYPES), files.checked_provenance(header.get("provenance"))
+    return checked_rows(table, TYPES), checked_provenance(header.get("provenance"))
 
 
 class EvaluationFile:
@@ -300,9 +310,9 @@ def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
     if tables != _TABLES:  # a view, a trigger, a computed column: nothing else is read
         raise _foreign(path, f"the tables {sorted(tables)}, not made by evaluate")
     try:
-        header = files.read_json(*database.execute("SELECT text FROM provenance").fetchone())
-        files.check_format(header, EVALUATION, EVALUATION_VERSION)
-        return files.checked_provenance(header.get("provenance"))
+        header = read_json(*database.execute("SELECT text FROM provenance").fetchone())
+        check_format(header, EVALUATION, EVALUATION_VERSION)
+        return checked_provenance(header.get("provenance"))
     except (TypeError, ValueError, RecursionError) as error:
         raise _foreign(path, reason(error)) from error
 
@@ -312,11 +322,11 @@ def _content(database: sqlite3.Connection, path: object) -> Content:
     names = [*TYPES, "controls"]
     rows = database.execute(f"SELECT {', '.join(names)} FROM readings ORDER BY rowid").fetchall()
     frame = pd.DataFrame(rows, columns=names)
-    several = [files.read_json(text, nan=True) for text in frame["controls"]]
+    several = [read_json(text, nan=True) for text in frame["controls"]]
     controls = pd.DataFrame(several, index=frame.index)
     readings = frame[list(COLUMNS)].astype({name: _PANDAS[type_] for name, type_ in TYPES.items()})
     table = pd.concat([readings, controls], axis="columns")
-    return files.checked_rows(table, TYPES), provenance
+    return checked_rows(table, TYPES), provenance
 
 
 def _foreign(path: object, got: str) -> RunFileError:
@@ -331,5 +341,5 @@ def _explained(path: object) -> Iterator[None]:
     except sqlite3.Error as error:
         # The lowest byte is the kind of error. No code at all: a text that is no text.
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REFUSED:
-            raise files.unwritable(path, error) from error
+            raise unwritable(path, error) from error
         raise _foreign(path, reason(error)) from error
