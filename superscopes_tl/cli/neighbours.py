@@ -34,7 +34,7 @@ from superscopes_tl.vectors import load_vectors
 
 def read_vector(
     file: Annotated[
-        Path, typer.Argument(help="Vectors, [n d_model]: a .safetensors, .npy or .npz file.")
+        Path, typer.Argument(help="Vectors, [n d_model]: a .safetensors or .npy file.")
     ],
     sampling: Sampling,
     loading: Loading,

@@ -5,8 +5,7 @@ parameters are, can be sent to other processes, and print as the Python that mak
 also what results call them (`label`). Plain functions of the same shape do as well.
 """
 
-from superscopes_tl.vectors.affine import AffineMap, Mapped, load_maps, save_maps
-from superscopes_tl.vectors.affine_fit import fit_affine
+from superscopes_tl.vectors.affine import AffineMap, Mapped, fit_affine, load_maps, save_maps
 from superscopes_tl.vectors.amplify import (
     PAPER_MAPPING,
     MappingFamily,
@@ -19,9 +18,8 @@ from superscopes_tl.vectors.amplify import (
     label,
     random_direction,
 )
-from superscopes_tl.vectors.directions import difference_of_means, mlp_keys, mlp_values
 from superscopes_tl.vectors.sources import Accumulated, Head, PlaceVectors, SourceRun, SumOf, Window
-from superscopes_tl.vectors.stored import load_vectors
+from superscopes_tl.vectors.stored import difference_of_means, load_vectors, mlp_keys, mlp_values
 from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, Write
 
 __all__ = [

@@ -1,40 +1,63 @@
 """Affine mapping functions between layers or models, f(v) = A·v + b (Patchscopes, section 3).
 
-1. An `AffineMap` takes a vector of a source layer to the block output of a target layer, of the
-   same model or of another one. `affine_fit.fit_affine` makes them.
-2. `Mapped(maps)` is the source of vectors that sends every site's activation through the map of its
-   source layer and target layer. Amplification comes after it: α·(A·v + b).
-3. `save_maps` and `load_maps` keep several maps in one safetensors file: tensors and a JSON header,
-   no code. Maps of other weights than those at hand are refused when they are used.
+An `AffineMap` maps a vector of a source layer to the block output of a target layer, of the same
+model or of another one. `Mapped(maps)` is the source of vectors that sends every site's activation
+through the map of its source layer and target layer; amplification comes after it: α·(A·v + b).
+`save_maps` and `load_maps` keep several in one safetensors file: tensors and a JSON header, no
+code. `fit_affine` makes them by least squares:
 
-What is read through a map is what is linearly there; its R² says how much of the target layer's
-activations that is.
+1. Read every text once per model (`capture`): the vectors of the source layers, and the block
+   outputs of the target layers, at every token but the BOS. A prefix that several texts share
+   has the same vectors each time: it counts once.
+2. Two models may tokenize a text differently. A token of one is paired with the token of the other
+   that ends at the same character: up to there both have read the same. "Pep|pers" and "P|eppers"
+   meet at the end of the word; a token without a partner is left out.
+3. Every fifth text is held out. On the others solve min Σ‖A·x + b − y‖² + λ‖A‖² in float64, with
+   means subtracted, so that b is free. λ = 0, plain least squares, where there are more vectors
+   than dimensions. Where there are not, many maps fit exactly, and λ is `SMALL_RIDGE` times the
+   vectors' summed variance along a mean dimension, which prefers a small A. Directions weaker
+   than `RESOLUTION` of the strongest are rounding errors of float32 and ignored.
+4. R² of each map on the held-out texts: the share of their variance, summed over dimensions, that
+   the map explains. What is read through a map is what is linearly there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias, cast, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import site_vectors
-from superscopes_tl.errors import RunFileError, bad_value, describe
-from superscopes_tl.files import unfit, write_tensors
-from superscopes_tl.model import LanguageModel, Site
+from superscopes_tl.engine import capture, site_vectors
+from superscopes_tl.errors import bad_value
+from superscopes_tl.files import check_format, reading, write_tensors
+from superscopes_tl.hashing import stable_hash
+from superscopes_tl.model import (
+    HookKind,
+    LanguageModel,
+    Site,
+    TokenizedText,
+    check_layers,
+    load_model,
+)
 from superscopes_tl.vectors.sources import SourceRun
 
 FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 4 * 2**30
+
+SMALL_RIDGE = 1e-3
+"""λ where there are no more vectors than dimensions, in units of a mean dimension."""
+RESOLUTION = 1e-6
+"""Relative precision of float32: weaker directions, relative to the strongest, are not inverted."""
 
 Place: TypeAlias = tuple[str, int, int]
 """What a map is for: a kind, a source layer and a target layer."""
@@ -50,9 +73,9 @@ class AffineMap:
         kind: the kind of activation that is mapped.
         source_layer: where it is read.
         target_layer: whose block output it is mapped to.
-        source_model: the name of the model that is read.
+        source_model: the name of the source model.
         source_fingerprint: of that model's weights.
-        target_model: the name of the model that is asked; often the same.
+        target_model: the name of the target model; often the same.
         target_fingerprint: of that model's weights.
         texts: a digest of the texts that it was fitted on and held out.
         n_vectors: how many vectors it was fitted on.
@@ -144,7 +167,7 @@ class Mapped:
         # R² is left out because its last digits differ between machines.
         fitted = [one.provenance() | {"r2": None} for one in maps]
         object.__setattr__(self, "maps", maps)
-        object.__setattr__(self, "digest", f"{zlib.crc32(json.dumps(fitted).encode()):08x}")
+        object.__setattr__(self, "digest", f"{stable_hash(fitted):08x}")
 
     def __call__(
         self, run: SourceRun, places: Sequence[tuple[Site, int]]
@@ -208,25 +231,15 @@ def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
     """
     from safetensors import safe_open
 
-    if reason := unfit(path, MAX_FILE_BYTES):
-        raise _unreadable(path, reason)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise _unreadable(path, "safetensors that are no affine maps")
-            if header.get("version") != str(FORMAT_VERSION):
-                raise _unreadable(path, f"format version {header.get('version')!r}")
-            return tuple(
-                _checked(
-                    AffineMap(file.get_tensor(f"{i}.weight"), file.get_tensor(f"{i}.bias"), **row)
-                )
-                for i, row in enumerate(json.loads(header["maps"]))
-            )
-    except RunFileError:
-        raise
-    except Exception as error:  # whatever the safetensors and JSON readers raise on bad bytes
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    expected = f"affine maps, a file of format {FORMAT} version {FORMAT_VERSION}"
+    fix = "pass a file that save_maps wrote, complete"
+    with reading(path, expected, fix, most=MAX_FILE_BYTES), safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        check_format(header, FORMAT, str(FORMAT_VERSION))
+        return tuple(
+            _checked(AffineMap(file.get_tensor(f"{i}.weight"), file.get_tensor(f"{i}.bias"), **row))
+            for i, row in enumerate(json.loads(header["maps"]))
+        )
 
 
 def _checked(one: AffineMap) -> AffineMap:
@@ -244,12 +257,184 @@ def _checked(one: AffineMap) -> AffineMap:
     return one
 
 
-def _unreadable(path: object, got: str) -> RunFileError:
-    return RunFileError(
-        describe(
-            "path",
-            f"affine maps, a file of format {FORMAT} version {FORMAT_VERSION}",
-            f"{path} with {got}",
-            "pass a file that save_maps wrote, complete",
+def fit_affine(
+    model: LanguageModel | Any,
+    texts: Sequence[str],
+    pairs: Iterable[tuple[int, int]],
+    *,
+    kinds: str | Sequence[str] = "resid_post",
+    target_model: LanguageModel | Any = None,
+    ridge: float | None = None,
+) -> tuple[AffineMap, ...]:
+    """Fit an affine map for each kind and each (source layer, target layer).
+
+    Args:
+        model: the source model.
+        texts: at least two different ones; every fifth (or the last, of fewer) is held out.
+        pairs: source and target layers, such as `[(5, 0), (2, 0)]`; all are fitted from one
+            forward pass per text and model.
+        kinds: the kinds of activation that are mapped.
+        target_model: whose block outputs they are mapped to; defaults to `model`.
+        ridge: λ in units of a mean dimension; for the default see the module's step 3.
+
+    Returns:
+        The maps, kind by kind, in the order of `pairs`.
+
+    Raises:
+        ValueError, TypeError: bad texts, layers, kinds or ridge; tokens without partners.
+    """
+    model = load_model(model)
+    target = model if target_model is None else load_model(target_model)
+    wanted = model.checked_kinds(kinds)
+    layers = _check_pairs(pairs, model, target)
+    distinct = _check_texts(texts)
+    if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
+        raise bad_value("ridge", "0 or more", ridge, "leave it out")
+    held_out = distinct[4::5] or distinct[-1:]
+    kept_back = set(held_out)
+    fitted_on = [text for text in distinct if text not in kept_back]
+    places: list[Place] = [(kind, *pair) for kind in wanted for pair in layers]
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    x, y = _read(model, target, places, fitted_on, seen)
+    n = len(seen)
+    held_x, held_y = _read(model, target, places, held_out, seen)
+    if not 0 < n < len(seen):
+        raise bad_value(
+            "texts",
+            "texts to fit on and held-out ones that begin differently, with tokens that end at "
+            "the same characters in both models",
+            f"{n} vectors to fit on, {len(seen) - n} held out",
+            "pass more and different texts, for example PAPER_PROMPTS",
         )
+    digest = f"{stable_hash(fitted_on, held_out):08x}"
+    names = (model.name, model.fingerprint, target.name, target.fingerprint)
+    used = ridge if ridge is not None else 0.0 if n > model.d_model else SMALL_RIDGE
+    maps: dict[Place, AffineMap] = {}
+    for source in x:  # factorised once for all target layers
+        into = [place[2] for place in places if place[:2] == source]
+        weights, biases = least_squares(x[source], torch.cat([y[t] for t in into], 1), ridge=used)
+        parts = zip(weights.split(target.d_model), biases.split(target.d_model), strict=True)
+        for layer, (weight, bias) in zip(into, parts, strict=True):
+            r2 = r_squared(held_x[source] @ weight.T + bias, held_y[layer])
+            maps[*source, layer] = AffineMap(
+                weight.clone(), bias.clone(), *source, layer, *names, digest, n, float(used), r2
+            )
+    return tuple(maps[place] for place in places)
+
+
+def _read(
+    model: LanguageModel,
+    target: LanguageModel,
+    places: Sequence[Place],
+    texts: Sequence[str],
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> tuple[dict[tuple[str, int], Tensor], dict[int, Tensor]]:
+    """Return the vectors of the source and of the target layers, at paired tokens.
+
+    Prefixes in `seen` are left out, and new ones are added. A text takes one forward pass per
+    model.
+    """
+    sources: dict[tuple[str, int], list[Tensor]] = {place[:2]: [] for place in places}
+    targets: dict[int, list[Tensor]] = {place[2]: [] for place in places}
+    kinds, layers = {kind for kind, _ in sources}, {layer for _, layer in sources}
+    for text in texts:
+        if model is target:
+            one = capture(model, text, kinds=kinds | {"resid_post"}, layers=layers | {*targets})
+            other = one
+            pairs = [(p, p) for p in range(one.tokens.prefix, len(one.tokens))]
+        else:
+            one = capture(model, text, kinds=kinds, layers=layers)
+            other = capture(target, text, kinds="resid_post", layers=targets)
+            pairs = matched(one.tokens, other.tokens)
+        fresh: list[tuple[int, int]] = []
+        for p, q in pairs:
+            prefix = one.tokens.ids[: p + 1], other.tokens.ids[: q + 1]
+            if prefix not in seen:
+                seen.add(prefix)
+                fresh.append((p, q))
+        for (kind, layer), rows in sources.items():
+            rows.append(one[cast("HookKind", kind), layer][[p for p, _ in fresh]].float().cpu())
+        for layer, rows in targets.items():
+            rows.append(other["resid_post", layer][[q for _, q in fresh]].float().cpu())
+    return (
+        {place: torch.cat(rows) for place, rows in sources.items()},
+        {layer: torch.cat(rows) for layer, rows in targets.items()},
     )
+
+
+def least_squares(
+    x: Float[Tensor, "vectors d_in"], y: Float[Tensor, "vectors d_out"], *, ridge: float = 0.0
+) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
+    """Return the A and b (float32) of the least Σ‖A·x + b − y‖² + λ‖A‖².
+
+    Where several are least, the one with the smallest A.
+
+    Args:
+        x: what is mapped.
+        y: what it is mapped to.
+        ridge: λ in units of Σ‖x − mean‖² / d_in.
+    """
+    x, y = x.double().cpu(), y.double().cpu()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    if ridge:
+        # As many more equations √λ·A = 0 as there are dimensions.
+        root = math.sqrt(ridge * float(x.square().sum()) / x.shape[1])
+        x = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
+        y = torch.cat([y, y.new_zeros(x.shape[1], y.shape[1])])
+    solution = torch.linalg.lstsq(x, y, rcond=RESOLUTION, driver="gelsd").solution
+    bias = y_mean - x_mean @ solution
+    return solution.T.float().contiguous(), bias.float()
+
+
+def r_squared(
+    predicted: Float[Tensor, "vectors d_out"], y: Float[Tensor, "vectors d_out"]
+) -> float | None:
+    """Return 1 − Σ‖y − predicted‖² / Σ‖y − mean‖²; `None` where all y are equal."""
+    variance = float((y - y.mean(dim=0)).square().sum())
+    return 1 - float((y - predicted).square().sum()) / variance if variance else None
+
+
+def matched(source: TokenizedText, target: TokenizedText) -> list[tuple[int, int]]:
+    """Return the positions of tokens that end at the same character of a text.
+
+    A character may take several tokens (an emoji, say): its last one counts. A BOS, or a space
+    that a tokenizer inserts, covers no character and has no partner.
+    """
+
+    def ends(tokens: TokenizedText) -> dict[int, int]:
+        return {end: p for p, (start, end) in enumerate(tokens.spans) if end > start}
+
+    there = ends(target)
+    return [(position, there[end]) for end, position in ends(source).items() if end in there]
+
+
+def _check_pairs(
+    pairs: Iterable[tuple[int, int]], model: LanguageModel, target: LanguageModel
+) -> list[tuple[int, int]]:
+    """Return the distinct pairs of layers, counted from 0."""
+    given = list(pairs)
+    if not given or not all(isinstance(p, Sequence) and len(p) == 2 for p in given):
+        raise bad_value(
+            "pairs",
+            "pairs of a source and a target layer",
+            given,
+            "pass for example [(5, 0), (2, 0)]",
+        )
+    checked = {
+        (
+            check_layers(source, model.n_layers, "source layer")[0],
+            check_layers(target_layer, target.n_layers, "target layer")[0],
+        ): None
+        for source, target_layer in given
+    }
+    return list(checked)
+
+
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
+    if len(distinct) < 2:
+        raise bad_value(
+            "texts", "at least two different texts", texts, "PAPER_PROMPTS, for example"
+        )
+    return distinct

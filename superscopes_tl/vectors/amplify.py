@@ -43,6 +43,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import capture, site_vectors
 from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import LanguageModel, Site, tokenize
 from superscopes_tl.vectors.sources import SourceRun
 
@@ -139,9 +140,8 @@ class MeanActivation:
         return torch.stack([known[self][site.kind, site.layer] for site, _ in places])
 
     def __repr__(self) -> str:
-        digest = zlib.crc32(repr(self.texts).encode())
         chat = ", chat=True" if self.chat else ""
-        return f"MeanActivation(<{len(self.texts)} texts {digest:08x}>{chat})"
+        return f"MeanActivation(<{len(self.texts)} texts {stable_hash(*self.texts):08x}>{chat})"
 
     def _means(self, model: LanguageModel) -> dict[tuple[str, int], Float[Tensor, " d_model"]]:
         rows: dict[tuple[str, int], list[Tensor]] = {}

@@ -1,51 +1,141 @@
-"""Vectors from files: sparse-autoencoder rows, steering vectors, anything `[n d_model]`.
+"""Vectors that are not read from a prompt: MLP weights, differences of means, rows of files.
 
-1. Open the file without reading it: safetensors, or numpy without objects (whose
-   reading could run code).
-2. Choose the array: by name, or the only one of one or two dimensions.
-3. Take the rows asked for, and nothing else where the format allows it (safetensors are sliced,
-   `.npy` is mapped into memory; an `.npz` is compressed, so its arrays are read whole).
-4. Check them: real, finite, no more than `MAX_BYTES`.
+1. An MLP with the weights `W_in` (and `W_gate`) and `W_out` reads the normalised stream u and
+   writes to the stream:
+
+       m = act(u W_in)                 keys are the columns of W_in, values the rows of W_out
+       m = act(u W_gate) * (u W_in)    a gated one has two keys per value
+       mlp_out = m W_out
+
+   A value lives in the residual stream. A key lives after the block's layer norm: in the stream it
+   responds to the key times the gain of the norm (`blocks[l].ln2`), less its mean where the norm
+   centres, unless the weights were folded when the model was loaded. `mlp_keys` returns them raw.
+2. `difference_of_means` is a steering vector.
+3. `load_vectors` reads safetensors, or numpy arrays without objects (whose reading could run code):
+   sparse-autoencoder rows, steering vectors, anything `[n d_model]`. Only the rows asked for are
+   read; they must be real, finite and no more than `MAX_BYTES`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superscopes_tl.engine import site_vectors
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.files import check_member
+from superscopes_tl.files import reading
+from superscopes_tl.model import LanguageModel, Site, check_layers, tokenize
 
 MAX_BYTES = 4 * 2**30
-"""More than this, counted in float32, is not read at once."""
+"""Limit on what is read at once, counted in float32."""
 
 Rows: TypeAlias = Sequence[int] | None
-"""Numbers of rows, from 0 (negative: from the end); `None` for all of them."""
+"""Row numbers, from 0 (negative: from the end); `None` for all of them."""
 
 
-@dataclass(frozen=True)
-class _Array:
-    """One array of a file.
+def mlp_keys(
+    model: LanguageModel, layer: int, part: Literal["in", "gate"] | None = None
+) -> Float[Tensor, "d_mlp d_model"]:
+    """Return the input weights of the neurons of an MLP, in float32 on the CPU.
 
-    Attributes:
-        shape: its shape.
-        take: reads some of its rows.
-        whole: whether all of it has to be read for that.
+    Keys live after the layer norm (see the module's docstring).
+
+    Args:
+        model: from `load_model`.
+        layer: the block, counted from 0.
+        part: of a gated layer (Llama, Gemma, ...) the "gate", which the activation function sees,
+            or "in", the up-projection that it is multiplied with. Defaults to the one that the
+            activation function sees.
+
+    Raises:
+        ValueError: no such layer or part, or a block without one plain MLP.
     """
+    gate = _weight(model, layer, "W_gate")
+    if part not in (None, "in", "gate") or (part == "gate" and gate is None):
+        raise bad_value(
+            "part", "'in'" if gate is None else "'in' or 'gate'", part,
+            f"{model.name} has {'no gate' if gate is None else 'a gate'}: leave it out",
+        )  # fmt: skip
+    keys = gate if gate is not None and part != "in" else _matrix(model, layer, "W_in")
+    return keys.T.contiguous()
 
-    shape: tuple[int, ...]
-    take: Callable[[Rows], Any]
-    whole: bool
+
+def mlp_values(model: LanguageModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """Return the output weights of the neurons of an MLP, in float32 on the CPU.
+
+    Where a model normalises the sum before it adds it (Gemma 2), these are the values before that.
+
+    Args:
+        model: from `load_model`.
+        layer: the block, counted from 0.
+
+    Raises:
+        ValueError: no such layer, or a block without one plain MLP.
+    """
+    return _matrix(model, layer, "W_out")
+
+
+def _weight(model: LanguageModel, layer: int, name: str) -> Tensor | None:
+    """Return a copy of a weight of a block's MLP, `None` if it has none of that name."""
+    (number,) = check_layers(layer, model.n_layers, "layer")
+    weight = getattr(getattr(model.tl.blocks[number], "mlp", None), name, None)
+    return weight.detach().float().cpu().clone() if isinstance(weight, Tensor) else None
+
+
+def _matrix(model: LanguageModel, layer: int, name: str) -> Tensor:
+    weight = _weight(model, layer, name)
+    if weight is None or weight.dim() != 2:
+        raise bad_value(
+            "layer", f"a block with one MLP, whose {name} is a matrix",
+            f"block {layer} of {model.name}", "take the vectors from the weights yourself",
+        )  # fmt: skip
+    return weight
+
+
+def difference_of_means(
+    model: LanguageModel,
+    texts_a: Sequence[str],
+    texts_b: Sequence[str],
+    kind: str,
+    layer: int,
+    *,
+    chat: bool = False,
+) -> Float[Tensor, " d_model"]:
+    """Return mean(a) − mean(b) of an activation at the texts' last tokens: a steering vector.
+
+    Args:
+        model: from `load_model`.
+        texts_a: what the vector points to.
+        texts_b: what it points away from.
+        kind: one of `KINDS`.
+        layer: counted from 0.
+        chat: whether the texts are rendered in the model's chat template.
+
+    Raises:
+        ValueError: no text, or a bad kind or layer.
+    """
+    (number,) = check_layers(layer, model.n_layers, "layer")
+    (checked,) = model.checked_kinds(kind)
+    means = []
+    for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
+        if isinstance(texts, str) or not len(texts):
+            raise bad_value(argument, "texts", texts, "pass a list of texts")
+        several = [tokenize(model, text, argument=argument, chat=chat) for text in texts]
+        rows = [
+            site_vectors(model, text, [Site(checked, number, text.own.stop - 1)])
+            for text in several
+        ]
+        means.append(torch.cat(rows).mean(dim=0))
+    return means[0] - means[1]
 
 
 def load_vectors(
@@ -58,9 +148,9 @@ def load_vectors(
         torch.Size([2, 2304])
 
     Args:
-        path: a `.safetensors`, `.npy` or `.npz` file; an array of one dimension is one vector.
-        name: which array; the only one of one or two dimensions unless given.
-        rows: which rows; negative numbers count from the end. All of them unless given.
+        path: a `.safetensors` or `.npy` file; an array of one dimension is one vector.
+        name: which array; defaults to the only one of one or two dimensions.
+        rows: which rows; negative numbers count from the end. Defaults to all.
 
     Raises:
         ValueError: no such file, array or row; an array of another shape, or of something else
@@ -76,11 +166,18 @@ def load_vectors(
         # An array of one dimension is one row; numpy and safetensors would slice its numbers.
         n, width = (1, *array.shape)[-2:]
         wanted = _checked_rows(rows, n)
-        count = n if wanted is None or array.whole else len(wanted)
-        _check_size(f"{count} rows of {width} numbers", 4 * count * width)
+        size = 4 * width * (n if wanted is None else len(wanted))
+        if size > MAX_BYTES:
+            raise bad_value(
+                "path", f"at most {MAX_BYTES / 2**30:g} GiB of numbers at once",
+                f"{size / 2**30:.1f} GiB", "take some rows with rows=[...]",
+            )  # fmt: skip
         several = len(array.shape) == 2
-        taken = _read(array, wanted if several else None, file).reshape(-1, width)
-    vectors = taken if several or wanted is None else taken[wanted]
+        with _broken(file):  # it may be truncated after its header
+            taken = array.take(wanted if several else None)
+    vectors = _float32(taken, file).reshape(-1, width)
+    if not several and wanted is not None:
+        vectors = vectors[wanted]
     finite = torch.isfinite(vectors).all(dim=-1)
     if not finite.all():
         raise bad_value(
@@ -91,95 +188,70 @@ def load_vectors(
     return vectors
 
 
+@dataclass(frozen=True)
+class _Array:
+    """One array of a file: its shape, and what reads some of its rows."""
+
+    shape: tuple[int, ...]
+    take: Callable[[Rows], Any]
+
+
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Mapping[str, _Array]]:
     """Open a file as its arrays by name; none is read before it is asked for."""
-    readers = {".safetensors": _safetensors, ".npy": _npy, ".npz": _npz}
-    if file.suffix.lower() not in readers:
+    from safetensors import safe_open
+
+    if (ending := file.suffix.lower()) not in (".safetensors", ".npy"):
         raise bad_value(
-            "path", f"a file that ends in {', '.join(readers)}", str(file),
+            "path", "a .safetensors or .npy file", str(file),
             "save it with safetensors.torch.save_file or numpy.save",
         )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        try:
-            arrays = readers[file.suffix.lower()](file, stack)
-        except Exception as error:  # whatever the readers raise on bad bytes
-            raise _unreadable(file, error) from error
+        with _broken(file):
+            if ending == ".npy":
+                mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+                # A copy, which may be written to and outlives the file.
+                take = lambda rows: np.array(mapped[slice(None) if rows is None else rows])  # noqa: E731
+                arrays = {file.stem: _Array(mapped.shape, take)}
+            else:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                arrays = {name: _sliced(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
         yield arrays
 
 
-def _safetensors(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
-    from safetensors import safe_open
+def _sliced(piece: Any) -> _Array:
+    def take(rows: Rows) -> Tensor:
+        parts = [piece[:]] if rows is None else [piece[row : row + 1] for row in rows]
+        return torch.cat(parts)
 
-    opened = stack.enter_context(safe_open(file, framework="pt"))
-
-    def take(name: str, rows: Rows) -> Tensor:
-        if rows is None:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-        piece = opened.get_slice(name)
-        return torch.cat([piece[row : row + 1] for row in rows])
-
-    return {name: _lazy(opened.get_slice(name).get_shape(), take, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return _Array(tuple(piece.get_shape()), take)
 
 
-def _npy(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
-    mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    return {file.stem: _lazy(mapped.shape, lambda _, rows: _rows_of(mapped, rows), file.stem)}
-
-
-def _npz(file: Path, stack: contextlib.ExitStack) -> dict[str, _Array]:
-    stream = stack.enter_context(file.open("rb"))  # numpy leaves a broken file of its own open
-    opened = stack.enter_context(np.load(stream, allow_pickle=False))
-    archive = stack.enter_context(zipfile.ZipFile(file))
-
-    def shape(name: str) -> tuple[int, ...]:
-        with archive.open(f"{name}.npy") as member:
-            first = np.lib.format.read_magic(member)[0] == 1
-            read = (np.lib.format.read_array_header_1_0 if first else
-                    np.lib.format.read_array_header_2_0)  # fmt: skip
-            return tuple(read(member)[0])
-
-    def take(name: str, rows: Rows) -> np.ndarray:
-        # The shape is known to fit, but each number of it may be of any size: float64 has twice
-        # that of float32, and a header takes some.
-        check_member(archive.getinfo(f"{name}.npy"), 2 * MAX_BYTES + 2**16)
-        return _rows_of(opened[name], rows)
-
-    return {name: _lazy(shape(name), take, name, whole=True) for name in opened.files}
-
-
-def _lazy(
-    shape: Sequence[int], take: Callable[[str, Rows], Any], name: str, *, whole: bool = False
-) -> _Array:
-    return _Array(tuple(shape), lambda rows: take(name, rows), whole)
-
-
-def _rows_of(array: np.ndarray, rows: Rows) -> np.ndarray:
-    return array if rows is None else array[list(rows)]
+def _broken(file: Path) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the errors of readers become `RunFileError`."""
+    return reading(
+        file,
+        f"a whole {file.suffix} file of numbers, not of objects",
+        "save it again with safetensors.torch.save_file or numpy.save",
+    )
 
 
 def _chosen(arrays: Mapping[str, _Array], name: str | None, file: Path) -> str:
     """Return the name of the array to read."""
     fit = [n for n, a in arrays.items() if len(a.shape) in (1, 2) and 0 not in a.shape]
-    shown = ", ".join(f"{n!r} {list(a.shape)}" for n, a in arrays.items()) or "nothing"
     if name is None and len(fit) == 1:
         return fit[0]
-    if name is None:
+    if name is None or name not in fit:
+        shown = ", ".join(f"{n!r} {list(a.shape)}" for n, a in arrays.items()) or "nothing"
         raise bad_value(
-            "name", "one array of the shape [n d_model] or [d_model] to choose",
-            f"{shown} in {file.name}", "name the array: load_vectors(path, name)",
-        )  # fmt: skip
-    if name not in fit:
-        raise bad_value(
-            "name", "an array of the shape [n d_model] or [d_model]",
-            f"{name!r}; {file.name} holds {shown}", "choose one of these",
+            "name", "one array of the shape [n d_model] or [d_model]",
+            f"{name!r}; {file.name} holds {shown}", "load_vectors(path, name)",
         )  # fmt: skip
     return name
 
 
 def _checked_rows(rows: Rows, n: int) -> list[int] | None:
-    """Return the numbers of rows, counted from 0."""
+    """Return the row numbers, counted from 0."""
     if rows is None:
         return None
     given = list(rows)
@@ -194,41 +266,16 @@ def _checked_rows(rows: Rows, n: int) -> list[int] | None:
     return [row.__index__() % n for row in given]
 
 
-def _check_size(what: str, size: int) -> None:
-    if size > MAX_BYTES:
-        raise bad_value(
-            "path", f"at most {MAX_BYTES / 2**30:g} GiB of numbers at once",
-            f"{what}, {size / 2**30:.1f} GiB", "take some rows with rows=[...]",
-        )  # fmt: skip
-
-
-def _read(array: _Array, rows: Rows, file: Path) -> Tensor:
-    """Return an array's rows in float32."""
-    try:
-        taken = array.take(rows)
-    except Exception as error:  # as above: a file may be cut off behind its header
-        raise _unreadable(file, error) from error
-    real = (
-        taken.dtype.kind in "fiu"
-        if isinstance(taken, np.ndarray)
-        else not (taken.is_complex() or taken.dtype is torch.bool)
-    )
+def _float32(taken: Tensor | np.ndarray, file: Path) -> Tensor:
+    """Return real numbers in float32."""
+    if isinstance(taken, np.ndarray):
+        real = taken.dtype.kind in "fiu"
+    else:
+        real = not (taken.is_complex() or taken.dtype is torch.bool)
     if not real:
-        raise bad_value(
-            "path", "real numbers", f"{taken.dtype} in {file.name}",
-            "save them as float32",
-        )  # fmt: skip
+        fix = "save them as float32"
+        raise bad_value("path", "real numbers", f"{taken.dtype} in {file.name}", fix)
     if isinstance(taken, np.ndarray):
         with np.errstate(over="ignore"):  # what overflows is infinite, which is checked
-            # A copy: the file may be closed, and what is mapped from it must not be written to.
-            return torch.from_numpy(np.array(taken, dtype=np.float32))
-    vectors: Tensor = taken.float()
-    return vectors
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return bad_value(
-        "path", f"a whole {file.suffix} file of numbers, not of objects",
-        f"{file} ({type(error).__name__}: {error})",
-        "save it again with safetensors.torch.save_file or numpy.save",
-    )  # fmt: skip
+            return torch.from_numpy(taken.astype(np.float32))
+    return taken.float()

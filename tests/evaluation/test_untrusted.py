@@ -27,7 +27,6 @@ from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.neighbours import TunedLens
 from superscopes_tl.statistics import read_recording
 from superscopes_tl.vectors import load_maps, load_vectors
-from superscopes_tl.vectors import stored as vector_files
 from tests.experiment.test_results import LADDER, header, rewritten
 from tests.support.killed_run import run
 
@@ -237,7 +236,6 @@ LOADERS: dict[str, Callable[..., Any]] = {
     "lens.safetensors": TunedLens.load,
     "vectors.safetensors": lambda path, model: load_vectors(path),
     "vectors.npy": lambda path, model: load_vectors(path),
-    "vectors.npz": lambda path, model: load_vectors(path),
     "recording.csv": lambda path, model: read_recording(path),
 }
 
@@ -280,23 +278,6 @@ def test_headers_that_no_tensors_have_are_refused(
     (tmp_path / name).write_bytes(head + b"\0" * 8)
     with pytest.raises(ValueError, match="(path|name): expected"):
         LOADERS[name](tmp_path / name, mini)
-
-
-def test_numbers_of_any_size_are_not_unpacked(tmp_path: Path) -> None:
-    """An array of one row whose every entry is large, and one packed by another method."""
-    path = tmp_path / "vectors.npz"
-    np.savez_compressed(path, v=np.zeros((1, 60), dtype="V1000000"))
-    size, vector_files.MAX_BYTES = vector_files.MAX_BYTES, 2**20
-    try:
-        assert peak(lambda: load_vectors(path)) < 20 * 2**20
-    finally:
-        vector_files.MAX_BYTES = size
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
-        buffer = io.BytesIO()
-        np.save(buffer, np.zeros((2, 3)))
-        archive.writestr("v.npy", buffer.getvalue())
-    with pytest.raises(ValueError, match="path: expected a whole .npz .*packed by method 12"):
-        load_vectors(path)
 
 
 def spoil(whole: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:

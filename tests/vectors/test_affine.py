@@ -21,7 +21,7 @@ from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import TokenizedText, tokenize
 from superscopes_tl.vectors import AffineMap, Mapped, fit_affine, load_maps, save_maps
 from superscopes_tl.vectors import affine as files
-from superscopes_tl.vectors.affine_fit import SMALL_RIDGE, least_squares, matched, r_squared
+from superscopes_tl.vectors.affine import SMALL_RIDGE, least_squares, matched, r_squared
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.tiny_models import tiny_hf
@@ -256,8 +256,8 @@ def test_a_file_gives_back_the_maps(maps: tuple[AffineMap, ...], tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, h: (t, {}), "safetensors that are no affine maps"),
-        (lambda t, h: (t, h | {"version": "2"}), "format version '2'"),
+        (lambda t, h: (t, {}), "format None"),
+        (lambda t, h: (t, h | {"version": "2"}), "version '2'"),
         (lambda t, h: ({"0.weight": t["0.weight"]}, h), "SafetensorError"),
         (lambda t, h: (t | {"0.bias": torch.zeros(3)}, h), "a map of shapes"),
         (lambda t, h: (t | {"0.bias": t["0.bias"] * torch.nan}, h), "not of finite float32"),
