@@ -4,7 +4,7 @@ Speaking Probes ("Speaking Probes: Self-interpreting Models?", Dar 2023) patches
 the placeholder and lets the model describe it. Here:
 
 1. Take vectors of the residual stream's width: a feed-forward layer's keys or values, a difference
-   of means (`vectors.directions`), the rows of a file (`vectors.stored`).
+   of means, the rows of a file (all in `vectors.stored`).
 2. `plan_vectors` makes them the sites of a sweep, in the place of a prompt's tokens: site i is
    vector i, its token label the vector's name, its kind "vector". There is no source run.
 3. `read_vectors` runs the plans in the same engine as any sweep: every vector, target layer and α

@@ -313,8 +313,9 @@ def fit_affine(
     for source in x:  # factorised once for all target layers
         into = [place[2] for place in places if place[:2] == source]
         weights, biases = least_squares(x[source], torch.cat([y[t] for t in into], 1), ridge=used)
-        parts = zip(weights.split(target.d_model), biases.split(target.d_model), strict=True)
-        for layer, (weight, bias) in zip(into, parts, strict=True):
+        for layer, weight, bias in zip(
+            into, weights.chunk(len(into)), biases.chunk(len(into)), strict=True
+        ):
             r2 = r_squared(held_x[source] @ weight.T + bias, held_y[layer])
             maps[*source, layer] = AffineMap(
                 weight.clone(), bias.clone(), *source, layer, *names, digest, n, float(used), r2
