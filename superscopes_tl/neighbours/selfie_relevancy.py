@@ -18,7 +18,7 @@ import pandas as pd
 
 from superscopes_tl.engine import Patch, PatchedGenerator
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.experiment import SITE, Cell, SweepPlan, make_patches
+from superscopes_tl.experiment import SITE, Cell, SweepPlan, SweepResult, make_patches
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,28 @@ def token_effects(
     ]
 
 
-def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the relevancy score of every token of every reading.
 
     Example:
-        >>> plan = plan_sweep(model, "Pearl Jam", layers=5, alphas=3, write=add)  # doctest: +SKIP
-        >>> relevancy_figure(relevancy(plan))  # doctest: +SKIP
+        >>> result = sweep(model, "Pearl Jam", layers=5, write=Add())  # doctest: +SKIP
+        >>> relevancy_figure(relevancy(result, result.best()))  # doctest: +SKIP
 
     Args:
-        plan: from `plan_sweep`, which takes the settings of `sweep` (or one of `plan_vectors`).
-        rows: rows of the table of its sweep, such as `result.best()`; all cells unless given.
+        result: of a sweep in this session, or the plan of one.
+        rows: rows of its table, such as `result.best()`; defaults to all cells.
 
     Returns:
         A row per token. Columns: those that name the cell, `step` (0 is the first token),
         `written` (the token), `probability`, `unpatched_probability` and `relevancy`.
 
     Raises:
-        TypeError: something other than a plan.
+        TypeError: neither a plan nor a result that has one, as a loaded result does not.
         ValueError: a cell that is none of the plan's.
     """
+    plan = result.plan if isinstance(result, SweepResult) else result
     if not isinstance(plan, SweepPlan):
-        raise bad_type("plan", "a plan", plan, "pass plan_sweep(model, prompt, ...)")
+        raise bad_type("result", "a result with a plan, or a plan", result, "pass plan_sweep(...)")
     every = frozenset(plan.all_cells)
     named: Any = () if rows is None else rows.itertuples(index=False)
     wanted = every if rows is None else frozenset(map(Cell.of, named))
@@ -103,7 +104,7 @@ def relevancy(plan: SweepPlan, rows: pd.DataFrame | None = None) -> pd.DataFrame
             "rows", "cells of the plan", next(iter(wanted - every)),
             "pass rows of the table of its sweep",
         )  # fmt: skip
-    part = replace(plan, finished=every - wanted)
+    part = plan.only(wanted)
     patches = make_patches(part)
     texts = [generation.token_ids for generation in plan.generator.generate(patches)]
     found = [

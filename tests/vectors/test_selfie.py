@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -177,15 +178,15 @@ def test_ways_have_names_and_are_told_apart(tiny: Tiny) -> None:
 
 
 def test_relevancy_takes_rows_of_its_own_sweep(tiny: Tiny) -> None:
-    """Rows of another prompt are refused, and so is a result in the place of the plan."""
+    """Rows of another prompt are refused, and so is a result without a plan."""
     model = tiny("llama", "bridge")
     plan = plan_sweep(model, PROMPT, layers=[5, 2], scorer=_nothing)
     other = sweep(model, "Pearl Jam", layers=[5, 2], scorer=_nothing, progress=False)
     with pytest.raises(ValueError, match="rows: expected rows with prompt .* got .*Pearl Jam"):
         relevancy(plan, other.table)
-    wrong: Any = other
-    with pytest.raises(TypeError, match="plan: expected a plan, got SweepResult"):
-        relevancy(wrong)
+    assert set(relevancy(other)["prompt"]) == {"Pearl Jam"}
+    with pytest.raises(TypeError, match="^result:"):
+        relevancy(replace(other, plan=None))
     with pytest.raises(TypeError, match="writes: expected ways to write, got str 'add'"):
         Both("add", AtLayers(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"layers: expected whole numbers, got list \[0, 3\]"):
