@@ -1,9 +1,6 @@
-"""The one shape of every message about bad input.
+"""Errors about bad input, with one form of message: argument, expected, got, fix.
 
-A reader of an error wants four things: which argument, what was expected, what came, and what to
-do. `bad_value` writes them in that order, for example:
-
-    alphas: expected at least one finite number, got []. Fix: pass for example alphas=(1, 3, 6).
+alphas: expected at least one finite number, got []. Fix: pass for example alphas=(1, 3, 6).
 """
 
 from __future__ import annotations
@@ -20,25 +17,25 @@ class UnavailableKindError(ValueError):
 
 
 class PlaceholderError(ValueError):
-    """The target prompt's placeholder is missing or is not a token of its own."""
+    """The placeholder of the target prompt is missing or not a token of its own."""
 
 
 class ModelLoadError(ValueError):
-    """The thing given as a model cannot be loaded as one."""
+    """The argument cannot be loaded as a model."""
 
 
 class RunFileError(ValueError):
-    """The file is not a run file that this version can open."""
+    """The file is not one that this version of the package can read."""
 
 
 LONGEST_GOT = 200
-"""How many characters of a bad value a message shows."""
+"""Longest excerpt of a bad value in a message, in characters."""
 
 
 def describe(argument: str, expected: str, got: object, fix: str) -> str:
     """Return `argument: expected ..., got .... Fix: ....` with `got` cut at `LONGEST_GOT`.
 
-    A string is shown as it is, unless that would show nothing or break the line.
+    A string is shown without quotes, unless it is blank or contains line breaks.
     """
     plain = isinstance(got, str) and got.isprintable() and got.strip()
     shown = str(got) if plain else repr(got)
@@ -48,13 +45,13 @@ def describe(argument: str, expected: str, got: object, fix: str) -> str:
 
 
 def brief(text: object, longest: int = 160) -> str:
-    """Return what somebody else wrote on one line, cut at `longest` characters."""
+    """Return foreign text on one line, cut at `longest` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def reason(error: Exception) -> str:
-    """Return why something could not be read: in our own words, or in those of a library."""
+    """Return the message of an error, with its class unless it is a plain `ValueError`."""
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
@@ -78,7 +75,7 @@ def check_choice(argument: str, value: Choice, choices: Iterable[Choice]) -> Cho
     """Return `value` after checking that it is one of `choices`.
 
     Raises:
-        ValueError: it is not; the message suggests the closest one.
+        ValueError: the message lists them and suggests the closest one.
     """
     names = list(choices)
     if value in names:
@@ -89,17 +86,13 @@ def check_choice(argument: str, value: Choice, choices: Iterable[Choice]) -> Cho
 
 
 def check_callable(argument: str, given: object, *, expected: str, fix: str) -> None:
-    """Raise unless `given` is a callable.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Raise a `TypeError` unless `given` is callable."""
     if not callable(given):
         raise bad_type(argument, expected, given, fix)
 
 
 def check_count(argument: str, value: object, *, least: int, fix: str) -> int:
-    """Return `value` after checking that it is a whole number of at least `least`.
+    """Return `value` after checking that it is an integer of at least `least`.
 
     Raises:
         TypeError: not a whole number.

@@ -1,16 +1,16 @@
-"""Files: written whole or not at all, and read as bounded data from anyone.
+"""Files: written atomically, and read safely from untrusted sources.
 
 Writing:
-1. Write to a new file beside the old one; the old one stays until the new one is complete.
+1. Write to a new file beside the old one, which stays until the new one is complete.
 2. Sync it to disk, then move it into place in one step.
-3. An error of the disk or folder becomes one `OSError` with the path and the fix.
+3. A failure of disk or folder becomes one `OSError` with path and fix.
 
 Reading:
-1. `unfit`: an ordinary file, no larger than a limit, so that reading it ends.
-2. `read_zip`, `check_member`: the entries of a zip by name, no more bytes than it declares.
-3. `read_json`: a JSON object; no NaN by default, no deep nesting.
-4. `read_parquet`: numbers, booleans and strings, of a size known before they are allocated.
-5. `checked_rows`, `checked_provenance`: what the package relies on in a table and its provenance.
+1. `unfit`: a regular file below a size limit, so that reading it terminates.
+2. `read_zip`, `check_member`: named entries of a zip, no larger than declared.
+3. `read_json`: a JSON object, by default without NaN.
+4. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
+5. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
 
 Readers raise `ValueError` or a library's own error; `reading` turns these into one `RunFileError`
 that names the file.
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_JSON_BYTES = 16 * 2**20
-"""More provenance than this is refused: Python needs many times as much to hold it."""
+"""Largest JSON text; parsed, it takes many times as much memory."""
 
 _DTYPES = {"int": "iu", "float": "fiu", "bool": "b"}
-"""The kinds of numpy types that a column may have."""
+"""Python types of columns, with the kinds of numpy dtypes that can hold them."""
 
 _PARTS: Mapping[str, type | tuple[type, ...]] = {
     "prompt": str,
@@ -49,15 +49,15 @@ _PARTS: Mapping[str, type | tuple[type, ...]] = {
     "config": dict,
     "tokens": dict,
 }
-"""The parts of a provenance that are read again, and what they are."""
+"""Types of the parts of a provenance that the package reads."""
 
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give a path to write to, beside `target`, which replaces it when all went well.
+    """Yield a temporary path beside `target`, which replaces it on success.
 
-    A writer that fails leaves what was there before and nothing else; one that is killed may also
-    leave its hidden new file.
+    A writer that fails leaves the old file and nothing else. One that is killed may also leave its
+    hidden temporary file.
 
     Raises:
         OSError: the folder is missing or read-only, the disk is full, or `target` is a folder.
@@ -68,17 +68,17 @@ def written_whole(target: Path) -> Iterator[Path]:
             raise IsADirectoryError("it is a folder")
         yield fresh
         with fresh.open("rb+") as written:
-            os.fsync(written.fileno())  # some disks say only now that they are full
+            os.fsync(written.fileno())  # some disks report only now that they are full
         fresh.replace(target)
     except OSError as error:
         raise unwritable(target, error) from error
     finally:
-        with contextlib.suppress(OSError):  # where it could not be made there is none
+        with contextlib.suppress(OSError):  # it may never have been created
             fresh.unlink(missing_ok=True)
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and a header to a safetensors file, whole or not at all.
+    """Write tensors and a header to a safetensors file, atomically.
 
     Raises:
         OSError: as `written_whole`.
@@ -89,21 +89,16 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Mapping[s
     with written_whole(target) as fresh:
         try:
             save_file(dict(tensors), fresh, metadata=dict(header))
-        except SafetensorError as error:  # its reason is a text: no space, no folder, no rights
+        except SafetensorError as error:  # disk full, missing folder, no permission: text only
             raise OSError(str(error)) from error
 
 
 def unwritable(path: object, error: Exception) -> OSError:
-    """Return (not raise) what to say of a file that cannot be opened or written."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    """Build the error for a file that cannot be opened or written."""
+    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    fix = "check folder, permissions, free space and other runs on this file, which is unchanged"
     return OSError(
-        describe(
-            "path",
-            "a file that can be opened and written",
-            f"{path} ({reason})",
-            "check folder, rights, free space and other runs on this file; what was in it "
-            "before is still whole",
-        )
+        describe("path", "a file that can be opened and written", f"{path} ({cause})", fix)
     )
 
 
@@ -152,13 +147,13 @@ def check_format(header: Mapping[str, Any], name: str, number: object) -> None:
 
 
 def unfit(path: str | os.PathLike[str], most: int | None) -> str:
-    """Return why a file is not to be opened; nothing if it may be.
+    """Return why a file must not be opened; an empty string if it may be.
 
-    A pipe or a device has no size, and reading it may never end.
+    Pipes and devices have no size, and reading one may never end.
 
     Args:
         path: the file.
-        most: how many bytes it may have; any number for `None`.
+        most: largest size in bytes; `None` for no limit.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -171,11 +166,10 @@ def unfit(path: str | os.PathLike[str], most: int | None) -> str:
 
 
 def check_member(info: zipfile.ZipInfo, most: int) -> None:
-    """Refuse an entry of a zip that is, or may unpack to, more than is read at once.
+    """Raise for an entry of a zip that may unpack to more than `most` bytes.
 
     Raises:
-        ValueError: it declares more than `most` bytes, or is packed in a way that may unpack to
-            more than it declares.
+        ValueError: a larger declared size, or a compression method that may exceed it.
     """
     if info.file_size > most:
         raise ValueError(f"more than {most} bytes of content in {info.filename}")
@@ -184,7 +178,7 @@ def check_member(info: zipfile.ZipInfo, most: int) -> None:
 
 
 def read_zip(path: str | os.PathLike[str], names: Sequence[str], most: int) -> list[bytes]:
-    """Return the entries of a zip that has these and no others. Nothing is written to the disk.
+    """Return the contents of a zip that has exactly these entries, without unpacking it to disk.
 
     Raises:
         ValueError: other entries, or more than `most` bytes.
@@ -198,16 +192,16 @@ def read_zip(path: str | os.PathLike[str], names: Sequence[str], most: int) -> l
         for info in map(archive.getinfo, names):
             check_member(info, most)
             with archive.open(info) as member:
-                found.append(member.read(info.file_size))  # read() unpacks 2 GB before it cuts
+                found.append(member.read(info.file_size))  # a plain read() unpacks up to 2 GB first
     return found
 
 
 def read_json(text: str | bytes, *, nan: bool = False) -> dict[str, Any]:
-    """Return a JSON object; `nan` allows NaN and infinity, which JSON does not have.
+    """Parse a JSON object; `nan` allows NaN and infinity, which are not standard JSON.
 
     Raises:
-        ValueError: too large, no JSON, no object, or such a number.
-        RecursionError: nested too deep.
+        ValueError: too large, not JSON, not an object, or such a number.
+        RecursionError: nested too deeply.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes of JSON")
@@ -222,13 +216,14 @@ def _no_number(name: str) -> float:
 
 
 def read_parquet(data: bytes, most: int) -> pd.DataFrame:
-    """Return the table of a Parquet file.
+    """Parse a Parquet file.
 
-    A column of one repeated text is a few bytes in the file and gigabytes in memory. Texts are
-    therefore read as numbers into a dictionary, and written out when their sum is known.
+    A column of one repeated string takes a few bytes in the file and may take gigabytes in memory.
+    Strings are therefore read dictionary-encoded, and expanded once their total size is known.
 
     Raises:
-        ValueError: more than `most` bytes, or something else than numbers, truth values and texts.
+        ValueError: more than `most` bytes, or columns of other types than numbers, booleans and
+            strings.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -243,7 +238,7 @@ def read_parquet(data: bytes, most: int) -> pd.DataFrame:
         size += column.nbytes + _text_bytes(column)
         if size > most:
             raise ValueError(f"more than {most} bytes of table")
-        # The type that the file declares, so that a text is a text and no category.
+        # Back from dictionary-encoded to the declared type.
         columns.append(column.cast(field.type) if field.name in texts else column)
     frame: pd.DataFrame = pa.table(columns, names=table.column_names).to_pandas(
         ignore_metadata=True
@@ -252,7 +247,7 @@ def read_parquet(data: bytes, most: int) -> pd.DataFrame:
 
 
 def _check_footer(metadata: Any, schema: pa.Schema, most: int) -> None:
-    """Refuse by what the file says of itself, before any of its numbers are read."""
+    """Raise for types, sizes or compression that the footer declares, before data is read."""
     import pyarrow as pa
 
     for field in schema:
@@ -266,7 +261,7 @@ def _check_footer(metadata: Any, schema: pa.Schema, most: int) -> None:
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
     if rows * len(schema) * 8 > most or unpacked > most:
         raise ValueError(f"more than {most} bytes of table")
-    # Snappy, by which tables are written here, packs at most 21 bytes into one; others do not stop.
+    # Snappy compresses at most 21-fold; other codecs have no such bound.
     packed = {str(chunk.compression) for chunk in chunks} - {"SNAPPY", "UNCOMPRESSED"}
     if packed:
         raise ValueError(f"a table packed by {', '.join(sorted(packed))}")
@@ -279,7 +274,7 @@ def _is_text(type_: pa.DataType) -> bool:
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Return the bytes of all texts of a column of numbers into a dictionary."""
+    """Return the expanded size of a dictionary-encoded column; 0 for any other."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -290,31 +285,30 @@ def _text_bytes(column: pa.ChunkedArray) -> int:
 
 
 def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
-    """Return a table of readings if its columns hold what they say.
+    """Return a table of readings after checking its columns.
 
     Args:
-        table: the readings, and more columns beside them.
-        types: the name of the Python type of each column of a reading.
+        table: the readings, and further columns.
+        types: name of the Python type of each column of a reading.
 
     Raises:
-        ValueError: a column that is there twice, of another type, or a layer, position or α that no
-            cell has.
+        ValueError: a duplicate column, one of another type, or an impossible layer, position or α.
     """
     twice = sorted(set(table.columns[table.columns.duplicated()]))
     if twice:
         raise ValueError(f"two columns {twice}")
     if table.empty:
-        return table  # has no types yet
+        return table  # columns have no types yet
     for name, column in table.items():
         type_ = types.get(str(name), "texts or numbers")
         if type_ in _DTYPES:
             fits = column.dtype.kind in _DTYPES[type_]
-        else:  # a control may be missing here and there
+        else:  # controls may be missing
             may_be = str if type_ == "str" else (str, int, float, type(None))
             fits = all(isinstance(value, may_be) for value in column.tolist())
         if not fits:
             raise ValueError(f"a column {name!r} that does not hold {type_}")
-    least = {"position": 0, "target_layer": 0, "draw": 0, "source_layer": -1}  # −1: of no layer
+    least = {"position": 0, "target_layer": 0, "draw": 0, "source_layer": -1}  # −1: no layer
     for name, number in least.items():
         if (table[name] < number).any():
             raise ValueError(f"a {name} below {number}")
@@ -324,10 +318,10 @@ def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
 
 
 def checked_provenance(found: object) -> dict[str, Any]:
-    """Return a provenance if the parts that are read again are what they should be.
+    """Return a provenance after checking the types of the parts that the package reads.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a part of another type.
     """
     if not isinstance(found, dict):
         raise ValueError("no provenance")

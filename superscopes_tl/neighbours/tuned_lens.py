@@ -32,8 +32,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from superscopes_tl.errors import RunFileError, bad_value, check_count, describe
-from superscopes_tl.files import unfit, write_tensors
+from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.files import reading, write_tensors
 from superscopes_tl.model import LanguageModel, Site, load_model
 from superscopes_tl.neighbours.lenses import Place, divergence, token_states
 
@@ -119,27 +119,22 @@ class TunedLens:
         from safetensors import safe_open
 
         lens = cls.untrained(model)
-        if reason := unfit(path, None):
-            raise _no_lens(path, reason)
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, names = file.metadata() or {}, sorted(file.keys())
-                if header.get("format") != FORMAT or names != ["biases", "matrices"]:
-                    raise _no_lens(path, f"format {header.get('format')!r}, tensors {names}")
-                about, training = header["model"], json.loads(header["training"])
-                if not isinstance(training, dict):
-                    raise TypeError(f"training {training!r}")
-                lens = replace(
-                    lens, model=about, fingerprint=header["fingerprint"], training=training
-                )
-                if lens.fingerprint == model.fingerprint:  # else no number of it is read
-                    matrices = _numbers(file, "matrices", lens.matrices)
-                    biases = _numbers(file, "biases", lens.biases)
-                    lens = replace(lens, matrices=matrices, biases=biases)
-        except (FileNotFoundError, RunFileError):
-            raise
-        except Exception as error:  # whatever the safetensors and JSON readers raise on bad bytes
-            raise _no_lens(path, f"{type(error).__name__}: {error}") from error
+        expected = "a safetensors file that TunedLens.save wrote"
+        with (
+            reading(path, expected, "train one with train_tuned_lens and save it"),
+            safe_open(path, framework="pt") as file,
+        ):
+            header, names = file.metadata() or {}, sorted(file.keys())
+            if header.get("format") != FORMAT or names != ["biases", "matrices"]:
+                raise ValueError(f"format {header.get('format')!r}, tensors {names}")
+            about, training = header["model"], json.loads(header["training"])
+            if not isinstance(training, dict):
+                raise TypeError(f"training {training!r}")
+            lens = replace(lens, model=about, fingerprint=header["fingerprint"], training=training)
+            if lens.fingerprint == model.fingerprint:  # otherwise no tensor is read
+                matrices = _numbers(file, "matrices", lens.matrices)
+                biases = _numbers(file, "biases", lens.biases)
+                lens = replace(lens, matrices=matrices, biases=biases)
         lens._check_model(model, "path")
         return lens
 
@@ -162,17 +157,6 @@ def _numbers(file: Any, name: str, like: Tensor) -> Tensor:
     if numbers.dtype != torch.float32 or not bool(numbers.isfinite().all()):
         raise ValueError(f"{name} that are not finite float32 numbers")
     return numbers
-
-
-def _no_lens(path: object, got: str) -> RunFileError:
-    return RunFileError(
-        describe(
-            "path",
-            "a safetensors file that TunedLens.save wrote",
-            f"{path} with {got}",
-            "train one with train_tuned_lens and save it",
-        )
-    )
 
 
 def train_tuned_lens(
