@@ -69,8 +69,14 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
+            names = list(pd.read_csv(io.StringIO(text, newline=""), nrows=0, index_col=False))
             rows = pd.read_csv(
-                io.StringIO(text, newline=""), dtype=str, keep_default_na=False, index_col=False
+                io.StringIO(text, newline=""),
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                # Only these: short lines under a long header would take gigabytes.
+                usecols=[name for name in names if name.strip() in COLUMNS],
             )
     except ValueError as error:
         raise _bad(path, "a CSV file", reason(error)) from error
@@ -79,7 +85,7 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
         raise _bad(path, f"the columns {', '.join(COLUMNS)}", f"no {', '.join(missing)}")
     if rows.empty:
         raise _bad(path, "at least one generated text", "a header alone")
-    if extra := [str(name) for name in rows if name not in COLUMNS]:
+    if extra := [name.strip() for name in names if name.strip() not in COLUMNS]:
         notes.append(f"Ignored columns: {', '.join(map(repr, extra))}.")
     table = rows[list(COLUMNS)].rename(columns=COLUMNS)
     layers, alphas = (pd.to_numeric(table[c], "coerce") for c in ("source_layer", "alpha"))
