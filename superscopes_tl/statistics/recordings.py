@@ -69,7 +69,8 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
-            names = list(pd.read_csv(io.StringIO(text, newline=""), nrows=0, index_col=False))
+            header = pd.read_csv(io.StringIO(text, newline=""), nrows=0, index_col=False)
+            names = [str(name) for name in header]
             rows = pd.read_csv(
                 io.StringIO(text, newline=""),
                 dtype=str,
