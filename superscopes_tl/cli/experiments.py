@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
@@ -39,7 +39,7 @@ from superscopes_tl.evaluation import (
 from superscopes_tl.evaluation import evaluate as run_evaluate
 from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
 from superscopes_tl.experiment import sweep as run_sweep
-from superscopes_tl.figures import earlier_table, figure_3, heatmap, write_html
+from superscopes_tl.figures import earlier_table, figure_3, heatmap, layer_grid, write_html
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import DEFAULT_MODEL
 from superscopes_tl.scores import PAPER_THRESHOLD
@@ -109,10 +109,10 @@ def sweep(
     if saved:
         say(f"Run file: {saved}")
     if html:
-        x: Literal["alpha", "target_layer"] = "target_layer" if _several(result) else "alpha"
+        draw = layer_grid if _several(result) else heatmap
         value = "score" if result.table["written"].all() else "recovered"
         positions = dict.fromkeys(result.table["position"])
-        figures = [heatmap(result, x=x, value=value, position=p) for p in positions]
+        figures = [draw(result, value=value, position=p) for p in positions]
         say(f"Heatmap: {write_html(figures, html)}")
 
 

@@ -28,7 +28,7 @@ from superscopes_tl.cli.options import (
 )
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import NAMES, keep, readability
-from superscopes_tl.figures import readability_figure, write_html
+from superscopes_tl.figures import readability_curve, write_html
 from superscopes_tl.files import written_whole
 from superscopes_tl.mini import measured
 from superscopes_tl.model import DEFAULT_MODEL, load_model
@@ -112,7 +112,7 @@ def check(
             fresh.write_text(json_format.dumps(found.to_json(), indent=1), encoding="utf-8")
         say(f"Written: {json}")
     if html:
-        say(f"Figure: {write_html(readability_figure(found), html, title=found.verdict)}")
+        say(f"Figure: {write_html(readability_curve(found), html, title=found.verdict)}")
 
 
 def _list() -> None:

@@ -26,7 +26,7 @@ from superscopes_tl.cli.options import (
 )
 from superscopes_tl.engine import crop_description
 from superscopes_tl.experiment import read_vectors
-from superscopes_tl.figures import cells_of, side_by_side_figure, write_html
+from superscopes_tl.figures import cells_of, side_by_side_table, write_html
 from superscopes_tl.model import DEFAULT_MODEL
 from superscopes_tl.neighbours import side_by_side as read_side_by_side
 from superscopes_tl.vectors import load_vectors
@@ -101,7 +101,7 @@ def side_by_side(
         table.add_row(*map(escape, row))
     OUTPUT.print(table)
     if html:
-        say(f"Page: {write_html(side_by_side_figure(found, title=title), html)}")
+        say(f"Page: {write_html(side_by_side_table(found, title=title), html)}")
 
 
 def _readings(result: Any, file: Path, *, scored: bool) -> Table:

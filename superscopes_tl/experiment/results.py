@@ -46,7 +46,7 @@ MOST_CAVEATS = 3
 Rule: TypeAlias = Callable[[pd.DataFrame, Mapping[str, Any]], str]
 
 
-_SHOWN = ("description", "alpha", "score", "recovered", "target_layer")
+_SHOWN = ("description", "alpha", "score", "recovered", "target_layer", "written")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +135,8 @@ class SweepResult:
 
         Returns:
             A table with the source layer as index and, for every kind, the columns
-            `(kind, "description")`, `(kind, "alpha")`, `(kind, "score")`, `(kind, "recovered")`
-            and `(kind, "target_layer")`.
+            `(kind, "description")`, `(kind, "alpha")`, `(kind, "score")`, `(kind, "recovered")`,
+            `(kind, "target_layer")` and `(kind, "written")`.
 
         Raises:
             ValueError: an α or position that the sweep does not have.

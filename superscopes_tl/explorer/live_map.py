@@ -28,19 +28,18 @@ import pandas as pd
 import plotly
 import plotly.graph_objects as go
 import traitlets
-from plotly.subplots import make_subplots
 
 from superscopes_tl.experiment import Cell, SweepPlan, SweepResult
 from superscopes_tl.explorer.view import STATIC
 from superscopes_tl.figures import (
-    COLOR_SCALE,
-    LABEL_LIMIT,
     MARKS,
-    TITLES,
+    NO_CELL,
+    Grid,
     Shades,
+    axis_label,
+    draw,
     hover_text,
     mark_of,
-    score_range,
     value_range,
 )
 
@@ -105,11 +104,6 @@ class Axes:
         )
 
 
-def axis_label(value: float) -> str:
-    """Return a number as the axes show it."""
-    return f"{value:.10g}"
-
-
 @cache
 def packed_script() -> bytes:
     """Return plotly's script for widgets, compressed with gzip; the same bytes every time."""
@@ -146,18 +140,15 @@ class LiveMap:
         self.marks: tuple[str, ...] = ()
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
+        empty = self._grid(pd.DataFrame())
         self.widget = SharedFigureWidget(
-            make_subplots(
-                cols=len(axes.kinds),
-                shared_yaxes=True,
-                horizontal_spacing=0.025,
-                subplot_titles=[TITLES.get(kind, kind) for kind in axes.kinds],
+            draw(
+                empty, "score", hover_text, title="", x_title="α", every_mark=True,
+                mark=lambda row: mark_of(row, "score"),
             )
-        )
-        for column, kind in enumerate(axes.kinds, start=1):
-            for trace in self._traces(kind):
-                self.widget.add_trace(trace, row=1, col=column)
-        for trace in self.widget.data:
+        )  # fmt: skip
+        for index, trace in enumerate(self.widget.data):
+            trace.meta = axes.kinds[index // _TRACES]
             trace.on_click(partial(self._clicked, str(trace.meta)))
         self._lay_out()
         self.draw(pd.DataFrame(), None, "same", "score")
@@ -166,30 +157,21 @@ class LiveMap:
         self, table: pd.DataFrame, position: int | None, target: int | str, value: str
     ) -> None:
         """Show the finished cells of one token and target, coloured by a column."""
-        rows: list[Any] = table.to_dict("records") if len(table) else []
-        grid = {
-            (row["kind"], str(row["source_layer"]), axis_label(row["alpha"])): row
-            for row in rows
-            if row["position"] == position
-            and row["target_layer"] == (row["source_layer"] if target == "same" else target)
-        }
+        if len(table):
+            into = table["source_layer"] if target == "same" else target
+            table = table[(table["position"] == position) & (table["target_layer"] == into)]
+        grid = self._grid(table)
         with self.widget.batch_update():
             for index, kind in enumerate(self._axes.kinds):
                 cells, *marks = self.widget.data[_TRACES * index : _TRACES * (index + 1)]
-                cells.z = [
-                    [_shown(grid.get((kind, y, x)), value) for x in self._x] for y in self._y
-                ]
-                cells.customdata = [
-                    [_hover(grid.get((kind, y, x))) for x in self._x] for y in self._y
-                ]
-                carried = {
-                    (x, y): mark_of(grid.get((kind, y, x)), value) for y in self._y for x in self._x
-                }
+                cells.z = grid.numbers(kind, value)
+                cells.customdata = grid.each(kind, hover_text, NO_CELL)
+                marked = grid.marked(kind, lambda row: mark_of(row, value))
                 for trace in marks:
-                    found = [place for place, name in carried.items() if name == trace.name]
-                    trace.x, trace.y = [x for x, _ in found], [y for _, y in found]
+                    trace.x = [axis_label(x) for _, x in marked[trace.name]]
+                    trace.y = [axis_label(y) for y, _ in marked[trace.name]]
             scale = self.widget.layout.coloraxis
-            scale.cmin, scale.cmax = value_range(table, value) or score_range(table)
+            scale.cmin, scale.cmax = value_range(table, value)
             scale.colorbar.title.text = value
         there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
         self.marks = tuple(name for name in MARKS if name in there)
@@ -216,63 +198,32 @@ class LiveMap:
             "line": {"color": MARKED, "width": 3},
         }
 
-    def _traces(self, kind: str) -> list[Any]:
-        """Return the coloured cells of a panel and the kinds of marks on them."""
-        cells = go.Heatmap(
-            x=self._x,
-            y=self._y,
-            z=[[None] * len(self._x) for _ in self._y],
-            coloraxis="coloraxis",
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverongaps=False,
-            texttemplate="%{z:.2f}" if len(self._x) <= LABEL_LIMIT else None,
-            textfont={"size": 10},
-            xgap=1,
-            ygap=1,
-            meta=kind,
+    def _grid(self, table: pd.DataFrame) -> Grid:
+        """Lay out some rows on the axes of the whole sweep."""
+        axes = self._axes
+        return Grid.of(
+            table, x="alpha", panel="kind", panels=axes.kinds, ys=axes.layers, xs=axes.alphas
         )
-        marks = [
-            go.Scatter(
-                x=[],
-                y=[],
-                mode="markers",
-                name=name,
-                marker={
-                    "symbol": symbol,
-                    "color": "#8a8a8a",
-                    "size": _SMALL.get(name, 8),
-                    "line": {"color": "#8a8a8a"},
-                },
-                hoverinfo="skip",
-                showlegend=False,
-                meta=kind,
-            )
-            for name, (symbol, _) in MARKS.items()
-        ]
-        return [cells, *marks]
 
     def _lay_out(self) -> None:
-        self.widget.update_xaxes(
-            title_text="α",
-            type="category",
-            categoryorder="array",
-            categoryarray=self._x,
-            range=[-0.5, len(self._x) - 0.5],
+        self.widget.update_traces(textfont={"size": 10}, selector={"type": "heatmap"})
+        for name in MARKS:
+            marker = {"color": "#8a8a8a", "line_color": "#8a8a8a", "size": _SMALL.get(name, 8)}
+            self.widget.update_traces(marker=marker, selector={"name": name})
+        self.widget.update_traces(
+            showlegend=False, hoverinfo="skip", hovertemplate=None, selector={"type": "scatter"}
         )
-        self.widget.update_yaxes(
-            type="category",
-            categoryorder="array",
-            categoryarray=self._y,
-            range=[-0.5, len(self._y) - 0.5],
-        )
-        self.widget.update_yaxes(title_text="source layer", col=1)
+        for update, names in (
+            (self.widget.update_xaxes, self._x),
+            (self.widget.update_yaxes, self._y),
+        ):
+            update(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
         self.widget.update_annotations(font_size=13)  # the panels' titles
         _plain(self.widget, height=min(720, 130 + 22 * max(6, len(self._y))))
         self.widget.update_layout(
-            coloraxis={
-                "colorscale": COLOR_SCALE,
-                "colorbar": {"title": {"text": "score"}, "thickness": 10, "x": 1.01},
-            },
+            title=None,
+            width=None,
+            coloraxis_colorbar={"title": {"text": "score"}, "thickness": 10, "x": 1.01},
             margin={"l": 46, "r": 10, "t": 28, "b": 42},
         )
 
@@ -348,12 +299,3 @@ def _plain(figure: Any, *, height: int) -> None:
     figure.update_xaxes(fixedrange=True, showgrid=False, zeroline=False)
     figure.update_yaxes(fixedrange=True, showgrid=False, zeroline=False)
     figure._config = {**figure._config, "displayModeBar": False, "responsive": True}
-
-
-def _shown(row: dict[str, Any] | None, value: str) -> float | None:
-    """Return a cell's number; `None` where there is none: a notebook sends finite numbers."""
-    return float(row[value]) if row is not None and math.isfinite(row[value]) else None
-
-
-def _hover(row: dict[str, Any] | None) -> str:
-    return "not computed" if row is None else hover_text(row)

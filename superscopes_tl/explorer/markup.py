@@ -21,7 +21,7 @@ from plotly.colors import sample_colorscale
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import Cell, Reading, SweepResult
 from superscopes_tl.explorer.cell import Probe
-from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades, at_target, unsaid
+from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
 from superscopes_tl.model import PAPER_KINDS
 
 SHARES = {
@@ -117,10 +117,11 @@ def best(
 ) -> str:
     """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
     by: Any = shades.column
-    wide = at_target(result, target_layer).by_layer(alpha=alpha, position=position, by=by)
+    into: Any = "all" if target_layer is None else target_layer
+    wide = result.at(position, into).by_layer(alpha=alpha, by=by)
     kinds = list(wide.columns.get_level_values(0).unique())
     rows = [
-        (layer, [_best_cell(result, kind, layer, row[kind]) for kind in kinds])
+        (layer, [row[kind].to_dict() for kind in kinds])
         for layer, (_, row) in zip(map(int, wide.index), wide.iterrows(), strict=True)
     ]
     title = "Best α of every site" if alpha is None else f"α = {alpha:g}"
@@ -150,10 +151,6 @@ def code(text: str) -> str:
 def saved(path: Path, data: str) -> str:
     """Return where a file was saved, and a download of its base64 `data` if there is any."""
     return _html("saved", path, path.name, data)
-
-
-def _best_cell(result: SweepResult, kind: str, layer: int, cell: Any) -> dict[Any, Any]:
-    return {**cell, "written": unsaid(result, kind, layer, cell) != "not written out"}
 
 
 def _part(rows: pd.DataFrame) -> list[tuple[str, Mapping[Any, Any]]]:

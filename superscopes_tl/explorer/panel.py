@@ -22,9 +22,9 @@ from superscopes_tl.experiment import Cell, Reading, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import Latest
 from superscopes_tl.explorer.cell import Probe, code_for, ladder, probe, reading_at
-from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap, axis_label
+from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap
 from superscopes_tl.explorer.view import BEST, View
-from superscopes_tl.figures import Shades, usual_value
+from superscopes_tl.figures import Shades, axis_label, usual_value
 from superscopes_tl.neighbours import LENSES, Lens
 
 

@@ -1,50 +1,72 @@
-"""Plotly figures of results, and their export."""
+"""Plotly figures of results, named by what they show and their form, and their export.
 
-from superscopes_tl.figures.causal_figures import effect_heatmap
-from superscopes_tl.figures.export import save_as, write_html
-from superscopes_tl.figures.grid_figures import layer_grid, next_token_curve, next_token_grid
-from superscopes_tl.figures.lens_figures import lens_heatmap, lens_kl_figure
-from superscopes_tl.figures.metric_figures import earlier_table
-from superscopes_tl.figures.model_check import readability_figure
-from superscopes_tl.figures.paper import at_target, best_table, decomposition, text_lines, unsaid
-from superscopes_tl.figures.paper_figures import (
+`figure_1`, `figure_3`, `figure_5` and `figure_6` are the paper's own numbers.
+"""
+
+from superscopes_tl.figures.export import heatmap_png, save_as, write_html
+from superscopes_tl.figures.grid import (
+    COLOR_SCALE,
+    MARKS,
+    METHOD_COLORS,
+    NO_CELL,
+    Grid,
+    axis_label,
+    draw,
+)
+from superscopes_tl.figures.neighbours import (
+    cells_of,
+    effect_heatmap,
+    lens_heatmap,
+    lens_kl_curve,
+    next_token_curve,
+    next_token_grid,
+    relevancy_heatmap,
+    side_by_side_table,
+)
+from superscopes_tl.figures.paper import (
     alpha_ladder,
+    best_table,
+    decomposition,
     figure_1,
     figure_3,
     figure_5,
     figure_6,
 )
-from superscopes_tl.figures.side_by_side import cells_of, relevancy_figure, side_by_side_figure
-from superscopes_tl.figures.snapshot import heatmap_png
+from superscopes_tl.figures.statistics import (
+    amplifier_dots,
+    earlier_table,
+    readability_curve,
+    roc_curve,
+    selector_dots,
+)
 from superscopes_tl.figures.sweeps import (
-    COLOR_SCALE,
-    LABEL_LIMIT,
-    MARKS,
-    TITLES,
     USUAL_SCORES,
     Shades,
     alpha_curve,
     heatmap,
     hover_text,
+    layer_grid,
     mark_of,
-    score_range,
     usual_value,
     value_range,
 )
 
 __all__ = [
     "COLOR_SCALE",
-    "LABEL_LIMIT",
     "MARKS",
-    "TITLES",
+    "METHOD_COLORS",
+    "NO_CELL",
     "USUAL_SCORES",
+    "Grid",
     "Shades",
     "alpha_curve",
     "alpha_ladder",
-    "at_target",
+    "amplifier_dots",
+    "axis_label",
     "best_table",
     "cells_of",
     "decomposition",
+    "draw",
     "earlier_table",
     "effect_heatmap",
     "figure_1",
@@ -56,17 +78,16 @@ __all__ = [
     "hover_text",
     "layer_grid",
     "lens_heatmap",
-    "lens_kl_figure",
+    "lens_kl_curve",
     "mark_of",
     "next_token_curve",
     "next_token_grid",
-    "readability_figure",
-    "relevancy_figure",
+    "readability_curve",
+    "relevancy_heatmap",
+    "roc_curve",
     "save_as",
-    "score_range",
-    "side_by_side_figure",
-    "text_lines",
-    "unsaid",
+    "selector_dots",
+    "side_by_side_table",
     "usual_value",
     "value_range",
     "write_html",

@@ -1,19 +1,27 @@
-"""Figures and results as files that open anywhere, offline, without Python."""
+"""Figures and results as files that open anywhere, offline, without Python.
+
+`heatmap_png` is the heatmap for readers of a saved notebook, which runs no JavaScript. It is drawn
+by matplotlib, because plotly needs a browser to write a PNG, and by its `Figure` without pyplot: no
+global state, so that any thread may draw.
+"""
 
 from __future__ import annotations
 
 import html
+import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.experiment import SweepResult
-from superscopes_tl.figures.paper import at_target, best_table, decomposition
-from superscopes_tl.figures.snapshot import heatmap_png
-from superscopes_tl.figures.sweeps import alpha_curve, heatmap
+from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES, Grid, Row
+from superscopes_tl.figures.paper import best_table, decomposition
+from superscopes_tl.figures.sweeps import Shades, alpha_curve, heatmap, mark_of, usual_value
 from superscopes_tl.files import written_whole
 
 SUFFIXES = (".html", ".png", ".csv", ".parquet", ".zip")
@@ -60,22 +68,18 @@ def save_as(
         result: the sweep.
         path: ends in `.html` (all figures, opens offline), `.png` (the heatmaps), `.csv` or
             `.parquet` (the table), or `.zip` (the run file, for `SweepResult.load`).
-        position: the token of the figures; the rightmost one unless given.
+        position: the token of the figures; defaults to the rightmost one.
         target_layer: the target layer of the figures, where there are several.
-        layer: the layer of the decomposition; the last one unless given and finished.
-        value: what the figures colour by, "recovered" or "score"; the score unless given, or what
-            is recovered where not all cells were written out.
+        layer: the layer of the decomposition; defaults to the last one that is finished.
+        value: what the figures colour by, "recovered" or "score"; defaults to the score, or to
+            "recovered" where not all cells were written out.
 
     Raises:
         ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
         OSError: the file cannot be written; an older one of that name stays.
     """
     target = Path(path)
-    if target.suffix not in SUFFIXES:
-        raise bad_value(
-            "path", f"a file name that ends in one of {SUFFIXES}", str(path),
-            "superscopes.html, for example",
-        )  # fmt: skip
+    check_choice("path", target.suffix, SUFFIXES)
     if not target.parent.is_dir():
         raise bad_value("path", "a folder that exists", str(target.parent), "make it first")
     if result.table.empty:
@@ -89,31 +93,16 @@ def save_as(
         with written_whole(target) as fresh:
             fresh.write_bytes(result.table.to_parquet(index=False))
     else:
-        at = int(max(result.table["position"])) if position is None else position
-        drawn = _at(result, at, target_layer)
+        drawn = result.at(position, target_layer)
         value = value or ("score" if drawn.table["written"].all() else "recovered")
         if target.suffix == ".png":
-            picture = heatmap_png(drawn, position=at, target_layer=target_layer, value=value)
+            picture = heatmap_png(drawn, value=value)
             with written_whole(target) as fresh:
                 fresh.write_bytes(picture)
         else:
             title = f"Superscopes: {result.provenance.get('prompt', '')}"
             write_html(_figures(drawn, layer, value), target, title=title)
     return target
-
-
-def _at(result: SweepResult, position: int, target_layer: int | None) -> SweepResult:
-    """Return what is finished of one token and target layer."""
-    part = at_target(result, target_layer)
-    table = part.table[part.table["position"] == position]
-    if table.empty:  # of a run that was cancelled, for example
-        raise bad_value(
-            "result",
-            "at least one finished cell of the token and target layer to draw",
-            f"none of token {position}",
-            "choose another token or target layer, or write .zip or .csv, which hold them all",
-        )
-    return SweepResult(table, part.provenance)
 
 
 def _figures(result: SweepResult, layer: int | None, value: str) -> list[go.Figure]:
@@ -123,3 +112,73 @@ def _figures(result: SweepResult, layer: int | None, value: str) -> list[go.Figu
         layer = int(max(table["source_layer"]))
     curves = [alpha_curve(result, kind=kind, value=value) for kind in dict.fromkeys(table["kind"])]
     return [heatmap(result, value=value), best_table(result), decomposition(result, layer), *curves]
+
+
+def heatmap_png(
+    result: SweepResult,
+    *,
+    position: int | None = None,
+    target_layer: int | None = None,
+    value: str | None = None,
+) -> bytes:
+    """Return a value over source layer x α as a PNG.
+
+    Args:
+        result: the sweep; cells that were not computed stay grey.
+        position: the token; defaults to the rightmost one.
+        target_layer: which target layer; defaults to the best one of each cell.
+        value: "recovered" or "score"; defaults to the former, where it is defined.
+    """
+    from matplotlib.figure import Figure
+
+    into: Any = "all" if target_layer is None else target_layer
+    table = result.at(position, into).table
+    value = value or usual_value(table)
+    best = table.sort_values(value, ascending=False, na_position="last", kind="stable")
+    grid = Grid.of(best, x="alpha", panel="kind", panels=dict.fromkeys(table["kind"]))
+    shades = Shades.of(table, value)
+    figure = Figure(
+        figsize=(3.2 * len(grid.panels) + 1.0, 0.26 * max(4, len(grid.ys)) + 1.3),
+        layout="constrained",
+        facecolor="white",
+    )
+    axes = figure.subplots(1, len(grid.panels), sharey=True, squeeze=False)[0]
+    for panel, kind in zip(axes, grid.panels, strict=True):
+        numbers = [[math.nan if z is None else z for z in row] for row in grid.numbers(kind, value)]
+        panel.set_facecolor("#e9e9e9")
+        panel.set_title(TITLES.get(kind, kind), fontsize=10)
+        panel.set_xlabel("α")
+        panel.set_xticks(range(len(grid.xs)), [f"{alpha:g}" for alpha in grid.xs])
+        panel.set_yticks(range(len(grid.ys)), [str(layer) for layer in grid.ys])
+        image = panel.imshow(
+            numbers,
+            cmap=COLOR_SCALE,
+            vmin=shades.low,
+            vmax=shades.high,
+            aspect="auto",
+            origin="lower",
+        )
+        for y, row in enumerate(numbers):
+            for x, number in enumerate(row):
+                if math.isfinite(number) and len(grid.xs) <= LABEL_LIMIT:
+                    color = "black" if number > (shades.low + shades.high) / 2 else "white"
+                    panel.text(x, y, f"{number:.2f}", ha="center", va="center", size=7, color=color)
+    axes[0].set_ylabel("source layer")
+    figure.colorbar(image, ax=list(axes), label=value, fraction=0.03)
+    title = f"{str(result.provenance.get('prompt', ''))[:80]} · token {table['token'].iloc[0]}"
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11)  # a dollar would start a formula
+    if grey := _grey(grid, value):
+        figure.supxlabel(f"grey: {', '.join(grey)}", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _grey(grid: Grid, value: str) -> list[str]:
+    """Return why cells have no colour, in the words of `MARKS`."""
+
+    def mark(row: Row | None) -> str:
+        return "" if row is not None and math.isfinite(row[value]) else mark_of(row, value)
+
+    marked = [grid.marked(kind, mark) for kind in grid.panels]
+    return [name for name in MARKS if any(places[name] for places in marked)]

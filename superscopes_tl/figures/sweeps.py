@@ -1,13 +1,9 @@
-"""Pictures of a sweep: pure functions from `SweepResult` to a plotly figure.
+"""Figures of a sweep: its map over layers and α, its α curves, its grid of layers.
 
-1. Choose the rows: one token, one value per cell of the picture.
-2. Lay them out as layer x α, one panel per kind, all on one colour scale.
+1. Choose the rows: one token, one row per cell of the figure.
+2. Lay them out as source layer x α, or x target layer, one panel per kind (`grid`).
 3. Mark what a colour cannot say: cells that were not computed or not written out, texts without a
    description, numbers that are not defined.
-
-No function shows or writes a figure; `export.write_html` does the latter. Colours are cividis,
-which reads the same with and without colour vision. Generated text is escaped wherever it enters a
-figure: it is untrusted.
 """
 
 from __future__ import annotations
@@ -15,36 +11,27 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import SweepResult
-
-COLOR_SCALE = "cividis"
-TITLES = {
-    "resid_pre": "resid_pre (block input)",
-    "attn_out": "attn_out",
-    "resid_mid": "resid_mid (pre-MLP)",
-    "mlp_out": "mlp_out",
-    "resid_post": "resid_post (block output)",
-}
-LABEL_LIMIT = 8
-"""Above this number of columns a value printed in each cell is too small to read."""
-
-MARKS: Mapping[str, tuple[str, str]] = {
-    "not computed": ("x-thin-open", "×"),
-    "no description": ("circle-open", "○"),
-    "not written out": ("line-ew-open", "–"),
-    "not defined": ("diamond-open", "◇"),
-}
-"""What a cell can be that a colour does not say: plotly's symbol for it, and one for a text."""
+from superscopes_tl.figures.grid import (
+    HOVER,
+    Grid,
+    Row,
+    check_numeric,
+    draw,
+    finite,
+    only,
+    shades,
+    text_lines,
+)
 
 SHARES = ("recovered", "specific")
 """Columns whose colours run from 0 to 1, as do those of every control's share."""
@@ -52,16 +39,10 @@ USUAL_SCORES = (0.0, 0.6)
 """The colours of scores span at least these: a map that reads nothing should look like it."""
 _LARGEST_IN_TENTHS = 1e5
 
-_LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.01, "yref": "container"}
-"""Below the panels, at the right: above them it would meet the title or the buttons."""
-
-Axis = Literal["alpha", "target_layer"]
-
 
 def heatmap(
     result: SweepResult,
     *,
-    x: Axis = "alpha",
     value: str = "score",
     minus: str | None = None,
     position: int | None = None,
@@ -70,73 +51,57 @@ def heatmap(
 ) -> go.Figure:
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
 
-    Hovering over a cell shows what the model wrote there. Cells that were not computed carry a
+    Hovering over a cell shows what the model generated there. Cells that were not computed carry a
     cross, cells whose text says nothing about the placeholder a ring; the legend names every mark.
 
     Args:
         result: the sweep.
-        x: what runs along the horizontal axis; `"target_layer"` shows the best α of each source
-            layer and target layer.
         value: the column to colour by, `score` or any other numeric column.
-        minus: a column to take off, such as a control: what is left owes nothing to it.
-        position: the token; the rightmost one of the sweep unless given.
+        minus: a column to subtract, such as a control: what is left owes nothing to it.
+        position: the token; defaults to the rightmost one of the sweep.
         target_layer: which target layer, where there are several per source layer.
-        color_range: the values of the darkest and the lightest colour. Unless given, those of
-            `value_range`: 0 to 1 for a share, at least 0 to 0.6 for the score, else of this
-            result. Give the same to figures that are to be compared, as with a control.
+        color_range: the values of the darkest and the lightest colour; defaults to `value_range`:
+            0 to 1 for a share, at least 0 to 0.6 for the score, else the range of the data. Give
+            the same to figures that are to be compared, as with a control.
 
     Raises:
         ValueError: a token, column or target layer that the sweep does not have, or several
             target layers to choose from.
     """
-    rows = _rows(result, position=position, value=value)
-    shades = color_range or value_range(rows, value)
-    if minus is not None:
-        shades = color_range or ()
-        rows = _less(rows, value, minus)
-        value = f"{value} − {minus}"
-    if x not in ("alpha", "target_layer"):
-        raise bad_value("x", "'alpha' or 'target_layer'", x, "leave it out")
-    if x == "alpha":
-        rows = _one_target_layer(rows, target_layer)
-    else:
-        by = "score" if value != "recovered" and rows["written"].all() else "recovered"
-        rows = rows.sort_values(by, ascending=False, na_position="last", kind="stable")
-        rows = rows.drop_duplicates(["kind", "source_layer", "target_layer"])
-    kinds = list(dict.fromkeys(result.table["kind"]))
-    layers, columns = sorted(rows["source_layer"].unique()), sorted(rows[x].unique())
-    figure = make_subplots(
-        cols=len(kinds),
-        shared_yaxes=True,
-        horizontal_spacing=0.02,
-        subplot_titles=[TITLES.get(kind, kind) for kind in kinds],
-    )
-    explained: set[str] = set()  # the legend names each mark once
-    for column, kind in enumerate(kinds, start=1):
-        panel = _Panel(rows[rows["kind"] == kind], layers, columns, x, value)
-        figure.add_trace(panel.cells(), row=1, col=column)
-        for marks in panel.marks():
-            marks.showlegend = marks.name not in explained
-            explained.add(marks.name)
-            figure.add_trace(marks, row=1, col=column)
-    figure.update_xaxes(title_text="α" if x == "alpha" else "target layer", type="category")
-    figure.update_yaxes(title_text="source layer", type="category", col=1)
-    token = html.escape(str(rows["token"].iloc[0]))
-    figure.update_layout(
-        title=f"{_title(result)} · token <b>{token}</b>",
-        template="plotly_white",
-        coloraxis={
-            "colorscale": COLOR_SCALE,
-            "colorbar": {"title": value},
-            **dict(zip(("cmin", "cmax"), shades, strict=False)),
-        },
-        height=220 + 26 * len(layers),
-        width=180 + 300 * len(kinds),
-        plot_bgcolor="#e9e9e9",
-        showlegend=True,
-        legend=_LEGEND,
-    )
-    return figure
+    rows = _one_mapping(result.at(position, target_layer).table, value)
+    return _draw(result, rows, "alpha", None, value, minus, color_range)
+
+
+def layer_grid(
+    result: SweepResult,
+    *,
+    kind: str | None = None,
+    alpha: float | None = None,
+    value: str = "score",
+    minus: str | None = None,
+    position: int | None = None,
+    color_range: tuple[float, float] | None = None,
+) -> go.Figure:
+    """Draw a value over source layer x target layer (Patchscopes, section 4.2).
+
+    Args:
+        result: the sweep, such as `sweep(..., target_layer=range(10))`.
+        kind: which kind; defaults to a panel for each.
+        alpha: which α; defaults to the best one of each pair of layers.
+        value: the column to colour by.
+        minus: a column to subtract.
+        position: the token; defaults to the rightmost one of the sweep.
+        color_range: as in `heatmap`.
+
+    Raises:
+        ValueError: a kind, α, token or column that the sweep does not have.
+    """
+    chosen = result.at(position, "all", kind, alpha)
+    _one_mapping(chosen.table, value)
+    best = chosen.best(by="recovered" if value == "recovered" else None)
+    figure = _draw(result, best, "target_layer", kind, value, minus, color_range)
+    which = "best α" if alpha is None else f"α = {alpha:g}"
+    return figure.update_layout(title=f"{figure.layout.title.text} · {which}")
 
 
 def alpha_curve(
@@ -148,114 +113,84 @@ def alpha_curve(
     position: int | None = None,
     target_layer: int | None = None,
 ) -> go.Figure:
-    """Draw a value against α, one line per layer (the α ladder of section 3.5).
+    """Draw a value against α, one line per layer (section 3.5).
 
     Args:
         result: the sweep.
-        kind: which kind; the first of the sweep unless given.
-        layers: which source layers; all of the sweep unless given.
+        kind: which kind; defaults to the first of the sweep.
+        layers: which source layers; default to all of the sweep.
         value: the column to draw.
-        position: the token; the rightmost one of the sweep unless given.
+        position: the token; defaults to the rightmost one of the sweep.
         target_layer: which target layer, where there are several per source layer.
 
     Raises:
         ValueError: a kind, layer, token, column or target layer that the sweep does not have.
     """
-    rows = _one_target_layer(_rows(result, position=position, value=value), target_layer)
-    chosen_kind = rows["kind"].iloc[0] if kind is None else kind
-    rows = having(rows, "kind", [chosen_kind])
-    if layers is not None:
-        rows = having(rows, "source_layer", list(layers))
-    numbers = sorted(rows["source_layer"].unique())
+    rows = curve_rows(result, kind, layers, value, position, target_layer)
     figure = go.Figure()
-    for rank, layer in enumerate(numbers):
-        line = rows[rows["source_layer"] == layer].sort_values("alpha")
-        figure.add_trace(
-            go.Scatter(
-                x=line["alpha"],
-                y=[or_none(v) for v in line[value]],
-                name=f"layer {layer}",
-                mode="lines+markers",
-                line_color=_shade(rank, len(numbers)),
-                customdata=[hover_text(row) for _, row in line.iterrows()],
-                hovertemplate="%{customdata}<extra></extra>",
-            )
+    numbers = sorted(rows["source_layer"].unique().tolist())
+    for color, layer in zip(shades(len(numbers)), numbers, strict=True):
+        line = rows[rows["source_layer"] == layer]
+        figure.add_scatter(
+            x=line["alpha"],
+            y=[finite(v) for v in line[value]],
+            name=f"layer {layer}",
+            mode="lines+markers",
+            line_color=color,
+            customdata=[hover_text(row) for row in line.to_dict("records")],
+            hovertemplate=HOVER,
         )
-    token = html.escape(str(rows["token"].iloc[0]))
-    figure.update_layout(
-        title=f"{_title(result)} · {chosen_kind} of token <b>{token}</b>",
+    return figure.update_layout(
+        title=site_title(result, rows, f"{kind or rows['kind'].iloc[0]} of "),
         template="plotly_white",
         xaxis_title="α",
         yaxis_title=value,
     )
-    return figure
 
 
-class _Panel:
-    """One heatmap: a grid of layers x columns, with the rows that fall on it."""
-
-    def __init__(
-        self, rows: pd.DataFrame, layers: list[int], columns: list[float], x: Axis, value: str
-    ) -> None:
-        self._grid = {(row["source_layer"], row[x]): row for _, row in rows.iterrows()}
-        self._layers, self._columns, self._value = layers, columns, value
-
-    def cells(self) -> go.Heatmap:
-        """Return the coloured cells."""
-        values = [
-            [
-                or_none(self._grid[layer, c][self._value]) if (layer, c) in self._grid else None
-                for c in self._columns
-            ]
-            for layer in self._layers
-        ]
-        hover = [
-            [
-                hover_text(self._grid[layer, c]) if (layer, c) in self._grid else "not computed"
-                for c in self._columns
-            ]
-            for layer in self._layers
-        ]
-        labels = len(self._columns) <= LABEL_LIMIT
-        return go.Heatmap(
-            z=values,
-            x=[f"{c:.10g}" for c in self._columns],
-            y=[str(i) for i in self._layers],
-            customdata=hover,
-            hovertemplate="%{customdata}<extra></extra>",
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            texttemplate="%{z:.2f}" if labels else None,
-        )
-
-    def marks(self) -> list[go.Scatter]:
-        """Return a trace for every mark that some cell carries."""
-        found: dict[str, list[tuple[str, str, str]]] = {name: [] for name in MARKS}
-        for layer in self._layers:
-            for c in self._columns:
-                row = self._grid.get((layer, c))
-                hover = "not computed" if row is None else hover_text(row)
-                if name := mark_of(row, self._value):
-                    found[name].append((f"{c:.10g}", str(layer), hover))
-        return [_marker(name, places) for name, places in found.items() if places]
+def curve_rows(
+    result: SweepResult,
+    kind: str | None,
+    layers: Sequence[int] | None,
+    value: str,
+    position: int | None,
+    target_layer: int | None,
+) -> pd.DataFrame:
+    """Return the rows that `alpha_curve` draws, α ascending; arguments as there."""
+    rows = _one_mapping(result.at(position, target_layer, kind).table, value)
+    rows = only(rows, "kind", rows["kind"].iloc[0])
+    return only(rows, "source_layer", layers, argument="layers").sort_values("alpha")
 
 
-def _marker(name: str, places: Sequence[tuple[str, str, str]]) -> go.Scatter:
-    return go.Scatter(
-        x=[x for x, _, _ in places],
-        y=[y for _, y, _ in places],
-        mode="markers",
-        name=name,
-        marker={"symbol": MARKS[name][0], "color": "#666", "size": 9, "line": {"color": "#666"}},
-        customdata=[hover for _, _, hover in places],
-        hovertemplate="%{customdata}<extra></extra>",
+def _draw(
+    result: SweepResult,
+    rows: pd.DataFrame,
+    x: Literal["alpha", "target_layer"],
+    kind: str | None,
+    value: str,
+    minus: str | None,
+    color_range: tuple[float, float] | None,
+) -> go.Figure:
+    """Draw one row per cell over source layer x `x`, for one kind or every kind of the sweep."""
+    if minus is not None:
+        check_numeric(rows, minus, "minus")
+        shown = f"{value} − {minus}"
+        rows = rows.assign(**{shown: rows[value] - rows[minus]})
+        value = shown
+    kinds = list(dict.fromkeys(result.table["kind"])) if kind is None else [kind]
+    return draw(
+        Grid.of(rows, x=x, panel="kind", panels=kinds),
+        value,
+        hover_text,
+        title=site_title(result, rows),
+        x_title="α" if x == "alpha" else "target layer",
+        color_range=color_range or value_range(rows, value),
+        mark=lambda row: mark_of(row, value),
     )
 
 
-def mark_of(row: Any, value: str) -> str:
-    """Return which of `MARKS` a cell carries where its colour is `value`; nothing for most.
+def mark_of(row: Row | None, value: str) -> str:
+    """Return which of `MARKS` a cell carries where its colour is `value`; "" for most.
 
     Args:
         row: a row of `SweepResult.table`; `None` of a cell that was not computed.
@@ -270,22 +205,20 @@ def mark_of(row: Any, value: str) -> str:
     return "not defined" if row["written"] or value in SHARES else "not written out"
 
 
-def value_range(table: pd.DataFrame, value: str) -> tuple[float, float] | tuple[()]:
-    """Return the values of the darkest and the lightest colour; nothing for those of the data.
+def value_range(table: pd.DataFrame, value: str) -> tuple[float, float]:
+    """Return the values of the darkest and the lightest colour of a column.
 
-    Scores go in steps of a tenth, so that the colours do not move with every batch.
+    A share runs from 0 to 1. Scores span at least `USUAL_SCORES`, in steps of a tenth, so that the
+    colours do not move with every batch. Any other column runs over its data.
     """
     if value in SHARES or value.endswith("_recovered"):
         return 0.0, 1.0
-    return score_range(table) if value == "score" else ()
-
-
-def score_range(table: pd.DataFrame) -> tuple[float, float]:
-    """Return the scores of the darkest and the lightest colour: at least `USUAL_SCORES`."""
-    given: Any = table["score"].dropna() if len(table) else []
-    scores = [*USUAL_SCORES, *(float(score) for score in given if math.isfinite(score))]
-    low, high = min(scores), max(scores)
-    if max(abs(low), abs(high)) > _LARGEST_IN_TENTHS:  # a tenth is lost in the rounding
+    usual = USUAL_SCORES if value == "score" else ()
+    given: Any = table[value] if len(table) else ()
+    numbers = [*usual, *(number for item in given if (number := finite(item)) is not None)]
+    low, high = min(numbers, default=0.0), max(numbers, default=1.0)
+    # Beyond the largest, a tenth is lost in the rounding.
+    if value != "score" or max(abs(low), abs(high)) > _LARGEST_IN_TENTHS:
         return low, high
     return math.floor(low * 10) / 10, math.ceil(high * 10 - 1e-9) / 10
 
@@ -300,12 +233,12 @@ class Shades:
 
     @classmethod
     def of(cls, table: pd.DataFrame, column: str) -> Shades:
-        """Return the shades of a table's score, or of a share in it."""
-        return cls(column, *(value_range(table, column) or score_range(table)))
+        """Return the shades of a table's column."""
+        return cls(column, *value_range(table, column))
 
 
 def usual_value(table: pd.DataFrame) -> Literal["recovered", "score"]:
-    """Return the column to colour some cells by: what is recovered, where that is defined.
+    """Return the column to colour cells by: `recovered` where that is defined.
 
     Where nothing is written out either, there is no score to show instead.
     """
@@ -314,113 +247,37 @@ def usual_value(table: pd.DataFrame) -> Literal["recovered", "score"]:
     return "recovered"
 
 
-def _rows(result: SweepResult, *, position: int | None, value: str) -> pd.DataFrame:
-    """Return the rows of one token after checking that the wanted column is there."""
-    table = result.table
-    if table.empty:
-        raise bad_value(
-            "result", "at least one cell", "an empty table", "let the sweep finish a batch"
-        )
-    numeric = list(table.select_dtypes("number").columns)
-    if value not in numeric:
-        raise bad_value(
-            "value",
-            f"one of the numeric columns {numeric}",
-            value,
-            "value='score' is the similarity",
-        )
-    chosen = max(table["position"]) if position is None else position
-    return having(table, "position", [chosen])
-
-
-def _less(rows: pd.DataFrame, value: str, minus: str) -> pd.DataFrame:
-    """Return the rows with the difference of two columns as a column of its own."""
-    numeric = list(rows.select_dtypes("number").columns)
-    if minus not in numeric:
-        raise bad_value(
-            "minus",
-            f"one of the numeric columns {numeric}",
-            minus,
-            "sweep with controls=('random_direction',), for example",
-        )
-    return rows.assign(**{f"{value} − {minus}": rows[value] - rows[minus]})
-
-
-def having(rows: pd.DataFrame, column: str, wanted: Sequence[Any]) -> pd.DataFrame:
-    """Return the rows whose `column` is one of `wanted`.
-
-    Raises:
-        ValueError: there is no row for one of them.
-    """
-    there = sorted(rows[column].unique().tolist())
-    for item in wanted:
-        if item not in there:
-            raise bad_value(column, f"one of {there}", item, "choose one of these")
-    return rows[rows[column].isin(list(wanted))]
-
-
-def _one_target_layer(rows: pd.DataFrame, target_layer: int | None) -> pd.DataFrame:
-    if target_layer is not None:
-        rows = having(rows, "target_layer", [target_layer])
-    if rows["mapping"].nunique() > 1:
-        raise bad_value(
-            "result",
-            "readings of one mapping",
-            rows["mapping"].unique().tolist(),
-            "draw a figure for each of them",
-        )
-    if rows.duplicated(["kind", "source_layer", "alpha"]).any():
-        there = sorted(rows["target_layer"].unique().tolist())
-        raise bad_value(
-            "target_layer",
-            f"one of {there}",
-            target_layer,
-            "choose one, or draw the grid with heatmap(result, x='target_layer')",
-        )
+def _one_mapping(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Return the rows after checking that they are of one mapping and hold numbers to draw."""
+    check_numeric(rows, value)
+    mappings = rows["mapping"].unique().tolist()
+    if len(mappings) > 1:
+        raise bad_value("result", "readings of one mapping", mappings, "draw a figure for each")
     return rows
 
 
-def or_none(value: float) -> float | None:
-    """Return `None` for NaN: plotly in a notebook cannot send NaN."""
-    return None if pd.isna(value) else float(value)
-
-
-def hover_text(row: pd.Series | dict[str, Any]) -> str:
+def hover_text(row: Row) -> str:
     """Return what a cell shows under the mouse: reading, place, numbers, the whole text."""
     parts = [] if math.isnan(row["recovered"]) else [f"recovers {row['recovered']:.2f}"]
     if row["written"]:
-        score = "no description" if pd.isna(row["score"]) else f"{row['score']:.3f}"
-        parts.append(f"score {score}")
+        parts.append("no score" if math.isnan(row["score"]) else f"score {row['score']:.3f}")
     parts.append(f"norm ratio {row['norm_ratio']:.2f}")
+    parts += ["repeats the name"] * bool(row["echo"])
+    parts += ["repeats a name of the target prompt"] * bool(row["few_shot_copy"])
+    parts += ["near tie (margin)"] * bool(row["margin"] < NEAR_TIE)
     nothing = "(no description)" if row["written"] else "(not written out)"
-    echo = " · repeats the name" if row["echo"] else ""
-    close = " · a close call (margin)" if row["margin"] < NEAR_TIE else ""
-    copied = " · repeats a name of the target prompt" if row["few_shot_copy"] else ""
     return (
-        f"<b>{_wrapped(row['description']) or nothing}</b><br>"
+        f"<b>{text_lines(row['description'], 60, empty=nothing)}</b><br>"
         f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
         f"{row['target_layer']}, α = {row['alpha']:g}<br>"
-        f"{' · '.join(parts)}{echo}{copied}{close}<br>"
-        f"<i>{_wrapped(row['text'])}</i>"
+        f"{' · '.join(parts)}<br>"
+        f"<i>{text_lines(row['text'], 60, empty='')}</i>"
     )
 
 
-def _wrapped(text: str, width: int = 60) -> str:
-    """Return the text escaped, in lines of at most `width` characters."""
-    shown = " ".join(text.split())
-    lines = [shown[i : i + width] for i in range(0, len(shown), width)]
-    return "<br>".join(html.escape(line) for line in lines)
-
-
-def _title(result: SweepResult) -> str:
+def site_title(result: SweepResult, rows: pd.DataFrame, what: str = "") -> str:
+    """Return a title that names prompt, model and token of some rows of a result."""
     model = result.provenance.get("model", {}).get("name", "unknown model")
     prompt = textwrap.shorten(str(result.provenance.get("prompt", "")), 60, placeholder=" …")
-    return f"{html.escape(prompt)} · {html.escape(str(model))}"
-
-
-def _shade(rank: int, count: int) -> str:
-    from plotly.colors import sample_colorscale
-
-    # Up to 0.85: the last, pale yellow of the scale is hard to see on white.
-    shade: str = sample_colorscale(COLOR_SCALE, [0.85 * rank / max(1, count - 1)])[0]
-    return shade
+    place = f"{html.escape(what)}token <b>{html.escape(str(rows['token'].iloc[0]))}</b>"
+    return f"{html.escape(prompt)} · {html.escape(str(model))} · {place}"

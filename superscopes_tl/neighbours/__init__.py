@@ -4,6 +4,7 @@ from superscopes_tl.neighbours.causal import beside, causal_effects, causal_trac
 from superscopes_tl.neighbours.lenses import (
     CONTROL,
     LENSES,
+    LOGIT_LENS,
     Lens,
     lens_kl,
     lens_table,
@@ -11,7 +12,7 @@ from superscopes_tl.neighbours.lenses import (
     sites_of,
 )
 from superscopes_tl.neighbours.methods import NEIGHBOURS, side_by_side
-from superscopes_tl.neighbours.next_token import LOGIT_LENS, PATCHED, NextTokens, next_tokens
+from superscopes_tl.neighbours.next_token import PATCHED, NextTokens, next_tokens
 from superscopes_tl.neighbours.replacements import (
     Amplified,
     Noise,

@@ -28,12 +28,11 @@ from superscopes_tl.engine import IDENTITY_PROMPT, Patch, PatchedGenerator, site
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import SweepPlan, make_control, make_patches, plan_sweep
 from superscopes_tl.model import LanguageModel, Site
-from superscopes_tl.neighbours.lenses import logit_lens
+from superscopes_tl.neighbours.lenses import LOGIT_LENS, logit_lens
 from superscopes_tl.scores import no_scores
 from superscopes_tl.statistics import bootstrap
 
 PATCHED = "patched"
-LOGIT_LENS = "logit_lens"
 CELL = ["method", "kind", "source_layer", "target_layer", "alpha"]
 """The columns that name what a summary averages over tokens and texts."""
 
@@ -59,7 +58,7 @@ class NextTokens:
 
     Attributes:
         table: one row per text, token, method and cell. `method` is "patched", the name of a
-            control, or "logit_lens" (with neither target layer nor α; left out where `vectors`
+            control, or "logit lens" (with neither target layer nor α; left out where `vectors`
             says what v is). `own` is the token that the model itself predicts there, `predicted`
             the method's, `hit` whether the two are one, and `surprisal` −log p of `own` under the
             method, in nats.

@@ -71,7 +71,7 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
 
     Example:
         >>> result = sweep(model, "Pearl Jam", layers=5, write=Add())  # doctest: +SKIP
-        >>> relevancy_figure(relevancy(result, result.best()))  # doctest: +SKIP
+        >>> relevancy_heatmap(relevancy(result, result.best()))  # doctest: +SKIP
 
     Args:
         result: of a sweep in this session, or the plan of one.

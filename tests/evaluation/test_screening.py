@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from superscopes_tl import LanguageModel, SweepConfig, load_model, readability, sweep
 from superscopes_tl.cli.main import app
 from superscopes_tl.evaluation import Readability, best_config, keep, kept_readability
-from superscopes_tl.figures import readability_figure
+from superscopes_tl.figures import readability_curve
 from superscopes_tl.scores import no_scores
 from superscopes_tl.weights import find_packaged
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
@@ -83,7 +83,7 @@ def test_too_few_names_are_refused(mini: LanguageModel) -> None:
 
 def test_the_figure_shows_own_beside_others(checked: Readability) -> None:
     """A line for the own vectors, one for those of other names, and an interval."""
-    figure = readability_figure(checked)
+    figure = readability_curve(checked)
     assert [trace.name for trace in figure.data][1:] == ["its own vector", "other names' vectors"]
     assert list(figure.data[1].y) == checked.layers["recovered"].tolist()
 

@@ -14,7 +14,6 @@ import torch
 
 from superscopes_tl import LanguageModel, Site, capture, load_model, sweep
 from superscopes_tl.engine import Run
-from superscopes_tl.figures import effect_heatmap
 from superscopes_tl.model import tokenize
 from superscopes_tl.neighbours import (
     Amplified,
@@ -459,67 +458,6 @@ def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: An
         beside(result.best(), pd.concat([effects, effects]))
     with pytest.raises(ValueError, match=r"effects: expected the columns"):
         beside(result.best(), effects.drop(columns="kind"))
-
-
-@pytest.fixture(scope="module")
-def effects(mini: LanguageModel) -> pd.DataFrame:
-    """Two kinds, two layers, two tokens."""
-    return causal_effects(
-        mini, PROMPT, kinds=("mlp_out", "resid_post"), layers=(5, 2), positions=("Syria", -1)
-    )
-
-
-def test_the_figure_shows_layer_by_kind(effects: pd.DataFrame) -> None:
-    """The rightmost token, a column per kind, the smallest layer at the bottom."""
-    trace = effect_heatmap(effects).data[0]
-    last = effects[effects["position"] == effects["position"].max()]
-    of = last.set_index(["source_layer", "kind"])["effect"]
-    assert list(trace.x) == ["mlp_out", "resid_post"]
-    assert list(trace.y) == ["2", "5"]
-    for line, layer in zip(trace.z, (2, 5), strict=True):
-        assert list(line) == [of[layer, kind] for kind in trace.x]
-
-
-def test_the_figure_shows_layer_by_token(effects: pd.DataFrame) -> None:
-    """A panel per kind on one colour scale; what is not there is None, never NaN."""
-    part = effects.drop(index=0).assign(kl=[float("nan"), *effects["kl"][2:]])
-    figure = effect_heatmap(part, x="position", value="kl", color_range=(0, 3))
-    assert [list(trace.x) for trace in figure.data] == [part["position"].unique().tolist()] * 2
-    assert figure.data[0].z[1][0] is None  # no row
-    assert figure.data[0].z[0][0] is None  # NaN
-    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 3)
-    assert len(figure.layout.xaxis.ticktext) == 2
-
-
-def test_the_figure_escapes_what_a_model_wrote(effects: pd.DataFrame) -> None:
-    """Token, continuation, reading and prompt are text, not markup."""
-    bad = "<img src=x>"
-    table = effects.assign(
-        token=bad, top_tokens=bad, prompt=bad, continuation=bad, description=bad, alpha=3.0
-    )
-    for x in ("kind", "position"):
-        shown = effect_heatmap(table, x=x).to_json()  # type: ignore[arg-type]
-        assert "<img" not in shown
-        assert "\\u003cimg" not in shown
-        assert "&lt;img" in shown
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"x": "alpha"}, r"x: expected 'kind' or 'position', got alpha"),
-        ({"value": "token"}, r"value: expected one of the numeric columns"),
-        ({"position": 99}, r"position: expected one of \["),
-    ],
-)
-def test_bad_figures_are_refused(
-    settings: dict[str, Any], message: str, effects: pd.DataFrame
-) -> None:
-    """Nothing is drawn that is not in the table."""
-    with pytest.raises(ValueError, match=message):
-        effect_heatmap(effects, **settings)
-    with pytest.raises(ValueError, match=r"effects: expected one row per kind, layer and token"):
-        effect_heatmap(pd.concat([effects, effects]))
 
 
 def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 from typer.testing import CliRunner
 
 from superscopes_tl import LanguageModel, TargetPrompt, sweep
 from superscopes_tl.cli.main import app
-from superscopes_tl.figures import side_by_side_figure
 from superscopes_tl.neighbours import NEIGHBOURS, causal_effects, side_by_side
 from superscopes_tl.neighbours.methods import OWN_TOKENS
 from superscopes_tl.vectors import Add, fit_affine
@@ -142,16 +140,3 @@ def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> Non
     bad = CliRunner().invoke(app, ["side-by-side", "Pearl Jam", "--layer", "5", "--kind", "mlp"])
     assert bad.exit_code != 0
     assert "kinds: expected kinds out of" in " ".join(bad.output.split())
-
-
-def test_the_figure_is_the_table(table: pd.DataFrame) -> None:
-    """A line per method; generated text is escaped."""
-    nasty = table.copy()
-    nasty.loc[0, "reading"] = "<script>alert(1)</script>"
-    figure = side_by_side_figure(nasty)
-    assert isinstance(figure, go.Figure)
-    cells = figure.data[0].cells["values"]
-    assert len(cells[0]) == len(table)
-    assert cells[1][0] == "&lt;script&gt;alert(1)&lt;/script&gt;"
-    assert cells[5][0] == f"{table['score'].iloc[0]:.2f}"
-    assert cells[5][-1] == ""

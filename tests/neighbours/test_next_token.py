@@ -180,5 +180,5 @@ def test_the_lens_is_left_out_where_v_is_something_else(tiny: Tiny) -> None:
     asked: dict[str, Any] = {"layers": [5, 2], "kinds": "attn_out", "controls": ()}
     plain = next_tokens(model, ["Red Hot Chili Peppers"], **asked).table
     headed = next_tokens(model, ["Red Hot Chili Peppers"], vectors=Head(1), **asked).table
-    assert set(plain["method"]) == {"patched", "logit_lens"}
+    assert set(plain["method"]) == {PATCHED, LOGIT_LENS}
     assert set(headed["method"]) == {"patched"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from superscopes_tl.figures.metric_figures import roc_figure
+from superscopes_tl.figures import roc_curve
 from superscopes_tl.scores import packaged_scorer
 from superscopes_tl.statistics import criterion
 from superscopes_tl.statistics.criterion import (
@@ -227,7 +227,7 @@ def test_the_ceiling_is_the_truth_against_the_prompt() -> None:
 def test_the_figure_draws_curves_and_thresholds() -> None:
     """A curve and a ring per score; without a curve the name stays in the legend."""
     good = quality([True, False, True], [0.9, 0.1, NAN])
-    figure = roc_figure({"<i>": good, "one": quality([True], [0.5])})
+    figure = roc_curve({"<i>": good, "one": quality([True], [0.5])})
     curve, ring, none, no_ring, *rest = figure.data
     assert not rest
     assert curve.name == f"&lt;i&gt; (AUC {good.auc:.2f})"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superscopes_tl import SweepResult
-from superscopes_tl.figures.metric_figures import amplifier_figure, selector_figure
+from superscopes_tl.figures import amplifier_dots, selector_dots
 from superscopes_tl.statistics.selectors import (
     BLIND,
     ORACLE,
@@ -206,13 +206,13 @@ def test_one_prompt_has_no_interval_and_no_rows_no_rate() -> None:
 def test_the_figure_shows_shares_with_intervals() -> None:
     """A dot per selector with asymmetric bars; names are escaped and NaN is not sent."""
     rates = rate(prompts_of("wR Wr", "Rw"), {"<b>": by_similarity}, is_right)
-    dots = selector_figure(rates).data[0]
+    dots = selector_dots(rates).data[0]
     assert list(dots.x) == pytest.approx(rates["share"])
     assert list(dots.y) == ["&lt;b&gt;", ORACLE, BLIND]
     assert list(dots.error_x.array) == pytest.approx(rates["high"] - rates["share"])
     assert list(dots.error_x.arrayminus) == pytest.approx(rates["share"] - rates["low"])
     assert dots.customdata[0] == "+0.0% to by_similarity (+0.0% to +0.0%)"
-    one = selector_figure(rate(prompts_of("Rw"), {}, is_right)).data[0]
+    one = selector_dots(rate(prompts_of("Rw"), {}, is_right)).data[0]
     assert list(one.error_x.array) == [None, None]
     assert one.customdata[0] == "one prompt: no interval"
 
@@ -255,10 +255,10 @@ def test_amplifiers_need_the_same_prompts() -> None:
 def test_the_amplifier_figure_shows_both_counts() -> None:
     """Dots for what can be read and for what the score finds; names escaped, NaN not sent."""
     found = amplifiers({"<b>": prompts_of("wR", "rW")}, is_right)
-    can, chosen = amplifier_figure(found).data
+    can, chosen = amplifier_dots(found).data
     assert list(can.y) == ["&lt;b&gt; (2 readings)"]
     assert (list(can.x), list(chosen.x)) == ([1.0], [0.5])
     assert can.orientation == chosen.orientation == "h"  # else plotly moves the dots sideways
     assert list(chosen.error_x.array) == list(chosen.error_x.arrayminus) == [0.5]
-    one = amplifier_figure(amplifiers({"one": prompts_of("R")}, is_right)).data[0]
+    one = amplifier_dots(amplifiers({"one": prompts_of("R")}, is_right)).data[0]
     assert list(one.error_x.array) == [None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
 from superscopes_tl.experiment import plan_vectors
-from superscopes_tl.figures import relevancy_figure
+from superscopes_tl.figures import relevancy_heatmap
 from superscopes_tl.neighbours import relevancy, token_effects
 from superscopes_tl.vectors import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, PlaceholderState
 from tests.conftest import BACKENDS
@@ -312,14 +312,15 @@ def test_the_figure_shows_tokens_as_text(tiny: Tiny) -> None:
     table = relevancy(plan)
     table.loc[0, "written"] = "<b>x"
     short = table.drop(index=table.index[-1])
-    figure = relevancy_figure(short)
+    figure = relevancy_heatmap(short)
     (cells,) = figure.data
     assert len(cells.z) == len(cells.y) == 4
     assert cells.text[0][0] == "&lt;b&gt;x"
     assert cells.z[0][1] == pytest.approx(table["relevancy"][1])
     assert cells.z[-1][-1] is None
     assert cells.text[-1][-1] == ""
-    assert (cells.zmin, cells.zmax) == (-1, 1)
+    scale = figure.layout.coloraxis
+    assert (scale.cmin, scale.cmax) == (-1, 1)
     assert PROMPT in figure.layout.title.text
     with pytest.raises(ValueError, match="table: expected tokens, got none"):
-        relevancy_figure(table[:0])
+        relevancy_heatmap(table[:0])

@@ -1,0 +1,74 @@
+"""Hand-made results, and what of a heatmap a test looks at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+
+from superscopes_tl import SweepResult
+from superscopes_tl.experiment import Reading
+
+NAN = math.nan
+PROVENANCE = {"model": {"name": "mini"}, "prompt": "Red Hot Chili Peppers"}
+
+
+def reading(
+    source_layer: int,
+    alpha: float,
+    score: float,
+    *,
+    kind: str = "resid_post",
+    position: int = 6,
+    target_layer: int = 0,
+    description: str | None = None,
+    few_shot_copy: bool = False,
+) -> Reading:
+    """Return one cell; its norm ratio is a tenth of layer plus α, to be told from the score."""
+    name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
+    if math.isnan(score) and description is None:
+        name = ""
+    return Reading(
+        prompt="Red Hot Chili Peppers",
+        position=position,
+        token=f"·token{position}",
+        kind=kind,
+        source_layer=source_layer,
+        target_layer=target_layer,
+        mapping="Scale()",
+        alpha=float(alpha),
+        vector_norm=2.0,
+        norm_ratio=(source_layer + alpha) / 10,
+        text=f": {name}" if name else "",
+        description=name,
+        score=score,
+        few_shot_copy=few_shot_copy,
+        n_tokens=4,
+        margin=0.25,
+    )
+
+
+def result_of(*readings: Reading) -> SweepResult:
+    """Return the result that holds these cells."""
+    return SweepResult.from_readings(readings, PROVENANCE)
+
+
+def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
+    """Return the coloured panels."""
+    return [trace for trace in figure.data if trace.type == "heatmap"]
+
+
+def marks(figure: go.Figure, name: str) -> list[tuple[str, str, str]]:
+    """Return axis, horizontal and vertical place of every mark of one sort."""
+    return [
+        (trace.xaxis, x, y)
+        for trace in figure.data
+        if trace.type == "scatter" and trace.name == name
+        for x, y in zip(trace.x, trace.y, strict=True)
+    ]
+
+
+def rows_of(values: Any) -> list[list[Any]]:
+    """Return nested lists whatever sequence plotly keeps."""
+    return [list(row) for row in values]
