@@ -141,12 +141,8 @@ def test_an_ambiguous_substring_lists_its_candidates() -> None:
     """A substring that occurs twice is refused with both positions, labels and characters."""
     text = tokenize(HAND, "Red Hot Red Hot")
     assert text.labels == ("<s>", "Red", "·Hot", "·", "Red", "·Hot")
-    with pytest.raises(ValueError, match="positions") as caught:
+    with pytest.raises(ValueError, match=r"^positions: .* 2 \('·Hot'.* 5 \('·Hot'"):
         resolve_positions(text, "Hot")
-    assert str(caught.value) == (
-        "positions: expected a substring that occurs once, got 'Hot', which occurs 2 times. "
-        "Fix: give one of the positions 2 ('·Hot' at character 4), 5 ('·Hot' at character 12)."
-    )
     assert resolve_positions(text, [2, 5]) == (2, 5)
 
 
