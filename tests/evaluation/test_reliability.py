@@ -56,7 +56,7 @@ def start(processes: Any, path: Path, **changes: Any) -> tuple[Any, Connection]:
 
 
 def last_words(said: Connection) -> list[Any]:
-    """Return everything that a process said until it ended."""
+    """Return all messages of a process until it ended."""
     words = []
     with contextlib.suppress(EOFError):
         while said.poll(120):
@@ -107,7 +107,7 @@ def test_two_runs_on_one_file_share_it(processes: Any, tmp_path: Path) -> None:
 def test_a_run_with_other_settings_is_refused_while_the_first_one_writes(
     processes: Any, tmp_path: Path
 ) -> None:
-    """One of two runs that begin together has the file; the other one is told what differs."""
+    """Of two runs that begin together one has the file; the other one is refused."""
     path = tmp_path / "run.sqlite"
     both = [start(processes, path, max_new_tokens=count) for count in (3, 4)]
     ends = sorted(last_words(said)[-1] for _, said in both)
@@ -229,7 +229,7 @@ def test_a_disk_that_says_late_that_it_is_full_is_heard(
 
 
 def grown(path: Path) -> None:
-    """Assert that an evaluation broke off with a whole file, and goes on to the end."""
+    """Assert that an evaluation stopped with a valid file, and resumes to the end."""
     held = SweepResult.load(path).table
     assert 0 < len(held) < 96
     assert len(held) % 2 == 0
@@ -242,7 +242,7 @@ def grown(path: Path) -> None:
 
 
 def test_an_evaluation_that_does_not_fit_keeps_what_is_finished(tmp_path: Path) -> None:
-    """It ends with an `OSError`; with more room the next call goes on."""
+    """It ends with an `OSError`; with more room the next call resumes."""
     path = tmp_path / "run.sqlite"
     with at_most(20_000), pytest.raises(OSError, match=REFUSED.format("run.sqlite .*I/O error")):
         run(path)
@@ -274,7 +274,7 @@ def below_a_file(folder: Path) -> Path:
 def test_a_folder_that_is_none_is_named(
     name: str, place: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """Not there, or a file: said with the path, and nothing is left."""
+    """Not there, or a file: the path is named, and nothing is left."""
     path = place(tmp_path) / name
     before = sorted(tmp_path.iterdir())
     with pytest.raises((OSError, ValueError), match=f"^path: .*{path.parent}"):

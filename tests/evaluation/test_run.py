@@ -127,7 +127,7 @@ def test_a_broken_run_keeps_its_finished_batches(
 def test_methods_name_the_parts_that_are_compared(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
-    """α = 1 is Patchscopes, other α Superscopes; draws, mappings and controls have their own."""
+    """α = 1 is Patchscopes, other α Superscopes; samples, mappings and controls have their own."""
     found = evaluate(mini, PROMPTS[:2], controls=CONTROLS, **{**settings, "draws": None})
     parts = methods(found)
     sizes = {name: len(part) for name, part in parts.items()}
@@ -242,7 +242,7 @@ def test_random_directions_differ_between_prompts_and_not_between_batches(
 def test_methods_have_equal_budgets_or_say_so(
     mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """α = 1 is no try of another mapping; draws follow the α of the whole file."""
+    """α = 1 is no try of another mapping; the samples match the α of the whole file."""
     path, budget = tmp_path / "run.sqlite", {**settings, "draws": None}
     evaluate(mini, PROMPTS, path, **budget)
     found = evaluate(mini, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})

@@ -62,7 +62,7 @@ def test_a_model_that_says_nothing_of_a_name_is_not_readable() -> None:
 def test_a_check_goes_through_a_file(
     checked: Readability, mini: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept by the model's weights, it is measured once; what is no check is made anew."""
+    """Kept by the model's weights, it is measured once; a file of another kind is replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep(mini, checked)
     again = kept_readability(mini)

@@ -303,7 +303,7 @@ lightly = settings(
 def test_any_damage_to_a_run_file_is_noticed_or_harmless(
     tmp_path: Path, cut: float, flips: list[tuple[float, int]]
 ) -> None:
-    """It loads, or it is said that it is no run file; nothing else comes out."""
+    """It loads or is refused as no run file; nothing else is raised."""
     path = LADDER.save(tmp_path / "run.zip")
     path.write_bytes(spoil(path.read_bytes(), cut, flips))
     try:
@@ -318,7 +318,7 @@ def test_any_damage_to_a_run_file_is_noticed_or_harmless(
 def test_any_damage_to_an_evaluation_is_noticed_or_harmless(
     written: bytes, tmp_path: Path, cut: float, flips: list[tuple[float, int]]
 ) -> None:
-    """It loads, or it is said what is wrong with the file; nothing else comes out."""
+    """It loads or is refused with the reason; nothing else is raised."""
     path = tmp_path / "run.sqlite"
     path.write_bytes(spoil(written, cut, flips))
     try:

@@ -133,7 +133,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_resumes(
 def test_an_error_in_a_worker_reaches_the_caller(
     pool: Any, folder: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With its type and message; what was finished is in the file, and the pool goes on."""
+    """With its type and message; completed cells are in the file, and the pool still works."""
     path = tmp_path / "run.sqlite"
     asked = {**settings, "draws": 0, "batch_size": 6}
     with pytest.raises(ValueError, match="^vectors: "):

@@ -15,7 +15,7 @@ CONFIG = {"config": {"target_layer": 0}}
 
 
 def _map(shares: list[float], **changes: Any) -> pd.DataFrame:
-    """Return unamplified block outputs of several layers, all told apart, in no way doubtful."""
+    """Return unamplified block outputs of several layers, distinct and without caveats."""
     usual = {
         "about": "Pink Floyd", "own_words": "British rock band", "plain_nats": -9.0,
         "unpatched_nats": -25.0, "norm_ratio": 1.0, "vector_norm": 40.0,
@@ -29,13 +29,13 @@ def _map(shares: list[float], **changes: Any) -> pd.DataFrame:
     )
 
 
-def test_a_map_that_reads_its_name_is_not_doubted() -> None:
-    """Nothing is said where nothing misleads."""
+def test_a_map_that_reads_its_name_has_no_caveats() -> None:
+    """A good map has no caveats."""
     assert caveats(_map([0.2, 0.6, 0.9, 0.1]), CONFIG) == ()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "part"),
     [
         ({"position": 0}, "attention sink"),
         ({"recovered": 0.05}, "no unamplified block output recovers"),
@@ -46,15 +46,15 @@ def test_a_map_that_reads_its_name_is_not_doubted() -> None:
         ({"echo": True}, "repeat the name"),
     ],
 )
-def test_each_doubt_is_said_with_something_to_try(changes: dict[str, Any], said: str) -> None:
+def test_each_caveat_suggests_a_setting(changes: dict[str, Any], part: str) -> None:
     """One line, which ends with a setting."""
     lines = caveats(_map([0.2, 0.6, 0.9, 0.1], **changes), CONFIG)
     assert len(lines) == 1
-    assert said in lines[0]
+    assert part in lines[0]
     assert "Try " in lines[0]
 
 
-def test_no_more_than_three_are_said() -> None:
+def test_there_are_at_most_three() -> None:
     """The gravest first."""
     table = _map([0.0, 0.0, 0.0, 0.0], position=0, norm_ratio=900.0, description="x", echo=True)
     lines = caveats(table, CONFIG)
@@ -62,7 +62,7 @@ def test_no_more_than_three_are_said() -> None:
     assert "attention sink" in lines[0]
 
 
-def test_vectors_and_single_kinds_are_not_doubted_for_what_they_are_not() -> None:
+def test_vectors_and_mlp_outputs_are_not_judged_as_block_outputs() -> None:
     """A vector's number is no position, and an MLP output no block output."""
     assert caveats(_map([0.2, 0.6, 0.9], position=0, kind="vector"), CONFIG) == ()
     assert caveats(_map([0.0, 0.0, 0.0], kind="mlp_out"), CONFIG) == ()

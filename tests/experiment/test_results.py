@@ -42,7 +42,7 @@ def reading(
     description: str | None = None,
     mapping: str = "Scale()",
 ) -> Reading:
-    """Return one cell; its description tells the cells apart unless given."""
+    """Return one cell; its description defaults to one of its own."""
     name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
     return Reading(
         prompt="Red Hot Chili Peppers",
@@ -328,7 +328,7 @@ def test_several_target_layers_need_a_choice() -> None:
 
 
 def test_the_same_target_layer_as_the_source_needs_no_choice() -> None:
-    """`target_layer="same"` gives one cell per source layer."""
+    """`target_layer="same"` has one cell per source layer."""
     result = result_of(
         reading(5, 1, 0.9, target_layer=5),
         reading(2, 1, 0.1, target_layer=2),
@@ -369,7 +369,7 @@ def assert_same(a: SweepResult, b: SweepResult) -> None:
 
 
 def test_a_file_holds_the_whole_result(tmp_path: Path) -> None:
-    """Saving and loading gives the same table, types included, and the same provenance."""
+    """Saving and loading keeps the table, types included, and the provenance."""
     path = LADDER.save(tmp_path / "run.superscopes")
     assert path == tmp_path / "run.superscopes"
     loaded = SweepResult.load(str(path))
@@ -520,7 +520,7 @@ def test_a_directory_and_another_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_file_not_found(tmp_path: Path) -> None:
-    """A wrong path is told apart from a wrong file."""
+    """A wrong path is distinguished from a wrong file."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.zip"):
         SweepResult.load(tmp_path / "nowhere.zip")
 
@@ -599,7 +599,7 @@ def test_the_notebook_table_escapes_prompt_token_and_kind() -> None:
 
 
 def test_the_notebook_table_has_a_row_per_layer_and_says_what_is_missing() -> None:
-    """Layers are rows; no description and no computation are told apart."""
+    """Layers are rows; no description and no computation are distinguished."""
     result = result_of(
         reading(5, 9, 0.75, description="band"),
         reading(2, 1, NAN, description=""),

@@ -136,7 +136,7 @@ def test_a_reference_with_one_scored_other_has_no_null() -> None:
 def test_neither_the_order_of_prompts_nor_the_scale_matters(
     best: np.ndarray, order: list[int]
 ) -> None:
-    """Prompts in another order count alike, and so do scores in other units."""
+    """Another order of prompts, or other units, change no count."""
     moved = best[np.ix_(order, order)]
     for judge in (corrected_hits, p_values, chance_corrected):
         assert judge(moved) == pytest.approx(judge(best)[order])
@@ -153,7 +153,7 @@ def test_the_best_of_a_budget_ignores_empty_texts() -> None:
 
 @pytest.mark.parametrize("hits", [0, 1, 13, 36, 48])
 def test_the_interval_of_a_count_is_the_binomial_one(hits: int) -> None:
-    """Drawing prompts anew makes a count binomial: its quantiles are known exactly."""
+    """Resampled prompts make a count binomial: its quantiles are known exactly."""
     ends = bootstrap(np.arange(MANY) < hits, statistic=total, resamples=20_000)
     assert ends == pytest.approx(stats.binom(MANY, hits / MANY).ppf([0.025, 0.975]), abs=1)
     means = bootstrap(np.arange(MANY) < hits, resamples=20_000)

@@ -1,4 +1,4 @@
-"""Methods side by side: which cells count, what is said of them, and Figure 3."""
+"""Methods side by side: which cells count, the notes, and Figure 3."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_differences_are_paired_over_the_prompts_that_both_have(word_overlap: An
 
 
 def test_unequal_budgets_are_named(word_overlap: Any) -> None:
-    """More texts are more chances, and the reader is told."""
+    """More texts are more chances: a note says so."""
     found = compare({"B": SCALED.drop(index=1)}, scorer=word_overlap)
     assert any(note.startswith("B has 2 to 3 texts per prompt and layer") for note in found.notes)
 

@@ -118,12 +118,12 @@ def test_an_interval_is_that_of_repeated_readings(
 
 
 def test_intervals_draw_whole_prompts() -> None:
-    """Two prompts that are all right or all wrong: precision is 1/2, 0 or 1 in a draw."""
+    """Two prompts that are all right or all wrong: precision is 1/2, 0 or 1 in a resample."""
     labels, scores = [True, True, False, False], [0.9, 0.4, 0.8, 0.5]
     limits = quality_intervals(labels, scores, ["P", "P", "Q", "Q"])
     assert limits.loc["precision"].tolist() == [0, 1]
     assert limits.loc["recall"].tolist() == [1, 1]
-    assert limits.loc["auc"].tolist() == [0.5, 0.5]  # draws of one prompt alone have none
+    assert limits.loc["auc"].tolist() == [0.5, 0.5]  # resamples of one prompt alone have none
     again = quality_intervals(labels, scores, ["P", "P", "Q", "Q"])
     pd.testing.assert_frame_equal(limits, again)
     assert quality_intervals(labels, scores, ["P"] * 4).isna().all(axis=None)

@@ -92,7 +92,7 @@ def test_encodings_are_recognised_and_named(tmp_path: Path, data: bytes, note: s
 
 
 def test_repeated_conditions_and_other_columns_are_named(tmp_path: Path) -> None:
-    """Every draw is kept; a column that is not part of the format is ignored."""
+    """Every sample is kept; a column that is not part of the format is ignored."""
     text = HEADER.replace("token", "seed,token").replace("layer", " layer ") + (
         "red apple,7,e,1,3,one\nred apple,7,e,1,3,two\n"
         "red apple,7,e,2,3,one\nred apple,7,e,2,3,one\n"
@@ -174,7 +174,7 @@ def test_one_file_may_be_both(tmp_path: Path, word_overlap: Any) -> None:
 def test_as_many_draws_as_there_are_alphas_are_a_fair_baseline(
     tmp_path: Path, word_overlap: Any
 ) -> None:
-    """The first draw is Patchscopes; two draws stand beside two α, a third is not taken."""
+    """The first sample is Patchscopes; two samples match two α, a third is not used."""
     draws = [PLAIN]
     draws += [
         HEADER + "".join(f"{p},{p[-1]},{i},1,{text(p)}\n" for i in (1, 2) for p in PROMPTS)
@@ -186,7 +186,7 @@ def test_as_many_draws_as_there_are_alphas_are_a_fair_baseline(
         "Patchscopes", "Patchscopes, equal budget", "Superscopes", "Superscopes, one alpha",
     ]  # fmt: skip
     assert found.lines()[:2] == ["Patchscopes 1 2", "Patchscopes, equal budget 3 3"]
-    assert set(found.cells["text"]) & set(PROMPTS) == set(), "the third draw is not taken"
+    assert set(found.cells["text"]) & set(PROMPTS) == set(), "the third sample is not used"
     assert not any("cannot be had" in note for note in found.notes)
 
 

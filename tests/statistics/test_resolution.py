@@ -188,7 +188,7 @@ def test_the_figure_is_high_enough_for_its_rows() -> None:
 
 
 def test_the_figure_of_nothing_and_of_two_kinds() -> None:
-    """Nothing found is said in the title; two kinds do not fit one table."""
+    """The title states that nothing was found; two kinds do not fit one table."""
     nothing = earlier_table(reveals_earlier(STORY).head(0))
     assert nothing.layout.title.text.endswith(": no layer")
     both = pd.concat([reveals_earlier(STORY), reveals_earlier(STORY, "mlp_out")])

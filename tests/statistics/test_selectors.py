@@ -41,7 +41,7 @@ def alphas(table: pd.DataFrame, selector: Callable[[pd.DataFrame], Any]) -> list
 
 
 def ranks(*values: float) -> Callable[[pd.DataFrame], pd.Series[float]]:
-    """Return a selector that gives these ranks."""
+    """Return a selector with these ranks."""
     return lambda table: pd.Series(values, index=table.index)
 
 
@@ -127,7 +127,7 @@ def test_neighbour_agreement_trusts_what_neighbours_repeat() -> None:
         cell("P", 0, 12, description="band"),
         cell("P", 0, 15, description=""),
         cell("Q", 0, 1, description="band"),  # another site: no neighbour
-        cell("P", 0, 6, description="fruit", draw=1),  # drawn: no neighbour
+        cell("P", 0, 6, description="fruit", draw=1),  # sampled: no neighbour
     )
     rank = neighbour_agreement(same_words)(table)
     expected = [1.0, 0.0, 0.5, 1.0, NAN, NAN, NAN]
