@@ -103,21 +103,22 @@ def test_a_finished_cell_is_never_computed_twice(
 
 
 def test_a_broken_run_keeps_its_finished_batches(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Stopped in the third batch, two are in the file; the next call does the rest."""
-    path, plain, calls = tmp_path / "run.sqlite", PatchedGenerator.generate, iter(range(99))
+    path, calls, plain = tmp_path / "run.sqlite", iter(range(99)), settings["scorer"]
 
-    def breaking(self: PatchedGenerator, patches: Any) -> Any:
-        if next(calls) == 2:
+    def stopping(references: Any, candidates: Any) -> Any:
+        if next(calls) == 3:  # the second batch holds two prompts, each scored by itself
             raise KeyboardInterrupt
-        return plain(self, patches)
+        return plain(references, candidates)
 
-    monkeypatch.setattr(PatchedGenerator, "generate", breaking)
+    stopping.__name__ = stopping.__qualname__ = plain.__name__  # the file knows it by its name
+    asked = {**settings, "batch_size": 5}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(mini, PROMPTS, path, batch_size=5, **settings)
+        evaluate(mini, PROMPTS, path, **{**asked, "scorer": stopping})
     assert len(SweepResult.load(path)) == 10
-    whole = evaluate(mini, PROMPTS, path, batch_size=5, **settings).table
+    whole = evaluate(mini, PROMPTS, path, **asked).table
     fresh = evaluate(mini, PROMPTS, **settings).table
     key = ["prompt", "source_layer", "alpha"]
     kept = whole.sort_values(key)["text"].tolist()
