@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -278,7 +277,6 @@ def test_what_a_process_pool_cannot_send_is_named(
     for name, value in (
         ("mapping", lambda alpha: lambda v: alpha * v),
         ("scorer", lambda references, candidates: [0.5 for _ in candidates]),
-        ("target_prompt", threading.Lock()),
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             evaluate(folder, PROMPTS, executor=local_workers(1), **{**settings, name: value})

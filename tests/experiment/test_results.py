@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from superscopes_tl import SweepResult
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import COLUMNS, Reading
+from superscopes_tl.vectors import PAPER_MAPPING
 
 NAN = math.nan
 PROVENANCE: dict[str, Any] = {
@@ -627,7 +628,7 @@ def test_one_prompt_of_several_is_as_its_own_sweep() -> None:
     many = result_of(other, reading(5), replace(other, draw=1), replace(other, mapping="cube"))
     assert many.prompts == ("Titanic", "Red Hot Chili Peppers")
     one = many.of("Titanic")
-    assert columns(one.table, "mapping", "draw") == [("scale", 0)]
+    assert columns(one.table, "mapping", "draw") == [(PAPER_MAPPING, 0)]
     assert one.provenance["prompt"] == "Titanic"
     assert len(many.of("Titanic", mapping="cube")) == len(many.of("Titanic", draw=1)) == 1
     pd.testing.assert_frame_equal(LADDER.of().table, LADDER.table)
