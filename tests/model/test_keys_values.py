@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt
+from superscopes_tl.model import tokenize
 from superscopes_tl.model.prefix_cache import RowBuffer, SharedPrefix
 from tests.conftest import BACKENDS
 from tests.support.tiny_models import ARCHITECTURES
@@ -109,14 +110,13 @@ def test_the_prefix_is_stored_once_for_all_rows(
 ) -> None:
     """A batch of 50 rows adds room for what its rows write, and no copy of the prefix."""
     model = tiny(architecture, backend)
-    generator = PatchedGenerator(model, TARGET, max_new_tokens=3)
-    prefix = generator._prefix
+    prefix = model.decoder.prefill(tokenize(model, TARGET.text).tensor(model.device))
     cache = model.decoder.expand(prefix, 50, 4)
     layers = cache if backend == "hooked" else cache.layers
     for layer, parts in zip(layers, prefix, strict=True):
-        for shared, part, own in zip(layer.rows.shared, parts, layer.rows._own, strict=True):
-            assert shared.data_ptr() == part.data_ptr()
-            assert (shared.shape[0], own.shape[0], own.shape[2]) == (1, 50, 4)
+        for both, part in zip(layer.rows.all(), parts, strict=True):
+            assert both.shared.data_ptr() == part.data_ptr()
+            assert both.shape == (50, *part.shape[1:])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
