@@ -1,9 +1,9 @@
 """The Explorer as a page of its own, through Voilà.
 
 1. Write a notebook whose one cell shows the Explorer, into a folder that only the user can read.
-2. Beside it the server's settings, the token among them: a command line can be read by others.
-3. Run Voilà in that folder, so that nothing in the working folder decides what it does.
-4. Say the address, with the token, once it is certain that this Voilà answers there.
+2. Beside it the server's settings, the token among them: command lines can be read by others.
+3. Run Voilà in that folder, so that no file of the working folder configures it.
+4. Announce the address, with the token, once it is certain that this Voilà answers there.
 5. Wait until it is stopped. Every page that is opened has a Python process of its own.
 """
 
@@ -33,11 +33,11 @@ from urllib.parse import quote
 from superscopes_tl.errors import bad_value
 
 EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Addresses that mean "all of this machine's", and where this machine reaches itself then."""
+"""Addresses that mean "all of this machine's", and where the machine itself reaches each."""
 PROOF = "X-Superscopes"
-"""The header by which Voilà shows that it is the one that was started here."""
-GRACE = 10.0
-"""Seconds that Voilà has to stop its kernels; they have 5."""
+"""The header by which Voilà proves to be the one that was started here."""
+STOP_SECONDS = 10.0
+"""How long Voilà may take to stop its kernels; they have 5."""
 
 
 def serve(
@@ -51,24 +51,24 @@ def serve(
 ) -> int:
     """Serve a page that shows what `cell` shows, until interrupted; return Voilà's exit status.
 
-    The page works in the folder that is the current one now: relative paths mean what they mean
-    here, and files that it saves stay.
+    The page works in the current folder: relative paths mean what they mean here, and files that
+    it saves stay.
 
     Args:
         cell: the code of the page; see `explorer_cell`.
-        ip: the address to listen on; this machine alone unless given.
+        ip: the address to listen on; defaults to this machine alone.
         port: the port.
-        token: what a visitor has to show; a random one unless given.
+        token: what a visitor has to present; defaults to a random one.
         open_browser: whether to open the page in the default browser.
-        announce: called with each address of the page, as soon as it is there.
+        announce: called with each address of the page once it can be opened.
 
     Raises:
         ValueError: Voilà is not installed, no port, or an empty token.
-        SystemExit: told to end by a signal.
+        SystemExit: stopped by a signal.
     """
     token = _checked(port, token)
     proof = secrets.token_hex(16)
-    # The folder is readable by its owner alone.
+    # Only its owner can read this folder.
     with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="superscopes-") as name:
         folder = Path(name)
         page = folder / "superscopes.ipynb"
@@ -77,15 +77,15 @@ def serve(
         (folder / "voila.json").write_text(json.dumps(settings), encoding="utf-8")
         process = subprocess.Popen(
             [sys.executable, "-m", "voila", f"--Voila.config_file_paths={name}", str(page)],
-            # Voilà would take a voila.json of the working folder, and Python a voila.py.
-            cwd=name,
+            cwd=name,  # Voilà would read a voila.json of the working folder, Python a voila.py
         )
         try:
             if _is_up(process, EVERYWHERE.get(ip, ip), port, proof):
-                for url in addresses(ip, port, token):
+                several = addresses(ip, port, token)
+                for url in several:
                     announce(url)
                 if open_browser:
-                    _open(folder, addresses(ip, port, token)[0])
+                    _open(folder, several[0])
             return process.wait()
         except KeyboardInterrupt:
             return process.wait()  # it got the same signal, and stops its kernels
@@ -94,7 +94,7 @@ def serve(
 
 
 def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loading: Any) -> str:
-    """Return code that shows an Explorer: of a run file, or of a model that is loaded.
+    """Return code that shows an Explorer of a run file, or of a model that is loaded.
 
     Args:
         prompt: the source prompt to begin with.
@@ -108,29 +108,22 @@ def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loa
         )
     given = ", ".join(f"{name}={value!r}" for name, value in loading.items())
     start = f", {prompt!r}" if prompt else ""
-    return (
-        "from superscopes_tl import Explorer, load_model\n"
-        f"Explorer(load_model({given}){start})"
-    )  # fmt: skip
+    return f"from superscopes_tl import Explorer, load_model\nExplorer(load_model({given}){start})"
 
 
 def notebook(cell: str) -> dict[str, Any]:
     """Return a notebook of one code cell, as JSON data."""
-    code: dict[str, Any] = {
+    code = {
         "cell_type": "code", "id": "explorer", "metadata": {}, "source": cell,
         "outputs": [], "execution_count": None,
     }  # fmt: skip
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return {
-        "cells": [code],
-        "metadata": {"kernelspec": kernel, "title": "Superscopes"},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    metadata = {"kernelspec": kernel, "title": "Superscopes"}
+    return {"cells": [code], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
 def addresses(ip: str, port: int, token: str) -> list[str]:
-    """Return where the page is found: from this machine, then from others if it listens there."""
+    """Return the page's addresses: for this machine, then for others if it listens there."""
     hosts = [EVERYWHERE[ip], socket.gethostname()] if ip in EVERYWHERE else [ip]
     return [
         f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={quote(token, safe='')}"
@@ -139,38 +132,33 @@ def addresses(ip: str, port: int, token: str) -> list[str]:
 
 
 def _checked(port: int, token: str | None) -> str:
-    """Refuse what cannot be served; return the token."""
+    """Return the token of a page that can be served."""
     if importlib.util.find_spec("voila") is None:
-        raise bad_value(
-            "app", "Voilà", "no package voila",
-            "pip install 'superscopes-tl[app]'",
-        )  # fmt: skip
+        fix = "pip install 'superscopes-tl[app]'"
+        raise bad_value("app", "Voilà", "no package voila", fix)
     if not 1 <= port <= 65535:
         raise bad_value("port", "1 to 65535", port, "for example 8866")
-    token = secrets.token_urlsafe(24) if token is None else token
-    if not token.strip():
+    if token is not None and not token.strip():
         raise bad_value("token", "a secret", token, "leave it out for a random one")
-    return token
+    return token or secrets.token_urlsafe(24)
 
 
 def _settings(folder: Path, ip: str, port: int, token: str, proof: str) -> dict[str, Any]:
     """Return Voilà's settings; it reads no others."""
-    return {
-        "Voila": {
-            "ip": ip,
-            "port": port,
-            "port_retries": 0,  # on another port than the announced one nobody would find it
-            "token": token,
-            "open_browser": False,  # it would open the page without the token
-            "connection_dir_root": str(folder),  # the kernels' keys go when the folder goes
-            "tornado_settings": {
-                "headers": {PROOF: proof},
-                # A page of elsewhere whose name is made to lead here sends its own name.
-                "allow_remote_access": not _is_loopback(ip),
-            },
+    voila = {
+        "ip": ip,
+        "port": port,
+        "port_retries": 0,  # nobody would find it on another port than the announced one
+        "token": token,
+        "open_browser": False,  # it would open the page without the token
+        "connection_dir_root": str(folder),  # the kernels' keys go when the folder goes
+        "tornado_settings": {
+            "headers": {PROOF: proof},
+            # A foreign page whose name was made to resolve to here sends that name.
+            "allow_remote_access": not _is_loopback(ip),
         },
-        "VoilaConfiguration": {"show_tracebacks": True},
     }
+    return {"Voila": voila, "VoilaConfiguration": {"show_tracebacks": True}}
 
 
 def _is_loopback(ip: str) -> bool:
@@ -182,14 +170,10 @@ def _is_loopback(ip: str) -> bool:
 
 
 def _in_folder(folder: Path, cell: str) -> str:
-    """Return `cell` as it runs in `folder`: a kernel begins where its notebook lies."""
-    return (
-        "import os, sys\n"
-        f"os.chdir({str(folder)!r})\n"
-        # A torch.py that happens to lie there is not to be imported for torch.
-        "sys.path[:] = filter(None, sys.path)\n"
-        f"{cell}"
-    )
+    """Return `cell` as it runs in `folder`: a kernel starts in its notebook's folder."""
+    # A torch.py that happens to lie there must not be imported for torch.
+    path = "sys.path[:] = filter(None, sys.path)"
+    return f"import os, sys\nos.chdir({str(folder)!r})\n{path}\n{cell}"
 
 
 def _is_up(process: subprocess.Popen[bytes], host: str, port: int, proof: str) -> bool:
@@ -204,7 +188,7 @@ def _is_up(process: subprocess.Popen[bytes], host: str, port: int, proof: str) -
 def _answers(host: str, port: int, proof: str) -> bool:
     """Return whether the server at the port is the one that was given `proof`.
 
-    Another program may have had the port first, and must not be shown the token.
+    Another program may have taken the port first, and must not see the token.
     """
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
@@ -217,10 +201,7 @@ def _answers(host: str, port: int, proof: str) -> bool:
 
 
 def _open(folder: Path, url: str) -> None:
-    """Open the page in the default browser.
-
-    A browser is started with a command line, so it is handed a file that leads to the page.
-    """
+    """Open the page in the default browser, by way of a file: its command line can be read."""
     start = folder / "open.html"
     goal = html.escape(f"0; url={url}", quote=True)
     start.write_text(f'<meta http-equiv="refresh" content="{goal}">', encoding="utf-8")
@@ -230,22 +211,21 @@ def _open(folder: Path, url: str) -> None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the process, and with it its kernels."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
 def _signals_as_exit() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind: by default they end Python at once, and nothing is tidied."""
+    """Let SIGTERM and SIGHUP unwind: by default they end Python at once, without clean-up."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for each in before:  # a second one would break off the tidying
+        for each in before:  # a second one would interrupt the clean-up
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 

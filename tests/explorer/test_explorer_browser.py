@@ -18,10 +18,11 @@ import pytest
 from tests.support.browser import (
     PATIENCE,
     Server,
+    browser,
     browser_path,
-    chromium,
     click_cell,
     lab,
+    new_page,
     open_notebook,
     run_all,
     serve,
@@ -39,21 +40,17 @@ pytestmark = [
 ]
 
 SHOW = """\
-from superscopes_tl import Explorer, SweepConfig, load_model
-explorer = Explorer(
-    load_model("mini", backend="bridge"), "Red Hot Chili Peppers",
-    SweepConfig(layers=range(6), alphas=(1, 3, 9), batch_size=18),
-)
-explorer"""
-SLOW = """\
 import time
 from superscopes_tl import Explorer, SweepConfig, load_model
+def words(references, candidates):
+    return [len(candidate) / 100 for candidate in candidates]
 def slow(references, candidates):
     time.sleep(0.5)
-    return [0.5 for _ in candidates]
+    return words(references, candidates)
 explorer = Explorer(
     load_model("mini", backend="bridge"), "Red Hot Chili Peppers",
-    SweepConfig(batch_size=4, max_new_tokens=4, scorer=slow),
+    SweepConfig(layers=range(6), alphas=(1, 3, 9), batch_size=18, scorer=words),
+    scorers=dict(slow=slow),
 )
 explorer"""
 SCORES = """() => document.querySelector('.ssx-map .js-plotly-plot').data
@@ -72,36 +69,52 @@ COUNT_LARGE_SCRIPTS = """
     if (part.size > 1e6) window.largeScripts += 1;
     return create(part);
   };"""
+NEW_MAP_FILLS = """() => {
+  const data = document.querySelector('.ssx-map .js-plotly-plot')?.data;
+  return data?.[0].z?.[0]?.length === 9 && data.some(t => t.z?.flat().some(v => v !== null));
+}"""
+APP = """\
+import sys
+from superscopes_tl.explorer import serve
+sys.exit(serve({cell!r}, port=int(sys.argv[1]), token=sys.argv[2], open_browser=False))"""
 SHAPES = """() => document.querySelector('.ssx-map .js-plotly-plot').layout.shapes
   .map(s => [s.xref, s.x0, s.y0])"""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    """JupyterLab with the notebook that most of these tests look at."""
     with lab() as running:
         running.write("explorer.ipynb", [SHOW])
-        running.write("slow.ipynb", [SLOW])
         yield running
 
 
 @pytest.fixture(scope="module")
-def playwright() -> Iterator[Any]:
+def running() -> Iterator[Any]:
+    """The browser."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as running:
+    with sync_playwright() as playwright, browser(playwright) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def page(playwright: Any, server: Server) -> Iterator[Any]:
+def page(running: Any, server: Server) -> Iterator[Any]:
     """A page whose Explorer has run once."""
-    with chromium(playwright) as opened:
+    with new_page(running) as opened:
         open_notebook(opened, server, "explorer.ipynb")
         run_all(opened)
         opened.locator(".ssx-run").click()
         wait_for_state(opened, "done", 1)
         yield opened
         assert not opened.failures
+
+
+def save(page: Any) -> str:
+    """Save the result by the button; return where it says it is."""
+    page.locator(".ssx-save").click()
+    page.wait_for_selector(".ssx-saved [data-saved]")
+    return str(page.locator(".ssx-saved [data-saved]").get_attribute("data-saved"))
 
 
 def detail(page: Any, cell: str) -> Any:
@@ -224,34 +237,15 @@ def test_a_saved_notebook_has_a_picture_without_javascript(
     plain.close()
 
 
-def test_cancel_stops_a_running_sweep(playwright: Any, server: Server) -> None:
-    """The state goes from running to cancelled; some cells are there, most are not."""
-    with chromium(playwright) as opened:
-        open_notebook(opened, server, "slow.ipynb")
-        run_all(opened)
-        opened.locator(".ssx-run").click()
-        opened.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
-        assert opened.locator(".ssx-status [data-state='running']").count() == 1
-        opened.locator(".ssx-cancel").click()
-        wait_for_state(opened, "cancelled", 1)
-        scores = [score for panel in opened.evaluate(SCORES) for row in panel for score in row]
-        done = [score for score in scores if score is not None]
-        assert 0 < len(done) < len(scores)
-        assert opened.locator(".ssx-run").is_enabled()
-        assert not opened.failures
-
-
 def test_the_exported_page_opens_offline_with_hover(
-    playwright: Any, page: Any, server: Server
+    running: Any, page: Any, server: Server
 ) -> None:
     """Exported by the button, opened from disk with every request refused."""
-    page.locator(".ssx-save").click()
-    page.wait_for_selector(".ssx-saved [data-saved]")
-    exported = server.folder / page.locator(".ssx-saved [data-saved]").get_attribute("data-saved")
+    exported = server.folder / save(page)
     assert exported.is_file()
-    with chromium(playwright) as opened:
-        asked: list[str] = []
-        opened.on("request", lambda request: asked.append(request.url))
+    with new_page(running) as opened:
+        requested: list[str] = []
+        opened.on("request", lambda request: requested.append(request.url))
         opened.context.set_offline(True)
         opened.goto(exported.as_uri())
         opened.wait_for_selector(".js-plotly-plot .heatmaplayer image")
@@ -259,29 +253,40 @@ def test_the_exported_page_opens_offline_with_hover(
         opened.mouse.move(box["x"] + 30, box["y"] + box["height"] / 2)
         opened.mouse.move(box["x"] + 40, box["y"] + box["height"] / 2)
         opened.wait_for_selector(".hoverlayer .hovertext")
-        assert not [url for url in asked if url.startswith("http")]
+        assert not [url for url in requested if url.startswith("http")]
         assert not opened.failures
 
 
+def test_cancel_stops_a_running_sweep(page: Any) -> None:
+    """The state goes from running to cancelled; some cells are there, others are not."""
+    controls = page.locator(".ssx-controls")
+    controls.get_by_label("Scorer", exact=True).select_option("slow")
+    amplifiers = controls.get_by_label("α", exact=True)
+    amplifiers.fill("1, 3, 9, 2, 4, 5, 6, 7, 8")
+    amplifiers.press("Enter")
+    page.locator(".ssx-run").click()
+    page.wait_for_selector(".ssx-status [data-state='running'][data-run='2']")
+    page.wait_for_function(NEW_MAP_FILLS)
+    page.locator(".ssx-cancel").click()
+    wait_for_state(page, "cancelled", 2)
+    scores = [score for panel in page.evaluate(SCORES) for row in panel for score in row]
+    done = [score for score in scores if score is not None]
+    assert 0 < len(done) < len(scores)
+    assert page.locator(".ssx-run").is_enabled()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
-def test_the_app_serves_the_same_explorer(playwright: Any, tmp_path: Path) -> None:
-    """`superscopes app`: a login without the token; with it a sweep runs, is read and saved."""
-    command = [
-        sys.executable, "-m", "superscopes_tl.cli.main", "app", "--port={port}", "--token={token}",
-        "--no-browser",
-    ]  # fmt: skip
-    with serve(command, temporary=tmp_path) as running, chromium(playwright) as opened:
-        opened.goto(running.url)
+def test_the_app_serves_the_same_explorer(running: Any, tmp_path: Path) -> None:
+    """A login without the token; with it a sweep runs, is read and saved; nothing is left."""
+    command = [sys.executable, "-c", APP.format(cell=SHOW), "{port}", "{token}"]
+    with serve(command, temporary=tmp_path) as app, new_page(running) as opened:
+        opened.goto(app.url)
         assert urlsplit(opened.url).path == "/login"
-        opened.goto(f"{running.url}/?token={running.token}", timeout=PATIENCE * 1000)
-        opened.locator(".ssx-run").wait_for()
+        opened.goto(f"{app.url}/?token={app.token}", timeout=PATIENCE * 1000)
         opened.locator(".ssx-run").click()
         wait_for_state(opened, "done", 1)
         click_cell(opened, 1, 0, 2)
         assert detail(opened, "mlp_out/2/1").locator("blockquote").inner_text()
-        opened.locator(".ssx-save").click()
-        opened.wait_for_selector(".ssx-saved [data-saved]")
-        name = opened.locator(".ssx-saved [data-saved]").get_attribute("data-saved")
-        assert (running.folder / Path(name).name).is_file()
+        assert (app.folder / Path(save(opened)).name).is_file()
         assert list(tmp_path.glob("superscopes-*/voila.json"))
     assert [*tmp_path.glob("superscopes-*"), *tmp_path.glob("voila_*")] == []

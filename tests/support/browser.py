@@ -36,8 +36,7 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
 PATIENCE = 90
-"""Seconds to wait for anything: a loaded machine is slow, and a test that waits long enough
-does not fail by accident."""
+"""Seconds to wait for anything: on a loaded machine a test must not fail by accident."""
 
 
 def browser_path() -> str | None:
@@ -160,26 +159,40 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @contextlib.contextmanager
 def chromium(playwright: Any, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
-    """Open a page in a browser with a fresh profile; `page.failures` collects script errors."""
-    with tempfile.TemporaryDirectory(prefix="profile-") as profile:
-        context = playwright.chromium.launch_persistent_context(
-            profile,
-            executable_path=browser_path(),
-            headless=True,
-            args=list(FLAGS),
-            viewport={"width": width, "height": height},
-            permissions=["clipboard-read", "clipboard-write"],
-            accept_downloads=True,
-        )
-        context.set_default_timeout(PATIENCE * 1000)
-        page = context.pages[0] if context.pages else context.new_page()
-        failures: list[str] = []
-        page.on("pageerror", lambda error: failures.append(str(error)))
-        page.failures = failures
-        try:
-            yield page
-        finally:
-            context.close()
+    """Open a page in a browser of its own."""
+    with browser(playwright) as running, new_page(running, width=width, height=height) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def browser(playwright: Any) -> Iterator[Any]:
+    """Run a browser until the block ends."""
+    running = playwright.chromium.launch(
+        executable_path=browser_path(), headless=True, args=list(FLAGS)
+    )
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@contextlib.contextmanager
+def new_page(browser: Any, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
+    """Open a page that shares nothing with others; `page.failures` collects script errors."""
+    context = browser.new_context(
+        viewport={"width": width, "height": height},
+        permissions=["clipboard-read", "clipboard-write"],
+        accept_downloads=True,
+    )
+    context.set_default_timeout(PATIENCE * 1000)
+    page = context.new_page()
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.failures = failures
+    try:
+        yield page
+    finally:
+        context.close()
 
 
 @contextlib.contextmanager
@@ -237,7 +250,7 @@ def click_cell(page: Any, panel: int, column: int, row: int) -> None:
     """
     from playwright.sync_api import TimeoutError as TooLate
 
-    for attempt in range(3):
+    for attempt in range(6):
         page.locator(".ssx-map .js-plotly-plot").scroll_into_view_if_needed()
         x, y = page.evaluate(_PLACE, [panel, column, row])
         page.mouse.move(x - 4, y - 4)
@@ -245,8 +258,8 @@ def click_cell(page: Any, panel: int, column: int, row: int) -> None:
         page.wait_for_selector(".ssx-map .js-plotly-plot .hoverlayer .hovertext")
         page.mouse.click(x, y)
         try:
-            page.wait_for_function(_OUTLINED, arg=[panel, column, row], timeout=10_000)
+            page.wait_for_function(_OUTLINED, arg=[panel, column, row], timeout=3_000)
             return
         except TooLate:
-            if attempt == 2:
+            if attempt == 5:
                 raise
