@@ -283,7 +283,7 @@ def _parsed(label: str) -> tuple[str, set[str]]:
         nodes = list(ast.walk(tree := ast.parse(label, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "", set()
-    made = {tree.body, *(node.func for node in nodes if isinstance(node, ast.Call))}
+    made = {node.func for node in nodes if isinstance(node, ast.Call)}
     names = {node.id for node in made if isinstance(node, ast.Name)}
     plain = all(isinstance(n, _NODES) or (isinstance(n, ast.Name) and n in made) for n in nodes)
     return (ast.unparse(tree), names) if plain and names and names <= _VALUES else ("", set())
