@@ -70,11 +70,11 @@ class Explorer:
     Args:
         model: from `load_model`, or anything that it takes; defaults to that of `load_model()`.
         prompt: the source prompt to begin with.
-        config: the settings to begin with; or give them one by one as keyword arguments.
+        config: the settings to begin with; defaults to `SweepConfig()`.
         scorers: more scorers to choose from, by label.
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
         result: a saved result to show instead of a model (`from_result`).
-        **settings: the fields of `SweepConfig`.
+        **settings: fields of `SweepConfig` that change it.
 
     Raises:
         ValueError, TypeError: a bad setting, or one that the controls cannot show.
@@ -91,8 +91,7 @@ class Explorer:
         result: SweepResult | None = None,
         **settings: Any,
     ) -> None:
-        if settings:  # a bad one should not cost a load
-            config = SweepConfig.of(config, settings)
+        config = SweepConfig.of(config, settings)  # a bad one should not cost a load
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
         self.model: LanguageModel | None = None
         if result is None:
@@ -123,7 +122,7 @@ class Explorer:
         view.say("Ready", "idle")
         self._settings = Settings(view, loaded, self._changed)
         self.prompt = prompt
-        self.config = config or SweepConfig()
+        self.config = config
 
     @classmethod
     def from_result(cls, result: SweepResult) -> Self:

@@ -77,12 +77,10 @@ def test_a_config_that_the_controls_cannot_show_is_refused(
     assert explorer.config == before
 
 
-def test_what_is_no_config_is_refused(explorer: Explorer, model: LanguageModel) -> None:
-    """A dictionary is none; a config and single settings at once are refused."""
+def test_what_is_no_config_is_refused(explorer: Explorer) -> None:
+    """A dictionary is none; a single setting has to be a field of `SweepConfig`."""
     with pytest.raises(TypeError, match="^config:"):
         explorer.config = {"alphas": 1}  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="config"):
-        Explorer(model, PROMPT, SweepConfig(), alphas=1)
     with pytest.raises(TypeError, match="^settings:"):
         Explorer("no/such-model", PROMPT, kind="mlp_out")
 
@@ -137,8 +135,9 @@ def test_every_kth_layer_comes_back(chatty: LanguageModel, layers: tuple[int, ..
 
 
 def test_the_constructor_takes_a_sweeps_keywords(chatty: LanguageModel) -> None:
-    """They show in the controls."""
-    made = Explorer(chatty, BAND, kinds="mlp_out", layers=range(0, 6, 2), chat=True)
+    """They change its config, and show in the controls."""
+    given = SweepConfig(kinds="attn_out", chat=True)
+    made = Explorer(chatty, BAND, given, kinds="mlp_out", layers=range(0, 6, 2))
     config = made.config
     assert (config.kinds, config.layers, config.chat) == (("mlp_out",), (0, 2, 4), True)
     assert (made.view.layers.value, made.view.step.value) == ((0, 4), 2)
