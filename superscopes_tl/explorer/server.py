@@ -113,7 +113,7 @@ def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loa
 
 def notebook(cell: str) -> dict[str, Any]:
     """Return a notebook of one code cell, as JSON data."""
-    code = {
+    code: dict[str, Any] = {
         "cell_type": "code", "id": "explorer", "metadata": {}, "source": cell,
         "outputs": [], "execution_count": None,
     }  # fmt: skip
