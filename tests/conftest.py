@@ -44,10 +44,15 @@ def tiny_model(architecture: str, backend: str) -> LanguageModel:
     return load_model(hf, tiny_tokenizer(), backend=backend)
 
 
+ON_BOTH_LINES = ("test_patches.py", "test_verification.py")
+"""Test modules that depend on TransformerLens as a whole; elsewhere the tests with a backend do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs per backend; begin with what takes longest, so that no worker ends alone."""
     for item in items:
-        if "backend" in getattr(getattr(item, "callspec", None), "params", {}):
+        backend = "backend" in getattr(getattr(item, "callspec", None), "params", {})
+        if backend or item.path.name in ON_BOTH_LINES:
             item.add_marker(pytest.mark.transformer_lens)
     items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
 

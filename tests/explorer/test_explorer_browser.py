@@ -123,6 +123,7 @@ def detail(page: Any, cell: str) -> Any:
     return page.locator(".ssx-detail")
 
 
+@pytest.mark.transformer_lens
 def test_a_click_on_a_cell_shows_its_text(page: Any) -> None:
     """The panel shows what hovering shows, then controls and coloured tokens; no warnings."""
     click_cell(page, 2, 1, 3)
