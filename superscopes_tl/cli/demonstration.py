@@ -13,15 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from superscopes_tl.cli.options import FastLoading
+from superscopes_tl.cli.options import FastLoading, table_of
 from superscopes_tl.evaluation import SENTENCE, evaluate
 from superscopes_tl.experiment import SweepConfig
 from superscopes_tl.figures import heatmap, write_html
@@ -111,84 +112,74 @@ def best_of(table: pd.DataFrame) -> pd.DataFrame:
 
 def name_table(table: pd.DataFrame) -> Table:
     """Return the descriptions of one name per layer."""
-    first = table.iloc[0]
-    shown = Table(
-        title=escape(f"{first['prompt']} · the model's own words: {first['own_words']!r}"),
-        caption="in brackets: α; share of the model's own words recovered / by other names",
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("layer", justify="right")
-    columns = [
-        ("block output, α = 1", "resid_post", table[table["alpha"] == 1]),
-        ("MLP output, α = 1", "mlp_out", table[table["alpha"] == 1]),
-        ("MLP output, best α", "mlp_out", best_of(table)),
+    first, plain = table.iloc[0], table[table["alpha"] == 1]
+    columns = {
+        "block output, α = 1": plain[plain["kind"] == "resid_post"],
+        "MLP output, α = 1": plain[plain["kind"] == "mlp_out"],
+        "MLP output, best α": best_of(table[table["kind"] == "mlp_out"]),
+    }
+    rows = [
+        [layer, *(_cell(rows[rows["source_layer"] == layer].iloc[0]) for rows in columns.values())]
+        for layer in sorted(table["source_layer"].unique())
     ]
-    for header, _, _ in columns:
-        shown.add_column(header, overflow="fold", ratio=1)
-    for layer in sorted(table["source_layer"].unique()):
-        cells = []
-        for _, kind, rows in columns:
-            row = rows[(rows["kind"] == kind) & (rows["source_layer"] == layer)].iloc[0]
-            cells.append(_cell(row))
-        shown.add_row(str(layer), *cells)
-    return shown
+    return table_of(
+        f"{first['prompt']} · the model's own words: {first['own_words']!r}",
+        ["layer", *columns],
+        rows,
+        "in brackets: α; share of the model's own words recovered / by other names",
+    )
 
 
-def _cell(row: Any) -> str:
+def _cell(row: Any) -> Text:
     share = f"{row['recovered']:.2f} / {row['other_prompt_recovered']:.2f}"
-    text = escape(str(row["description"]) or "(nothing)")
-    return f"{text} [dim]({row['alpha']:g}; {share})[/dim]"
+    text = str(row["description"]) or "(nothing)"
+    return Text.assemble(text, (f" ({row['alpha']:g}; {share})", "dim"))
 
 
 def rescue_table(mlp: pd.DataFrame) -> Table:
     """Return the MLP outputs that only amplification reads, and those that nothing reads."""
-    plain = mlp[mlp["alpha"] == 1].set_index(["prompt", "source_layer"])
-    best = best_of(mlp[mlp["alpha"] != 1]).set_index(["prompt", "source_layer"])
+    site = ["prompt", "source_layer"]
+    plain = mlp[mlp["alpha"] == 1]
+    best = best_of(mlp[mlp["alpha"] != 1])
+    best = best.assign(read=read_share(best) >= READ)
     silent = plain[read_share(plain) < READ]
-    read = best[read_share(best) >= READ].index
-    shown = Table(
-        title=f"MLP outputs that are not read at α = 1 ({len(silent)} of {len(plain)}), amplified",
-        title_justify="left",
-        caption=f"read: recovers at least {READ:g} more of the own words than other names do",
-        caption_justify="left",
+    both = silent[[*site, "description"]].merge(best, on=site, suffixes=("_plain", ""))
+    both = both[both["read"] | (both["source_layer"] == HEADLINE[0])]
+    both = both.sort_values(["read", "recovered"], ascending=False, kind="stable")
+    rows = [
+        [
+            Text("read", "green") if row["read"] else Text("not read", "red"),
+            row["prompt"], row["source_layer"], row["description_plain"], f"{row['alpha']:g}",
+            row["description"],
+        ]
+        for row in both.to_dict("records")
+    ]  # fmt: skip
+    return table_of(
+        f"MLP outputs that are not read at α = 1 ({len(silent)} of {len(plain)}), amplified",
+        ("", "name", "layer", "at α = 1", "α", "at that α"),
+        rows,
+        f"read: recovers at least {READ:g} more of the own words than other names do",
     )
-    for column in ("", "name", "layer", "at α = 1", "α", "at that α"):
-        shown.add_column(column, overflow="fold")
-    order = best.loc[silent.index].sort_values("recovered", ascending=False).index
-    places: list[Any] = [*(p for p in order if p in read), *(p for p in order if p not in read)]
-    for place in places:
-        if place in read or place[1] == HEADLINE[0]:
-            shown.add_row(
-                "[green]read[/green]" if place in read else "[red]not read[/red]",
-                escape(str(place[0])),
-                str(place[1]),
-                escape(str(silent.at[place, "description"])),
-                f"{float(cast('float', best.at[place, 'alpha'])):g}",
-                escape(str(best.at[place, "description"])),
-            )
-    return shown
 
 
 def headline_table(table: pd.DataFrame) -> Table:
     """Return means over names per layer: own words recovered, and by other names' vectors."""
-    shown = Table(
-        title=f"Mean over {table['prompt'].nunique()} names: recovered / by other names' vectors",
-        title_justify="left",
+    means = table.groupby(["kind", "alpha", "source_layer"])[
+        ["recovered", "other_prompt_recovered"]
+    ]
+    shares = means.mean().apply(
+        lambda row: f"{row.iloc[0]:.2f} / {row.iloc[1]:.2f}", axis="columns"
     )
-    shown.add_column("layer", justify="right")
     columns = [("resid_post", 1.0), *(("mlp_out", a) for a in sorted(table["alpha"].unique()))]
-    for kind, alpha in columns:
-        name = "block output" if kind == "resid_post" else "MLP output"
-        shown.add_column(f"{name}, α = {alpha:g}", justify="right")
-    for layer, rows in table.groupby("source_layer"):
-        cells = []
-        for kind, alpha in columns:
-            there = rows[(rows["kind"] == kind) & (rows["alpha"] == alpha)]
-            own, others = there["recovered"].mean(), there["other_prompt_recovered"].mean()
-            cells.append(f"{own:.2f} / {others:.2f}")
-        shown.add_row(str(layer), *cells)
-    return shown
+    names = {"resid_post": "block output", "mlp_out": "MLP output"}
+    return table_of(
+        f"Mean over {table['prompt'].nunique()} names: recovered / by other names' vectors",
+        ["layer", *(f"{names[kind]}, α = {alpha:g}" for kind, alpha in columns)],
+        [
+            [layer, *(shares[kind, alpha, layer] for kind, alpha in columns)]
+            for layer in sorted(table["source_layer"].unique())
+        ],
+    )
 
 
 def _conclusion(table: pd.DataFrame) -> str:

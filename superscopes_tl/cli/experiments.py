@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from superscopes_tl.cli.options import (
     ERRORS,
@@ -26,6 +26,7 @@ from superscopes_tl.cli.options import (
     parse_names,
     read_lines,
     say,
+    table_of,
 )
 from superscopes_tl.engine import PAPER_PROMPTS
 from superscopes_tl.errors import bad_value, check_choice
@@ -207,53 +208,41 @@ def _several(result: Any) -> bool:
 
 
 def _print_result(result: Any, *, show_all: bool) -> None:
+    prompt = textwrap.shorten(str(result.provenance["prompt"]), 60, placeholder=" …")
     if show_all:
-        OUTPUT.print(_cell_table(result))
+        columns = ["token", "kind", "source_layer", "target_layer", "alpha", "score", "recovered",
+                   "description"]  # fmt: skip
+        rows = result.table[columns].itertuples(index=False)
+        cells = ([f"{v:.3g}" if isinstance(v, float) else v for v in row] for row in rows)
+        OUTPUT.print(table_of(prompt, [name.replace("_", " ") for name in columns], cells))
         return
-    for position in dict.fromkeys(result.table["position"]):
-        OUTPUT.print(_best_table(result, int(position)))
+    for position, token in (
+        result.table[["position", "token"]].drop_duplicates().itertuples(index=False)
+    ):
+        OUTPUT.print(_best_table(result, f"{prompt} · token {token!r}", int(position)))
         _print_contextualization(result, int(position))
 
 
-def _cell_table(result: Any) -> Table:
-    """Return every cell as a row."""
-    columns = [
-        "token", "kind", "source_layer", "target_layer", "alpha", "score", "recovered",
-        "description",
-    ]  # fmt: skip
-    table = Table(title=escape(textwrap.shorten(str(result.provenance["prompt"]), 60)))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in result.table[columns].itertuples(index=False):
-        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row]
-        table.add_row(*map(escape, cells))
-    return table
-
-
-def _best_table(result: Any, position: int) -> Table:
+def _best_table(result: Any, title: str, position: int) -> Table:
     """Return the best reading per layer and kind of a token."""
     wide = result.by_layer(position=position)
     several = _several(result)
-    token = result.table.loc[result.table["position"] == position, "token"].iloc[0]
-    shown = textwrap.shorten(str(result.provenance["prompt"]), 60, placeholder=" …")
     legend = "α, similarity, recovered" + (", → target layer" if several else "")
-    table = Table(title=escape(f"{shown} · token {token!r} · best reading ({legend})"))
-    table.add_column("layer", justify="right")
     kinds = list(wide.columns.get_level_values(0).unique())
-    for kind in kinds:
-        table.add_column(kind, overflow="fold")
-    for layer, row in wide.iterrows():
-        table.add_row(str(layer), *(_best_cell(row[kind], several=several) for kind in kinds))
-    return table
+    rows = [
+        [layer, *(_best_cell(row[kind], several=several) for kind in kinds)]
+        for layer, row in wide.iterrows()
+    ]
+    return table_of(f"{title} · best reading ({legend})", ["layer", *kinds], rows)
 
 
-def _best_cell(cell: Any, *, several: bool) -> str:
+def _best_cell(cell: Any, *, several: bool) -> Text:
     if cell.isna()["alpha"]:
-        return "[dim]not computed[/dim]"
+        return Text("not computed", "dim")
     numbers = [f"{cell['alpha']:g}"]
     numbers += [f"{cell[name]:.2f}" for name in ("score", "recovered") if not cell.isna()[name]]
     into = f" → {cell['target_layer']:.0f}" if several else ""
-    return f"{escape(str(cell['description']))} [dim]({', '.join(numbers)}{into})[/dim]"
+    return Text.assemble(str(cell["description"]), (f" ({', '.join(numbers)}{into})", "dim"))
 
 
 def _print_contextualization(result: Any, position: int) -> None:
@@ -306,22 +295,15 @@ def _share_table(table: pd.DataFrame, title: str) -> Table:
 
     The mean of other prompts' vectors, where there is one, follows after a slash.
     """
-    columns = ["recovered", *(c for c in ("other_prompt_recovered",) if c in table)]
-    means = table.groupby(["source_layer", "alpha"])[columns].mean()
+    columns = [name for name in ("recovered", "other_prompt_recovered") if name in table]
+    wide = table.pivot_table(columns, "source_layer", "alpha")
     alphas = sorted(table["alpha"].unique())
     beside = " / by other prompts' vectors" if len(columns) > 1 else ""
-    shown = Table(title=escape(title + beside), title_justify="left")
-    for header in ("layer", *(f"α = {alpha:g}" for alpha in alphas)):
-        shown.add_column(header, justify="right")
-    for layer in sorted(table["source_layer"].unique()):
-        cells = [
-            " / ".join(f"{means.loc[(layer, alpha), c]:.2f}" for c in columns)
-            if (layer, alpha) in means.index
-            else ""
-            for alpha in alphas
-        ]
-        shown.add_row(str(layer), *cells)
-    return shown
+    rows = [
+        [layer, *(" / ".join(f"{row[name, alpha]:.2f}" for name in columns) for alpha in alphas)]
+        for layer, row in wide.iterrows()
+    ]
+    return table_of(title + beside, ["layer", *(f"α = {alpha:g}" for alpha in alphas)], rows)
 
 
 def _print_early(table: pd.DataFrame) -> list[Any]:
@@ -362,32 +344,30 @@ def _print_comparison(comparison: Any) -> None:
 
 
 def _count_table(counts: pd.DataFrame, method: str) -> Table:
-    table = Table(title=escape(f"{method} [95 % interval over prompts]"), title_justify="left")
-    for header in ("layer", "hits", "chance", "corrected", "chance", "q ≤ 0.05"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in counts[counts["method"] == method].to_dict("records"):
-        table.add_row(
-            str(row["source_layer"]),
-            _with_interval(row, "hits"),
-            f"{row['expected_by_chance']:.1f}",
-            _with_interval(row, "corrected"),
-            f"{row['expected_corrected']:.1f}",
+    rows = [
+        [
+            row["source_layer"], _with_interval(row, "hits"), f"{row['expected_by_chance']:.1f}",
+            _with_interval(row, "corrected"), f"{row['expected_corrected']:.1f}",
             f"{row['discoveries']:.3g}",
-        )
-    return table
+        ]
+        for row in counts[counts["method"] == method].to_dict("records")
+    ]  # fmt: skip
+    headers = ("layer", "hits", "chance", "corrected", "chance", "q ≤ 0.05")
+    return table_of(f"{method} [95 % interval over prompts]", headers, rows)
 
 
 def _difference_table(differences: pd.DataFrame, first: str) -> Table:
-    title = escape(f"Difference to {first} [95 % interval, paired by prompt]")
-    table = Table(title=title, title_justify="left")
-    for header in ("method", "layer", "hits", "corrected"):
-        table.add_column(header, justify="left" if header == "method" else "right")
-    for row in differences.to_dict("records"):
-        counts = [_with_interval(row, form) for form in ("hits", "corrected")]
-        table.add_row(escape(row["method"]), str(row["source_layer"]), *counts)
-    return table
+    rows = [
+        [
+            row["method"],
+            row["source_layer"],
+            *(_with_interval(row, f) for f in ("hits", "corrected")),
+        ]
+        for row in differences.to_dict("records")
+    ]
+    title = f"Difference to {first} [95 % interval, paired by prompt]"
+    return table_of(title, ("method", "layer", "hits", "corrected"), rows)
 
 
 def _with_interval(row: dict[Any, Any], form: str) -> str:
-    low, high = row[f"{form}_low"], row[f"{form}_high"]
-    return escape(f"{row[form]:.3g} [{low:.3g}, {high:.3g}]")
+    return f"{row[form]:.3g} [{row[f'{form}_low']:.3g}, {row[f'{form}_high']:.3g}]"

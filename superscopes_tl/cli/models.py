@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from superscopes_tl.cli.options import (
     OUTPUT,
@@ -25,6 +23,7 @@ from superscopes_tl.cli.options import (
     check_folders,
     read_lines,
     say,
+    table_of,
 )
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import NAMES, keep, readability
@@ -98,14 +97,12 @@ def check(
     found = readability(loaded, asked)
     if names is None:
         keep(loaded, found)
-    table = Table(title="Settings, by the share recovered (α = 1, best third of a few layers)")
-    for header in ("target prompt", "target layer", "source", "BOS", "own", "other names"):
-        table.add_column(header)
-    for row in found.settings.head(8).to_dict("records"):
-        shares = (f"{row[name]:.2f}" for name in ("recovered", "others"))
-        setting = (str(row[name]) for name in ("prompt", "target_layer", "source", "bos"))
-        table.add_row(*map(escape, (*setting, *shares)))
-    OUTPUT.print(table)
+    columns = ["prompt", "target_layer", "source", "bos", "recovered", "others"]
+    rows = found.settings[columns].head(8).itertuples(index=False)
+    cells = ([*row[:4], *(f"{share:.2f}" for share in row[4:])] for row in rows)
+    headers = ("target prompt", "target layer", "source", "BOS", "own", "other names")
+    title = "Settings, by the share recovered (α = 1, best third of a few layers)"
+    OUTPUT.print(table_of(title, headers, cells))
     say(found.verdict)
     if json:
         with written_whole(json) as fresh:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from superscopes_tl.cli.options import (
@@ -23,6 +22,7 @@ from superscopes_tl.cli.options import (
     parse_numbers,
     parse_token,
     say,
+    table_of,
 )
 from superscopes_tl.engine import crop_description
 from superscopes_tl.experiment import read_vectors
@@ -92,29 +92,26 @@ def side_by_side(
         loading.load(model), prompt, layer=layer, kind=kind, position=parse_token(token)
     )
     title = f"{kind} of layer {layer}, {prompt!r}, {model}"
-    table = Table(title=escape(title))
     columns = cells_of(found)
-    for name in columns:
-        text = name in ("method", "reading")
-        table.add_column(name, overflow="fold", no_wrap=not text, ratio=1 if text else None)
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(escape, row))
-    OUTPUT.print(table)
+    OUTPUT.print(table_of(title, columns, zip(*columns.values(), strict=True)))
     if html:
         say(f"Page: {write_html(side_by_side_table(found, title=title), html)}")
 
 
 def _readings(result: Any, file: Path, *, scored: bool) -> Table:
     """Return every reading, beside that of a random direction of equal norm where there is one."""
-    table = Table(title=escape(f"{file.name}, {result.provenance['model']['name']}"))
-    control = "random_direction_text" in result.table
-    headers = ["vector", "into", "α", *(["score"] if scored else []), "reading", "entropy"]
-    for header in headers + (["random direction"] if control else []):
-        table.add_column(header, overflow="fold")
-    for row in result.table.to_dict("records"):
-        cells = [row["token"], str(row["target_layer"]), f"{row['alpha']:g}"]
-        cells += [f"{row['score']:.2f}"] if scored else []
-        cells += [row["description"], f"{row['entropy']:.2f}"]
-        cells += [crop_description(row["random_direction_text"])] if control else []
-        table.add_row(*map(escape, cells))
-    return table
+    table = result.table
+    columns = {
+        "vector": table["token"],
+        "into": table["target_layer"],
+        "α": table["alpha"].map("{:g}".format),
+        "score": table["score"].map("{:.2f}".format),
+        "reading": table["description"],
+        "entropy": table["entropy"].map("{:.2f}".format),
+    }
+    if not scored:
+        del columns["score"]
+    if "random_direction_text" in table:
+        columns["random direction"] = table["random_direction_text"].map(crop_description)
+    title = f"{file.name}, {result.provenance['model']['name']}"
+    return table_of(title, columns, zip(*columns.values(), strict=True))

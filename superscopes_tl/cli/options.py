@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from superscopes_tl.engine import TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_value
@@ -211,6 +213,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def table_of(
+    title: str, headers: Iterable[str], rows: Iterable[Iterable[object]], caption: str = ""
+) -> Table:
+    """Return a table of plain text; a cell that is a `Text` keeps its own style."""
+    shown = Table(
+        title=Text(title), caption=caption or None, title_justify="left", caption_justify="left"
+    )
+    for header in headers:
+        shown.add_column(Text(header), overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return shown
 
 
 def say(line: str) -> None:
