@@ -140,7 +140,7 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
         SweepInterrupted, SweepError: as `SweepPlan.run`.
     """
     started = time.perf_counter()
-    found: dict[tuple[str, int, Cell], Reading] = {}
+    found: dict[tuple[str, int, str, Cell], Reading] = {}
 
     def result(*, complete: bool) -> SweepResult:
         provenance = _common_provenance(plans)
@@ -156,7 +156,7 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
     try:
         for batch in _with_bar(plans, progress):
             # A cell that comes once more, with its text, takes its own place.
-            found.update({(r.prompt, r.draw, Cell.of(r)): r for r in batch})
+            found.update({(r.prompt, r.draw, r.mapping, Cell.of(r)): r for r in batch})
     except KeyboardInterrupt as error:
         raise SweepInterrupted(stopped("stopped"), result(complete=False)) from error
     except Exception as error:

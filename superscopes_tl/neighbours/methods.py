@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from superscopes_tl.errors import bad_type, bad_value
-from superscopes_tl.experiment import SweepPlan, collect, plan_sweep
+from superscopes_tl.experiment import Cell, SweepPlan, collect, plan_sweep
 from superscopes_tl.model import LanguageModel, Position, load_model
 from superscopes_tl.neighbours.causal import causal_effects
 from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_table
@@ -170,10 +170,10 @@ def _alike(plan: SweepPlan, other: SweepPlan) -> bool:
 def _read(plans: Mapping[str, SweepPlan], *, progress: bool) -> Iterator[dict[str, Any]]:
     """Yield the best reading of each method, of all methods of one target prompt."""
     table = collect(list(plans.values()), progress=progress).table
-    start = 0
+    keys = [(row.mapping, Cell.of(row)) for row in table.itertuples()]
     for name, plan in plans.items():
-        cells = table.iloc[start : start + len(plan.cells)]
-        start += len(plan.cells)
+        own = {(plan.mapping_name, cell) for cell in plan.cells}
+        cells = table[[key in own for key in keys]]  # methods may share a cell
         best = cells.sort_values("score", ascending=False, na_position="last", kind="stable")
         yield {
             "method": name,
