@@ -14,7 +14,7 @@ SMALLER = {
     "01_quickstart": {
         "target_layer=INTO": "target_layer=INTO, layers=(2, 5), alphas=(1, 6)",
         "layers=(4, 8, 12)": "layers=(8,)",
-        "alphas=(1, 6),\n    controls": "alphas=(1,),\n    controls",
+        "alphas=(1, 6),\n    controls=": "alphas=(1,),\n    others=1,\n    controls=",
     },
     "02_paper_figures": {
         "BATCH_SIZE = 256": "NAMES = NAMES[:2]\nBATCH_SIZE = 256",
@@ -29,11 +29,16 @@ SMALLER = {
         "target_layer=range(model.n_layers)": "target_layer=(0, last_layer)",
         "(0, 1, 2, 4, 16)": "(1, 16)",
         "LAYERS[1:3]": "LAYERS[1:2]",
+        "MeanActivation(PAPER_PROMPTS)": "MeanActivation(PAPER_PROMPTS[:4])",
     },
     "04_is_it_real": {
         "PAPER_PROMPTS[::4]": "PAPER_PROMPTS[::12]",
         "alphas=(1, 3, 6, 9), target_layer=0, controls": "alphas=(1, 6), target_layer=0, controls",
         "for seed in range(2)": "for seed in range(1)",
+        "MeanActivation(PAPER_PROMPTS)": "MeanActivation(PAPER_PROMPTS[:4])",
+        "layers=(EARLY, MIDDLE),": "layers=(EARLY, MIDDLE), alphas=(1, 3, 6),",
+        "(0.5, 1, 2, 3, 4, 6)": "(1, 3, 6)",
+        "(1, 1.5, 2, 3, 4, 6)": "(1, 3, 6)",
     },
     "05_neighbours": {
         "PAPER_PROMPTS[::8]": "PAPER_PROMPTS[::24]",
@@ -59,7 +64,8 @@ SMALLER = {
         "CELLS = 64": "CELLS = 8",
         "layers=8, width=512": "layers=2, width=128",
         "range(1, 13)": "(1, 3, 6)",
-        '"target_layer": 0, **settings': '"target_layer": 0, "layers": (5,), **settings',
+        '{"target_layer": 0, **': '{"target_layer": 0, "layers": (5,), "alphas": (1, 6), **',
+        "timed(positions=slice(None))": "timed(positions=(-2, -1))",
         "positions=slice(None), target_layer=0, pro": "positions=(-2, -1), layers=(5,), pro",
         "PAPER_PROMPTS[:4], file": "PAPER_PROMPTS[:2], file",
     },

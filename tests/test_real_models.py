@@ -28,8 +28,8 @@ MODELS = [
 ]
 NAME = "Pink Floyd"
 ALPHAS = (1.0, 9.0)
-KINDS = ("resid_mid", "mlp_out", "resid_post")
-N_NEW = 8
+KINDS = ("mlp_out", "resid_post")
+N_NEW = 4
 
 
 @cache
@@ -73,7 +73,7 @@ def cells(name: str) -> dict[tuple[str, int, int, float], tuple[list[int], float
     last = hf.config.num_hidden_layers - 1
     found = {}
     for kind in KINDS:
-        for layer in (0, last // 2, last):
+        for layer in (0, last // 2):
             vector = plain_hf.source_vectors(hf, source, kind, layer)[-1]
             for into in dict.fromkeys((layer, 0, last)):
                 for alpha in ALPHAS:
@@ -88,14 +88,16 @@ def cells(name: str) -> dict[tuple[str, int, int, float], tuple[list[int], float
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_cell_equals_plain_hugging_face(name: str, backend: str) -> None:
-    """First, middle and last layer; same, first and last target: texts and recovered shares."""
+    """First and middle layer; same, first and last target: texts and recovered shares."""
     if (name, backend) == ("gemma-3-270m", "hooked"):
         pytest.skip("HookedTransformer has no converter for this Gemma 3")
+    if name == "gemma-3-270m" and "hooked" not in BACKENDS:
+        pytest.skip("one real model suffices on the second line of TransformerLens")
     model = loaded(name, backend)
     expected = cells(name)
     last = model.n_layers - 1
     settings: dict[str, Any] = {
-        "layers": (0, last // 2, last),
+        "layers": (0, last // 2),
         "kinds": KINDS,
         "alphas": ALPHAS,
         "max_new_tokens": N_NEW,
