@@ -31,7 +31,14 @@ from superscopes_tl.experiment import (
     score_readings,
 )
 from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
-from superscopes_tl.neighbours import LENSES, Lens, TokenEffect, lens_table, token_effects
+from superscopes_tl.neighbours import (
+    LENSES,
+    Lens,
+    TokenEffect,
+    lens_label,
+    lens_table,
+    token_effects,
+)
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.vectors import PAPER_MAPPING
 from superscopes_tl.vectors import __all__ as values
@@ -108,7 +115,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     Args:
         plan: the plan that the cell belongs to.
         reading: the cell.
-        lenses: by name; each also reads a random vector of equal norm.
+        lenses: by name; each also reads a random direction of equal norm.
 
     Raises:
         ValueError: the cell is not in the plan, or a lens is of another model.
@@ -151,8 +158,11 @@ def _lens_readings(
         return ()
     table = lens_table(plan.model, plan.source, [site], lenses=lenses)
     return tuple(
-        LensReading(str(name), tuple(zip(rows["top_token"], rows["probability"], strict=True)))
-        for name, rows in table.groupby("lens", sort=False)
+        LensReading(
+            lens_label(str(name), bool(control)),
+            tuple(zip(rows["top_token"], rows["probability"], strict=True)),
+        )
+        for (name, control), rows in table.groupby(["lens", "control"], sort=False)
     )
 
 

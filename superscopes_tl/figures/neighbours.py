@@ -37,7 +37,7 @@ from superscopes_tl.figures.grid import (
     shades,
     text_lines,
 )
-from superscopes_tl.neighbours import CONTROL, LOGIT_LENS, PATCHED, NextTokens
+from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, NextTokens, lens_label
 
 Measure = Literal["precision", "surprisal"]
 
@@ -53,6 +53,7 @@ def lens_heatmap(
     kind: str | None = None,
     position: int | None = None,
     lenses: Sequence[str] | None = None,
+    controls: bool = True,
 ) -> go.Figure:
     """Draw the most likely token of every cell, coloured by its probability, one panel per lens.
 
@@ -63,7 +64,8 @@ def lens_heatmap(
         x: what runs along the horizontal axis.
         kind: which kind, where positions run along the axis; defaults to the table's first.
         position: which token, where kinds do; defaults to the table's rightmost.
-        lenses: which lenses, controls among them; default to all of the table.
+        lenses: which lenses; default to all of the table.
+        controls: whether to draw what each lens reads in a random direction as well.
 
     Raises:
         ValueError: several prompts, or a kind, position or lens that the table does not have.
@@ -79,11 +81,13 @@ def lens_heatmap(
         rows = only(table, "position", table["position"].max() if position is None else position)
         what = f"token <b>{html.escape(str(rows['token'].iloc[0]))}</b>"
     rows = only(rows.sort_values("rank", kind="stable"), "lens", lenses)
-    site = ["lens", "kind", "position", "source_layer"]
+    rows = rows if controls else rows[~rows["control"]]
+    site = ["lens", "control", "kind", "position", "source_layer"]
     tokens = rows.assign(tokens=[_probability(row) for row in rows.to_dict("records")])
     tokens = tokens.groupby(site, sort=False)["tokens"].agg("<br>".join).reset_index()
     first = table.drop_duplicates(site).merge(tokens, on=site)
-    grid = Grid.of(first, x=x, panel="lens", panels=lenses)
+    labels = map(lens_label, first["lens"], first["control"])
+    grid = Grid.of(first.assign(label=list(labels)), x=x, panel="label")
     return draw(
         grid,
         "probability",
@@ -125,22 +129,21 @@ def lens_kl_curve(table: pd.DataFrame) -> go.Figure:
     Args:
         table: what `lens_kl` returned.
     """
-    names = list(dict.fromkeys(name.removesuffix(f", {CONTROL}") for name in table["lens"]))
+    names = list(dict.fromkeys(table["lens"]))
     colors = dict(zip(names, shades(len(names), last=0.75), strict=True))
     kinds = list(dict.fromkeys(table["kind"]))
     figure = go.Figure()
-    for name, kind in table[["lens", "kind"]].drop_duplicates().itertuples(index=False):
-        line = table[(table["lens"] == name) & (table["kind"] == kind)].sort_values("source_layer")
+    which = ["lens", "control", "kind"]
+    for at in table[which].drop_duplicates().to_dict("records"):
+        line = table[(table[which] == pd.Series(at)).all(axis=1)].sort_values("source_layer")
+        label = lens_label(at["lens"], at["control"])
         figure.add_scatter(
             x=line["source_layer"].tolist(),
             y=[finite(value) for value in line["kl"]],
-            name=html.escape(f"{name}, {kind}" if len(kinds) > 1 else name),
+            name=html.escape(f"{label}, {at['kind']}" if len(kinds) > 1 else label),
             mode="lines+markers",
-            line={
-                "color": colors[name.removesuffix(f", {CONTROL}")],
-                "dash": "dash" if name.endswith(CONTROL) else "solid",
-            },
-            marker_symbol=SYMBOLS[kinds.index(kind) % len(SYMBOLS)],
+            line={"color": colors[at["lens"]], "dash": "dash" if at["control"] else "solid"},
+            marker_symbol=SYMBOLS[kinds.index(at["kind"]) % len(SYMBOLS)],
         )
     return figure.update_layout(
         title="How far a lens is from the model's final prediction",
@@ -325,7 +328,7 @@ def _next_hover(row: Row) -> str:
         ends = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         numbers.append(f"{title} {row[name]:.3f}{ends}")
     method = html.escape(row["method"].replace("_", " "))
-    return "<br>".join([f"<b>{method}</b>", where, *numbers, f"{row['texts']} texts"])
+    return "<br>".join([f"<b>{method}</b>", where, *numbers, f"{row['prompts']} prompts"])
 
 
 def _next_title(found: NextTokens, rows: pd.DataFrame) -> str:
@@ -356,7 +359,7 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
     figure = draw(
         Grid.of(table.assign(cell=[html.escape(cell) for cell in cells]), x="step", y="cell"),
         "relevancy",
-        lambda row: f"{html.escape(row['written'])}<br>{row['relevancy']:.2f}",
+        lambda row: f"{html.escape(row['generated_token'])}<br>{row['relevancy']:.2f}",
         title=(
             f"{html.escape(', '.join(dict.fromkeys(table['prompt'])))}"
             " · p(token | patched) − p(token | unpatched)"
@@ -364,7 +367,7 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
         x_title="token of the text",
         y_title="",
         color_range=(-1, 1),
-        text=lambda row: html.escape(row["written"]),
+        text=lambda row: html.escape(row["generated_token"]),
         cell_width=56,
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -379,7 +382,7 @@ def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:
 
     return {
         "method": [str(cell) for cell in table["method"]],
-        "reading": [str(cell) for cell in table["reading"]],
+        "reading": [str(cell) for cell in table["description"]],
         "α": numbers("alpha", "g"),
         "into": numbers("target_layer", "d"),
         "tries": numbers("tries", "d"),

@@ -2,11 +2,11 @@
 
 from superscopes_tl.neighbours.causal import beside, causal_effects, causal_trace
 from superscopes_tl.neighbours.lenses import (
-    CONTROL,
     LENSES,
     LOGIT_LENS,
     Lens,
     lens_kl,
+    lens_label,
     lens_table,
     logit_lens,
     sites_of,
@@ -21,11 +21,10 @@ from superscopes_tl.neighbours.replacements import (
     Without,
     Zero,
 )
-from superscopes_tl.neighbours.selfie_relevancy import TokenEffect, relevancy, token_effects
+from superscopes_tl.neighbours.token_relevancy import TokenEffect, relevancy, token_effects
 from superscopes_tl.neighbours.tuned_lens import TunedLens, train_tuned_lens
 
 __all__ = [
-    "CONTROL",
     "LENSES",
     "LOGIT_LENS",
     "NEIGHBOURS",
@@ -44,6 +43,7 @@ __all__ = [
     "causal_effects",
     "causal_trace",
     "lens_kl",
+    "lens_label",
     "lens_table",
     "logit_lens",
     "next_tokens",

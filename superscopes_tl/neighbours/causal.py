@@ -147,7 +147,7 @@ def causal_trace(
     Returns:
         A row per site, means over the corruption's draws, in nats per token of the continuation:
         `effect`, the `patched_log_probability` minus the `corrupted_log_probability`, positive
-        where the vector carries what was destroyed; `recovered`, the same as a share of what the
+        where the vector carries what was destroyed; `restored`, the same as a share of what the
         corruption cost; `kl` from the clean distribution; `top_restored`, the share of draws in
         which the same tokens come first as in the clean run;
         `control_effect` and `control_kl`.
@@ -181,7 +181,7 @@ def causal_trace(
         corrupted_log_probability=corrupted,
         patched_log_probability=restored["log_probability"],
         effect=effect,
-        recovered=effect / cost if cost else math.nan,
+        restored=effect / cost if cost else math.nan,
         kl=restored["kl"],
         top_restored=1 - restored["top_changed"],
         control_effect=control["log_probability"] - corrupted,
@@ -198,8 +198,7 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The readings in their order, and behind them the columns that only the effects have; NaN
-        where a site has no effect. Both have a column `recovered`, of two things: that of
-        `causal_trace` is called `effect_recovered` here.
+        where a site has no effect.
 
     Raises:
         TypeError: something other than tables.
@@ -222,7 +221,6 @@ def beside(readings: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
             f"{len(effects)} rows at {len(effects.drop_duplicates(SITE_COLUMNS))} sites",
             "join one replacement, corruption and continuation at a time",
         )
-    effects = effects.rename(columns={"recovered": "effect_recovered"})
     own = [name for name in effects.columns if name not in readings.columns]
     joined = readings.merge(
         effects[[*SITE_COLUMNS, *own]], on=SITE_COLUMNS, how="left", indicator="_found"

@@ -6,7 +6,7 @@
    `TunedLens` (`tuned_lens`) moves them to where the last block's output would be.
 3. `lens_table` reads all sites of a prompt through several lenses in one batch; `lens_kl` measures
    over texts how far a lens is from what the model says in the end.
-4. The control of both is the same lens on a random vector of equal norm: what it still names, or
+4. The control of both is the same lens on a random direction of equal norm: what it still names, or
    how near it still gets, owes nothing to the vector.
 
 α does not change what a lens reads: the final norm takes any positive scale away again.
@@ -46,9 +46,8 @@ Lens: TypeAlias = Callable[
 """What is done to the vectors of some sites before they are unembedded."""
 
 LOGIT_LENS = "logit lens"
-CONTROL = "random vector"
 SEED = 0
-"""Chooses the random vectors."""
+"""Chooses the random directions."""
 
 _ROWS = 256
 """Rows that are unembedded together: each has as many logits as there are tokens."""
@@ -130,12 +129,13 @@ def lens_table(
         sites: the places to read: `plan.sites`, `sites_of(result.table)`, or your own.
         lenses: by name, such as `{**LENSES, "tuned lens": tuned}`.
         top_k: how many tokens of each site.
-        control: whether each lens also reads a random vector of equal norm, as another lens.
+        control: whether each lens also reads a random direction of equal norm.
         chat: whether the prompt stands in the model's chat template, as in a sweep with `chat`.
 
     Returns:
         One row per lens, site and rank, with the columns `prompt`, `position`, `token`, `kind`,
-        `source_layer` (these as in `SweepResult.table`), `lens`, `rank` (1 is the likeliest),
+        `source_layer` (these as in `SweepResult.table`), `lens`, `control` (whether the lens read
+        a random direction of equal norm instead), `rank` (1 is the most likely),
         `top_token` (its text, with the space that it brings), `top_token_id`, `probability`.
 
     Raises:
@@ -151,11 +151,12 @@ def lens_table(
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
     vectors = site_vectors(model, tokens, wanted)
     rows: list[dict[str, Any]] = []
-    for name, moved in _through(model, lenses, vectors, wanted, control=control):
+    for name, random, moved in _through(model, lenses, vectors, wanted, control=control):
         likely = logit_lens(model, moved)
         top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
         for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
-            rows += _rows(model, tokens, site, name, values, ids)
+            named: dict[str, str | bool] = {"lens": name, "control": random}
+            rows += _rows(model, tokens, site, named, values, ids)
     return pd.DataFrame(rows)
 
 
@@ -171,25 +172,25 @@ def _through(
     sites: Sequence[Site],
     *,
     control: bool,
-) -> Iterator[tuple[str, Float[Tensor, "sites d_model"]]]:
-    """Yield for each lens, and for its control, a name and the translated vectors."""
+) -> Iterator[tuple[str, bool, Float[Tensor, "sites d_model"]]]:
+    """Yield each lens's name, whether it reads random directions, and the translated vectors."""
     for name, lens in lenses.items():
-        yield name, lens(model, vectors, sites)
+        yield name, False, lens(model, vectors, sites)
         if control:
             random = RandomDirection(SEED)(1.0)(vectors)
-            yield control_name(name), lens(model, random, sites)
+            yield name, True, lens(model, random, sites)
 
 
-def control_name(lens: str) -> str:
-    """Return the name of a lens's control, the same lens on a random vector of equal norm."""
-    return f"{lens}, {CONTROL}"
+def lens_label(lens: str, control: bool) -> str:
+    """Return how figures and tables call a lens, or the same lens on a random direction."""
+    return f"{lens}, random direction" if control else lens
 
 
 def _rows(
     model: LanguageModel,
     tokens: TokenizedText,
     site: Site,
-    lens: str,
+    lens: Mapping[str, str | bool],
     probabilities: Float[Tensor, " top"],
     ids: Int[Tensor, " top"],
 ) -> Iterator[dict[str, Any]]:
@@ -204,7 +205,7 @@ def _rows(
             "token": tokens.labels[position],
             "kind": site.kind,
             "source_layer": site.layer % model.n_layers,
-            "lens": lens,
+            **lens,
             "rank": rank,
             "top_token": token_text(model, token_id),
             "top_token_id": token_id,
@@ -238,11 +239,11 @@ def lens_kl(
         lenses: by name.
         kinds: out of `KINDS`.
         layers: layer numbers; every layer unless given.
-        control: whether each lens also reads random vectors of equal norm, as another lens.
+        control: whether each lens also reads random directions of equal norm.
 
     Returns:
-        One row per lens, kind and layer: `lens`, `kind`, `source_layer`, `kl` (the mean, in nats
-        per token; the BOS is left out), `tokens` (how many).
+        One row per lens, kind and layer: `lens`, `control`, `kind`, `source_layer`, `kl` (the
+        mean, in nats per token; the BOS is left out), `tokens` (how many).
 
     Raises:
         ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
@@ -258,15 +259,15 @@ def lens_kl(
     for kind, layer in places:
         vectors = states[kind, layer].float()
         sites = [Site(kind, layer, 0)] * len(vectors)
-        for name, moved in _through(model, lenses, vectors, sites, control=control):
+        for name, random, moved in _through(model, lenses, vectors, sites, control=control):
             total = sum(
                 float(divergence(logit_lens(model, final), logit_lens(model, part)).sum())
                 for final, part in zip(_parts(states[last]), _parts(moved), strict=True)
             )
             mean = total / len(vectors)
-            rows.append((name, kind, layer, mean, len(vectors)))
-    table = pd.DataFrame(rows, columns=["lens", "kind", "source_layer", "kl", "tokens"])
-    return table.sort_values(["lens", "kind"], kind="stable", ignore_index=True)
+            rows.append((name, random, kind, layer, mean, len(vectors)))
+    table = pd.DataFrame(rows, columns=["lens", "control", "kind", "source_layer", "kl", "tokens"])
+    return table.sort_values(["lens", "control", "kind"], kind="stable", ignore_index=True)
 
 
 def divergence(

@@ -26,7 +26,7 @@ from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment import Cell, SweepPlan, collect, plan_sweep
 from superscopes_tl.model import LanguageModel, Position, load_model
 from superscopes_tl.neighbours.causal import causal_effects
-from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_table
+from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_label, lens_table
 from superscopes_tl.vectors import (
     SELFIE_PROMPT,
     Accumulated,
@@ -98,9 +98,9 @@ def side_by_side(
         **settings: what all methods share, such as `target_layer` or `scorer`.
 
     Returns:
-        A row per method: `method`, `reading`, `alpha`, `target_layer`, `score`, `control` (the best
-        score of as many readings in a random direction; the site has one such direction, so that
-        methods which write it alike share their control) and `tries`. A lens has no score: its
+        A row per method: `method`, `description`, `alpha`, `target_layer`, `score`, `control` (the
+        best score of as many readings in a random direction; the site has one such direction, so
+        that methods which write it alike share their control) and `tries`. A lens has no score: its
         reading is its likeliest tokens with their probabilities. The last row is what the prompt's
         own continuation (ten tokens) loses without the vector, in nats per token, beside a random
         change of equal size.
@@ -135,16 +135,16 @@ def side_by_side(
     first = next(iter(plans.values()))
     tokens = lens_table(model, first.source, first.sites, lenses=lenses, top_k=3)
     rows += [
-        {"method": name, "reading": _tokens(found)}
-        for name, found in tokens.groupby("lens", sort=False)
+        {"method": lens_label(str(name), bool(random)), "description": _tokens(found)}
+        for (name, random), found in tokens.groupby(["lens", "control"], sort=False)
     ]
     framed = first.config.source_template.replace("{}", prompt)
     effects = causal_effects(
         model, framed, kinds=kind, layers=layer, positions=first.sites[0].position,
         continuation=OWN_TOKENS, chat=first.config.chat,
     ).iloc[0]  # fmt: skip
-    rows.append({"method": "ablated in its own run", "reading": _effect(effects)})
-    columns = ["method", "reading", "alpha", "target_layer", "score", "control", "tries"]
+    rows.append({"method": "ablated in its own run", "description": _effect(effects)})
+    columns = ["method", "description", "alpha", "target_layer", "score", "control", "tries"]
     return pd.DataFrame(rows, columns=columns).astype({"tries": "Int64", "target_layer": "Int64"})
 
 
@@ -177,7 +177,7 @@ def _read(plans: Mapping[str, SweepPlan], *, progress: bool) -> Iterator[dict[st
         best = cells.sort_values("score", ascending=False, na_position="last", kind="stable")
         yield {
             "method": name,
-            "reading": best["description"].iloc[0],
+            "description": best["description"].iloc[0],
             "alpha": best["alpha"].iloc[0],
             "target_layer": int(best["target_layer"].iloc[0]),
             "score": best["score"].iloc[0],

@@ -57,8 +57,8 @@ class NextTokens:
     """What patched prompts predict next.
 
     Attributes:
-        table: one row per text, token, method and cell. `method` is "patched", the name of a
-            control, or "logit lens" (with neither target layer nor α; left out where `vectors`
+        table: one row per source prompt, token, method and cell. `method` is "patched", the name of
+            a control, or "logit lens" (with neither target layer nor α; left out where `vectors`
             says what v is). `own` is the token that the model itself predicts there, `predicted`
             the method's, `hit` whether the two are one, and `surprisal` −log p of `own` under the
             method, in nats.
@@ -73,27 +73,27 @@ class NextTokens:
 
         Returns:
             A row per method, kind, source layer, target layer and α, with `precision` and
-            `surprisal` (means over texts of each text's mean), the ends of their intervals
+            `surprisal` (means over prompts of each prompt's mean), the ends of their intervals
             `precision_low`, `precision_high`, `surprisal_low`, `surprisal_high` (NaN for a single
-            text), and the number of `texts`.
+            prompt), and the number of `prompts`.
         """
         cells = self.table[CELL].drop_duplicates().reset_index(drop=True)
         number = self.table.groupby(CELL, sort=False, dropna=False).ngroup()
-        means = self.table[["hit", "surprisal"]].groupby([self.table["text"], number]).mean()
-        texts = self.table["text"].nunique()
+        means = self.table[["hit", "surprisal"]].groupby([self.table["prompt"], number]).mean()
+        prompts = self.table["prompt"].nunique()
         for column, name in (("hit", "precision"), ("surprisal", "surprisal")):
             values = means[column].unstack().to_numpy(dtype=float)
             low, high = bootstrap(values)
             cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = values.mean(0), low, high
-        return cells.assign(texts=texts)
+        return cells.assign(prompts=prompts)
 
 
-def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: Any) -> NextTokens:
+def next_tokens(model: LanguageModel | Any, prompts: Sequence[str], **settings: Any) -> NextTokens:
     """Ask patched prompts for the next token, at every cell of every text.
 
     Args:
         model: from `load_model`, or anything that it takes.
-        texts: the source prompts; each counts once.
+        prompts: the source prompts; each counts once.
         **settings: the fields of `SweepConfig`, but those of whole texts. Unless given:
             `target_prompt=IDENTITY_PROMPT`, `kinds="resid_post"`, `alphas=1`,
             `target_layer="same"`, `positions=slice(None)` (every token but the BOS) and
@@ -102,9 +102,9 @@ def next_tokens(model: LanguageModel | Any, texts: Sequence[str], **settings: An
     Raises:
         ValueError, TypeError: a bad setting, no texts, or a `target_model` with other tokens.
     """
-    distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
+    distinct = [] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     if not distinct:
-        raise bad_value("texts", "at least one text", texts, "PAPER_PROMPTS, for example")
+        raise bad_value("prompts", "at least one prompt", prompts, "PAPER_PROMPTS, for example")
     if misplaced := [name for name in _OF_TEXTS if name in settings]:
         raise bad_value(
             "settings",
@@ -238,7 +238,7 @@ def _rows(
     sources = [plans[text].source for text in texts]
     return pd.DataFrame(
         {
-            "text": [source.text for source in sources],
+            "prompt": [source.text for source in sources],
             "position": [site.position for site in sites],
             "token": [
                 source.labels[site.position] for source, site in zip(sources, sites, strict=True)
@@ -262,4 +262,4 @@ def _provenance(plan: SweepPlan, texts: Sequence[str]) -> dict[str, Any]:
     of_text = (*_OF_TEXTS, "scorer_weights", "decoding", "positions")
     config = {name: value for name, value in whole["config"].items() if name not in of_text}
     kept = {k: v for k, v in whole.items() if k not in ("prompt", "tokens", "planned_cells")}
-    return {**kept, "config": {**config, "mapping": plan.mapping_name}, "texts": list(texts)}
+    return {**kept, "config": {**config, "mapping": plan.mapping_name}, "prompts": list(texts)}

@@ -23,7 +23,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.explorer.cell import code_for, ladder, probe, reading_at
-from superscopes_tl.neighbours import LENSES, TunedLens, lens_table
+from superscopes_tl.neighbours import LENSES, TunedLens, lens_label, lens_table
 from superscopes_tl.vectors import RandomDirection, Scale
 from tests.explorer.conftest import PROMPT, finished
 from tests.model.test_chat import TEMPLATES, with_template
@@ -88,9 +88,10 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
     found = probe(plan, first, lenses).lenses  # type: ignore[arg-type]
     assert found == probe(plan, second, lenses).lenses  # type: ignore[arg-type]
     table = lens_table(model, plan.source, [plan.cells[0].site], lenses=lenses)
-    assert len(found) == table["lens"].nunique() == 2 * len(lenses)
+    assert len(found) == 2 * table["lens"].nunique() == 2 * len(lenses)
     for lens in found:
-        rows = table[table["lens"] == lens.lens]
+        named = map(lens_label, table["lens"], table["control"])
+        rows = table[[name == lens.lens for name in named]]
         assert lens.tokens == tuple(zip(rows["top_token"], rows["probability"], strict=True))
 
 

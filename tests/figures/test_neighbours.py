@@ -23,9 +23,9 @@ from superscopes_tl.neighbours import (
     NextTokens,
     causal_effects,
     lens_kl,
+    lens_label,
     lens_table,
 )
-from superscopes_tl.neighbours.lenses import control_name
 from tests.conftest import tiny_model
 from tests.support.readings import rows_of
 
@@ -36,7 +36,7 @@ def found(
 ) -> NextTokens:  # fmt: skip
     """Return an evaluation; a patched cell hits at `text < source layer − target layer`."""
     rows = [
-        {"text": f"text {text}", "position": 1, "token": "t", "method": method, "kind": kind,
+        {"prompt": f"text {text}", "position": 1, "token": "t", "method": method, "kind": kind,
          "source_layer": layer, "target_layer": target, "alpha": alpha, "own": "a",
          "predicted": "b", "hit": method == PATCHED and text < layer - target,
          "surprisal": float(layer + target)}
@@ -205,16 +205,16 @@ def first(table: pd.DataFrame, **at: object) -> pd.Series:
 def test_each_cell_shows_its_likeliest_token_and_probability(table: pd.DataFrame) -> None:
     """Layer x position, one panel per lens with its control; the hover has all the tokens."""
     figure = lens_heatmap(table)
-    assert [a.text for a in figure.layout.annotations] == [LOGIT_LENS, control_name(LOGIT_LENS)]
+    assert [a.text for a in figure.layout.annotations] == [LOGIT_LENS, lens_label(LOGIT_LENS, True)]
     assert len(figure.data) == 2
     assert figure.data[0].y == ("2", "5")
     labels = table.drop_duplicates("position").set_index("position")["token"]
     assert figure.layout.xaxis.ticktext == tuple(labels[[1, 3, 4]])
-    for panel, lens in zip(figure.data, (LOGIT_LENS, control_name(LOGIT_LENS)), strict=True):
+    for panel, control in zip(figure.data, (False, True), strict=True):
         for row, layer in enumerate((2, 5)):
             for column, position in enumerate((1, 3, 4)):
                 at = {"position": position, "kind": "resid_post", "source_layer": layer}
-                cell = first(table, lens=lens, **at)
+                cell = first(table, control=control, **at)
                 assert panel.z[row][column] == pytest.approx(cell["probability"])
                 assert f"{cell['probability']:.3f}" in panel.customdata[row][column]
                 assert panel.customdata[row][column].count("<br>") == 3
@@ -223,10 +223,10 @@ def test_each_cell_shows_its_likeliest_token_and_probability(table: pd.DataFrame
 
 def test_kinds_can_run_along_the_axis(table: pd.DataFrame) -> None:
     """Layer x kind of one token, of the chosen lens."""
-    figure = lens_heatmap(table, x="kind", position=3, lenses=[LOGIT_LENS])
+    figure = lens_heatmap(table, x="kind", position=3, lenses=[LOGIT_LENS], controls=False)
     (panel,) = figure.data
     assert list(panel.x) == ["resid_post", "mlp_out"]
-    cell = first(table, position=3, kind="mlp_out", source_layer=5, lens=LOGIT_LENS)
+    cell = first(table, position=3, kind="mlp_out", source_layer=5, control=False)
     assert panel.z[1][1] == pytest.approx(cell["probability"])
     latest = lens_heatmap(table, x="kind").data[0].z
     assert latest == lens_heatmap(table, x="kind", position=4).data[0].z
@@ -245,7 +245,7 @@ def test_positions_are_told_apart_where_tokens_repeat(model: LanguageModel) -> N
 def test_cells_that_were_not_read_are_empty(table: pd.DataFrame) -> None:
     """A missing site is None, not NaN, and says so."""
     part = table[~((table["position"] == 3) & (table["source_layer"] == 5))]
-    (panel,) = lens_heatmap(part, lenses=[LOGIT_LENS]).data
+    (panel,) = lens_heatmap(part, lenses=[LOGIT_LENS], controls=False).data
     assert panel.z[1][1] is None
     assert panel.customdata[1][1] == "not computed"
     assert panel.text[1][1] == ""
@@ -297,9 +297,9 @@ def test_the_divergence_is_drawn_over_layers(model: LanguageModel) -> None:
     lines = {line.name: line for line in figure.data}
     line = lines[f"{LOGIT_LENS}, resid_post"]
     assert line.x == (2, 5)
-    of = found[(found["lens"] == LOGIT_LENS) & (found["kind"] == "resid_post")]
+    of = found[~found["control"] & (found["kind"] == "resid_post")]
     assert list(line.y) == of.sort_values("source_layer")["kl"].tolist()
-    control = lines[f"{control_name(LOGIT_LENS)}, resid_post"]
+    control = lines[f"{lens_label(LOGIT_LENS, True)}, resid_post"]
     assert (control.line.dash, line.line.dash) == ("dash", "solid")
     assert control.line.color == line.line.color
 
@@ -308,7 +308,7 @@ def test_the_table_of_a_site_is_drawn_as_it_is() -> None:
     """A line per method; generated text is escaped, what has no number is empty."""
     table = pd.DataFrame(
         {
-            "method": ["Patchscopes", "logit lens"], "reading": ["<script>", "a"],
+            "method": ["Patchscopes", "logit lens"], "description": ["<script>", "a"],
             "alpha": [1.0, np.nan], "target_layer": pd.array([5, pd.NA], "Int64"),
             "tries": pd.array([1, pd.NA], "Int64"), "score": [0.25, np.nan],
             "control": [0.5, np.nan],

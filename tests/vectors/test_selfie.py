@@ -249,7 +249,7 @@ def test_relevancy_is_the_difference_of_two_plain_runs(
             torch.testing.assert_close(
                 torch.tensor(rows[column].to_numpy()).float(), expected, rtol=1e-3, atol=1e-5
             )
-        assert "".join(rows["written"]) == tokenizer.decode(new)
+        assert "".join(rows["generated_token"]) == tokenizer.decode(new)
     assert table["relevancy"].abs().max() > 1e-3
     assert len(table.groupby(["source_layer", "alpha"])) == 4
 
@@ -310,7 +310,7 @@ def test_the_figure_shows_tokens_as_text(tiny: Tiny) -> None:
         target_prompt=ONE, max_new_tokens=3, scorer=_nothing,
     )  # fmt: skip
     table = relevancy(plan)
-    table.loc[0, "written"] = "<b>x"
+    table.loc[0, "generated_token"] = "<b>x"
     short = table.drop(index=table.index[-1])
     figure = relevancy_heatmap(short)
     (cells,) = figure.data

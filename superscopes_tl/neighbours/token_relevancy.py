@@ -79,7 +79,7 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
 
     Returns:
         A row per token. Columns: those that name the cell, `step` (0 is the first token),
-        `written` (the token), `probability`, `unpatched_probability` and `relevancy`.
+        `generated_token`, `probability`, `unpatched_probability` and `relevancy`.
 
     Raises:
         TypeError: neither a plan nor a result that has one, as a loaded result does not.
@@ -118,7 +118,7 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
         )
         for step, effect in enumerate(effects)
     ]  # fmt: skip
-    scores = ["step", "written", "probability", "unpatched_probability", "relevancy"]
+    scores = ["step", "generated_token", "probability", "unpatched_probability", "relevancy"]
     return pd.DataFrame(found, columns=[*SITE, "token", "alpha", *scores])
 
 
