@@ -131,12 +131,12 @@ def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
 def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
     """`superscopes side-by-side` shows every method, and says what is wrong with a bad kind."""
     page = tmp_path / "site.html"
-    asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--backend", "bridge"]
+    asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--model", "mini", "--backend", "bridge"]
     run = CliRunner().invoke(app, [*asked, "--html", str(page)])
     assert run.exit_code == 0, run.output
     for method in ("Patchscopes", "Superscopes", "SelfIE", "logit lens", "ablated"):
         assert method in run.output
     assert "plotly" in page.read_text(encoding="utf-8")
-    bad = CliRunner().invoke(app, ["side-by-side", "Pearl Jam", "--layer", "5", "--kind", "mlp"])
+    bad = CliRunner().invoke(app, [*asked, "--kind", "mlp"])
     assert bad.exit_code != 0
-    assert "kinds: " in " ".join(bad.output.split())
+    assert "Error: kinds: expected" in " ".join(bad.output.split())
