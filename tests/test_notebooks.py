@@ -39,6 +39,7 @@ SMALLER = {
         "layers=(EARLY, MIDDLE),": "layers=(EARLY, MIDDLE), alphas=(1, 3, 6),",
         "(0.5, 1, 2, 3, 4, 6)": "(1, 3, 6)",
         "(1, 1.5, 2, 3, 4, 6)": "(1, 3, 6)",
+        "(1, 3, 6, 12)": "(1, 3, 6)",
     },
     "05_neighbours": {
         "PAPER_PROMPTS[::8]": "PAPER_PROMPTS[::24]",
