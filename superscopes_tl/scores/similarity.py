@@ -6,7 +6,7 @@
 3. `score_texts` calls a scorer for the texts that are not empty: an empty generation has no
    meaning to compare, so its score is NaN, not 0. `similarities` scores every text against every
    reference.
-4. `contains` makes a scorer that looks for an answer, for attribute extraction.
+4. `Contains(answer)` looks for an answer, for attribute extraction.
 
 A score measures similarity: a high score does not make the description true.
 """
@@ -18,6 +18,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,38 +121,38 @@ class SentenceEmbeddingScorer:
             ) from error
 
 
-def contains(answers: str | Sequence[str]) -> Scorer:
-    """Return a scorer that tells whether a text contains an answer (Patchscopes, section 4.2).
+@dataclass(frozen=True)
+class Contains:
+    """Scorer: 1.0 where a text contains an answer as whole words, else 0.0 (Patchscopes, 4.2).
 
-    It scores 1.0 where the text contains one of the answers as whole words, ignoring case and
-    white space, else 0.0.
+    Case and the amount of white space are ignored.
 
-    >>> contains("English")(["Pink Floyd"], ["english  rock band"])
+    >>> Contains("English")(["Pink Floyd"], ["english  rock band"])
     [1.0]
 
-    Args:
+    Attributes:
         answers: one or several; any of them counts.
-
-    Raises:
-        ValueError: no answer, or one without a visible character.
     """
-    given = [answers] if isinstance(answers, str) else answers
-    wanted = list(given) if isinstance(given, Sequence) else []
-    if not wanted or not all(isinstance(a, str) and a.strip() for a in wanted):
-        raise bad_value(
-            "answers",
-            "a text, or several, with visible characters",
-            answers,
-            "contains('California'), for example",
-        )
-    words = ("\\s+".join(map(re.escape, answer.split())) for answer in wanted)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
 
-    def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+    answers: str | Sequence[str]
+
+    def __post_init__(self) -> None:
+        given = [self.answers] if isinstance(self.answers, str) else self.answers
+        answers = tuple(given) if isinstance(given, Sequence) else ()
+        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise bad_value("answers", "visible texts", given, "for example Contains('California')")
+        object.__setattr__(self, "answers", answers)
+
+    @property
+    def name(self) -> str:
+        """How results record the scorer."""
+        return f"contains {' or '.join(map(repr, self.answers))}"
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        """Return 1.0 for every candidate that contains an answer, else 0.0."""
+        words = "|".join(r"\s+".join(map(re.escape, answer.split())) for answer in self.answers)
+        pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
         return [float(pattern.search(text) is not None) for text in candidates]
-
-    scorer.__name__ = f"contains {' or '.join(map(repr, wanted))}"
-    return scorer
 
 
 def packaged_scorer() -> Path | None:

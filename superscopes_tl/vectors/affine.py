@@ -6,19 +6,17 @@ through the map of its source layer and target layer; amplification comes after 
 `save_maps` and `load_maps` keep several in one safetensors file: tensors and a JSON header, no
 code. `fit_affine` makes them by least squares:
 
-1. Read every text once per model (`capture`): the vectors of the source layers, and the block
-   outputs of the target layers, at every token but the BOS. A prefix that several texts share
-   has the same vectors each time: it counts once.
-2. Two models may tokenize a text differently. A token of one is paired with the token of the other
-   that ends at the same character: up to there both have read the same. "Pep|pers" and "P|eppers"
-   meet at the end of the word; a token without a partner is left out.
-3. Every fifth text is held out. On the others solve min Σ‖A·x + b − y‖² + λ‖A‖² in float64, with
-   means subtracted, so that b is free. λ = 0, plain least squares, where there are more vectors
-   than dimensions. Where there are not, many maps fit exactly, and λ is `SMALL_RIDGE` times the
-   vectors' summed variance along a mean dimension, which prefers a small A. Directions weaker
-   than `RESOLUTION` of the strongest are rounding errors of float32 and ignored.
+1. One forward pass per text and model: vectors of the source layers and block outputs of the
+   target layers, at every token but the BOS. A prefix that several texts share counts once.
+2. Two models may tokenize a text differently. Tokens that end at the same character are paired, as
+   up to there both models have read the same; tokens without a partner are left out.
+3. Every fifth text is held out. On the others minimise Σ‖A·x + b − y‖² + λ‖A‖² in float64, with
+   means subtracted, so that b is not penalised. λ = 0, plain least squares, where there are more
+   vectors than dimensions. Otherwise many maps fit exactly, and λ is `SMALL_RIDGE` times the
+   vectors' summed variance per dimension, which prefers a small A. Singular values below
+   `RESOLUTION` of the largest are rounding errors of float32 and ignored.
 4. R² of each map on the held-out texts: the share of their variance, summed over dimensions, that
-   the map explains. What is read through a map is what is linearly there.
+   the map explains.
 """
 
 from __future__ import annotations
@@ -55,9 +53,9 @@ FORMAT_VERSION = 1
 MAX_FILE_BYTES = 4 * 2**30
 
 SMALL_RIDGE = 1e-3
-"""λ where there are no more vectors than dimensions, in units of a mean dimension."""
+"""λ where there are no more vectors than dimensions, in units of the variance per dimension."""
 RESOLUTION = 1e-6
-"""Relative precision of float32: weaker directions, relative to the strongest, are not inverted."""
+"""Relative precision of float32: smaller singular values are not inverted."""
 
 Place: TypeAlias = tuple[str, int, int]
 """What a map is for: a kind, a source layer and a target layer."""
@@ -73,14 +71,14 @@ class AffineMap:
         kind: the kind of activation that is mapped.
         source_layer: where it is read.
         target_layer: whose block output it is mapped to.
-        source_model: the name of the source model.
-        source_fingerprint: of that model's weights.
-        target_model: the name of the target model; often the same.
-        target_fingerprint: of that model's weights.
-        texts: a digest of the texts that it was fitted on and held out.
-        n_vectors: how many vectors it was fitted on.
-        ridge: λ, in units of a mean dimension; 0 is plain least squares.
-        r2: R² on the held-out texts, at most 1; `None` where these have one vector alone.
+        source_model: name of the source model.
+        source_fingerprint: of its weights.
+        target_model: name of the target model; often the same.
+        target_fingerprint: of its weights.
+        texts: digest of the fitted and the held-out texts.
+        n_vectors: number of vectors it was fitted on.
+        ridge: λ, in units of the variance per dimension; 0 is plain least squares.
+        r2: R² on the held-out texts; `None` if these have a single vector.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -103,58 +101,44 @@ class AffineMap:
         Raises:
             ValueError: vectors of another width.
         """
-        if v.shape[-1] != self.weight.shape[1]:
-            raise bad_value(
-                "v",
-                f"{self.weight.shape[1]} numbers, the width of {self.source_model}",
-                f"{v.shape[-1]} numbers",
-                "map vectors of the model that the map was fitted on",
-            )
+        if v.shape[-1] != (width := self.weight.shape[1]):
+            expected = f"{width} numbers, the width of {self.source_model}"
+            raise bad_value("v", expected, v.shape[-1], "map vectors of that model")
         out: Tensor = v.float() @ self.weight.to(v.device).T + self.bias.to(v.device)
         return out
 
     def __repr__(self) -> str:
-        good = "unknown" if self.r2 is None else f"{self.r2:.2f}"
-        into = "" if self.target_model == self.source_model else f" of {self.target_model}"
+        r2 = "unknown" if self.r2 is None else f"{self.r2:.2f}"
         return (
-            f"AffineMap({self.kind} of layer {self.source_layer} of {self.source_model} to layer "
-            f"{self.target_layer}{into}: {self.n_vectors} vectors, R² {good} on held-out texts)"
+            f"AffineMap({self.kind} of {self.source_model}, layer {self.source_layer}, to "
+            f"{self.target_model}, layer {self.target_layer}: "
+            f"{self.n_vectors} vectors, R² {r2} on held-out texts)"
         )
 
     def provenance(self) -> dict[str, Any]:
-        """Return everything but the numbers of the map, as plain data."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {k: v for k, v in plain.items() if k not in ("weight", "bias")}
+        """Return every attribute but the weights, as plain data."""
+        names = [one.name for one in fields(self)]
+        return {name: getattr(self, name) for name in names if name not in ("weight", "bias")}
 
     def check_models(self, source: LanguageModel, target: LanguageModel) -> None:
-        """Refuse models that the map was not fitted on.
-
-        Raises:
-            ValueError: other weights than those that the map was fitted on.
-        """
+        """Raise `ValueError` for models that the map was not fitted on."""
         for argument, name, fingerprint, model in (
             ("model", self.source_model, self.source_fingerprint, source),
             ("target_model", self.target_model, self.target_fingerprint, target),
         ):
             if model.fingerprint != fingerprint:
-                raise bad_value(
-                    argument,
-                    f"{name} with fingerprint {fingerprint}, on which the map of layer "
-                    f"{self.source_layer} to {self.target_layer} was fitted",
-                    f"{model.name} with fingerprint {model.fingerprint}",
-                    "fit_affine on these models",
-                )
+                expected = f"{name} with fingerprint {fingerprint}, as in {self!r}"
+                got = f"{model.name} with fingerprint {model.fingerprint}"
+                raise bad_value(argument, expected, got, "fit_affine on these models")
 
 
 @dataclass(frozen=True, repr=False)
 class Mapped:
     """Source: the captured vectors through affine maps, `sweep(vectors=Mapped(maps))`.
 
-    Two are equal if their maps were fitted on the same texts, layers and weights.
-
     Attributes:
         maps: one for every kind, source layer and target layer of the sweep.
-        digest: identifies the maps.
+        digest: identifies layers, texts and weights that the maps were fitted on.
     """
 
     maps: Sequence[AffineMap] = field(compare=False)
@@ -176,12 +160,9 @@ class Mapped:
         found = {_place(one): one for one in self.maps}
         wanted = [(site.kind, site.layer, target_layer) for site, target_layer in places]
         if missing := [place for place in wanted if place not in found]:
-            raise bad_value(
-                "maps",
-                "a map for every (kind, source layer, target layer) of the sweep",
-                f"none for {missing[0]}, only for {sorted(found)}",
-                "name these layers in fit_affine(model, texts, pairs)",
-            )
+            expected = "a map for every (kind, source layer, target layer) of the sweep"
+            got = f"none for {missing[0]}, only for {sorted(found)}"
+            raise bad_value("maps", expected, got, "fit_affine with these pairs of layers")
         read = site_vectors(run.model, run.source, [site for site, _ in places])
         vectors = torch.empty(len(places), run.generator.model.d_model)
         for place in dict.fromkeys(wanted):
@@ -199,11 +180,11 @@ def _place(one: AffineMap) -> Place:
 
 
 def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
-    """Write maps to one safetensors file, whole or not at all; return its path.
+    """Write maps to one safetensors file, atomically; return its path.
 
     Raises:
         ValueError: no maps.
-        OSError: the file cannot be written; an older one of that name stays.
+        OSError: the file cannot be written.
     """
     chosen, target = tuple(maps), Path(path)
     if not chosen:
@@ -223,7 +204,7 @@ def save_maps(maps: Iterable[AffineMap], path: str | os.PathLike[str]) -> Path:
 
 
 def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
-    """Read a file that `save_maps` wrote. No model is needed; models are checked at use.
+    """Read a file that `save_maps` wrote; models are checked when the maps are used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -231,8 +212,8 @@ def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
     """
     from safetensors import safe_open
 
-    expected = f"affine maps, a file of format {FORMAT} version {FORMAT_VERSION}"
-    fix = "pass a file that save_maps wrote, complete"
+    expected = f"a file of format {FORMAT} version {FORMAT_VERSION}"
+    fix = "pass a file that save_maps wrote"
     with reading(path, expected, fix, most=MAX_FILE_BYTES), safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         check_format(header, FORMAT, str(FORMAT_VERSION))
@@ -248,7 +229,7 @@ def _checked(one: AffineMap) -> AffineMap:
     if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
         raise ValueError(f"a map of shapes {shapes}")
     for numbers in (one.weight, one.bias):
-        if numbers.dtype != torch.float32 or not bool(numbers.isfinite().all()):
+        if numbers.dtype != torch.float32 or not numbers.isfinite().all():
             raise ValueError("a map that is not of finite float32 numbers")
     types = get_type_hints(AffineMap)
     for name, value in one.provenance().items():
@@ -271,11 +252,10 @@ def fit_affine(
     Args:
         model: the source model.
         texts: at least two different ones; every fifth (or the last, of fewer) is held out.
-        pairs: source and target layers, such as `[(5, 0), (2, 0)]`; all are fitted from one
-            forward pass per text and model.
+        pairs: source and target layers, such as `[(5, 0), (2, 0)]`.
         kinds: the kinds of activation that are mapped.
         target_model: whose block outputs they are mapped to; defaults to `model`.
-        ridge: λ in units of a mean dimension; for the default see the module's step 3.
+        ridge: λ in units of the variance per dimension; for the default see step 3 above.
 
     Returns:
         The maps, kind by kind, in the order of `pairs`.
@@ -286,26 +266,23 @@ def fit_affine(
     model = load_model(model)
     target = model if target_model is None else load_model(target_model)
     wanted = model.checked_kinds(kinds)
-    layers = _check_pairs(pairs, model, target)
-    distinct = _check_texts(texts)
+    layers = _checked_pairs(pairs, model, target)
+    distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
+    if len(distinct) < 2:
+        raise bad_value("texts", "at least two different texts", texts, "pass PAPER_PROMPTS")
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
         raise bad_value("ridge", "0 or more", ridge, "leave it out")
     held_out = distinct[4::5] or distinct[-1:]
-    kept_back = set(held_out)
-    fitted_on = [text for text in distinct if text not in kept_back]
+    fitted_on = [text for text in distinct if text not in held_out]
     places: list[Place] = [(kind, *pair) for kind in wanted for pair in layers]
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     x, y = _read(model, target, places, fitted_on, seen)
     n = len(seen)
     held_x, held_y = _read(model, target, places, held_out, seen)
     if not 0 < n < len(seen):
-        raise bad_value(
-            "texts",
-            "texts to fit on and held-out ones that begin differently, with tokens that end at "
-            "the same characters in both models",
-            f"{n} vectors to fit on, {len(seen) - n} held out",
-            "pass more and different texts, for example PAPER_PROMPTS",
-        )
+        expected = "texts with different beginnings, and tokens that both models have"
+        got = f"{n} vectors to fit on, {len(seen) - n} held out"
+        raise bad_value("texts", expected, got, "pass more texts, such as PAPER_PROMPTS")
     digest = f"{stable_hash(fitted_on, held_out):08x}"
     names = (model.name, model.fingerprint, target.name, target.fingerprint)
     used = ridge if ridge is not None else 0.0 if n > model.d_model else SMALL_RIDGE
@@ -330,11 +307,7 @@ def _read(
     texts: Sequence[str],
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> tuple[dict[tuple[str, int], Tensor], dict[int, Tensor]]:
-    """Return the vectors of the source and of the target layers, at paired tokens.
-
-    Prefixes in `seen` are left out, and new ones are added. A text takes one forward pass per
-    model.
-    """
+    """Return the vectors of source and target layers at paired tokens with prefixes not `seen`."""
     sources: dict[tuple[str, int], list[Tensor]] = {place[:2]: [] for place in places}
     targets: dict[int, list[Tensor]] = {place[2]: [] for place in places}
     kinds, layers = {kind for kind, _ in sources}, {layer for _, layer in sources}
@@ -366,20 +339,15 @@ def _read(
 def least_squares(
     x: Float[Tensor, "vectors d_in"], y: Float[Tensor, "vectors d_out"], *, ridge: float = 0.0
 ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
-    """Return the A and b (float32) of the least Σ‖A·x + b − y‖² + λ‖A‖².
+    """Return the A and b that minimise Σ‖A·x + b − y‖² + λ‖A‖², with the smallest A.
 
-    Where several are least, the one with the smallest A.
-
-    Args:
-        x: what is mapped.
-        y: what it is mapped to.
-        ridge: λ in units of Σ‖x − mean‖² / d_in.
+    λ is `ridge` times Σ‖x − mean‖² / d_in.
     """
     x, y = x.double().cpu(), y.double().cpu()
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean
     if ridge:
-        # As many more equations √λ·A = 0 as there are dimensions.
+        # One more equation √λ·A = 0 per dimension.
         root = math.sqrt(ridge * float(x.square().sum()) / x.shape[1])
         x = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
         y = torch.cat([y, y.new_zeros(x.shape[1], y.shape[1])])
@@ -399,8 +367,8 @@ def r_squared(
 def matched(source: TokenizedText, target: TokenizedText) -> list[tuple[int, int]]:
     """Return the positions of tokens that end at the same character of a text.
 
-    A character may take several tokens (an emoji, say): its last one counts. A BOS, or a space
-    that a tokenizer inserts, covers no character and has no partner.
+    Of several tokens of one character (an emoji, say) the last counts. A BOS, or a space that a
+    tokenizer inserts, covers no character and has no partner.
     """
 
     def ends(tokens: TokenizedText) -> dict[int, int]:
@@ -410,32 +378,18 @@ def matched(source: TokenizedText, target: TokenizedText) -> list[tuple[int, int
     return [(position, there[end]) for end, position in ends(source).items() if end in there]
 
 
-def _check_pairs(
+def _checked_pairs(
     pairs: Iterable[tuple[int, int]], model: LanguageModel, target: LanguageModel
 ) -> list[tuple[int, int]]:
     """Return the distinct pairs of layers, counted from 0."""
     given = list(pairs)
     if not given or not all(isinstance(p, Sequence) and len(p) == 2 for p in given):
-        raise bad_value(
-            "pairs",
-            "pairs of a source and a target layer",
-            given,
-            "pass for example [(5, 0), (2, 0)]",
+        raise bad_value("pairs", "pairs of source and target layers", given, "such as [(5, 0)]")
+    checked = []
+    for source, target_layer in given:
+        checked += zip(
+            check_layers(source, model.n_layers, "source layer"),
+            check_layers(target_layer, target.n_layers, "target layer"),
+            strict=True,
         )
-    checked = {
-        (
-            check_layers(source, model.n_layers, "source layer")[0],
-            check_layers(target_layer, target.n_layers, "target layer")[0],
-        ): None
-        for source, target_layer in given
-    }
-    return list(checked)
-
-
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    distinct = [] if isinstance(texts, str) else list(dict.fromkeys(texts))
-    if len(distinct) < 2:
-        raise bad_value(
-            "texts", "at least two different texts", texts, "PAPER_PROMPTS, for example"
-        )
-    return distinct
+    return list(dict.fromkeys(checked))

@@ -4,14 +4,12 @@
 2. A mapping *family* maps the amplifier α to a mapping function; a sweep calls it once per α.
    `Scale()` is the paper's (section 3.4): f(v) = α·v, and α = 1 is Patchscopes. `RandomDirection()`
    is its control.
-3. With a base b, a sweep patches f(v) = b + α·(v − b). The paper has b = 0, but notes that this
-   resembles classifier-free guidance (section 3.5), which amplifies the *difference* to an
-   unconditional prediction, and that a better base may exist (section 6). A base is a source of
-   vectors (`PlaceVectors`):
-   - `MeanActivation(texts)`: what the site carries on average; α amplifies what is special about
-     this prompt.
+3. With a base b, a sweep patches f(v) = b + α·(v − b). The paper has b = 0, but notes the analogy
+   to classifier-free guidance (section 3.5), which amplifies the *difference* to an unconditional
+   prediction, and that a better base may exist (section 6). A base is a source of vectors:
+   - `MeanActivation(texts)`: α amplifies what distinguishes this prompt from the average.
    - `ResidMid()`: the residual stream before the block's MLP. For kind `resid_post`, v − b is the
-     MLP output: α = 1 is the block output, and a larger α repeats the step of the MLP.
+     MLP output: α = 1 is the block output, and a larger α amplifies the MLP's update.
    - `PlaceholderState()`: the unpatched state of the placeholder; α = 0 is the unpatched prompt.
 4. Arithmetic is in float32, because α·v of a half-precision model can overflow float16.
 
@@ -64,12 +62,9 @@ class Scale:
 class RandomDirection:
     """Control: a random direction with the norm of α·v.
 
-    What a sweep reads through this family owes nothing to the meaning of v, only to how far the
-    placeholder is pushed. Each vector has its own direction, the same for every α and in every
-    batch: it is sampled from the seed and the signs of v.
-
-    Attributes:
-        seed: selects the directions.
+    Readings through it depend on the norm of the patched vector, not on the meaning of v. Each v
+    has its own direction, the same for every α and batch: it is sampled from the seed and the signs
+    of v.
     """
 
     seed: int = 0
@@ -102,15 +97,12 @@ def random_direction(v: Float[Tensor, "... d_model"], seed: int) -> Float[Tensor
 
 
 def label(setting: Callable[..., object]) -> str:
-    """Return what results call a mapping, source, base or way to write.
-
-    For the values of this package this is the Python that makes them, for functions their name.
-    """
+    """Return the display name of a mapping, source, base or write: `__name__` or the repr."""
     return getattr(setting, "__name__", None) or repr(setting)
 
 
 PAPER_MAPPING = label(Scale())
-"""What results call f(v) = α·v."""
+"""Display name of f(v) = α·v."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +110,8 @@ class MeanActivation:
     """Base: the mean activation over texts, at their last tokens.
 
     Attributes:
-        texts: at least two; the more diverse, the less of any one is in the mean.
-        chat: whether they are rendered in the chat template, as the prompts of the sweep then are.
+        texts: at least two; the more diverse, the better.
+        chat: whether they are rendered in the chat template, as in a sweep with `chat=True`.
     """
 
     texts: Sequence[str]
@@ -133,7 +125,7 @@ class MeanActivation:
     def __call__(
         self, run: SourceRun, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "places d_model"]:
-        """Return the mean at every site; the texts are run once per model."""
+        """Return the mean at every site; one forward pass per text and model."""
         known = _MEANS.setdefault(run.model, {})
         if self not in known:
             known[self] = self._means(run.model)

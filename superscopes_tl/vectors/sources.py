@@ -1,18 +1,16 @@
 """Where v comes from: single heads and sums of sites, in place of the captured activation.
 
-A source is any callable `(run, places) -> vectors`, one vector per (site, target layer), as the
-setting `vectors` of a sweep takes it. Of the sweep it sees the `SourceRun`: model, source prompt
-and generator. The sources here run the source prompt once, however many sites there are.
+A source is any callable `(run, places) -> vectors` that returns one vector per (site, target
+layer): the setting `vectors` of a sweep. The sources here take one forward pass of the source
+prompt, however many sites there are.
 
-1. `Head(h)`: what one attention head adds to the residual stream, its mixture of values z times
-   its own part of W_O. This is TransformerLens's `hook_result` at the wanted tokens only; the hook
-   itself would hold every head of every token in memory. The output bias belongs to no head:
-   attn_out is the sum over all heads plus b_O.
-2. `Window(k)` and `Accumulated()`: a site's kind summed over several layers, at the same token. For
-   "mlp_out" that is a multi-layer MLP, for "attn_out" all that attention has brought to a token.
+1. `Head(h)`: what one attention head adds to the residual stream, z·W_O. This is TransformerLens's
+   `hook_result`, computed at the wanted tokens only to save memory. The output bias belongs to no
+   head: attn_out is the sum over all heads plus b_O.
+2. `Window(k)` and `Accumulated()`: a site's kind summed over several layers, at the same token.
 3. `SumOf(sites)`: the sum of any sites of the source prompt.
 
-A result names the source in its column `mapping`, so sweeps with several heads go into one table:
+The column `mapping` names the source, so sweeps of several heads can share a table:
 
     parts = [sweep(model, prompt, kinds="attn_out", vectors=Head(h)) for h in range(n_heads)]
     SweepResult(pd.concat([part.table for part in parts]), parts[0].provenance).best()
@@ -33,17 +31,11 @@ from superscopes_tl.errors import bad_type, bad_value, check_count
 from superscopes_tl.model import LanguageModel, Site, TokenizedText, hook_name
 
 HEADS_TOLERANCE = 0.05
-"""Relative error up to which heads and bias must add up to attn_out; rounding stays below it."""
+"""Relative error up to which heads and bias must add up to attn_out; above rounding errors."""
 
 
 class SourceRun(Protocol):
-    """What a source of vectors sees of a sweep; `SweepPlan` is one.
-
-    Attributes:
-        model: the source model.
-        source: the source prompt, as tokens.
-        generator: the patched generator for the target prompt.
-    """
+    """What a source of vectors sees of a sweep: source model, source prompt, target prompt."""
 
     @property
     def model(self) -> LanguageModel: ...  # noqa: D102
@@ -56,21 +48,18 @@ class SourceRun(Protocol):
 PlaceVectors: TypeAlias = Callable[
     [Any, Sequence[tuple[Site, int]]], Float[Tensor, "places d_model"]
 ]
-"""One vector for every (site, target layer) of a `SourceRun`: what is amplified in place of the
-site's own activation (`SweepConfig.vectors`), or the origin that α is counted from (`.base`).
-Called once per plan, with all places."""
+"""Returns one vector for every (site, target layer) of a `SourceRun`: v in place of the captured
+activation (`SweepConfig.vectors`), or the base (`SweepConfig.base`). Called once per plan."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Head:
     """Source: the output of one attention head, or the sum of several.
 
-    Heads belong to the kind "attn_out". Where a norm follows the attention (Gemma 2), attn_out is
-    not the sum of the heads, and the model is refused.
+    Only for the kind "attn_out", and not for models that normalise it (Gemma 2).
 
     Args:
-        *heads: heads of the site's layer, counted from 0; the query heads, where several of them
-            share keys and values.
+        *heads: query heads of the site's layer, counted from 0.
     """
 
     heads: tuple[int, ...]
@@ -88,7 +77,7 @@ class Head:
     def __call__(
         self, run: SourceRun, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "places d_model"]:
-        """Return the heads' output at every site, from one run of the source prompt."""
+        """Return the heads' summed output at every site."""
         model, sites = run.model, [site for site, _ in places]
         if kinds := {site.kind for site in sites} - {"attn_out"}:
             raise bad_value("kinds", "'attn_out' for Head", sorted(kinds), "kinds='attn_out'")
@@ -123,14 +112,10 @@ class Head:
         total = torch.einsum("phd,hdm->pm", z, weights)
         if (bias := getattr(attention, "b_O", None)) is not None:
             total = total + bias.detach().float()
-        # Checked, not looked up: no setting says for every model whether something follows W_O.
+        # Checked numerically: no config says for every model whether something follows W_O.
         if (total - attn_out).norm() > HEADS_TOLERANCE * attn_out.norm():
-            raise bad_value(
-                "heads",
-                "a model whose attn_out is the sum of its heads and the output bias",
-                f"{model.name}, where something else, such as a norm, follows",
-                "read the kind 'attn_out' as a whole",
-            )
+            expected = "a model whose attn_out is the sum of its heads and the output bias"
+            raise bad_value("heads", expected, model.name, "read the kind 'attn_out' as a whole")
         heads = list(self.heads)
         return torch.einsum("phd,hdm->pm", z[:, heads], weights[heads]).cpu()
 
@@ -157,10 +142,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """Source: a site's kind summed over all layers from 0 to its own.
-
-    For "attn_out" and "mlp_out" together this is, with the embedding, the residual stream.
-    """
+    """Source: a site's kind summed over all layers from 0 to its own."""
 
     def __call__(
         self, run: SourceRun, places: Sequence[tuple[Site, int]]
@@ -172,19 +154,15 @@ class Accumulated:
 def _summed(
     run: SourceRun, from_layers: Sequence[tuple[Site, int]]
 ) -> Float[Tensor, "places d_model"]:
-    """Return each site's kind, summed from the layer given up to its own, in float32."""
+    """Return each site's kind, summed from a first layer up to its own, in float32."""
     layers = {n for site, first in from_layers for n in range(first, site.layer + 1)}
     kinds = tuple(dict.fromkeys(site.kind for site, _ in from_layers))
     seen = capture(run.model, run.source, kinds=kinds, layers=sorted(layers))
-    sums = [
-        torch.stack(
-            [
-                seen[site.kind, layer][site.position].float().cpu()
-                for layer in range(first, site.layer + 1)
-            ]
-        ).sum(dim=0)
-        for site, first in from_layers
-    ]
+    sums = []
+    for site, first in from_layers:
+        to_here = range(first, site.layer + 1)
+        parts = [seen[site.kind, layer][site.position].float().cpu() for layer in to_here]
+        sums.append(torch.stack(parts).sum(dim=0))
     return torch.stack(sums)
 
 
@@ -193,8 +171,7 @@ class SumOf:
     """Source: the sum of any sites of the source prompt, the same for every cell.
 
     Attributes:
-        sites: at least one; a negative position counts from the end, so that the sum can be taken
-            of another prompt too, as a control does.
+        sites: at least one; negative positions count from the end, which suits any prompt.
     """
 
     sites: Sequence[Site]
@@ -211,7 +188,7 @@ class SumOf:
         self, run: SourceRun, places: Sequence[tuple[Site, int]]
     ) -> Float[Tensor, "places d_model"]:
         """Return the sum, once per place."""
-        # As in a sweep, -1 is the last token of the text, not of a chat template around it.
+        # As in a sweep, -1 is the last token of the text, not of the chat template.
         end = run.source.own.stop
         there = [replace(s, position=s.position + end) if s.position < 0 else s for s in self.sites]
         total = site_vectors(run.model, run.source, there).sum(dim=0)

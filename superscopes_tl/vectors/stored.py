@@ -45,16 +45,13 @@ Rows: TypeAlias = Sequence[int] | None
 def mlp_keys(
     model: LanguageModel, layer: int, part: Literal["in", "gate"] | None = None
 ) -> Float[Tensor, "d_mlp d_model"]:
-    """Return the input weights of the neurons of an MLP, in float32 on the CPU.
-
-    Keys live after the layer norm (see the module's docstring).
+    """Return the input weights of an MLP's neurons, in float32; they live after the layer norm.
 
     Args:
         model: from `load_model`.
         layer: the block, counted from 0.
-        part: of a gated layer (Llama, Gemma, ...) the "gate", which the activation function sees,
-            or "in", the up-projection that it is multiplied with. Defaults to the one that the
-            activation function sees.
+        part: of a gated MLP (Llama, Gemma, ...) the "gate", the default, or "in", the
+            up-projection that it is multiplied with.
 
     Raises:
         ValueError: no such layer or part, or a block without one plain MLP.
@@ -70,13 +67,7 @@ def mlp_keys(
 
 
 def mlp_values(model: LanguageModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-    """Return the output weights of the neurons of an MLP, in float32 on the CPU.
-
-    Where a model normalises the sum before it adds it (Gemma 2), these are the values before that.
-
-    Args:
-        model: from `load_model`.
-        layer: the block, counted from 0.
+    """Return the output weights of an MLP's neurons, in float32; before a norm on them (Gemma 2).
 
     Raises:
         ValueError: no such layer, or a block without one plain MLP.
@@ -85,7 +76,7 @@ def mlp_values(model: LanguageModel, layer: int) -> Float[Tensor, "d_mlp d_model
 
 
 def _weight(model: LanguageModel, layer: int, name: str) -> Tensor | None:
-    """Return a copy of a weight of a block's MLP, `None` if it has none of that name."""
+    """Return a copy of a weight of a block's MLP, or `None`."""
     (number,) = check_layers(layer, model.n_layers, "layer")
     weight = getattr(getattr(model.tl.blocks[number], "mlp", None), name, None)
     return weight.detach().float().cpu().clone() if isinstance(weight, Tensor) else None
@@ -118,7 +109,7 @@ def difference_of_means(
         texts_b: what it points away from.
         kind: one of `KINDS`.
         layer: counted from 0.
-        chat: whether the texts are rendered in the model's chat template.
+        chat: whether the texts are rendered in the chat template.
 
     Raises:
         ValueError: no text, or a bad kind or layer.
@@ -129,11 +120,10 @@ def difference_of_means(
     for argument, texts in (("texts_a", texts_a), ("texts_b", texts_b)):
         if isinstance(texts, str) or not len(texts):
             raise bad_value(argument, "texts", texts, "pass a list of texts")
-        several = [tokenize(model, text, argument=argument, chat=chat) for text in texts]
-        rows = [
-            site_vectors(model, text, [Site(checked, number, text.own.stop - 1)])
-            for text in several
-        ]
+        rows = []
+        for text in texts:
+            tokens = tokenize(model, text, argument=argument, chat=chat)
+            rows.append(site_vectors(model, tokens, [Site(checked, number, tokens.own.stop - 1)]))
         means.append(torch.cat(rows).mean(dim=0))
     return means[0] - means[1]
 
@@ -141,21 +131,16 @@ def difference_of_means(
 def load_vectors(
     path: str | os.PathLike[str], name: str | None = None, *, rows: Rows = None
 ) -> Float[Tensor, "n d_model"]:
-    """Return the vectors of a file, in float32 on the CPU.
-
-    Example:
-        >>> load_vectors("sae.safetensors", "W_dec", rows=[4, 70_001]).shape  # doctest: +SKIP
-        torch.Size([2, 2304])
+    """Return vectors of a file, in float32: `load_vectors("sae.safetensors", "W_dec", rows=[4])`.
 
     Args:
-        path: a `.safetensors` or `.npy` file; an array of one dimension is one vector.
+        path: a `.safetensors` or `.npy` file; a one-dimensional array is one vector.
         name: which array; defaults to the only one of one or two dimensions.
         rows: which rows; negative numbers count from the end. Defaults to all.
 
     Raises:
-        ValueError: no such file, array or row; an array of another shape, or of something else
-            than finite real numbers; more than `MAX_BYTES`.
-        TypeError: `rows` are no whole numbers.
+        ValueError: no such file, array or row; not finite real numbers; more than `MAX_BYTES`.
+        TypeError: `rows` are not whole numbers.
     """
     file = Path(path)
     if not file.is_file():

@@ -1,20 +1,19 @@
 """Ways to write a vector into the target prompt (SelfIE, Chen et al. 2024).
 
-SelfIE ("SelfIE: Self-Interpretation of Large Language Model Embeddings") differs from Patchscopes
-in the target prompt, which has several placeholders, and in how a vector is injected. Each way is a
-value of `SweepConfig.write`, a callable from a cell's patch and its α to the patch that is run:
+SelfIE differs from Patchscopes in the target prompt, which has several placeholders, and in how a
+vector is injected. A write is a callable from a cell's patch and its α to the patch that is run,
+the setting `write` of a sweep:
 
-1. Replace, new = α·v: the default, without `write` (the paper, section 3.1).
+1. Replace, new = α·v: the default (the paper, section 3.1).
 2. `Add()`: new = old + α·v. α = 0 is the unpatched prompt.
 3. `Interpolate()`: new = (1 − α)·old + α·v, with α from 0 (unpatched) to 1 (replace). At one
-   placeholder this is the base `PlaceholderState()`, f(v) = b + α·(v − b) with b = old; with
-   several, each keeps its own old state instead of their mean.
-4. `AtLayers(0, 3)`: the same vector at several layers. With replace, later layers undo what the
-   blocks in between made of it; with add, it is added again.
+   placeholder this equals the base `PlaceholderState()`; with several, each keeps its own old
+   state instead of their mean.
+4. `AtLayers(0, 3)`: the same vector at several layers. With replace, later layers overwrite what
+   the blocks in between made of it; with add, it is added again.
+5. `Both(Add(), AtLayers(0, 3))`: one after the other.
 
-`Both(Add(), AtLayers(0, 3))` is one after the other. Which way needs which α is an empirical
-question: old is as long as the residual stream, and `norm_ratio` in the table is the length of α·v
-relative to it.
+`norm_ratio` in the table is the norm of α·v relative to that of old.
 """
 
 from __future__ import annotations
@@ -51,41 +50,33 @@ class Add:
 class Interpolate:
     """Mix with the state of the placeholder: new = (1 − α)·old + α·v, with α from 0 to 1.
 
-    `sweep(..., write=Interpolate(), alphas=(0.25, 0.5, 0.75))`: α = 1 replaces. Larger α are legal
-    and extrapolate along the same line, beyond v.
+    Larger α extrapolate along the same line, beyond v.
     """
 
     def __call__(self, patch: Patch, alpha: float) -> Patch:
         """Return the patch that keeps 1 − α of the old state."""
         if patch.guidance != 1:
-            raise bad_value(
-                "write",
-                "Add() or AtLayers(...) where α acts on the logits",
-                self,
-                "leave out guide='logits'",
-            )
+            expected = "Add() or AtLayers(...) where α acts on the logits"
+            raise bad_value("write", expected, self, "leave out guide='logits'")
         return replace(patch, keep=1.0 - alpha)
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class AtLayers:
-    """Write at several layers, whatever the cell's target layer is.
+    """Write at several layers (negative ones count from the last).
 
-    The table's `target_layer`, the units and the norm ratio are still those of the cell's target
-    layer: make it the first of the layers.
-
-    Args:
-        *layers: block numbers from 0; negative ones count from the last.
+    `target_layer`, units and norm ratio remain those of the cell: make it the first of the layers.
     """
 
     layers: tuple[int, ...]
 
     def __init__(self, *layers: int) -> None:
+        fix = "for example AtLayers(0, 3)"
         if not layers:
-            raise bad_value("layers", "at least one layer", layers, "for example AtLayers(0, 3)")
+            raise bad_value("layers", "at least one layer", layers, fix)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int):
-                raise bad_type("layers", "whole numbers", layer, "for example AtLayers(0, 3)")
+                raise bad_type("layers", "whole numbers", layer, fix)
         object.__setattr__(self, "layers", layers)
 
     def __call__(self, patch: Patch, alpha: float) -> Patch:

@@ -20,9 +20,9 @@ from superscopes_tl import LanguageModel, TargetPrompt, sweep
 from superscopes_tl.scores import (
     PAPER_SCORER,
     PAPER_THRESHOLD,
+    Contains,
     SentenceEmbeddingScorer,
     as_scorer,
-    contains,
     packaged_scorer,
     score_texts,
     scorer_name,
@@ -309,18 +309,18 @@ def test_the_papers_scorer_knows_what_is_alike() -> None:
 
 def test_an_answer_is_found_as_words() -> None:
     """Whatever the case and the white space; never inside another word."""
-    scorer = contains(["United Kingdom", "U.K."])
+    scorer = Contains(["United Kingdom", "U.K."])
     texts = ["the united\n kingdom!", "U.K., 1965", "United Kingdoms", "UxK.", "kingdom, united"]
     assert list(scorer([""] * 5, texts)) == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert scorer_name(scorer) == "contains 'United Kingdom' or 'U.K.'"
-    assert list(contains("Wales")(["x"], ["princess of Wales"])) == [1.0]
+    assert list(Contains("Wales")(["x"], ["princess of Wales"])) == [1.0]
 
 
 @pytest.mark.parametrize("answers", ["", " ", [], ["Wales", ""], [3], 3])
 def test_no_answer_is_refused(answers: Any) -> None:
     """Nothing would be found everywhere."""
-    with pytest.raises(ValueError, match="answers: expected a text, or several"):
-        contains(answers)
+    with pytest.raises(ValueError, match="^answers:"):
+        Contains(answers)
 
 
 def test_attributes_are_extracted_by_a_prompt_that_goes_on(mini: LanguageModel) -> None:
@@ -331,7 +331,7 @@ def test_attributes_are_extracted_by_a_prompt_that_goes_on(mini: LanguageModel) 
     found = {
         band: sweep(
             mini, band, layers=[5], kinds="resid_post", alphas=1, target_prompt=ask,
-            scorer=contains(genre), controls="other_prompt", progress=False,
+            scorer=Contains(genre), controls="other_prompt", progress=False,
         )
         for band, genre in {"Iron Maiden": "heavy metal", "Pink Floyd": "progressive rock"}.items()
     }  # fmt: skip

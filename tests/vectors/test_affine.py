@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from superscopes_tl import LanguageModel, capture, plan_sweep
@@ -20,7 +20,6 @@ from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.model import TokenizedText, tokenize
 from superscopes_tl.vectors import AffineMap, Mapped, fit_affine, load_maps, save_maps
-from superscopes_tl.vectors import affine as files
 from superscopes_tl.vectors.affine import SMALL_RIDGE, least_squares, matched, r_squared
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
@@ -44,7 +43,7 @@ PAIRS = [(5, 2), (2, 4), (5, 5)]
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), d_in=st.integers(1, 8), d_out=st.integers(1, 8))
 def test_an_exactly_affine_relation_is_recovered(seed: int, d_in: int, d_out: int) -> None:
-    """Y = A·x + b gives back A and b, and R² = 1 on vectors that were not fitted on."""
+    """The fit of y = A·x + b returns A and b, and R² = 1 on unseen vectors."""
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(d_out, d_in, generator=generator), torch.randn(d_out, generator=generator)
     x = 3 + torch.randn(3 * d_in + 5, d_in, generator=generator)
@@ -68,7 +67,7 @@ def test_the_ridge_is_the_closed_form() -> None:
 
 
 def test_a_direction_that_never_occurs_is_not_inverted() -> None:
-    """Of all maps that fit exactly, the one that maps an unseen direction to nothing."""
+    """Of all exact fits, the one that maps an unseen direction to zero."""
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     x[:, 2] = x[:, 0]  # (1, 0, -1) does not occur
     weight, _ = least_squares(x, x @ torch.tensor([[2.0, 1.0, 4.0]]).T)
@@ -140,7 +139,7 @@ def test_all_pairs_are_fitted_from_one_forward_pass_per_text(
 
 
 def test_too_few_vectors_take_a_small_ridge(tiny: Tiny) -> None:
-    """What was done is recorded; a ridge of the user's own is taken as it is."""
+    """The ridge is recorded; one that is passed is used as it is."""
     model = tiny("llama", "bridge")
     (few,) = fit_affine(model, TEXTS[:2], [(5, 2)])
     assert few.n_vectors <= model.d_model
@@ -150,12 +149,11 @@ def test_too_few_vectors_take_a_small_ridge(tiny: Tiny) -> None:
 
 
 def _cut(text: str, *pieces: str) -> TokenizedText:
-    """Return a text cut into the given pieces, behind a BOS."""
+    """Return a text tokenized into the given pieces, after a BOS."""
     spans, end = [(0, 0)], 0
     for piece in pieces:
         spans.append((end, end + len(piece)))
         end += len(piece)
-    assert "".join(pieces) == text
     ids, own = tuple(range(len(spans))), range(1, len(spans))
     return TokenizedText(text, ids, tuple(spans), ("", *pieces), prefix=1, own=own)
 
@@ -163,10 +161,8 @@ def _cut(text: str, *pieces: str) -> TokenizedText:
 def test_tokens_meet_where_they_end() -> None:
     """Pep|pers and P|eppers meet at the end of the word, and at the words before it."""
     text = "Red Hot Peppers"
-    one, other = (
-        _cut(text, "Red", " Hot", " Pep", "pers"),
-        _cut(text, "R", "ed", " Hot P", "eppers"),
-    )
+    one = _cut(text, "Red", " Hot", " Pep", "pers")
+    other = _cut(text, "R", "ed", " Hot P", "eppers")
     assert matched(one, other) == [(1, 2), (4, 4)]
     assert matched(other, one) == [(2, 1), (4, 4)]
     assert matched(one, one) == [(1, 1), (2, 2), (3, 3), (4, 4)]
@@ -202,16 +198,16 @@ def test_a_sweep_patches_what_the_maps_give(tiny: Tiny, word_overlap: Any) -> No
 
 
 def test_a_layer_without_a_map_is_refused(tiny: Tiny, word_overlap: Any) -> None:
-    """By name, with the layers that there are."""
+    """So are two maps for the same layers."""
     model = tiny("llama", "bridge")
     maps = fit_affine(model, TEXTS, [(5, 2)])
     plan = plan_sweep(
         model, PROMPT, layers=4, kinds="resid_post", target_layer=2, vectors=Mapped(maps),
         scorer=word_overlap,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"got none for \('resid_post', 4, 2\), only for \[\('r"):
+    with pytest.raises(ValueError, match="^maps: "):
         make_patches(plan)
-    with pytest.raises(ValueError, match="maps: expected one map for the same layers"):
+    with pytest.raises(ValueError, match="^maps: "):
         Mapped([*maps, *maps])
 
 
@@ -228,9 +224,9 @@ def test_maps_of_other_weights_are_refused(tiny: Tiny, word_overlap: Any) -> Non
             model, PROMPT, layers=5, kinds="resid_post", target_layer=2, vectors=foreign,
             scorer=word_overlap,
         )  # fmt: skip
-        with pytest.raises(ValueError, match=f"^{argument}: expected .* with fingerprint abc, on"):
+        with pytest.raises(ValueError, match=f"^{argument}: "):
             make_patches(plan)
-    with pytest.raises(ValueError, match="v: expected 32 numbers, the width of"):
+    with pytest.raises(ValueError, match="^v: "):
         one(torch.zeros(2, 31))
 
 
@@ -247,79 +243,55 @@ def test_a_file_gives_back_the_maps(maps: tuple[AffineMap, ...], tmp_path: Path)
         assert torch.equal(one.bias, again.bias)
         assert one.provenance() == again.provenance()
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match="maps: expected at least one map"):
+    with pytest.raises(ValueError, match="^maps: "):
         save_maps([], path)
     with pytest.raises(FileNotFoundError):
         load_maps(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda t, h: (t, {}), "format None"),
-        (lambda t, h: (t, h | {"version": "2"}), "version '2'"),
-        (lambda t, h: ({"0.weight": t["0.weight"]}, h), "SafetensorError"),
-        (lambda t, h: (t | {"0.bias": torch.zeros(3)}, h), "a map of shapes"),
-        (lambda t, h: (t | {"0.bias": t["0.bias"] * torch.nan}, h), "not of finite float32"),
-        (lambda t, h: (t | {"0.bias": t["0.bias"].double()}, h), "not of finite float32"),
-        (lambda t, h: (t, h | {"maps": "[{}]"}), "TypeError"),
-        (lambda t, h: (t, h | {"maps": "3"}), "TypeError"),
-        (
-            lambda t, h: (t, h | {"maps": h["maps"].replace('"kind": "resid_post"', '"kind": 3')}),
-            "TypeError: kind 3",
-        ),
+        lambda t, h: (t, {}),
+        lambda t, h: (t, h | {"version": "2"}),
+        lambda t, h: ({"0.weight": t["0.weight"]}, h),
+        lambda t, h: (t | {"0.bias": torch.zeros(3)}, h),
+        lambda t, h: (t | {"0.bias": t["0.bias"] * torch.nan}, h),
+        lambda t, h: (t | {"0.bias": t["0.bias"].double()}, h),
+        lambda t, h: (t, h | {"maps": "[{}]"}),
+        lambda t, h: (t, h | {"maps": "3"}),
+        lambda t, h: (t, h | {"maps": h["maps"].replace('"kind": "resid_post"', '"kind": 3')}),
     ],
     ids=range(9),
 )
 def test_a_bad_file_is_refused(
-    change: Callable[..., Any], message: str, maps: tuple[AffineMap, ...], tmp_path: Path
+    change: Callable[..., Any], maps: tuple[AffineMap, ...], tmp_path: Path
 ) -> None:
-    """Foreign, newer, incomplete or inconsistent: one kind of error that says which."""
+    """Foreign, newer, incomplete or inconsistent: one kind of error."""
     path = save_maps(maps, tmp_path / "maps.safetensors")
-    header = {
-        "format": files.FORMAT,
-        "version": "1",
-        "maps": json.dumps([one.provenance() for one in maps]),
-    }
-    tensors, header = change(load_file(path), header)
+    with safe_open(path, framework="pt") as file:
+        tensors, header = change(load_file(path), file.metadata())
     save_file(tensors, path, metadata=header)
-    with pytest.raises(RunFileError, match=message):
-        load_maps(path)
-
-
-def test_bytes_that_are_no_safetensors_and_large_files_are_refused(
-    maps: tuple[AffineMap, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A truncated file, and one above the limit."""
-    path = save_maps(maps, tmp_path / "maps.safetensors")
-    short = tmp_path / "short"
-    short.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(RunFileError, match="SafetensorError"):
-        load_maps(short)
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
-    with pytest.raises(RunFileError, match="more than 100 bytes"):
+    with pytest.raises(RunFileError, match="^path: "):
         load_maps(path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "argument"),
     [
-        ({"texts": "Red"}, "texts: expected at least two different texts, got Red"),
-        ({"texts": ["Red", "Red"]}, "texts: expected at least two different texts"),
-        ({"texts": ["Red Hot", "Red"]}, "got 2 vectors to fit on, 0 held out"),
-        ({"pairs": []}, "pairs: expected pairs of a source and a target layer"),
-        ({"pairs": [5]}, "pairs: expected pairs of a source and a target layer"),
-        ({"pairs": [(9, 0)]}, "source layer: expected layers of a model with 6 layers, got 9"),
-        ({"pairs": [(0, 9)]}, "target layer: expected layers of a model with 6 layers, got 9"),
-        ({"kinds": "mlp"}, "kinds: expected"),
-        ({"ridge": -1}, "ridge: expected 0 or more, got -1"),
+        ({"texts": "Red"}, "texts"),
+        ({"texts": ["Red", "Red"]}, "texts"),
+        ({"texts": ["Red Hot", "Red"]}, "texts"),  # nothing held out
+        ({"pairs": []}, "pairs"),
+        ({"pairs": [5]}, "pairs"),
+        ({"pairs": [(9, 0)]}, "source layer"),
+        ({"pairs": [(0, 9)]}, "target layer"),
+        ({"kinds": "mlp"}, "kinds"),
+        ({"ridge": -1}, "ridge"),
     ],
 )
-def test_bad_input_says_what_was_expected(
-    arguments: dict[str, Any], message: str, tiny: Tiny
-) -> None:
-    """Refused by name."""
+def test_bad_input_is_refused(arguments: dict[str, Any], argument: str, tiny: Tiny) -> None:
+    """By name, before anything is fitted."""
     given: dict[str, Any] = {"texts": TEXTS, "pairs": [(5, 2)], **arguments}
-    texts, pairs = given.pop("texts"), given.pop("pairs")
-    with pytest.raises(ValueError, match=message):
-        fit_affine(tiny("llama", "bridge"), texts, pairs, **given)
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        fit_affine(tiny("llama", "bridge"), **given)

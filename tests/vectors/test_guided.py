@@ -10,8 +10,8 @@ import torch
 from superscopes_tl import LanguageModel, PatchedGenerator, SweepConfig, capture, plan_sweep, sweep
 from superscopes_tl.experiment import Cell, make_patches
 from superscopes_tl.explorer.cell import code_for
-from superscopes_tl.vectors import MeanActivation, PlaceholderState, PlaceVectors, ResidMid
-from tests.support.tiny_models import D_MODEL, N_LAYERS
+from superscopes_tl.scores import no_scores
+from superscopes_tl.vectors import MeanActivation, PlaceholderState, ResidMid
 
 PROMPT = "Red Hot Chili Peppers"
 TEXTS = ("Pearl Jam", "Will Smith", "Titanic")
@@ -72,28 +72,18 @@ def test_residual_units_make_the_norm_ratio_alpha(
 
 
 def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) -> None:
-    """Rows of different amplifiers can be told apart after they were put together."""
+    """Rows of different settings can be told apart in one table."""
     settings: dict[str, Any] = {
-        "layers": 5, "kinds": "mlp_out", "alphas": 3, "max_new_tokens": 3,
-        "scorer": word_overlap, "progress": False,
+        "layers": 5, "kinds": "mlp_out", "alphas": 3, "scorer": word_overlap,
     }  # fmt: skip
-    names = [
-        sweep(mini, PROMPT, **settings, **extra).table["mapping"][0]
-        for extra in (
-            {},
-            {"base": ResidMid()},
-            {"base": MeanActivation(TEXTS)},
-            {"unit": "residual"},
-            {"guide": "logits"},
-        )
-    ]
-    assert names == [
-        "Scale()",
-        "Scale(), from ResidMid()",
-        "Scale(), from MeanActivation(<3 texts 2d5333e8>)",
-        "Scale(), in residual norms",
-        "Scale(), on logits",
-    ]
+    for extra, name in (
+        ({}, "Scale()"),
+        ({"base": ResidMid()}, "Scale(), from ResidMid()"),
+        ({"base": MeanActivation(TEXTS)}, "Scale(), from MeanActivation(<3 texts 2d5333e8>)"),
+        ({"unit": "residual"}, "Scale(), in residual norms"),
+        ({"guide": "logits"}, "Scale(), on logits"),
+    ):
+        assert plan_sweep(mini, PROMPT, **settings, **extra).mapping_name == name
 
 
 @pytest.mark.parametrize(
@@ -107,29 +97,21 @@ def test_the_code_of_a_cell_reads_it_again(
 ) -> None:
     """The Python that the Explorer shows prints the same text for every amplifier."""
     result = sweep(
-        mini, PROMPT, layers=(7, 3), kinds=("mlp_out",), alphas=(1, 3), progress=False, **extra
-    )
-    row = result.table.iloc[1]
+        mini, PROMPT, layers=7, kinds="mlp_out", alphas=3, max_new_tokens=5, scorer=no_scores,
+        progress=False, **extra,
+    )  # fmt: skip
+    row = result.table.iloc[0]
     exec(compile(code_for(result, Cell.of(row)), "code", "exec"), {})
     assert repr(row["text"]) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"unit": "meter"}, r"unit: expected 'vector' or 'residual', got meter"),
-        ({"guide": "both"}, r"guide: expected 'vector' or 'logits', got both"),
-        ({"draw": -1}, r"draw: expected 0 or more, got -1"),
-        ({"draw": 1.5}, r"draw: expected a whole number, got float 1\.5"),
-        ({"base": 3}, r"base: expected a callable"),
-    ],
+    "setting", [{"unit": "meter"}, {"guide": "both"}, {"draw": -1}, {"draw": 1.5}, {"base": 3}]
 )
-def test_bad_settings_say_what_was_expected(
-    settings: dict[str, Any], message: str, mini: LanguageModel
-) -> None:
-    """Refused before anything is computed."""
-    with pytest.raises((ValueError, TypeError), match=message):
-        plan_sweep(mini, PROMPT, SweepConfig(**settings))
+def test_bad_settings_are_refused(setting: dict[str, Any]) -> None:
+    """By name, before anything is computed."""
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(setting))}: "):
+        SweepConfig(**setting)
 
 
 def test_a_base_of_another_shape_is_refused(tiny: Any, word_overlap: Any) -> None:
@@ -138,17 +120,14 @@ def test_a_base_of_another_shape_is_refused(tiny: Any, word_overlap: Any) -> Non
     def narrow(plan: Any, places: Any) -> torch.Tensor:
         return torch.zeros(len(places), 3)
 
-    base: PlaceVectors = narrow
-    plan = plan_sweep(
-        tiny("llama", "bridge"), PROMPT, base=base, scorer=word_overlap, kinds="mlp_out"
-    )
-    shape = rf"\({N_LAYERS}, {D_MODEL}\)"
-    with pytest.raises(ValueError, match=rf"base: expected vectors of shape {shape}.*got \(6, 3\)"):
+    model = tiny("llama", "bridge")
+    plan = plan_sweep(model, PROMPT, base=narrow, scorer=word_overlap, kinds="mlp_out")
+    with pytest.raises(ValueError, match="^base: "):
         make_patches(plan)
 
 
 def test_a_mean_needs_several_texts(mini: LanguageModel) -> None:
     """One text has no mean; a string is no list of texts."""
     for texts in (("Pearl Jam",), "Pearl Jam"):
-        with pytest.raises(ValueError, match="texts: expected at least two texts"):
+        with pytest.raises(ValueError, match="^texts: "):
             MeanActivation(texts)

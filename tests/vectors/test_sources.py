@@ -169,7 +169,7 @@ def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: A
         "kinds": "attn_out", "layers": (5, 2), "alphas": (1, 3), "scorer": word_overlap,
     }  # fmt: skip
     parts = [
-        sweep(mini, PROMPT, vectors=Head(h), max_new_tokens=3, progress=False, **asked)
+        sweep(mini, PROMPT, vectors=Head(h), max_new_tokens=2, progress=False, **asked)
         for h in (0, 3)
     ]
     both = SweepResult(pd.concat([part.table for part in parts]), parts[0].provenance)
@@ -194,33 +194,33 @@ def test_names_say_the_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "argument"),
     [
-        (lambda: Head(), r"^heads: expected at least one head"),
-        (lambda: Head(-1), r"^heads: expected 0 or more, got -1"),
-        (lambda: Head(1.5), r"^heads: expected a whole number, got float 1\.5"),  # type: ignore[arg-type]
-        (lambda: Window(0), r"length: expected 1 or more, got 0"),
-        (lambda: SumOf([]), r"sites: expected at least one site"),
-        (lambda: SumOf(["mlp_out"]), r"sites: expected sites, got str"),  # type: ignore[list-item]
+        (lambda: Head(), "heads"),
+        (lambda: Head(-1), "heads"),
+        (lambda: Head(1.5), "heads"),  # type: ignore[arg-type]
+        (lambda: Window(0), "length"),
+        (lambda: SumOf([]), "sites"),
+        (lambda: SumOf(["mlp_out"]), "sites"),  # type: ignore[list-item]
     ],
 )
-def test_bad_parameters_say_what_was_expected(make: Callable[[], Any], message: str) -> None:
-    """Refused when the source is made, before any model runs."""
-    with pytest.raises((ValueError, TypeError), match=message):
+def test_bad_parameters_are_refused(make: Callable[[], Any], argument: str) -> None:
+    """When the source is made, before any model runs."""
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
         make()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "source", "kinds", "message"),
+    ("architecture", "source", "kinds", "argument"),
     [
-        ("llama", Head(4), "attn_out", r"^heads: expected 0 to 3, the heads of a layer.*got 4"),
-        ("llama", Head(0), "mlp_out", r"kinds: expected 'attn_out'.*got \['mlp_out'\]"),
-        ("gemma2", Head(0), "attn_out", r"^heads: expected a model whose attn_out is the sum"),
+        ("llama", Head(4), "attn_out", "heads"),
+        ("llama", Head(0), "mlp_out", "kinds"),
+        ("gemma2", Head(0), "attn_out", "heads"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(
-    architecture: str, source: Any, kinds: str, message: str, tiny: Tiny
+    architecture: str, source: Any, kinds: str, argument: str, tiny: Tiny
 ) -> None:
-    """No such head, no heads in this kind, or a norm behind them."""
-    with pytest.raises(ValueError, match=message):
+    """No such head, no heads in this kind, or a norm after them."""
+    with pytest.raises(ValueError, match=f"^{argument}: "):
         _read(tiny(architecture, "bridge"), source, kinds=kinds)

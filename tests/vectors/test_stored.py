@@ -48,7 +48,7 @@ def test_one_vector_is_one_row(ending: str, tmp_path: Path) -> None:
         load_vectors(path, rows=[1])
 
 
-def test_number_types_become_float32(tmp_path: Path) -> None:
+def test_dtypes_become_float32(tmp_path: Path) -> None:
     """bfloat16 of safetensors, big-endian numbers and whole numbers of numpy are read."""
     save_file({"v": MATRIX.bfloat16()}, tmp_path / "v.safetensors")
     assert torch.equal(load_vectors(tmp_path / "v.safetensors"), MATRIX.bfloat16().float())
@@ -71,47 +71,34 @@ def test_the_only_fitting_array_is_chosen_and_otherwise_the_names_are_shown(tmp_
     path = _save(tmp_path / "a.safetensors", {"cube": cube, "W_dec": matrix})
     assert torch.equal(load_vectors(path), MATRIX)
     for name in ("cube", "W"):
-        with pytest.raises(ValueError, match=r"^name: .*'W_dec' \[7, 5\]"):
+        with pytest.raises(ValueError, match="^name: "):
             load_vectors(path, name)
     path = _save(tmp_path / "b.safetensors", {"W_dec": matrix, "b_dec": matrix[0]})
     assert torch.equal(load_vectors(path, "b_dec"), MATRIX[:1])
-    with pytest.raises(ValueError, match=r"^name: .*'b_dec' \[5\]"):
+    with pytest.raises(ValueError, match="^name: "):
         load_vectors(path)
 
 
 def test_bad_rows_and_paths_are_refused(tmp_path: Path) -> None:
-    """The message names the argument, what was expected, what came, and what to do."""
+    """No such row, no rows, no whole number; no such file, or a foreign one."""
     path = _save(tmp_path / "v.npy", {"v": MATRIX.numpy()})
-    with pytest.raises(ValueError, match="^rows: "):
-        load_vectors(path, rows=[7])
-    with pytest.raises(ValueError, match="^rows: "):
-        load_vectors(path, rows=[])
-    rows: Any = [1.5]
-    with pytest.raises(TypeError, match="^rows: "):
-        load_vectors(path, rows=rows)
-    with pytest.raises(ValueError, match="^path: "):
-        load_vectors(tmp_path / "none.npy")
+    bad: Any
+    for bad in ([7], [], [1.5]):
+        with pytest.raises((ValueError, TypeError), match="^rows: "):
+            load_vectors(path, rows=bad)
     (tmp_path / "v.pt").write_bytes(b"x")
-    with pytest.raises(ValueError, match="^path: "):
-        load_vectors(tmp_path / "v.pt")
+    for name in ("none.npy", "v.pt"):
+        with pytest.raises(ValueError, match="^path: "):
+            load_vectors(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.array([[1.0, np.nan], [1.0, 2.0]]), "finite numbers"),
-        (np.array([[1e300, 0.0]]), "finite numbers"),
-        (np.array([[1j, 0]]), "real numbers"),
-        (np.array([[True, False]]), "real numbers"),
-        (np.array([["a", "b"]]), "real numbers"),
-    ],
+    "array", [[[1.0, np.nan], [1.0, 2.0]], [[1e300, 0.0]], [[1j, 0]], [[True, False]], [["a", "b"]]]
 )
-def test_numbers_that_no_stream_can_hold_are_refused(
-    array: np.ndarray, message: str, tmp_path: Path
-) -> None:
-    """NaN, what overflows float32, complex numbers, truth values and texts are no vectors."""
-    with pytest.raises(ValueError, match=f"^path: expected {message}"):
-        load_vectors(_save(tmp_path / "v.npy", {"v": array}))
+def test_what_is_not_finite_and_real_is_refused(array: Any, tmp_path: Path) -> None:
+    """NaN, overflow of float32, complex numbers, booleans and strings are no vectors."""
+    with pytest.raises(ValueError, match="^path: "):
+        load_vectors(_save(tmp_path / "v.npy", {"v": np.array(array)}))
 
 
 def test_a_row_with_nan_does_not_spoil_the_others(tmp_path: Path) -> None:
@@ -129,7 +116,7 @@ def test_broken_files_are_refused(ending: str, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a file of numbers" * 20):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"path: expected a whole \{ending} file"):
+        with pytest.raises(ValueError, match="^path: "):
             load_vectors(path)
 
 
@@ -137,7 +124,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
     """An object array could run code when it is read."""
     objects = np.empty((2, 2), dtype=object)
     np.save(tmp_path / "v.npy", objects, allow_pickle=True)
-    with pytest.raises(ValueError, match="file of numbers, not of objects"):
+    with pytest.raises(ValueError, match="^path: "):
         load_vectors(tmp_path / "v.npy")
 
 
