@@ -1,11 +1,11 @@
 """The main job on a real model, with its controls: what `make demo` runs.
 
-1. Read a handful of names of many kinds on SmolLM2-135M-Instruct, in the setting that reads it
-   best: each name in a sentence, CHAT_PROMPT, target layer 0.
-2. Per name and layer print the descriptions of block outputs and MLP outputs at α = 1 and at the
-   α that recovers most, beside the model's own words and what other names' vectors recover.
+1. Read names of many kinds on SmolLM2-135M-Instruct, in the setting that reads it best: each name
+   in a sentence, CHAT_PROMPT, target layer 0.
+2. Per name and layer print descriptions of block and MLP outputs at α = 1 and at the α that
+   recovers most, with the model's own words and the share that other names' vectors recover.
 3. List the MLP outputs that only amplification reads, and those that it does not read either.
-4. Write the heatmaps of what is recovered, and end with what was found and what was not.
+4. Write heatmaps of the shares recovered, and conclude with hits and misses.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from superscopes_tl.model import DEFAULT_MODEL, LanguageModel
 from superscopes_tl.scores import above_others, no_scores
 
 NAMES = ("Paris", "Albert Einstein", "Amazon River", "Pink Floyd", "Titanic")
-"""One of each kind. The MLP outputs of the last two were not read when this was written: a
-demonstration that shows hits alone shows nothing."""
+"""One of each kind; the MLP outputs of the last two are known misses."""
 HEADLINE = (8, 6.0)
-"""The layer and α at which this model's MLP outputs were found to be read, on these names too."""
+"""The layer and α at which MLP outputs of this model were found to be read, on these names too."""
 READ = 0.3
-"""A cell reads its name where it recovers this much of the model's own words more than the mean of
-other names' vectors does, or than nothing where those recover less than nothing."""
+"""A cell reads its name if `read_share` is at least this."""
 
 CONFIG = SweepConfig(
     layers=(4, 8, 16),
@@ -53,9 +51,7 @@ CONFIG = SweepConfig(
 
 def demo(
     loading: FastLoading,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the page and the file of readings.")
-    ] = Path("output"),
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("output"),
 ) -> None:
     """Read names of many kinds on SmolLM2-135M-Instruct, with controls, and draw the heatmaps."""
     run_demo(loading.load(DEFAULT_MODEL), output)
@@ -68,14 +64,9 @@ def run_demo(
     console: Console | None = None,
     config: SweepConfig = CONFIG,
 ) -> Path:
-    """Run the demo and return the path of the page with the heatmaps.
+    """Run the demo; return the path of the page with the heatmaps, in the folder `output`.
 
-    Args:
-        model: the model to read.
-        output: the folder for the page and the file of readings; created if missing.
-        names: the source prompts.
-        console: where to print.
-        config: the settings; block outputs are read at α = 1 alone, where they say most.
+    Block outputs are read at α = 1 only.
     """
     console = console or Console(emoji=False)
     started = time.perf_counter()
@@ -100,7 +91,7 @@ def run_demo(
 
 
 def read_share(table: pd.DataFrame) -> pd.Series[float]:
-    """Return the share that each cell recovers above other names' vectors, or above nothing."""
+    """Return the share that each cell recovers above other names' vectors, or above 0."""
     return above_others(table["recovered"], table["other_prompt_recovered"])
 
 
@@ -164,12 +155,9 @@ def rescue_table(mlp: pd.DataFrame) -> Table:
 
 def headline_table(table: pd.DataFrame) -> Table:
     """Return means over names per layer: own words recovered, and by other names' vectors."""
-    means = table.groupby(["kind", "alpha", "source_layer"])[
-        ["recovered", "other_prompt_recovered"]
-    ]
-    shares = means.mean().apply(
-        lambda row: f"{row.iloc[0]:.2f} / {row.iloc[1]:.2f}", axis="columns"
-    )
+    groups = table.groupby(["kind", "alpha", "source_layer"])
+    means = groups[["recovered", "other_prompt_recovered"]].mean()
+    shares = {key: f"{own:.2f} / {others:.2f}" for key, own, others in means.itertuples()}
     columns = [("resid_post", 1.0), *(("mlp_out", a) for a in sorted(table["alpha"].unique()))]
     names = {"resid_post": "block output", "mlp_out": "MLP output"}
     return table_of(

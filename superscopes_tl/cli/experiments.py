@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,22 +55,13 @@ def sweep(
     model: Model = DEFAULT_MODEL,
     cells: Cells,
     loading: Loading,
-    auto: Annotated[
-        bool,
-        typer.Option("--auto", help="Use the prompts and target layer that `check` finds best."),
-    ] = False,
-    about: Annotated[
-        str, typer.Option(help="What readings are scored against. Defaults to the source prompt.")
-    ] = "",
-    reference: Annotated[
-        str, typer.Option(help="A true fact, in place of the model's own words.")
-    ] = "",
+    auto: Annotated[bool, typer.Option("--auto", help="Use what `check` finds best.")] = False,
+    about: Annotated[str, typer.Option(help="Scored against; default: the source prompt.")] = "",
+    reference: Annotated[str, typer.Option(help="A fact, in place of the model's own words.")] = "",
     controls: Controls = "",
     out: RunFile = None,
     html: Page = None,
-    show_all: Annotated[
-        bool, typer.Option("--all", help="Print every cell, not the best α of each site.")
-    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Print every cell.")] = False,
 ) -> None:
     """Read a prompt at every layer and α, and print the model's descriptions."""
     check_folders(out=out, html=html)
@@ -82,22 +72,14 @@ def sweep(
         "controls": parse_names(controls),
     }
     SweepConfig.of(None, settings)  # before the model is loaded
-    if auto:
-        own = replace(
-            cells, target_prompt=None, answer="", chat=False, target_layer="same",
-            source_template="{}",
-        )  # fmt: skip
-        if own != cells:
-            raise bad_value(
-                "--auto", "no prompt, template or target layer beside it", "both",
-                "leave one of the two out",
-            )  # fmt: skip
+    chosen = ("target_prompt", "answer", "chat", "target_layer", "source_template")
+    if auto and any(getattr(cells, name) != getattr(Cells, name) for name in chosen):
+        raise bad_value("--auto", f"none of {', '.join(chosen)} with it", "both", "leave one out")
     loaded = loading.load(model)
     if auto:
         check = kept_readability(loaded)
         say(check.verdict)
-        names = ("target_prompt", "target_layer", "source_template", "chat")
-        settings |= {name: getattr(check.config, name) for name in names}
+        settings |= {name: getattr(check.config, name) for name in chosen if name != "answer"}
     try:
         result = run_sweep(loaded, prompt, **settings)
     except (SweepInterrupted, SweepError) as stopped:
@@ -124,9 +106,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A text file, one source prompt per line. Defaults to the paper's 48."),
     ] = None,
-    section: Annotated[
-        str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states, fine α): the defaults.")
-    ] = "4.1",
+    section: Annotated[str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states).")] = "4.1",
     cells: Cells,
     loading: Loading,
     draws: Annotated[
@@ -134,9 +114,7 @@ def evaluate(
         typer.Option(help="Sampled readings at α = 1. Defaults to the budget of all other α."),
     ] = None,
     controls: Controls = "",
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes, each with the model. Defaults to none.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes, each with the model.")] = None,
     out: Annotated[
         Path, typer.Option(help="The file that collects readings; run again to resume.")
     ] = Path("evaluation.sqlite"),
@@ -149,9 +127,8 @@ def evaluate(
     into = settings["target_layer"]
     if into != "same":
         if len(into) != 1:
-            raise bad_value(
-                "--target-layer", "'same' or one layer", cells.target_layer, "run twice"
-            )
+            expected = "'same' or one layer"
+            raise bad_value("--target-layer", expected, cells.target_layer, "run twice")
         into = settings["target_layer"] = into[0]
     found = run_evaluate(
         partial(loading.load, model),
@@ -170,22 +147,12 @@ def evaluate(
 
 def replay(
     baseline: Annotated[Path, typer.Argument(help="Recorded Patchscopes: a CSV file with α = 1.")],
-    amplified: Annotated[
-        Path, typer.Argument(help="Recorded Superscopes: a CSV file with other α.")
-    ],
-    threshold: Annotated[
-        float, typer.Option(help="The similarity above which a text is a hit.")
-    ] = PAPER_THRESHOLD,
-    scorer: Annotated[
-        str, typer.Option(help="A SentenceTransformer. Defaults to all-MiniLM-L6-v2.")
-    ] = "",
-    score_on: Annotated[
-        str, typer.Option(help="'description', or the whole 'text' as in the paper.")
-    ] = "text",
+    amplified: Annotated[Path, typer.Argument(help="Recorded Superscopes: CSV with other α.")],
+    threshold: Annotated[float, typer.Option(help="Similarity of a hit.")] = PAPER_THRESHOLD,
+    scorer: Annotated[str, typer.Option(help="A SentenceTransformer; default: the paper's.")] = "",
+    score_on: Annotated[str, typer.Option(help="'description' or the whole 'text'.")] = "text",
     html: Page = None,
-    csv: Annotated[
-        Path | None, typer.Option(help="Write every cell that was counted to this file.")
-    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every counted cell to this file.")] = None,
 ) -> None:
     """Count recorded generations as in the paper's Figure 3, and corrected for chance."""
     check_folders(html=html, csv=csv)
@@ -203,7 +170,7 @@ def replay(
 
 
 def _several(result: Any) -> bool:
-    """Tell whether a source layer was patched into several target layers."""
+    """Return whether a source layer was patched into several target layers."""
     return bool(result.table.groupby("source_layer")["target_layer"].nunique().max() > 1)
 
 
@@ -216,9 +183,8 @@ def _print_result(result: Any, *, show_all: bool) -> None:
         cells = ([f"{v:.3g}" if isinstance(v, float) else v for v in row] for row in rows)
         OUTPUT.print(table_of(prompt, [name.replace("_", " ") for name in columns], cells))
         return
-    for position, token in (
-        result.table[["position", "token"]].drop_duplicates().itertuples(index=False)
-    ):
+    tokens = result.table[["position", "token"]].drop_duplicates()
+    for position, token in tokens.itertuples(index=False):
         OUTPUT.print(_best_table(result, f"{prompt} · token {token!r}", int(position)))
         _print_contextualization(result, int(position))
 
@@ -248,10 +214,8 @@ def _best_cell(cell: Any, *, several: bool) -> Text:
 def _print_contextualization(result: Any, position: int) -> None:
     """Print where the model resolves the text, for each target layer of the sweep."""
     table = result.table
-    here = table[
-        (table["position"] == position) & (table["alpha"] == 1) & (table["kind"] == "resid_post")
-    ]
-    if here.empty or here["mapping"].nunique() > 1:  # nothing unamplified to judge by
+    here = table.query("position == @position and alpha == 1 and kind == 'resid_post'")
+    if here.empty or here["mapping"].nunique() > 1:  # no single unamplified reading per layer
         return
     same = (here["source_layer"] == here["target_layer"]).all()
     for into in [None] if same else sorted(here["target_layer"].unique()):
@@ -260,7 +224,7 @@ def _print_contextualization(result: Any, position: int) -> None:
 
 
 def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
-    """Print the counts of every kind, and what amplification reads early; return the figures."""
+    """Print the counts of every kind, and the early readings; return the figures."""
     figures = []
     model = evaluation.provenance["model"]["name"]
     score_on = evaluation.provenance["config"]["score_on"]
@@ -268,11 +232,10 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
         cells = evaluation.table[evaluation.table["kind"] == kind]
         cells = cells[(cells["draw"] == 0) & cells["recovered"].notna()]
         if len(cells):
-            OUTPUT.print(
-                _share_table(cells, f"{kind} of {model}: mean share of own words recovered")
-            )
+            title = f"{kind} of {model}: mean share of own words recovered"
+            OUTPUT.print(_share_table(cells, title))
         if not evaluation.table["written"].all():
-            continue  # the cells were chosen, so counts over them would be biased
+            continue  # counts over selected cells would be biased
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
         parts = {name: part for name, part in parts.items() if name not in few}
@@ -291,10 +254,7 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
 
 
 def _share_table(table: pd.DataFrame, title: str) -> Table:
-    """Return the mean share of own words recovered per layer and α, over prompts.
-
-    The mean of other prompts' vectors, where there is one, follows after a slash.
-    """
+    """Return the mean share recovered per layer and α, by the prompt's own and others' vectors."""
     columns = [name for name in ("recovered", "other_prompt_recovered") if name in table]
     wide = table.pivot_table(columns, "source_layer", "alpha")
     alphas = sorted(table["alpha"].unique())
@@ -311,9 +271,9 @@ def _print_early(table: pd.DataFrame) -> list[Any]:
     both = table.groupby("prompt")["alpha"].transform(lambda alphas: alphas.nunique() > 1)
     found = reveals_earlier(table[both])
     say(
-        f"\nBefore the contextualization layer, amplified block outputs already read "
+        f"\nBefore the contextualization layer, amplified block outputs read "
         f"{found['prompt'].nunique()} of {table['prompt'].nunique()} prompts "
-        f"({len(found)} layers), by a similarity of {PAPER_THRESHOLD:g}."
+        f"({len(found)} layers), at a similarity of {PAPER_THRESHOLD:g}."
     )
     for row in found.to_dict("records"):
         say(
@@ -359,12 +319,11 @@ def _count_table(counts: pd.DataFrame, method: str) -> Table:
 def _difference_table(differences: pd.DataFrame, first: str) -> Table:
     rows = [
         [
-            row["method"],
-            row["source_layer"],
-            *(_with_interval(row, f) for f in ("hits", "corrected")),
+            row["method"], row["source_layer"], _with_interval(row, "hits"),
+            _with_interval(row, "corrected"),
         ]
         for row in differences.to_dict("records")
-    ]
+    ]  # fmt: skip
     title = f"Difference to {first} [95 % interval, paired by prompt]"
     return table_of(title, ("method", "layer", "hits", "corrected"), rows)
 

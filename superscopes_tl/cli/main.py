@@ -1,8 +1,8 @@
 """The `superscopes` command.
 
 Each command is a thin layer over a function of the package: it parses, calls, prints. Bad input
-ends with exit code 2 and a message that says what was expected; an interrupted sweep saves its
-finished cells if a file was given and ends with 130.
+ends with exit code 2; an interrupted sweep saves its finished cells, if a file was given, and ends
+with 130.
 """
 
 from __future__ import annotations
@@ -37,15 +37,11 @@ def page(
     result: Annotated[
         Path | None, typer.Option(help="Show this run file (.zip); no model is loaded.")
     ] = None,
-    ip: Annotated[
-        str, typer.Option(help="Where to listen. Defaults to this machine alone.")
-    ] = "127.0.0.1",
+    ip: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port.")] = 8866,
     token: Annotated[
         str | None,
-        typer.Option(
-            envvar="SUPERSCOPES_TOKEN", help="What visitors need. Defaults to a random one."
-        ),
+        typer.Option(envvar="SUPERSCOPES_TOKEN", help="Access token. Defaults to a random one."),
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
 ) -> None:
@@ -69,12 +65,7 @@ def bench(context: typer.Context) -> None:
     """Measure cells per second against other ways to compute the same cells (needs a clone)."""
     clone = Path(__file__).parent.parent.parent
     if not (clone / "tests" / "benchmarks").is_dir():
-        raise bad_value(
-            "bench",
-            "a clone of the repository, with tests/benchmarks beside the package",
-            "an installed package without its tests",
-            "clone the repository, run pip install -e . there, then superscopes bench",
-        )
+        raise bad_value("bench", "a clone of the repository", str(clone), "pip install -e a clone")
     paths = [str(clone), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks", *context.args],

@@ -1,10 +1,8 @@
 """The commands about models: what can be loaded, what is here, fetch and remove.
 
-1. `superscopes models` lists the packaged models without loading any.
-2. `superscopes models NAME_OR_PATH` loads one and shows what it is.
-3. `superscopes fetch NAME...` brings packaged models here, `superscopes models --remove NAME`
-   deletes one.
-4. `superscopes check` says whether and how a model can be read.
+1. `models` lists the packaged models without loading any; `models NAME` loads one and shows it.
+2. `fetch NAME...` downloads packaged models; `models --remove NAME` deletes one.
+3. `check` measures whether a model can be read, and with which prompts and target layer.
 """
 
 from __future__ import annotations
@@ -59,13 +57,8 @@ def fetch(
 
 
 def models(
-    model: Annotated[
-        str,
-        typer.Argument(help="Show this one: a packaged model, a directory, a file, a hub name."),
-    ] = "",
-    remove: Annotated[
-        str, typer.Option(metavar="NAME", help="Delete this fetched model from the cache folder.")
-    ] = "",
+    model: Annotated[str, typer.Argument(help="A name, directory or GGUF file.")] = "",
+    remove: Annotated[str, typer.Option(metavar="NAME", help="Delete this fetched model.")] = "",
 ) -> None:
     """List the packaged models, or show what a model is."""
     if model and remove:
@@ -80,9 +73,7 @@ def models(
 
 def check(
     loading: FastLoading,
-    model: Annotated[
-        str, typer.Argument(help="A packaged model, a directory, a GGUF file, a hub name.")
-    ] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Argument(help="A name, directory or GGUF file.")] = DEFAULT_MODEL,
     names: Annotated[
         Path | None,
         typer.Option(help="A text file, one name per line. Defaults to a dozen of many kinds."),

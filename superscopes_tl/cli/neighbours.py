@@ -33,9 +33,7 @@ from superscopes_tl.vectors import load_vectors
 
 
 def read_vector(
-    file: Annotated[
-        Path, typer.Argument(help="Vectors, [n d_model]: a .safetensors or .npy file.")
-    ],
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .npy file, [n d_model].")],
     sampling: Sampling,
     loading: Loading,
     name: Annotated[str, typer.Option(help="Which array, if the file holds several.")] = "",
@@ -43,15 +41,10 @@ def read_vector(
     model: Model = DEFAULT_MODEL,
     alphas: Annotated[str, typer.Option(help="Amplifiers, in the unit.")] = "1,3",
     unit: Annotated[
-        str,
-        typer.Option(help="α = 1 is the norm of the 'residual' stream, or of the 'vector' itself."),
+        str, typer.Option(help="α = 1 is the norm of 'residual' or of 'vector'.")
     ] = "residual",
-    target_layer: Annotated[
-        str, typer.Option(help="Where to patch: a layer, or several, such as 0,3,6.")
-    ] = "0",
-    reference: Annotated[
-        str, typer.Option(help="What the vectors mean, to score against. Defaults to no score.")
-    ] = "",
+    target_layer: Annotated[str, typer.Option(help="Where to patch, such as 0,3,6.")] = "0",
+    reference: Annotated[str, typer.Option(help="What to score against.")] = "",
     controls: Controls = "random_direction",
     out: RunFile = None,
 ) -> None:

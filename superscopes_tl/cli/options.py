@@ -1,16 +1,17 @@
 """What the commands share: their options, how these are parsed, and how a command ends.
 
 1. A group of options is a frozen dataclass: `Loading` (how to load a model), `Sampling` (what the
-   target model generates) and `Cells` (which cells of a sweep there are).
-2. `command` gives a function that takes such groups one option per field. Bad input ends with
-   exit code 2 and one line that says what was expected; what the machine refuses ends with 1.
+   target model generates) and `Cells` (which cells of a sweep to compute).
+2. `command` turns each field of such a group into an option. Bad input ends with exit code 2 and
+   one line; errors of the system end with 1.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
@@ -32,15 +33,9 @@ Model: TypeAlias = Annotated[
     str,
     typer.Option(help="'mini' (bundled), a fetched model, a directory, a GGUF file, a hub name."),
 ]
-Controls: TypeAlias = Annotated[
-    str, typer.Option(help="Such as random_direction,other_prompt: columns beside each cell.")
-]
-RunFile: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Save the result to this run file (.zip).")
-]
-Page: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Write the figures to this page (opens offline).")
-]
+Controls: TypeAlias = Annotated[str, typer.Option(help="Such as random_direction,other_prompt.")]
+RunFile: TypeAlias = Annotated[Path | None, typer.Option(help="Save to this run file (.zip).")]
+Page: TypeAlias = Annotated[Path | None, typer.Option(help="Write figures to this page.")]
 Json: TypeAlias = Annotated[Path | None, typer.Option(help="Write the numbers to this file.")]
 
 
@@ -50,9 +45,7 @@ class Loading:
 
     backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "auto"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32"
-    device: Annotated[
-        str, typer.Option(help="cuda, mps or cpu. Defaults to the best available.")
-    ] = ""
+    device: Annotated[str, typer.Option(help="cuda, mps or cpu; defaults to the best.")] = ""
 
     def load(self, model: str) -> LanguageModel:
         """Return the model of this name."""
@@ -69,27 +62,21 @@ class FastLoading(Loading):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the target model is asked, and how much it generates."""
+    """The target prompt, and how much the target model generates."""
 
     target_prompt: Annotated[
         str | None,
-        typer.Option(
-            help="A text with the placeholder. Defaults to the paper's; with --chat, a question."
-        ),
+        typer.Option(help="Text with a placeholder. Defaults to the paper's; in chat a question."),
     ] = None
     placeholder: Annotated[str, typer.Option(help="The placeholder's word.")] = "x"
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Longest generation. Defaults to the model's own limit, else 10; 24 with --chat."
-        ),
+        typer.Option(help="Longest generation. Defaults to the model's, else 10, or 24 in chat."),
     ] = None
-    batch_size: Annotated[
-        int | None, typer.Option(help="Cells per batch. Defaults to what fits into memory.")
-    ] = None
-    scorer: Annotated[
-        str, typer.Option(help="A SentenceTransformer. Defaults to all-MiniLM-L6-v2.")
-    ] = ""
+    batch_size: Annotated[int | None, typer.Option(help="Cells per batch; default: what fits.")] = (
+        None
+    )
+    scorer: Annotated[str, typer.Option(help="A SentenceTransformer; default: the paper's.")] = ""
 
     def settings(self) -> dict[str, Any]:
         """Return them as settings of a sweep."""
@@ -112,45 +99,22 @@ class Sampling:
 class Cells(Sampling):
     """Which cells a sweep or an evaluation computes."""
 
-    layers: Annotated[
-        str, typer.Option(help="Source layers, such as 0-5,8. Defaults to all, or the section's.")
-    ] = ""
-    kinds: Annotated[
-        str,
-        typer.Option(
-            help="resid_pre, attn_out, resid_mid, mlp_out, resid_post. Defaults to the paper's."
-        ),
-    ] = ""
+    layers: Annotated[str, typer.Option(help="Such as 0-5,8; default: all, or the section's.")] = ""
+    kinds: Annotated[str, typer.Option(help="resid_pre,attn_out,resid_mid,mlp_out,resid_post.")] = (
+        ""
+    )
     alphas: Annotated[
-        str,
-        typer.Option(help="Amplifiers, such as 1,3,9; 1 is Patchscopes. Defaults to the paper's."),
+        str, typer.Option(help="Amplifiers, such as 1,3,9; default: the paper's.")
     ] = ""
-    token: Annotated[
-        str, typer.Option(help="The source token: an index, a substring, or 'all'.")
-    ] = "-1"
+    token: Annotated[str, typer.Option(help="Source token: an index, a substring or 'all'.")] = "-1"
     target_layer: Annotated[
-        str,
-        typer.Option(
-            "--target-layer", "--target",
-            help="Where to patch: 'same' as the source, a layer, or several: 0,3,6.",
-        ),
-    ] = "same"  # fmt: skip
-    source_template: Annotated[
-        str, typer.Option(help="The text around the source prompt, such as 'Tell me about {}'.")
-    ] = "{}"
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put both prompts into the model's chat template.")
-    ] = False
-    answer: Annotated[
-        str, typer.Option(help="With --chat: how the model's answer begins, such as 'It is'.")
-    ] = ""
-    generate: Annotated[
-        str,
-        typer.Option(help="Cells to generate: all, best (one α per site), none (recovered alone)."),
-    ] = "all"
-    score_on: Annotated[
-        str, typer.Option(help="'description', or the whole 'text' as in the paper.")
-    ] = ""
+        str, typer.Option("--target-layer", "--target", help="Such as 0,3,6; 'same' as the source.")
+    ] = "same"
+    source_template: Annotated[str, typer.Option(help="Such as 'Tell me about {}'.")] = "{}"
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
+    answer: Annotated[str, typer.Option(help="With --chat: the answer begins so, 'It is'.")] = ""
+    generate: Annotated[str, typer.Option(help="all, best (one α per site) or none.")] = "all"
+    score_on: Annotated[str, typer.Option(help="'description' or the whole 'text'.")] = ""
 
     def settings(self) -> dict[str, Any]:
         """Return them as settings; what is left empty keeps its default."""
@@ -173,29 +137,20 @@ class Cells(Sampling):
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function as a command of typer.
-
-    Each parameter whose type is a dataclass becomes one option per field, and errors become one
-    line and an exit code.
-    """
+    """Return a function as a typer command: dataclass fields as options, errors as exit codes."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
-        name = parameter.name
-        if name not in groups:
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
-            )
+        parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+        if (group := groups.get(parameter.name)) is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
             continue
-        types = get_type_hints(groups[name], include_extras=True)
+        types = get_type_hints(group, include_extras=True)
         parameters += [
-            parameter.replace(
-                name=field.name, kind=parameter.KEYWORD_ONLY, default=field.default,
-                annotation=types[field.name],
-            )
-            for field in fields(groups[name])
-        ]  # fmt: skip
+            parameter.replace(name=f.name, default=f.default, annotation=types[f.name])
+            for f in fields(group)
+        ]
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
@@ -219,9 +174,7 @@ def table_of(
     title: str, headers: Iterable[str], rows: Iterable[Iterable[object]], caption: str = ""
 ) -> Table:
     """Return a table of plain text; a cell that is a `Text` keeps its own style."""
-    shown = Table(
-        title=Text(title), caption=caption or None, title_justify="left", caption_justify="left"
-    )
+    shown = Table(title=Text(title), caption=caption, title_justify="left", caption_justify="left")
     for header in headers:
         shown.add_column(Text(header), overflow="fold")
     for row in rows:
@@ -230,7 +183,7 @@ def table_of(
 
 
 def say(line: str) -> None:
-    """Print a line as it is: not wrapped, coloured or interpreted."""
+    """Print a line verbatim: not wrapped, coloured or interpreted."""
     OUTPUT.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -240,47 +193,29 @@ def parse_names(text: str) -> list[str]:
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
-    """Return the numbers of a comma-separated list.
-
-    Raises:
-        ValueError: a part of it is not a number.
-    """
+    """Return the numbers of a comma-separated list."""
     try:
         return [float(part) for part in parse_names(text)]
     except ValueError as error:
-        raise bad_value(
-            option, "numbers separated by commas", text, f"pass for example {option} 1,3,6"
-        ) from error
+        raise bad_value(option, "numbers such as 1,3,6", text, "separate by commas") from error
 
 
 def parse_layers(text: str, option: str) -> list[int]:
-    """Return the layers (or other whole numbers) of a list such as `0-5,8`.
-
-    Raises:
-        ValueError: a part of it is neither a number nor a range from low to high.
-    """
+    """Return the layers (or other whole numbers) of a list such as `0-5,8`."""
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            chosen: Sequence[int] = (
-                range(int(first), int(last) + 1) if dash and first else [int(part)]
-            )
-        except ValueError:
-            chosen = ()
+        found = re.fullmatch(r"(\d+)-(\d+)|(-?\d+)", part.strip())
+        first, last, single = found.groups() if found else ("1", "0", None)
+        chosen = range(int(single or first), int(single or last) + 1)
         if not chosen:
-            raise bad_value(
-                option, "numbers such as 0-5,8", text, f"pass for example {option} 0-5,8"
-            )
+            raise bad_value(option, "numbers such as 0-5,8", text, "write ranges from low to high")
         layers += chosen
     return layers
 
 
 def parse_target(text: str) -> Literal["same"] | list[int]:
     """Return the target layers, or "same"."""
-    if text.strip().lower() == "same":
-        return "same"
-    return parse_layers(text, "--target-layer")
+    return "same" if text.strip() == "same" else parse_layers(text, "--target-layer")
 
 
 def parse_token(text: str) -> Any:
@@ -291,33 +226,21 @@ def parse_token(text: str) -> Any:
 
 
 def read_lines(path: Path, option: str) -> list[str]:
-    """Return the non-empty lines of a text file.
-
-    Raises:
-        ValueError: the file is missing, empty, or not UTF-8.
-    """
+    """Return the non-empty lines of a text file."""
+    expected = "a UTF-8 text file with one entry per line"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise bad_value(
-            option, "a text file in UTF-8 with one entry per line", f"{path} ({error})",
-            "correct the path, or leave it out for the default",
-        ) from error  # fmt: skip
+        raise bad_value(option, expected, f"{path} ({error})", "correct the path") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise bad_value(option, "at least one line", f"nothing in {path}", "add prompts")
+        raise bad_value(option, expected, f"nothing in {path}", "add lines")
     return lines
 
 
 def check_folders(**paths: Path | None) -> None:
-    """Check before a long run that its files can be written, each by the name of its option.
-
-    Raises:
-        ValueError: a path is a folder, or its folder does not exist.
-    """
+    """Raise before a long run unless its files, by the names of their options, can be written."""
     for option, path in paths.items():
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise bad_value(
-                f"--{option}", "a file in a folder that exists", str(path),
-                f"mkdir -p {path.parent}",
-            )  # fmt: skip
+            expected = "a file in a folder that exists"
+            raise bad_value(f"--{option}", expected, str(path), f"mkdir -p {path.parent}")

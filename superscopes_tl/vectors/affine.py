@@ -38,19 +38,12 @@ from superscopes_tl.engine import capture, site_vectors
 from superscopes_tl.errors import bad_value
 from superscopes_tl.files import check_format, reading, write_tensors
 from superscopes_tl.hashing import stable_hash
-from superscopes_tl.model import (
-    HookKind,
-    LanguageModel,
-    Site,
-    TokenizedText,
-    check_layers,
-    load_model,
-)
-from superscopes_tl.vectors.sources import SourceRun
+from superscopes_tl.model import HookKind, LanguageModel, TokenizedText, check_layers, load_model
+from superscopes_tl.vectors.sources import Places, SourceRun
+from superscopes_tl.vectors.stored import MAX_BYTES
 
 FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1
-MAX_FILE_BYTES = 4 * 2**30
 
 SMALL_RIDGE = 1e-3
 """λ where there are no more vectors than dimensions, in units of the variance per dimension."""
@@ -153,9 +146,7 @@ class Mapped:
         object.__setattr__(self, "maps", maps)
         object.__setattr__(self, "digest", f"{stable_hash(fitted):08x}")
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return A·v + b of every site, by the map to its target layer."""
         found = {_place(one): one for one in self.maps}
         wanted = [(site.kind, site.layer, target_layer) for site, target_layer in places]
@@ -214,7 +205,7 @@ def load_maps(path: str | os.PathLike[str]) -> tuple[AffineMap, ...]:
 
     expected = f"a file of format {FORMAT} version {FORMAT_VERSION}"
     fix = "pass a file that save_maps wrote"
-    with reading(path, expected, fix, most=MAX_FILE_BYTES), safe_open(path, framework="pt") as file:
+    with reading(path, expected, fix, most=MAX_BYTES), safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         check_format(header, FORMAT, str(FORMAT_VERSION))
         return tuple(
@@ -228,9 +219,8 @@ def _checked(one: AffineMap) -> AffineMap:
     shapes = tuple(one.weight.shape), tuple(one.bias.shape)
     if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
         raise ValueError(f"a map of shapes {shapes}")
-    for numbers in (one.weight, one.bias):
-        if numbers.dtype != torch.float32 or not numbers.isfinite().all():
-            raise ValueError("a map that is not of finite float32 numbers")
+    if not all(n.dtype == torch.float32 and n.isfinite().all() for n in (one.weight, one.bias)):
+        raise ValueError("a map that is not of finite float32 numbers")
     types = get_type_hints(AffineMap)
     for name, value in one.provenance().items():
         if not isinstance(value, types[name]):
@@ -385,7 +375,7 @@ def _checked_pairs(
     given = list(pairs)
     if not given or not all(isinstance(p, Sequence) and len(p) == 2 for p in given):
         raise bad_value("pairs", "pairs of source and target layers", given, "such as [(5, 0)]")
-    checked = []
+    checked: list[tuple[int, int]] = []
     for source, target_layer in given:
         checked += zip(
             check_layers(source, model.n_layers, "source layer"),

@@ -42,8 +42,8 @@ from torch import Tensor
 from superscopes_tl.engine import capture, site_vectors
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.hashing import stable_hash
-from superscopes_tl.model import LanguageModel, Site, tokenize
-from superscopes_tl.vectors.sources import SourceRun
+from superscopes_tl.model import LanguageModel, tokenize
+from superscopes_tl.vectors.sources import Places, SourceRun
 
 MappingFunction: TypeAlias = Callable[[Float[Tensor, "... d_model"]], Float[Tensor, "... d_model"]]
 MappingFamily: TypeAlias = Callable[[float], MappingFunction]
@@ -122,9 +122,7 @@ class MeanActivation:
             raise bad_value("texts", "at least two texts", self.texts, "for example PAPER_PROMPTS")
         object.__setattr__(self, "texts", tuple(self.texts))
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the mean at every site; one forward pass per text and model."""
         known = _MEANS.setdefault(run.model, {})
         if self not in known:
@@ -159,9 +157,7 @@ class ResidMid:
     Models that compute attention and MLP in parallel have none (`UnavailableKindError`).
     """
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return `resid_mid` at every site's layer and token."""
         sites = [replace(site, kind="resid_mid") for site, _ in places]
         return site_vectors(run.model, run.source, sites)
@@ -171,9 +167,7 @@ class ResidMid:
 class PlaceholderState:
     """Base: the block output at the placeholder and target layer when nothing is patched."""
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the state of the placeholder at every target layer; the mean of several."""
         states = run.generator.placeholder_states.mean(dim=1)
         return torch.stack([states[target_layer] for _, target_layer in places])

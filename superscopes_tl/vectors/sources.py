@@ -45,9 +45,9 @@ class SourceRun(Protocol):
     def generator(self) -> PatchedGenerator: ...  # noqa: D102
 
 
-PlaceVectors: TypeAlias = Callable[
-    [Any, Sequence[tuple[Site, int]]], Float[Tensor, "places d_model"]
-]
+Places: TypeAlias = Sequence[tuple[Site, int]]
+"""Source sites, each with a target layer."""
+PlaceVectors: TypeAlias = Callable[[Any, Places], Float[Tensor, "places d_model"]]
 """Returns one vector for every (site, target layer) of a `SourceRun`: v in place of the captured
 activation (`SweepConfig.vectors`), or the base (`SweepConfig.base`). Called once per plan."""
 
@@ -74,9 +74,7 @@ class Head:
     def __repr__(self) -> str:
         return f"Head({', '.join(map(str, self.heads))})"
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the heads' summed output at every site."""
         model, sites = run.model, [site for site, _ in places]
         if kinds := {site.kind for site in sites} - {"attn_out"}:
@@ -133,9 +131,7 @@ class Window:
     def __post_init__(self) -> None:
         check_count("length", self.length, least=1, fix="1 is the site's own layer")
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the sum at every site."""
         return _summed(run, [(site, max(0, site.layer + 1 - self.length)) for site, _ in places])
 
@@ -144,16 +140,12 @@ class Window:
 class Accumulated:
     """Source: a site's kind summed over all layers from 0 to its own."""
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the sum at every site."""
         return _summed(run, [(site, 0) for site, _ in places])
 
 
-def _summed(
-    run: SourceRun, from_layers: Sequence[tuple[Site, int]]
-) -> Float[Tensor, "places d_model"]:
+def _summed(run: SourceRun, from_layers: Places) -> Float[Tensor, "places d_model"]:
     """Return each site's kind, summed from a first layer up to its own, in float32."""
     layers = {n for site, first in from_layers for n in range(first, site.layer + 1)}
     kinds = tuple(dict.fromkeys(site.kind for site, _ in from_layers))
@@ -184,9 +176,7 @@ class SumOf:
             if not isinstance(site, Site):
                 raise bad_type("sites", "sites", site, "pass Site(kind, layer, position)")
 
-    def __call__(
-        self, run: SourceRun, places: Sequence[tuple[Site, int]]
-    ) -> Float[Tensor, "places d_model"]:
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the sum, once per place."""
         # As in a sweep, -1 is the last token of the text, not of the chat template.
         end = run.source.own.stop

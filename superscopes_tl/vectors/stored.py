@@ -22,6 +22,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -31,12 +32,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.engine import site_vectors
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.errors import bad_type, bad_value, check_choice
 from superscopes_tl.files import reading
 from superscopes_tl.model import LanguageModel, Site, check_layers, tokenize
 
 MAX_BYTES = 4 * 2**30
-"""Limit on what is read at once, counted in float32."""
+"""Limit on what is read at once, counted in float32, and on files of maps."""
 
 Rows: TypeAlias = Sequence[int] | None
 """Row numbers, from 0 (negative: from the end); `None` for all of them."""
@@ -47,22 +48,16 @@ def mlp_keys(
 ) -> Float[Tensor, "d_mlp d_model"]:
     """Return the input weights of an MLP's neurons, in float32; they live after the layer norm.
 
-    Args:
-        model: from `load_model`.
-        layer: the block, counted from 0.
-        part: of a gated MLP (Llama, Gemma, ...) the "gate", the default, or "in", the
-            up-projection that it is multiplied with.
+    In a gated MLP (Llama, Gemma, ...) `part` is the "gate", the default, or "in", the
+    up-projection that it is multiplied with.
 
     Raises:
         ValueError: no such layer or part, or a block without one plain MLP.
     """
     gate = _weight(model, layer, "W_gate")
-    if part not in (None, "in", "gate") or (part == "gate" and gate is None):
-        raise bad_value(
-            "part", "'in'" if gate is None else "'in' or 'gate'", part,
-            f"{model.name} has {'no gate' if gate is None else 'a gate'}: leave it out",
-        )  # fmt: skip
-    keys = gate if gate is not None and part != "in" else _matrix(model, layer, "W_in")
+    if part is not None:
+        check_choice("part", part, ["in"] if gate is None else ["in", "gate"])
+    keys = _matrix(model, layer, "W_in") if gate is None or part == "in" else gate
     return keys.T.contiguous()
 
 
@@ -85,10 +80,8 @@ def _weight(model: LanguageModel, layer: int, name: str) -> Tensor | None:
 def _matrix(model: LanguageModel, layer: int, name: str) -> Tensor:
     weight = _weight(model, layer, name)
     if weight is None or weight.dim() != 2:
-        raise bad_value(
-            "layer", f"a block with one MLP, whose {name} is a matrix",
-            f"block {layer} of {model.name}", "take the vectors from the weights yourself",
-        )  # fmt: skip
+        expected = f"a block with one MLP, whose {name} is a matrix"
+        raise bad_value("layer", expected, f"block {layer} of {model.name}", "use model.tl")
     return weight
 
 
@@ -102,14 +95,6 @@ def difference_of_means(
     chat: bool = False,
 ) -> Float[Tensor, " d_model"]:
     """Return mean(a) − mean(b) of an activation at the texts' last tokens: a steering vector.
-
-    Args:
-        model: from `load_model`.
-        texts_a: what the vector points to.
-        texts_b: what it points away from.
-        kind: one of `KINDS`.
-        layer: counted from 0.
-        chat: whether the texts are rendered in the chat template.
 
     Raises:
         ValueError: no text, or a bad kind or layer.
@@ -153,23 +138,18 @@ def load_vectors(
         wanted = _checked_rows(rows, n)
         size = 4 * width * (n if wanted is None else len(wanted))
         if size > MAX_BYTES:
-            raise bad_value(
-                "path", f"at most {MAX_BYTES / 2**30:g} GiB of numbers at once",
-                f"{size / 2**30:.1f} GiB", "take some rows with rows=[...]",
-            )  # fmt: skip
+            expected, got = (f"{n / 2**30:.1f} GiB" for n in (MAX_BYTES, size))
+            raise bad_value("path", f"at most {expected} at once", got, "take some rows=[...]")
         several = len(array.shape) == 2
         with _broken(file):  # it may be truncated after its header
             taken = array.take(wanted if several else None)
-    vectors = _float32(taken, file).reshape(-1, width)
+    vectors = taken.float().reshape(-1, width)
     if not several and wanted is not None:
         vectors = vectors[wanted]
     finite = torch.isfinite(vectors).all(dim=-1)
     if not finite.all():
-        raise bad_value(
-            "path", "finite numbers",
-            f"{int((~finite).sum())} rows of {chosen!r} with NaN, or beyond float32",
-            "take the other rows with rows=[...]",
-        )  # fmt: skip
+        got = f"{int((~finite).sum())} rows of {chosen!r} with NaN, or beyond float32"
+        raise bad_value("path", "finite numbers", got, "take the other rows=[...]")
     return vectors
 
 
@@ -178,7 +158,7 @@ class _Array:
     """One array of a file: its shape, and what reads some of its rows."""
 
     shape: tuple[int, ...]
-    take: Callable[[Rows], Any]
+    take: Callable[[Rows], Tensor]
 
 
 @contextlib.contextmanager
@@ -187,27 +167,31 @@ def _opened(file: Path) -> Iterator[Mapping[str, _Array]]:
     from safetensors import safe_open
 
     if (ending := file.suffix.lower()) not in (".safetensors", ".npy"):
-        raise bad_value(
-            "path", "a .safetensors or .npy file", str(file),
-            "save it with safetensors.torch.save_file or numpy.save",
-        )  # fmt: skip
+        raise bad_value("path", "a .safetensors or .npy file", str(file), "save it as one")
     with contextlib.ExitStack() as stack:
         with _broken(file):
             if ending == ".npy":
                 mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-                # A copy, which may be written to and outlives the file.
-                take = lambda rows: np.array(mapped[slice(None) if rows is None else rows])  # noqa: E731
-                arrays = {file.stem: _Array(mapped.shape, take)}
+                arrays = {file.stem: _Array(mapped.shape, partial(_numbers, mapped))}
             else:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
                 arrays = {name: _sliced(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
         yield arrays
 
 
+def _numbers(array: np.ndarray, rows: Rows) -> Tensor:
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"numbers of type {array.dtype}")
+    with np.errstate(over="ignore"):  # what overflows is infinite, which is refused
+        return torch.from_numpy(array[slice(None) if rows is None else rows].astype(np.float32))
+
+
 def _sliced(piece: Any) -> _Array:
     def take(rows: Rows) -> Tensor:
-        parts = [piece[:]] if rows is None else [piece[row : row + 1] for row in rows]
-        return torch.cat(parts)
+        found = torch.cat([piece[:]] if rows is None else [piece[row : row + 1] for row in rows])
+        if found.is_complex() or found.dtype is torch.bool:
+            raise TypeError(f"numbers of type {found.dtype}")
+        return found
 
     return _Array(tuple(piece.get_shape()), take)
 
@@ -216,7 +200,7 @@ def _broken(file: Path) -> contextlib.AbstractContextManager[None]:
     """Return a context in which the errors of readers become `RunFileError`."""
     return reading(
         file,
-        f"a whole {file.suffix} file of numbers, not of objects",
+        f"a complete {file.suffix} file of real numbers",
         "save it again with safetensors.torch.save_file or numpy.save",
     )
 
@@ -228,10 +212,8 @@ def _chosen(arrays: Mapping[str, _Array], name: str | None, file: Path) -> str:
         return fit[0]
     if name is None or name not in fit:
         shown = ", ".join(f"{n!r} {list(a.shape)}" for n, a in arrays.items()) or "nothing"
-        raise bad_value(
-            "name", "one array of the shape [n d_model] or [d_model]",
-            f"{name!r}; {file.name} holds {shown}", "load_vectors(path, name)",
-        )  # fmt: skip
+        got = f"{name!r}; {file.name} holds {shown}"
+        raise bad_value("name", "one array [n d_model] or [d_model]", got, "pass its name")
     return name
 
 
@@ -249,18 +231,3 @@ def _checked_rows(rows: Rows, n: int) -> list[int] | None:
         if not -n <= row < n:
             raise bad_value("rows", f"rows of an array with {n} rows", row, fix)
     return [row.__index__() % n for row in given]
-
-
-def _float32(taken: Tensor | np.ndarray, file: Path) -> Tensor:
-    """Return real numbers in float32."""
-    if isinstance(taken, np.ndarray):
-        real = taken.dtype.kind in "fiu"
-    else:
-        real = not (taken.is_complex() or taken.dtype is torch.bool)
-    if not real:
-        fix = "save them as float32"
-        raise bad_value("path", "real numbers", f"{taken.dtype} in {file.name}", fix)
-    if isinstance(taken, np.ndarray):
-        with np.errstate(over="ignore"):  # what overflows is infinite, which is checked
-            return torch.from_numpy(taken.astype(np.float32))
-    return taken.float()

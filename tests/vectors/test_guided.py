@@ -49,16 +49,6 @@ def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
             torch.testing.assert_close(vector, b + alpha * (v - b), rtol=1e-4, atol=1e-4)
 
 
-def test_resid_mid_as_base_repeats_the_mlp_s_step(mini: LanguageModel, word_overlap: Any) -> None:
-    """V − b of resid_post is the MLP output: α = 2 adds it twice (paper, Figure 1)."""
-    made = _vectors(
-        mini, word_overlap, layers=5, kinds="resid_post", alphas=(1, 2), base=ResidMid()
-    )
-    mlp = capture(mini, PROMPT)["mlp_out", 5][-1]
-    once, twice = made.values()
-    torch.testing.assert_close(twice - once, mlp, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("target_layer", [0, "same"])
 def test_residual_units_make_the_norm_ratio_alpha(
     target_layer: Any, mini: LanguageModel, word_overlap: Any
