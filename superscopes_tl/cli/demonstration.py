@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from superscopes_tl.cli.experiments import share_table
 from superscopes_tl.cli.options import FastLoading, table_of
 from superscopes_tl.evaluation import SENTENCE, evaluate
 from superscopes_tl.experiment import SweepConfig
@@ -83,7 +84,9 @@ def run_demo(
         figures.append(heatmap(result, value="recovered", color_range=(0.0, 1.0)))
     page = write_html(figures, output / "demo.html", title=f"{model.name}, layer by layer")
     console.print(rescue_table(found.table[found.table["kind"] == "mlp_out"]))
-    console.print(headline_table(found.table))
+    for kind in ("resid_post", "mlp_out"):
+        cells = found.table[found.table["kind"] == kind]
+        console.print(share_table(cells, f"Mean over {len(names)} names: recovered by {kind}"))
     console.print(f"\nHeatmaps: [bold]{page}[/bold]; readings: [bold]{file}[/bold]")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
     console.print(_conclusion(found.table), highlight=False)
@@ -153,23 +156,6 @@ def rescue_table(mlp: pd.DataFrame) -> Table:
     )
 
 
-def headline_table(table: pd.DataFrame) -> Table:
-    """Return means over names per layer: own words recovered, and by other names' vectors."""
-    groups = table.groupby(["kind", "alpha", "source_layer"])
-    means = groups[["recovered", "other_prompt_recovered"]].mean()
-    shares = {key: f"{own:.2f} / {others:.2f}" for key, own, others in means.itertuples()}
-    columns = [("resid_post", 1.0), *(("mlp_out", a) for a in sorted(table["alpha"].unique()))]
-    names = {"resid_post": "block output", "mlp_out": "MLP output"}
-    return table_of(
-        f"Mean over {table['prompt'].nunique()} names: recovered / by other names' vectors",
-        ["layer", *(f"{names[kind]}, α = {alpha:g}" for kind, alpha in columns)],
-        [
-            [layer, *(shares[kind, alpha, layer] for kind, alpha in columns)]
-            for layer in sorted(table["source_layer"].unique())
-        ],
-    )
-
-
 def _conclusion(table: pd.DataFrame) -> str:
     """Return what was found and what was not, in one line."""
     names = table["prompt"].nunique()
@@ -194,8 +180,7 @@ def _conclusion(table: pd.DataFrame) -> str:
 
 def _print_model(console: Console, model: LanguageModel) -> None:
     console.print(f"[bold]{escape(repr(model))}[/bold]")
-    source = model.provenance().get("source") or {}
-    if source:
+    if source := model.provenance().get("source"):
         console.print(escape(", ".join(f"{key}: {value}" for key, value in source.items())))
     console.print(
         "Each name is read at its last token in 'Tell me about NAME', amplified by α, and patched "

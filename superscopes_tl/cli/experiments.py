@@ -21,6 +21,8 @@ from superscopes_tl.cli.options import (
     Model,
     Page,
     RunFile,
+    ScoreOn,
+    Scorer,
     check_folders,
     parse_names,
     read_lines,
@@ -149,8 +151,8 @@ def replay(
     baseline: Annotated[Path, typer.Argument(help="Recorded Patchscopes: a CSV file with α = 1.")],
     amplified: Annotated[Path, typer.Argument(help="Recorded Superscopes: CSV with other α.")],
     threshold: Annotated[float, typer.Option(help="Similarity of a hit.")] = PAPER_THRESHOLD,
-    scorer: Annotated[str, typer.Option(help="A SentenceTransformer; default: the paper's.")] = "",
-    score_on: Annotated[str, typer.Option(help="'description' or the whole 'text'.")] = "text",
+    scorer: Scorer = "",
+    score_on: ScoreOn = "text",
     html: Page = None,
     csv: Annotated[Path | None, typer.Option(help="Write every counted cell to this file.")] = None,
 ) -> None:
@@ -233,7 +235,7 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
         cells = cells[(cells["draw"] == 0) & cells["recovered"].notna()]
         if len(cells):
             title = f"{kind} of {model}: mean share of own words recovered"
-            OUTPUT.print(_share_table(cells, title))
+            OUTPUT.print(share_table(cells, title))
         if not evaluation.table["written"].all():
             continue  # counts over selected cells would be biased
         parts = methods(evaluation, kind=kind, target_layer=target)
@@ -253,7 +255,7 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
     return figures
 
 
-def _share_table(table: pd.DataFrame, title: str) -> Table:
+def share_table(table: pd.DataFrame, title: str) -> Table:
     """Return the mean share recovered per layer and α, by the prompt's own and others' vectors."""
     columns = [name for name in ("recovered", "other_prompt_recovered") if name in table]
     wide = table.pivot_table(columns, "source_layer", "alpha")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 from rich.console import Console
@@ -36,6 +36,11 @@ Model: TypeAlias = Annotated[
 Controls: TypeAlias = Annotated[str, typer.Option(help="Such as random_direction,other_prompt.")]
 RunFile: TypeAlias = Annotated[Path | None, typer.Option(help="Save to this run file (.zip).")]
 Page: TypeAlias = Annotated[Path | None, typer.Option(help="Write figures to this page.")]
+Backend: TypeAlias = Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")]
+Scorer: TypeAlias = Annotated[
+    str, typer.Option(help="A SentenceTransformer; default: the paper's.")
+]
+ScoreOn: TypeAlias = Annotated[str, typer.Option(help="'description' or the whole 'text'.")]
 Json: TypeAlias = Annotated[Path | None, typer.Option(help="Write the numbers to this file.")]
 
 
@@ -43,7 +48,7 @@ Json: TypeAlias = Annotated[Path | None, typer.Option(help="Write the numbers to
 class Loading:
     """How to load a model."""
 
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "auto"
+    backend: Backend = "auto"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str, typer.Option(help="cuda, mps or cpu; defaults to the best.")] = ""
 
@@ -57,7 +62,7 @@ class Loading:
 class FastLoading(Loading):
     """How to load a model; through the bridge by default."""
 
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge (faster).")] = "bridge"
+    backend: Backend = "bridge"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Sampling:
     batch_size: Annotated[int | None, typer.Option(help="Cells per batch; default: what fits.")] = (
         None
     )
-    scorer: Annotated[str, typer.Option(help="A SentenceTransformer; default: the paper's.")] = ""
+    scorer: Scorer = ""
 
     def settings(self) -> dict[str, Any]:
         """Return them as settings of a sweep."""
@@ -114,7 +119,7 @@ class Cells(Sampling):
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
     answer: Annotated[str, typer.Option(help="With --chat: the answer begins so, 'It is'.")] = ""
     generate: Annotated[str, typer.Option(help="all, best (one α per site) or none.")] = "all"
-    score_on: Annotated[str, typer.Option(help="'description' or the whole 'text'.")] = ""
+    score_on: ScoreOn = ""
 
     def settings(self) -> dict[str, Any]:
         """Return them as settings; what is left empty keeps its default."""
@@ -129,7 +134,9 @@ class Cells(Sampling):
             **{name: value for name, value in given.items() if value},
             "target_prompt": self.target(self.answer, chat=self.chat),
             "positions": parse_token(self.token),
-            "target_layer": parse_target(self.target_layer),
+            "target_layer": "same"
+            if self.target_layer == "same"
+            else parse_layers(self.target_layer, "--target-layer"),
             "source_template": self.source_template,
             "chat": self.chat,
             "generate": self.generate,
@@ -211,11 +218,6 @@ def parse_layers(text: str, option: str) -> list[int]:
             raise bad_value(option, "numbers such as 0-5,8", text, "write ranges from low to high")
         layers += chosen
     return layers
-
-
-def parse_target(text: str) -> Literal["same"] | list[int]:
-    """Return the target layers, or "same"."""
-    return "same" if text.strip() == "same" else parse_layers(text, "--target-layer")
 
 
 def parse_token(text: str) -> Any:
