@@ -190,8 +190,7 @@ def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) ->
     """The model, its own words, a table per name, hits and misses, a page, run files."""
     screen = io.StringIO()
     config = replace(
-        CONFIG, chat=False, source_template="{}", layers=(5, 2), alphas=(1.0, 6.0),
-        max_new_tokens=10,
+        CONFIG, chat=False, source_template="{}", layers=(5,), alphas=(1.0, 6.0), max_new_tokens=5,
     )  # fmt: skip
     names = ("Alexander the Great", "Titanic")
     page = run_demo(mini, tmp_path, names, Console(file=screen, width=160), config)
@@ -205,7 +204,7 @@ def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) ->
     assert page.name in shown
     assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
     table = SweepResult.load(tmp_path / "demo.sqlite").table
-    assert len(table) == 2 * 2 * (1 + 2)  # names x layers x (block output, MLP output at two α)
+    assert len(table) == 2 * (1 + 2)  # names x (block output, MLP output at two α)
 
 
 def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path) -> None:

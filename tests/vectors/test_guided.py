@@ -11,7 +11,7 @@ from superscopes_tl import LanguageModel, PatchedGenerator, SweepConfig, capture
 from superscopes_tl.experiment import Cell, make_patches
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.scores import no_scores
-from superscopes_tl.vectors import MeanActivation, PlaceholderState, ResidMid
+from superscopes_tl.vectors import Add, AtLayers, Both, MeanActivation, PlaceholderState, ResidMid
 
 PROMPT = "Red Hot Chili Peppers"
 TEXTS = ("Pearl Jam", "Will Smith", "Titanic")
@@ -72,6 +72,8 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
         ({"base": MeanActivation(TEXTS)}, "Scale(), from MeanActivation(<3 texts 2d5333e8>)"),
         ({"unit": "residual"}, "Scale(), in residual norms"),
         ({"guide": "logits"}, "Scale(), on logits"),
+        ({"write": Add()}, "Scale(), by Add()"),
+        ({"write": Both(Add(), AtLayers(5, 2))}, "Scale(), by Both(Add(), AtLayers(5, 2))"),
     ):
         assert plan_sweep(mini, PROMPT, **settings, **extra).mapping_name == name
 

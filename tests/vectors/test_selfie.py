@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
 from superscopes_tl.scores import no_scores
 from superscopes_tl.vectors import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, PlaceholderState
 from tests.conftest import BACKENDS
@@ -150,20 +150,6 @@ def test_interpolating_is_counting_from_the_placeholders_state(
     other = _table(model, None, alphas, base=PlaceholderState())
     assert_same_readings(one, other, ["text", "log_probability"])
     assert one["text"].nunique() > 2
-
-
-def test_ways_have_names_and_are_told_apart(tiny: Tiny) -> None:
-    """The column `mapping` says how a cell was written; the same way is the same object."""
-    model = tiny("llama", "bridge")
-    for write, name in (
-        (Add(), "Scale(), by Add()"),
-        (Interpolate(), "Scale(), by Interpolate()"),
-        (AtLayers(5, 2), "Scale(), by AtLayers(5, 2)"),
-        (Both(Add(), AtLayers(5, 2)), "Scale(), by Both(Add(), AtLayers(5, 2))"),
-    ):
-        plan = plan_sweep(model, PROMPT, write=write, scorer=no_scores)
-        assert plan.mapping_name == name
-    assert Both(Add(), AtLayers(5, 2)) == Both(Add(), AtLayers(5, 2))
 
 
 @pytest.mark.parametrize(
