@@ -49,12 +49,8 @@ class Activations:
             ValueError: that kind and layer were not captured.
         """
         if place not in self.vectors:
-            raise bad_value(
-                "activations",
-                f"one of {sorted(self.vectors)}",
-                place,
-                "name it in capture(kinds=..., layers=...)",
-            )
+            fix = "name it in capture(kinds=..., layers=...)"
+            raise bad_value("activations", f"one of {sorted(self.vectors)}", place, fix)
         return self.vectors[place]
 
     def at(self, site: Site) -> Float[Tensor, " d_model"]:
@@ -65,12 +61,8 @@ class Activations:
         """
         vectors = self[site.kind, site.layer]
         if not -len(vectors) <= site.position < len(vectors):
-            raise bad_value(
-                "position",
-                f"0 to {len(vectors) - 1}",
-                site.position,
-                f"choose from {self.tokens.numbered()}",
-            )
+            fix = f"choose from {self.tokens.numbered()}"
+            raise bad_value("position", f"0 to {len(vectors) - 1}", site.position, fix)
         return vectors[site.position]
 
 
@@ -93,15 +85,12 @@ def capture(
         ValueError: an empty prompt, an unknown kind, or a layer out of range.
     """
     model = load_model(model)
-    wanted = model.checked_kinds(kinds)
-    numbers = check_layers(layers, model.n_layers)
+    kinds, numbers = model.checked_kinds(kinds), check_layers(layers, model.n_layers)
     tokens = tokenize(model, prompt) if isinstance(prompt, str) else prompt
     if not len(tokens):
-        raise bad_value(
-            "prompt", "at least one token to run", "no source prompt",
-            "leave out what needs one, such as base=ResidMid()",
-        )  # fmt: skip
-    names = {(kind, layer): hook_name(kind, layer) for kind in wanted for layer in numbers}
+        fix = "leave out what needs one, such as base=ResidMid()"
+        raise bad_value("prompt", "at least one token to run", "no source prompt", fix)
+    names = {(kind, layer): hook_name(kind, layer) for kind in kinds for layer in numbers}
     seen = model.activations(tokens.tensor(model.device), list(names.values()))
     # A copy: some backends return views of buffers that a later run may overwrite.
     vectors = {place: seen[name][0].clone() for place, name in names.items()}
@@ -111,9 +100,7 @@ def capture(
 def site_vectors(
     model: LanguageModel, source: TokenizedText, sites: Sequence[Site]
 ) -> Float[Tensor, "sites d_model"]:
-    """Return the activations of a source prompt at some sites, in float32 on the CPU.
-
-    One forward pass, however many sites.
+    """Return the activations at some sites, in float32 on the CPU, from one forward pass.
 
     Raises:
         ValueError: a kind that the model lacks, or a layer or position out of range.
@@ -121,7 +108,7 @@ def site_vectors(
     seen = capture(
         model,
         source,
-        kinds=tuple(dict.fromkeys(site.kind for site in sites)),
-        layers=tuple(dict.fromkeys(site.layer for site in sites)),
+        kinds=dict.fromkeys(site.kind for site in sites),
+        layers=dict.fromkeys(site.layer for site in sites),
     )
     return torch.stack([seen.at(site).float().cpu() for site in sites])

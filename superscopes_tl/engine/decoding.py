@@ -5,7 +5,7 @@
 2. Choose the most likely token, or for a row with a seed sample one at temperature 1.
 3. Record, per row, the margin over the second best token, the entropy of the distribution and the
    log-probability of the choice.
-4. Repeat until every row has ended or reached its longest text. The batch is compacted when a
+4. Repeat until every row has ended or reached its greatest length. The batch is compacted when a
    quarter of its rows have ended, so that later steps cost less.
 5. Find where the description ends, once, and put both text and description into a `Generation`.
 
@@ -31,7 +31,7 @@ LIVE_SHARE = 0.75
 CHECK_EVERY = 4
 """How many steps lie between two checks whether the texts are finished."""
 CHUNK = 2**18
-"""How many logits a CPU processes together: what stays in its cache, instead of 25 MB a step."""
+"""How many logits a CPU processes together: as many as stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,10 @@ class Generation:
         margin: the smallest difference, in logits, between the chosen token and the second best
             over the steps. Below `NEAR_TIE` another batch size may choose differently. NaN, and
             the text empty, where the model's own arithmetic overflowed.
-        entropies: the entropy of the distribution of each token, in nats.
-        log_probabilities: the log-probability of each token, in nats.
+        entropies: the entropy of each token's distribution, in nats.
+        log_probabilities: of each token, in nats.
         description: the part of the text that describes the placeholder (`crop_description`).
-        n_description_tokens: how many tokens the text takes up to the end of the description; 0
-            without one.
+        n_description_tokens: tokens up to the end of the description; 0 without one.
     """
 
     token_ids: tuple[int, ...]
@@ -63,12 +62,8 @@ class Generation:
 class TokenTable:
     """The tokens of a batch, a row per text and a column per step; -1 after the end of a text.
 
-    Attributes:
-        ids: the chosen tokens.
-        entropies: the entropy of each choice, in nats.
-        log_probabilities: the log-probability of each choice, in nats.
-        margins: the margin of each choice, in logits, including that of the end-of-text token.
-        overflowed: rows whose arithmetic overflowed.
+    Entropies and log-probabilities are in nats, margins in logits; there is a margin for the
+    end-of-text token too. `overflowed` marks the rows whose arithmetic overflowed.
     """
 
     def __init__(self, rows: int, steps: int) -> None:
@@ -103,9 +98,7 @@ class TokenTable:
 
     def tokens(self, row: int) -> list[int]:
         """Return the tokens of a row so far."""
-        ids = self.ids[row]
-        found: list[int] = ids[ids >= 0].tolist()
-        return found
+        return [token for token in self.ids[row].tolist() if token >= 0]
 
     def copy_continuation(self, row: int, leader: int) -> None:
         """Give a row the same second and later tokens as another row."""
@@ -117,8 +110,9 @@ class TokenTable:
         self, row: int, text_of: Callable[[list[int]], str], until: Callable[[str], bool] | None
     ) -> Generation:
         """Return a row as text, cut where `until` is first true, and its description."""
-        ids = self.tokens(row)
-        end = None if until is None else _finished_length(ids, text_of, until)
+        ids, end = self.tokens(row), None
+        if until is not None and until(text_of(ids)):
+            end = _first_count(lambda count: until(text_of(ids[:count])), len(ids))
         if end is None and self.overflowed[row]:
             return Generation((), text_of([]), math.nan)
         ids = ids[:end]
@@ -127,25 +121,15 @@ class TokenTable:
         if description:
             last = text.index(description) + len(description)
             length = _first_count(lambda count: len(text_of(ids[:count])) >= last, len(ids))
-        margins = self.margins[row, :end].tolist()
         return Generation(
             token_ids=tuple(ids),
             text=text,
-            margin=min(margins, default=math.inf),
+            margin=min(self.margins[row, :end].tolist(), default=math.inf),
             entropies=tuple(self.entropies[row, : len(ids)].tolist()),
             log_probabilities=tuple(self.log_probabilities[row, : len(ids)].tolist()),
             description=description,
             n_description_tokens=length,
         )
-
-
-def _finished_length(
-    ids: list[int], text_of: Callable[[list[int]], str], until: Callable[[str], bool]
-) -> int | None:
-    """Return after how many tokens a text is finished; `None` if it is not."""
-    if not until(text_of(ids)):
-        return None
-    return _first_count(lambda count: until(text_of(ids[:count])), len(ids))
 
 
 def _first_count(reached: Callable[[int], bool], most: int) -> int:
@@ -155,13 +139,10 @@ def _first_count(reached: Callable[[int], bool], most: int) -> int:
 
 
 class Batch:
-    """A batch being decoded: its KV cache, and the unpatched twins of its guided rows.
+    """A batch being decoded: the KV cache of its rows and of the unpatched twins of guided rows.
 
-    Args:
-        step: runs tokens on a cache and returns the logits of the last ones.
-        keep: drops all rows of a cache but some.
-        cache: of the rows, followed by the twins.
-        weights: w of every row; w = 1 is no guidance, and has no twin.
+    `step` runs tokens on the cache and returns the logits of the last ones; `keep` drops rows of
+    it. The weights are w of every row: rows with w = 1 are not guided and have no twin.
     """
 
     def __init__(
@@ -198,19 +179,16 @@ def guided_rows(weights: Float[Tensor, " batch"]) -> Int[Tensor, " guided"]:
 def guide(
     logits: Float[Tensor, "rows *pos vocab"], weights: Float[Tensor, " batch"]
 ) -> Float[Tensor, "batch *pos vocab"]:
-    """Return u + w·(c − u) for the guided rows, and the others unchanged.
+    """Return u + w·(c − u) for the guided rows, those with w other than 1, and c for the others.
 
-    Args:
-        logits: of the batch, followed by the unpatched twin of each guided row, in their order.
-        weights: w of every row of the batch; w = 1 is no guidance.
+    The logits u of the guided rows' unpatched twins follow the logits c of the batch.
     """
     batch, unpatched = logits[: len(weights)], logits[len(weights) :]
-    guided = guided_rows(weights)
-    if not len(guided):
+    rows = guided_rows(weights)
+    if not len(rows):
         return batch
-    mixed = batch.clone()
-    w = weights[guided].view(-1, *[1] * (logits.ndim - 1)).to(logits.device)
-    rows = guided.to(logits.device)
+    mixed, w = batch.clone(), weights[rows].view(-1, *[1] * (logits.ndim - 1)).to(logits.device)
+    rows = rows.to(logits.device)
     mixed[rows] = unpatched + w * (batch[rows] - unpatched)
     return mixed
 
@@ -227,22 +205,11 @@ def decode(
     continuations: Sequence[Hashable] = (),
     live_share: float = LIVE_SHARE,
 ) -> list[Generation]:
-    """Generate every row to its end.
+    """Generate every row to its end, given the logits of the first new token.
 
-    Args:
-        batch: runs the chosen tokens.
-        logits: of the first new token.
-        max_new_tokens: the longest text.
-        eos: the tokens that end a text.
-        seeds: per row `None` for greedy decoding, or the seed to sample from. What a row samples
-            does not depend on the other rows.
-        text_of: decodes tokens.
-        until: tells whether a text is finished: it ends there. It must stay true as the text
-            grows. Defaults to the end of text or the longest text.
-        continuations: per row, if given, a label of all that decides the text from the second
-            token on, the first token aside, or `None`: of rows that agree in label and first
-            token, one is generated.
-        live_share: the batch is compacted when fewer of its rows are still generating.
+    A row with a seed is sampled, the others are greedy. `continuations` may label, per row, all
+    that decides the text after its first token: of rows with equal labels and first tokens, one is
+    generated. `until` and `live_share` are those of `PatchedGenerator`.
     """
     table = TokenTable(len(logits), max_new_tokens)
     sample, ends = _sampler(seeds), torch.tensor(sorted(eos), dtype=torch.long)
@@ -250,7 +217,7 @@ def decode(
     live = torch.ones(len(logits), dtype=torch.bool)
     leaders: dict[int, int] = {}
     for step in range(max_new_tokens):
-        choice = _choose(logits, sample(logits, rows.tolist())).cpu()
+        choice = _choose(logits, sample(logits, rows.tolist()))
         live &= table.add(step, rows, live, choice, ends)
         if step == 0 and continuations:
             leaders = _leaders(continuations, choice.tokens, live)
@@ -272,16 +239,12 @@ def decode(
 
 
 class Choice(NamedTuple):
-    """The next token of each row; the margin is NaN where the logits overflowed."""
+    """The next token of each row, on the CPU; the margin is NaN where the logits overflowed."""
 
     tokens: Int[Tensor, " batch"]
     margins: Float[Tensor, " batch"]
     entropies: Float[Tensor, " batch"]
     log_probabilities: Float[Tensor, " batch"]
-
-    def cpu(self) -> Choice:
-        """Return the same on the CPU."""
-        return Choice(*(part.cpu() for part in self))
 
 
 def _choose(logits: Float[Tensor, "batch vocab"], ranked: Float[Tensor, "batch vocab"]) -> Choice:
@@ -291,7 +254,7 @@ def _choose(logits: Float[Tensor, "batch vocab"], ranked: Float[Tensor, "batch v
         _choose_some(logits[start : start + rows], ranked[start : start + rows])
         for start in range(0, len(logits), rows)
     ]
-    return Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Choice(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def _choose_some(

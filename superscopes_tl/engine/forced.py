@@ -10,21 +10,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.engine.decoding import guide, guided_rows
+from superscopes_tl.engine.decoding import Batch, guide, guided_rows
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
-from superscopes_tl.engine.patch import Patch, check_patch, patch_hooks
+from superscopes_tl.engine.patch import Patch, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model import Hook, LanguageModel, hook_name
+from superscopes_tl.model import Hook, LanguageModel, check_layers, hook_name
 
 LONGEST_DEFAULT = 64
 """A model whose own default is longer than this means conversations, not descriptions."""
@@ -40,21 +42,15 @@ U = TypeVar("U")
 class PatchedPrompt:
     """A target prompt to be patched, many rows at a time; scores known texts after it.
 
-    Attributes:
-        model: the target model.
-        target: the target prompt's tokens and the placeholder's positions.
-        chat: whether the target prompt is a user's message in the model's chat template.
-        max_new_tokens: the longest text.
-        batch_size: rows per batch; halved when memory runs out.
-
     Args:
-        model: from `load_model`.
-        target_prompt: the prompt with the placeholder.
-        max_new_tokens: defaults to the model's own if it states one of at most 64
-            (`generation_config.json`, as the bundled model does), else to the paper's 10, with
+        model: the target model, from `load_model`.
+        target_prompt: the prompt with the placeholder; `target` holds its tokens and positions.
+        max_new_tokens: the longest text; defaults to the model's own if it states one of at most
+            64 (`generation_config.json`, as the bundled model does), else to the paper's 10, with
             `chat` to 24.
-        batch_size: defaults to 64 to 1,024 rows by the model's size, fewer where memory is short.
-        chat: see above.
+        batch_size: rows per batch, halved when memory runs out; defaults to 64 to 1,024 rows by
+            the model's size, fewer where memory is short.
+        chat: whether the target prompt is a user's message in the model's chat template.
 
     Raises:
         ValueError: `max_new_tokens` or `batch_size` out of range, or a target prompt that does not
@@ -72,21 +68,18 @@ class PatchedPrompt:
         chat: bool = False,
     ) -> None:
         self.model, self.chat = model, chat
-        self.max_new_tokens = _at_least_one(
-            "max_new_tokens", max_new_tokens, default_new_tokens(model, chat=chat)
-        )
-        if self.max_new_tokens >= model.n_ctx:
-            raise bad_value(
-                "max_new_tokens",
-                f"fewer than {model.n_ctx}, the context of {model.name}",
-                self.max_new_tokens,
-                "10 is the paper's choice",
-            )
+        if max_new_tokens is None:
+            max_new_tokens = _default_new_tokens(model, chat=chat)
+        fix = "10 is the paper's choice"
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1, fix=fix)
+        if max_new_tokens >= model.n_ctx:
+            expected = f"fewer than {model.n_ctx}, the context of {model.name}"
+            raise bad_value("max_new_tokens", expected, max_new_tokens, fix)
         target = as_target_prompt(target_prompt)
-        self.target = target.locate(model, self.max_new_tokens, chat=chat)
-        self.batch_size = _at_least_one(
-            "batch_size", batch_size, default_batch_size(model, self.row_length)
-        )
+        self.target = target.locate(model, max_new_tokens, chat=chat)
+        if batch_size is None:
+            batch_size = default_batch_size(model, self.row_length)
+        self.batch_size = check_count("batch_size", batch_size, least=1, fix="leave it out")
 
     @property
     def first(self) -> int:
@@ -114,26 +107,21 @@ class PatchedPrompt:
 
     @cached_property
     def placeholder_norms(self) -> Float[Tensor, " n_layers"]:
-        """The norm of the residual stream at the placeholder, after each block, unpatched.
+        """The norm of the unpatched residual stream at the placeholder after each block.
 
-        The yardstick for ||α·v||: an equal one weighs as much. With several tokens, their mean.
+        It is the reference for ||α·v||. Several placeholder tokens are averaged.
         """
-        norms: Tensor = self.placeholder_states.norm(dim=-1).mean(dim=-1)
-        return norms
+        norms: Tensor = self.placeholder_states.norm(dim=-1)
+        return norms.mean(dim=-1)
 
     def next_token(self, patches: Sequence[Patch]) -> Float[Tensor, "patches vocab"]:
         """Return the log-probabilities, in nats, of the token after the patched target prompt.
 
-        Args:
-            patches: at least one.
-
         Raises:
-            ValueError: a vector that overflows the model's dtype, or a layer out of range.
-            MemoryError: not even one row fits.
+            ValueError, MemoryError: as `PatchedGenerator.generate`.
         """
         self.check(patches)
-        found = list(self.in_batches(self._next_token_batch, patches))
-        return torch.stack([row for batch in found for row in batch])
+        return torch.stack(list(chain(*self.in_batches(self._next_token_batch, patches))))
 
     def log_probabilities(
         self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
@@ -141,39 +129,40 @@ class PatchedPrompt:
         """Return the log-probability, in nats, of each token of each text after its patch.
 
         One forward pass takes all tokens of a text; of equal texts after equal patches one is run.
-
-        Args:
-            patches: one per text.
-            texts: token ids; lengths may differ.
+        The texts are token ids of any length, one per patch.
 
         Raises:
-            ValueError: a vector that overflows the model's dtype, or a layer out of range.
-            MemoryError: not even one row fits.
+            ValueError, MemoryError: as `PatchedGenerator.generate`.
         """
         self.check(patches)
         pairs = list(zip(patches, texts, strict=True))
         keys = [(patch.key, tuple(text)) for patch, text in pairs]
         distinct = dict(zip(keys, pairs, strict=True))
-        longest = max((len(text) for text in texts), default=0)
-        vocab = self.model.tl.cfg.d_vocab
-        rows = max(1, MOST_LOGITS // (max(1, longest) * vocab))
+        longest = max([1, *map(len, texts)])
+        rows = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
         batches = self.in_batches(self._score_batch, list(distinct.values()), rows)
-        found = dict(zip(distinct, (row for batch in batches for row in batch), strict=True))
+        found = dict(zip(distinct, chain(*batches), strict=True))
         return [found[key] for key in keys]
 
     def check(self, patches: Sequence[Patch]) -> None:
-        """Check patches before anything is run.
-
-        Raises:
-            ValueError: a layer out of range, or a `keep` that is no finite number.
-        """
+        """Check the layers and kept shares of patches before anything is run."""
         for patch in patches:
-            check_patch(self.model, patch)
+            if patch.target_layer is not None:
+                check_layers(patch.target_layer, self.model.n_layers, "target_layer")
+            if not math.isfinite(patch.keep):
+                raise bad_value("keep", "a finite number", patch.keep, "0 replaces, 1 adds")
 
     def rows(self, patches: Sequence[Patch]) -> tuple[list[Patch], Float[Tensor, " patches"]]:
         """Return the patches followed by the unpatched twin of each guided one, and all w."""
         twins = [replace(patch, target_layer=None) for patch in patches if patch.guidance != 1]
         return [*patches, *twins], torch.tensor([patch.guidance for patch in patches])
+
+    def begin(self, patches: Sequence[Patch]) -> tuple[Batch, Float[Tensor, "patches vocab"]]:
+        """Start a batch: run the prompt with its patches, and return the logits after it."""
+        rows, weights = self.rows(patches)
+        batch = Batch(self.step, self.model.decoder.keep, self.cache(len(rows)), weights)
+        with self.model.hooks(self.hooks(rows)):
+            return batch, batch.run(self.tail(len(rows)))
 
     def hooks(self, rows: Sequence[Patch]) -> list[tuple[str, Hook]]:
         """Return the hooks that patch the rows of a batch at the placeholder's tokens."""
@@ -183,9 +172,7 @@ class PatchedPrompt:
     def cache(self, rows: int, new: int = 0) -> Any:
         """Return a cache of `rows` rows that hold the prompt up to the placeholder.
 
-        Args:
-            rows: their number.
-            new: room for that many new tokens, where they are more than `max_new_tokens`.
+        It has room for `max_new_tokens`, or for `new` tokens where these are more.
         """
         room = self.row_length + max(0, new - self.max_new_tokens)
         return self.model.decoder.expand(self.prefix, rows, room)
@@ -201,11 +188,7 @@ class PatchedPrompt:
     def in_batches(
         self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T], most: int | None = None
     ) -> Iterator[list[U]]:
-        """Yield what `work` makes of the rows, batch by batch; at most `most` rows at a time.
-
-        Raises:
-            MemoryError: not even one row fits.
-        """
+        """Yield the results of `work` batch by batch, at most `most` rows at a time."""
         start = 0
         while start < len(rows):
             size = self.batch_size if most is None else min(self.batch_size, most)
@@ -216,11 +199,7 @@ class PatchedPrompt:
                 start += len(batch)
 
     def unless_out_of_memory(self, work: Callable[[], T], batch: Sized) -> T | None:
-        """Return the work's result, or `None` after halving the batch size for another try.
-
-        Raises:
-            MemoryError: the batch has one row.
-        """
+        """Return the result, or `None` after halving the batch size for another try."""
         try:
             return work()
         except Exception as error:
@@ -240,19 +219,16 @@ class PatchedPrompt:
         return self.target.tokens.tensor(self.model.device)
 
     def _next_token_batch(self, patches: Sequence[Patch]) -> list[Float[Tensor, " vocab"]]:
-        rows, weights = self.rows(patches)
         with self.model.lock, torch.no_grad():
-            cache = self.cache(len(rows))
-            with self.model.hooks(self.hooks(rows)):
-                logits = self.step(self.tail(len(rows)), cache)
-        return list(guide(logits, weights).log_softmax(dim=-1).cpu())
+            _, logits = self.begin(patches)
+        return list(logits.log_softmax(dim=-1).cpu())
 
     def _score_batch(self, pairs: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
         patches, texts = zip(*pairs, strict=True)
-        longest = max(len(text) for text in texts)
+        longest = max(map(len, texts))
         if not longest:
             return [[] for _ in texts]
-        # Attention is causal: what pads a shorter text changes none of its own tokens.
+        # Attention is causal: the padding of a shorter text changes none of its own tokens.
         padded = [[*text, *[0] * (longest - len(text))] for text in texts]
         ids = torch.tensor(padded, device=self.model.device)
         rows, weights = self.rows(patches)
@@ -264,17 +240,11 @@ class PatchedPrompt:
                 logits = self.model.decoder.logits(tokens, cache, longest)
             logits = guide(logits, weights)
             likely = logits.gather(2, ids[:, :, None])[..., 0] - logits.logsumexp(dim=-1)
-        table = likely.tolist()
-        return [row[: len(text)] for row, text in zip(table, texts, strict=True)]
+        return [row[: len(text)] for row, text in zip(likely.tolist(), texts, strict=True)]
 
 
-def default_new_tokens(model: LanguageModel, *, chat: bool = False) -> int:
-    """Return the default of `max_new_tokens` (see `PatchedPrompt`)."""
+def _default_new_tokens(model: LanguageModel, *, chat: bool) -> int:
     own = model.max_new_tokens
-    usual = CHAT_NEW_TOKENS if chat else PAPER_MAX_NEW_TOKENS
-    return own if own is not None and 1 <= own <= LONGEST_DEFAULT else usual
-
-
-def _at_least_one(argument: str, value: int | None, default: int) -> int:
-    fix = f"pass {argument}={default}, the default here, or another count"
-    return check_count(argument, default if value is None else value, least=1, fix=fix)
+    if own is not None and 1 <= own <= LONGEST_DEFAULT:
+        return own
+    return CHAT_NEW_TOKENS if chat else PAPER_MAX_NEW_TOKENS

@@ -15,11 +15,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
-from superscopes_tl.engine.decoding import LIVE_SHARE, Batch, Generation, decode
+from superscopes_tl.engine.decoding import LIVE_SHARE, Generation, decode
 from superscopes_tl.engine.forced import PatchedPrompt
 from superscopes_tl.engine.patch import Patch
 from superscopes_tl.engine.target_prompt import DESCRIPTION_PROMPT, TargetPrompt
@@ -33,20 +34,15 @@ class PatchedGenerator(PatchedPrompt):
     """Patched generation from one target prompt.
 
     Args:
-        model: from `load_model`.
-        target_prompt: the prompt with the placeholder.
+        model: as in `PatchedPrompt`.
+        target_prompt: as in `PatchedPrompt`.
         max_new_tokens: as in `PatchedPrompt`.
         batch_size: as in `PatchedPrompt`.
-        chat: whether the target prompt is a user's message in the model's chat template.
-        until: tells whether a text, so far, is finished: it ends there. It must stay true as the
-            text grows. Defaults to the end of text or the longest text.
+        chat: as in `PatchedPrompt`.
+        until: whether a text so far is finished, and then ends there; it must stay true as the
+            text grows. Without it, texts end with an end-of-text token or at the longest length.
         live_share: a batch is compacted when fewer of its rows than this are still generating; 0
             never compacts.
-
-    Raises:
-        ValueError: `max_new_tokens` or `batch_size` out of range, or a target prompt that does not
-            fit into the context.
-        PlaceholderError: no placeholder that is a token of its own.
     """
 
     def __init__(
@@ -66,10 +62,9 @@ class PatchedGenerator(PatchedPrompt):
         self.until, self.live_share = until, live_share
 
     def generate(self, patches: Sequence[Patch]) -> list[Generation]:
-        """Return the text of every patch, in the same order.
+        """Return the text of every patch, in the same order; of equal patches one is generated.
 
-        Of equal patches one is generated. When memory runs out, the batch size is halved and the
-        batch repeated.
+        When memory runs out, the batch size is halved and the batch repeated.
 
         Raises:
             ValueError: a vector that overflows the model's dtype, or a layer out of range.
@@ -79,25 +74,22 @@ class PatchedGenerator(PatchedPrompt):
         keys = [patch.key for patch in patches]
         distinct = dict(zip(keys, patches, strict=True))
         batches = self.in_batches(self._generate_batch, list(distinct.values()))
-        texts = dict(zip(distinct, (text for batch in batches for text in batch), strict=True))
+        texts = dict(zip(distinct, chain(*batches), strict=True))
         return [texts[key] for key in keys]
 
     def unpatched(self) -> Generation:
         """Return what the model generates when nothing is patched: the simplest control."""
-        zero = torch.zeros(self.model.d_model)
-        return self.generate([Patch(zero, None)])[0]
+        return self.generate([Patch(torch.zeros(self.model.d_model), None)])[0]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text."""
-        text: str = self.model.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.model.tokenizer.decode(list(token_ids), **options))
 
     def seconds_per_batch(self, rows: int) -> float:
-        """Return how long a batch takes, from its prompt and one timed step.
+        """Return an upper bound of a batch's duration, from its prompt and one timed step.
 
-        Rows that end early are not accounted for. `batch_size` is halved if memory runs out.
+        `batch_size` is halved if memory runs out.
         """
         while True:
             rows = min(rows, self.batch_size)
@@ -117,14 +109,9 @@ class PatchedGenerator(PatchedPrompt):
         return (moments[1] - moments[0]) + (self.max_new_tokens - 1) * (moments[3] - moments[2])
 
     def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
-        rows, weights = self.rows(patches)
         with self.model.lock, torch.no_grad():
-            batch = Batch(self.step, self.model.decoder.keep, self.cache(len(rows)), weights)
-            with self.model.hooks(self.hooks(rows)):
-                logits = batch.run(self.tail(len(rows)))
             return decode(
-                batch,
-                logits,
+                *self.begin(patches),
                 max_new_tokens=self.max_new_tokens,
                 eos=self.model.eos_token_ids,
                 seeds=[patch.seed for patch in patches],
@@ -137,8 +124,8 @@ class PatchedGenerator(PatchedPrompt):
     def _continuation(self, patch: Patch) -> Any:
         """Return a common label for greedy rows whose first token decides what follows.
 
-        Nothing after the last block's output attends to it: a patch there changes the logits of
-        its own position, and not the KV cache.
+        No later token attends to the last block's output: a patch there changes the logits of its
+        own position, and not the KV cache.
         """
         last = all(layer % self.model.n_layers == self.model.n_layers - 1 for layer in patch.layers)
         return "unpatched" if last and patch.seed is None and patch.guidance == 1 else None

@@ -19,36 +19,29 @@ WORK_PER_STEP = 2**35
 _WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
-def default_batch_size(model: LanguageModel, length: int) -> int:
+def default_batch_size(model: LanguageModel, length: int, free: int | None = None) -> int:
     """Return how many rows to compute at a time: as many as memory and responsiveness allow.
+
+    The tokens that all rows have in common are cached once and do not count.
 
     Args:
         model: the target model.
         length: tokens that each row caches for itself.
+        free: bytes; defaults to the free memory of the model's device.
     """
     rows = MOST_ROWS
     if model.device.type == "cpu":
         work = WORK_PER_STEP // sum(p.numel() for p in model.tl.parameters())
         rows = min(MOST_ROWS, max(FEWEST_ROWS, work))
-    return min(rows, rows_that_fit(model, length))
-
-
-def rows_that_fit(model: LanguageModel, length: int) -> int:
-    """Return how many rows of `length` tokens may have their KV cache in memory; 1 or more.
-
-    A row takes 2 · length · layers · key-value heads · d_head numbers. The common prefix is stored
-    once and counts in none of them.
-    """
-    free = free_bytes(model.device)
-    return max(1, int(free * CACHE_SHARE) // bytes_per_row(model, length))
+    room = CACHE_SHARE * (free_bytes(model.device) if free is None else free)
+    return max(1, min(rows, int(room) // bytes_per_row(model, length)))
 
 
 def bytes_per_row(model: LanguageModel, length: int) -> int:
     """Return the size of the KV cache of `length` tokens."""
     cfg = model.tl.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    numbers = 2 * length * cfg.n_layers * heads * cfg.d_head
-    return int(numbers * torch.finfo(model.dtype).bits // 8)
+    return int(2 * length * cfg.n_layers * heads * cfg.d_head * model.dtype.itemsize)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -60,10 +53,8 @@ def free_bytes(device: torch.device) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Tell whether an allocation failed; not every device has an error class of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in message for words in _WORDS)
+    named = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS)
+    return named or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory() -> None:

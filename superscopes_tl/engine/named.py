@@ -3,7 +3,7 @@
 1. Put the name into the prompt's text and tokenise it; names differ in length.
 2. Names of equal length share a batch, which starts from the KV cache of the target prompt up to
    its placeholder wherever their tokens begin alike.
-3. Generate what the model says of each name, or score a known text after it.
+3. Generate the model's description of each name, or score a known text after it.
 """
 
 from __future__ import annotations
@@ -27,29 +27,25 @@ LOOK_AHEAD = 16
 def name_fits(generator: PatchedGenerator, name: str) -> bool:
     """Tell whether a name fits into the target prompt, with a text after it."""
     try:
-        _tokens(generator, name, generator.max_new_tokens)
+        return bool(_tokens(generator, name, generator.max_new_tokens))
     except ValueError:
         return False
-    return True
 
 
 def generate_named(generator: PatchedGenerator, names: Sequence[str]) -> list[Generation]:
-    """Return what the model generates, greedily, after the target prompt with each name in it.
+    """Return the greedy text after the target prompt with each name in it.
 
-    Each text ends where its description does, or where it is longest: a few-shot prompt's texts
-    may take `LOOK_AHEAD` more tokens, which tell whether a comma continues the description or
-    begins another entry.
+    Texts end with their description. Those of a few-shot prompt may take `LOOK_AHEAD` more tokens
+    than usual, to see whether a comma continues the description or begins another entry.
 
     Raises:
         ValueError: a name that does not fit into the context.
     """
-    model = generator.model
-    rows = [_tokens(generator, name, generator.max_new_tokens) for name in names]
-    few_shot = bool(generator.target.prompt.few_shot_names)
-    longest = min(
-        generator.max_new_tokens + (LOOK_AHEAD if few_shot else 0),
-        model.n_ctx - max(map(len, rows), default=0),
-    )
+    model, longest = generator.model, generator.max_new_tokens
+    rows = [_tokens(generator, name, longest) for name in names]
+    if generator.target.prompt.few_shot_names:
+        longest += LOOK_AHEAD
+    longest = min(longest, model.n_ctx - max(map(len, rows), default=0))
     found: dict[int, Generation] = {}
     for places in _equally_long(generator, rows):
         with model.lock, torch.no_grad():
@@ -71,20 +67,15 @@ def generate_named(generator: PatchedGenerator, names: Sequence[str]) -> list[Ge
 def named_log_probabilities(
     generator: PatchedGenerator, names: Sequence[str], texts: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Return the log-probability, in nats, of each token of each text after the prompt with a name.
-
-    Args:
-        generator: of the target prompt.
-        names: what takes the placeholder's place.
-        texts: token ids, one text per name.
+    """Return the log-probability, in nats, of each token of each text after its name's prompt.
 
     Raises:
         ValueError: a name that does not fit into the context.
     """
     model, found = generator.model, []
     for name, text in zip(names, texts, strict=True):
+        row = _tokens(generator, name, len(text))
         with model.lock, torch.no_grad():
-            row = _tokens(generator, name, len(text))
             cache, ids = _start(generator, [row], new=len(text))
             wanted = torch.tensor([text], device=model.device)
             read = torch.cat([ids, wanted[:, :-1]], dim=1)
@@ -109,7 +100,7 @@ def _tokens(generator: PatchedGenerator, name: str, room: int) -> tuple[int, ...
 def _equally_long(
     generator: PatchedGenerator, rows: Sequence[tuple[int, ...]]
 ) -> Iterator[list[int]]:
-    """Yield the numbers of rows that fit into one batch: of one length, and with one prefix."""
+    """Yield the numbers of the rows of each batch: of one length, and with one prefix."""
     groups: dict[tuple[int, bool], list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault((len(row), _has_prefix(generator, row)), []).append(place)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.model import Hook, HookKind, LanguageModel, check_layers, hook_name
+from superscopes_tl.model import Hook, HookKind, LanguageModel, hook_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +29,7 @@ class Patch:
     """One row of a batch: `vector` replaces the output of `target_layer` at the placeholder.
 
     Attributes:
-        vector: f(v), `Float[Tensor, " d_model"]`, the same at every placeholder token; or one
-            vector for each of them, `Float[Tensor, "placeholders d_model"]`. The vectors of one
-            call are on one device.
+        vector: f(v), the same at every placeholder token, or one vector for each of them.
         target_layer: block number from 0, or several, to patch each of them; `None` leaves the
             target prompt unpatched.
         guidance: w of u + w·(c − u), the logits between unpatched (0) and patched (1), or beyond.
@@ -68,27 +65,12 @@ class Patch:
         return float(self.vector.norm(dim=-1).mean())
 
 
-def check_patch(model: LanguageModel, patch: Patch) -> None:
-    """Check a patch before anything is generated.
-
-    Raises:
-        ValueError: a layer that the model does not have, or `keep` is no finite number.
-    """
-    if patch.target_layer is not None:
-        check_layers(patch.target_layer, model.n_layers, "target_layer")
-    if not math.isfinite(patch.keep):
-        raise bad_value("keep", "a finite number", patch.keep, "0 replaces, 1 adds")
-
-
 def patch_hooks(
     model: LanguageModel, patches: Sequence[Patch], positions: Sequence[int]
 ) -> list[tuple[str, Hook]]:
-    """Return the hooks that apply a batch's patches.
+    """Return the hooks that apply a batch's patches, one per row.
 
-    Args:
-        model: the target model.
-        patches: one per row.
-        positions: the placeholder's tokens, counted from the first token that is run.
+    The positions are those of the placeholder, counted from the first token that is run.
 
     Raises:
         ValueError: vectors of another shape, or with numbers that the model cannot hold.
@@ -118,18 +100,11 @@ def write_hooks(
     *,
     keep: Float[Tensor, "*writes 1"] | None = None,
 ) -> list[tuple[str, Hook]]:
-    """Return the hooks that write vectors over an activation.
+    """Return the hooks that write vectors over an activation at some rows and positions.
 
-    `resid_mid` is written through the attention, attn_out := v − resid_pre: what a hook on
-    `resid_mid` itself returns reaches the MLP of a `TransformerBridge` alone, and the residual
-    stream goes on without it.
-
-    Args:
-        kind: the activation.
-        layer: its block.
-        at: the rows and the positions to write at, broadcast against each other.
-        vectors: what to write there.
-        keep: the share of the old activation that is kept; 0 where not given.
+    `resid_mid` is written through the attention, attn_out := v − resid_pre: in a
+    `TransformerBridge` the output of a hook on `resid_mid` itself reaches the MLP alone, and not
+    the residual stream. `keep` is the share of the old activation that is kept, by default 0.
     """
     before: list[Tensor] = []
 
@@ -164,8 +139,7 @@ def _cast(
         if vector.shape not in ((model.d_model,), (placeholders, model.d_model)):
             raise bad_value(
                 "vector",
-                f"{model.d_model} numbers, the width of {model.name}, or as many for "
-                f"each of {placeholders} placeholder tokens",
+                f"{model.d_model} numbers, the width of {model.name}, or {placeholders} such rows",
                 f"shape {tuple(vector.shape)}",
                 "read the vector from the same model, or map it to this one's width",
             )
@@ -181,10 +155,7 @@ def cast_for(model: LanguageModel, vectors: Tensor, argument: str) -> Tensor:
     """
     cast = vectors.to(model.dtype)
     if not torch.isfinite(cast).all():
-        raise bad_value(
-            argument,
-            f"numbers that {model.dtype} can hold",
-            f"up to {vectors.abs().max().item():.3g}",
-            "use a smaller α, or load the model with dtype='float32'",
-        )
+        most = f"up to {vectors.abs().max().item():.3g}"
+        fix = "use a smaller α, or load the model with dtype='float32'"
+        raise bad_value(argument, f"numbers that {model.dtype} can hold", most, fix)
     return cast.to(model.device)

@@ -1,12 +1,12 @@
 """Run a prompt with some of its own activations replaced, many variants in one batch.
 
 1. A `Row` is one variant: the prompt's tokens, and the vectors to write while they are run.
-2. What the rows of a batch have in common, the tokens before the first difference or write, is run
-   once; the rows share its KV cache (as in `forced`).
+2. The tokens before the rows' first difference or write are run once; the rows share their KV
+   cache (as in `forced`).
 3. The rest is run with one hook per *distinct* hook point, which writes every row's vector at that
    row's position (`patch`). The hooks are on the model during this step alone.
-4. A given continuation is fed token by token (teacher forcing); the log-probabilities of each step
-   go to a function that keeps the few numbers that matter.
+4. A continuation is fed token by token (teacher forcing); a readout reduces the log-probabilities
+   of each step to a few numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ class Run:
 
     @classmethod
     def of(cls, model: LanguageModel, prompt: str, *, chat: bool = False) -> Run:
-        """Return the run of a prompt, with `chat` in the model's chat template.
-
-        Raises:
-            ValueError: an empty prompt, or `chat` with a model that has no chat template.
-        """
+        """Return the run of a prompt, with `chat` in the model's chat template."""
         return cls(model, tokenize(model, prompt, chat=chat), chat)
 
 
@@ -71,52 +67,37 @@ def follow_continuation(
 ) -> Float[Tensor, "rows steps numbers"]:
     """Return the readout of each row at each token of the continuation.
 
-    Args:
-        model: from `load_model`.
-        rows: the variants.
-        continuation: at least one token id; step k is the distribution of token k, given the
-            tokens before it.
-        readout: what to keep of a step.
-        batch_size: rows per batch; defaults to what fits into memory.
+    Step k is the distribution of token k. The batch size defaults to what fits into memory.
 
     Raises:
         ValueError: a vector that overflows the model's dtype.
     """
     length = len(rows[0].ids) + len(continuation)
-    size = default_batch_size(model, length)
-    if batch_size is not None:
-        size = check_count("batch_size", batch_size, least=1, fix="leave it out")
+    size = default_batch_size(model, length) if batch_size is None else batch_size
+    check_count("batch_size", size, least=1, fix="leave it out")
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     return torch.cat([_follow_batch(model, batch, continuation, readout) for batch in batches])
 
 
 def continuation_ids(run: Run, continuation: str | int) -> tuple[int, ...]:
-    """Return the tokens of a continuation of the source prompt.
-
-    Args:
-        run: the source prompt in its model.
-        continuation: that many tokens of the model's own greedy continuation, or a text.
+    """Return a text's tokens as a continuation of the prompt, or that many greedy tokens.
 
     Raises:
         ValueError: no room in the context, or a text whose first token joins the prompt's last.
     """
     model, source = run.model, run.source
     if not isinstance(continuation, str):
-        count = check_count(
-            "continuation", continuation, least=1, fix="pass a count of tokens, or a text"
-        )
-        tokenize(model, source.text, room=count, chat=run.chat)
-        return _own_continuation(run, count)
-    # In one piece with the prompt: what a tokenizer makes of a text depends on what is before it.
+        fix = "pass a count of tokens, or a text"
+        check_count("continuation", continuation, least=1, fix=fix)
+        tokenize(model, source.text, room=continuation, chat=run.chat)
+        return _own_continuation(run, continuation)
+    # Tokenised together with the prompt: the tokens of a text depend on what is before it.
     text, answer = (source.text, continuation) if run.chat else (source.text + continuation, "")
     whole = tokenize(model, text, argument="continuation", chat=run.chat, answer=answer)
     if whole.ids[: len(source)] != source.ids or len(whole) == len(source):
-        raise bad_value(
-            "continuation",
-            f"a text that continues the tokens {source.numbered()}",
-            continuation,
-            "begin it where a new token begins, with a space or a mark such as ':'",
-        )
+        expected = f"a text that continues the tokens {source.numbered()}"
+        fix = "begin it with a new token, such as a space or ':'"
+        raise bad_value("continuation", expected, continuation, fix)
     return whole.ids[len(source) :]
 
 

@@ -40,22 +40,20 @@ MANY_KINDS: tuple[str, ...] = (
 `readability` reads the first dozen."""
 
 PAPER_MAX_NEW_TOKENS = 10
-"""How many tokens the authors' code generates."""
+"""The length of a text in the authors' code."""
 
 
 @dataclass(frozen=True)
 class TargetPrompt:
     """A prompt that makes the model describe its placeholder.
 
-    Every occurrence of `placeholder` that is a word of its own is patched, so that
-    `TargetPrompt("_ _ _ means:", "_")` has three, and all of an occurrence's tokens are.
+    All tokens of every occurrence of `placeholder` as a word of its own are patched:
+    `TargetPrompt("_ _ _ means:", "_")` has three.
 
     Attributes:
         text: the prompt; with `chat`, the message of a user.
-        placeholder: the word to patch. It is looked for in the text alone, not in the answer or
-            the chat template.
+        placeholder: the word to patch, in the text alone, not in the answer or chat template.
         answer: with `chat` only, the beginning of the model's answer, which generation continues.
-            Without it, generation starts where the template lets an answer start.
 
     Raises:
         ValueError: the text is empty.
@@ -72,22 +70,12 @@ class TargetPrompt:
             if not isinstance(value, str):
                 raise bad_type(f"target_prompt.{name}", "a string", value, "pass text")
             if not value.strip() and (name, value) != ("answer", ""):
-                raise bad_value(
-                    f"target_prompt.{name}",
-                    "visible characters",
-                    value,
-                    "see DESCRIPTION_PROMPT and CHAT_PROMPT for examples",
-                )
+                fix = "see DESCRIPTION_PROMPT and CHAT_PROMPT for examples"
+                raise bad_value(f"target_prompt.{name}", "visible characters", value, fix)
         if not self.spans:
-            raise PlaceholderError(
-                describe(
-                    "target_prompt",
-                    got=self.text,
-                    expected=f"a text with the placeholder {self.placeholder!r} as a word",
-                    fix=f"write {self.placeholder!r} where the vector goes, or name another "
-                    "word: TargetPrompt(text, placeholder=...)",
-                )
-            )
+            expected = f"a text with the placeholder {self.placeholder!r} as a word"
+            fix = f"put {self.placeholder!r} where the vector goes, or pass placeholder=..."
+            raise PlaceholderError(describe("target_prompt", expected, self.text, fix))
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -115,7 +103,7 @@ class TargetPrompt:
         """Tokenise for `model` and find the placeholder's tokens.
 
         Args:
-            model: gives the tokenizer, the context length and the chat template.
+            model: the target model.
             max_new_tokens: how many tokens must fit after the prompt.
             chat: whether the text is a user's message in the chat template.
 
@@ -125,35 +113,28 @@ class TargetPrompt:
             PlaceholderError: a token joins the placeholder with other characters.
         """
         tokens = tokenize(
-            model,
-            self.text,
-            argument="target_prompt",
-            room=max_new_tokens,
-            chat=chat,
+            model, self.text, argument="target_prompt", room=max_new_tokens, chat=chat,
             answer=self.answer,
-        )
+        )  # fmt: skip
         positions: list[int] = []
         for start, end in self.spans:
             patched = covering(tokens, start, end)
-            for position in patched:
-                a, b = tokens.spans[position]
-                outside = self.text[a : min(b, start)] + self.text[max(a, end) : b]
-                if outside.strip() or position in tokens.joined:
-                    raise self._not_in_context(tokens, tokens.labels[position])
-            if not patched:
-                raise self._not_in_context(tokens, "no token at all")
+            joined = [p for p in patched if _joins_others(tokens, p, start, end)]
+            if joined or not patched:
+                token = repr(tokens.labels[joined[0]]) if joined else "none"
+                expected = f"the placeholder {self.placeholder!r} to be a token of its own"
+                fix = "put spaces around the placeholder or choose another one"
+                got = f"the token {token} in {tokens.numbered()}"
+                raise PlaceholderError(describe("target_prompt", expected, got, fix))
             positions += patched
         return TargetTokens(self, tokens, tuple(dict.fromkeys(positions)))
 
-    def _not_in_context(self, tokens: TokenizedText, token: str) -> PlaceholderError:
-        return PlaceholderError(
-            describe(
-                "target_prompt",
-                got=f"the token {token!r} in {tokens.numbered()}",
-                expected=f"the placeholder {self.placeholder!r} to be a token of its own",
-                fix="put spaces around the placeholder or choose another one",
-            )
-        )
+
+def _joins_others(tokens: TokenizedText, position: int, start: int, end: int) -> bool:
+    """Tell whether a token also holds visible characters outside `[start, end)`."""
+    a, b = tokens.spans[position]
+    outside = tokens.text[a : min(b, start)] + tokens.text[max(a, end) : b]
+    return bool(outside.strip()) or position in tokens.joined
 
 
 @dataclass(frozen=True)
@@ -185,9 +166,8 @@ The wording is this package's own: try others, and report controls beside the re
 
 def default_target_prompt(target_prompt: TargetPrompt | str | None, *, chat: bool) -> TargetPrompt:
     """Return the target prompt; `None` is `CHAT_PROMPT` with `chat`, else `DESCRIPTION_PROMPT`."""
-    if target_prompt is None:
-        return CHAT_PROMPT if chat else DESCRIPTION_PROMPT
-    return as_target_prompt(target_prompt)
+    default = CHAT_PROMPT if chat else DESCRIPTION_PROMPT
+    return default if target_prompt is None else as_target_prompt(target_prompt)
 
 
 def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:
@@ -197,9 +177,7 @@ def as_target_prompt(target_prompt: TargetPrompt | str) -> TargetPrompt:
         TypeError: neither of the two.
         PlaceholderError: a plain text without the placeholder `x`.
     """
-    if isinstance(target_prompt, TargetPrompt):
-        return target_prompt
-    return TargetPrompt(target_prompt)
+    return target_prompt if isinstance(target_prompt, TargetPrompt) else TargetPrompt(target_prompt)
 
 
 _NEXT_ENTRY = re.compile(r",[^,:]{1,80}:")
@@ -208,8 +186,8 @@ _NEXT_ENTRY = re.compile(r",[^,:]{1,80}:")
 def crop_description(text: str) -> str:
     """Crop a generated text to the description of the placeholder.
 
-    The model continues the list of the prompt: `: American rock band, Adele: English singer`.
-    What follows the comma (or line break) before the next `name:` is not about the placeholder.
+    The model continues the prompt's list: what follows the comma (or line break) before the next
+    `name:` is not about the placeholder.
 
     >>> crop_description(": American rock band, Adele: English singer")
     'American rock band'

@@ -1,10 +1,10 @@
-"""What a plan's cells patch, and the rows of the table that come of it.
+"""The patches of a plan's cells, and the rows of the table for their texts.
 
-1. Read the source prompt once (`capture`): v of every site, in float32, or what the plan's
-   `vectors` returns in its place.
+1. Read the source prompt once (`capture`): v of every site, in float32, or the plan's `vectors`
+   in its place.
 2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
    of the residual norm with `unit="residual"`. Where α acts on the logits, f(v) is that of α = 1.
-   The plan's `write` may change how it is patched.
+   The plan's `write` may replace the patch.
 3. Score the texts of a batch (`scores`) and make the rows of the table.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.engine import Generation, Patch, is_echo, site_vectors
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.errors import bad_type, bad_value, check_callable
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
 from superscopes_tl.experiment.store import Reading
@@ -31,13 +31,7 @@ from superscopes_tl.vectors import PlaceVectors
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The cells of one plan in a batch, which may hold cells of several plans.
-
-    Attributes:
-        plan: the plan.
-        cells: some of its cells.
-        patches: what they patch.
-    """
+    """Some cells of one plan, with their patches; a batch may hold several plans' cells."""
 
     plan: SweepPlan
     cells: Sequence[Cell]
@@ -47,23 +41,21 @@ class Part:
 def make_patches(plan: SweepPlan) -> list[Patch]:
     """Return the patch of each of the plan's cells.
 
-    Vectors are read and mapped for all sites, whichever cells are to be computed: a mapping
-    function may treat the rows of a batch together.
+    Vectors are mapped for all sites, whichever cells are to be computed: a mapping function may
+    treat the rows of a batch together.
     """
     if not plan.cells:
         return []
-    places = [
-        (site, target)
-        for targets in zip(
-            *(target_layers(site, plan.target_layer) for site in plan.sites), strict=True
-        )
-        for site, target in zip(plan.sites, targets, strict=True)
-    ]
+    targets = zip(*(target_layers(site, plan.target_layer) for site in plan.sites), strict=True)
+    places = [place for into in targets for place in zip(plan.sites, into, strict=True)]
     vectors = _vectors(plan, plan.config.vectors or _captured, places, "vectors")
     base = torch.zeros_like(vectors)
     if plan.config.base is not None:
         base = _vectors(plan, plan.config.base, places, "base")
-    moved = _in_units(plan, vectors - base, [target for _, target in places])
+    moved = vectors - base
+    if plan.config.unit == "residual":  # scaled to the norm of the state that is replaced
+        norms = plan.generator.placeholder_norms[[target for _, target in places], None]
+        moved = moved / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30) * norms
     on_logits = plan.config.guide == "logits"
     mapped: dict[tuple[Site, int, float], Tensor] = {}
     for start in range(0, len(places), len(plan.sites)):
@@ -78,21 +70,16 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
 
 
 def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Patch:
-    guidance = cell.alpha if plan.config.guide == "logits" else 1.0
-    patch = Patch(vector, cell.target_layer, guidance=guidance, seed=_seed(plan, cell))
+    guidance, seed = cell.alpha if plan.config.guide == "logits" else 1.0, None
+    if plan.config.draw:  # the same seed in every run and every batch
+        seed = stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
+    patch = Patch(vector, cell.target_layer, guidance=guidance, seed=seed)
     if plan.config.write is None:
         return patch
     written = plan.config.write(patch, cell.alpha)
     if not isinstance(written, Patch):
         raise bad_type("write", "a Patch", written, "return dataclasses.replace(patch, ...)")
     return written
-
-
-def _seed(plan: SweepPlan, cell: Cell) -> int | None:
-    """Return the seed of a sampled text: the same in every run and every batch."""
-    if plan.config.draw == 0:
-        return None
-    return stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
 
 
 def _captured(
@@ -109,24 +96,10 @@ def _vectors(
     vectors = source(plan, places)
     shape = (len(places), plan.generator.model.d_model)
     if not isinstance(vectors, Tensor) or vectors.shape != shape:
-        raise bad_value(
-            argument,
-            f"vectors of shape {shape}, one per site and target layer",
-            tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors,
-            "see superscopes_tl.vectors.PlaceVectors",
-        )
+        expected = f"vectors of shape {shape}, one per site and target layer"
+        got = tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors
+        raise bad_value(argument, expected, got, "see superscopes_tl.vectors.PlaceVectors")
     return vectors.float().cpu()
-
-
-def _in_units(
-    plan: SweepPlan, vectors: Float[Tensor, "sites d_model"], targets: Sequence[int]
-) -> Float[Tensor, "sites d_model"]:
-    """Return the vectors, with `unit="residual"` scaled to the norm of what they replace."""
-    if plan.config.unit == "vector":
-        return vectors
-    lengths = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    resized: Tensor = vectors / lengths * plan.generator.placeholder_norms[list(targets), None]
-    return resized
 
 
 def _map(
@@ -136,43 +109,27 @@ def _map(
     vectors: Float[Tensor, "sites d_model"],
 ) -> Float[Tensor, "sites d_model"]:
     """Return f(v) of every site for one α, checked before anything is generated."""
-    function = plan.config.mapping(alpha)
-    name = f"mapping({alpha:g})"
-    if not callable(function):
-        raise bad_type(
-            name,
-            "a mapping function, from vectors to vectors",
-            function,
-            "mapping takes α and returns the function: mapping=lambda alpha: lambda v: ...",
-        )
+    function, name = plan.config.mapping(alpha), f"mapping({alpha:g})"
+    fix = "pass a function of α that returns it: mapping=lambda alpha: lambda v: ..."
+    check_callable(name, function, expected="a function from vectors to vectors", fix=fix)
     mapped = function(vectors)
     if not isinstance(mapped, Tensor) or mapped.shape != vectors.shape:
-        raise bad_value(
-            name,
-            f"vectors of shape {tuple(vectors.shape)}, that of its argument",
-            tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped,
-            "return one vector per vector",
-        )
-    mapped = base + mapped.float()
-    dtype = plan.generator.model.dtype
+        expected = f"vectors of shape {tuple(vectors.shape)}, that of its argument"
+        shape = tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped
+        raise bad_value(name, expected, shape, "return one vector per vector")
+    mapped, dtype = base + mapped.float(), plan.generator.model.dtype
     fits = torch.isfinite(mapped.to(dtype)).all(dim=-1)
     if not fits.all():
-        raise bad_value(
-            name,
-            f"numbers that {dtype} can hold",
-            f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}",
-            "use a smaller α, or load the model with dtype='float32'",
-        )
+        got = f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}"
+        fix = "use a smaller α, or load the model with dtype='float32'"
+        raise bad_value(name, f"numbers that {dtype} can hold", got, fix)
     return mapped
 
 
 def read(part: Part, generations: Sequence[Generation]) -> list[Reading]:
     """Score the texts of some cells and return their rows."""
-    plan = part.plan
-    scores = score_readings(
-        plan, part.cells, [g.text for g in generations], [g.description for g in generations]
-    )
-    names = plan.generator.target.prompt.few_shot_names
+    scores = score_generations(part, generations)
+    names = part.plan.generator.target.prompt.few_shot_names
     return [
         replace(
             empty,
@@ -209,12 +166,6 @@ def unwritten(part: Part) -> list[Reading]:
                 alpha=cell.alpha,
                 vector_norm=norm,
                 norm_ratio=norm / float(norms[cell.target_layer]),
-                text="",
-                description="",
-                score=math.nan,
-                few_shot_copy=False,
-                n_tokens=0,
-                margin=math.nan,
                 draw=plan.config.draw,
                 written=False,
                 about=plan.about(cell.position),
@@ -224,24 +175,25 @@ def unwritten(part: Part) -> list[Reading]:
 
 
 def finished_cells(written: Mapping[Cell, bool], generate: Generate) -> frozenset[Cell]:
-    """Return the cells that need no more work.
+    """Return the cells that need no more work under `SweepConfig.generate`.
 
-    Args:
-        written: the computed cells of one prompt, and whether each has a text.
-        generate: which cells are to have one, as in `SweepConfig`.
+    Given are the computed cells of one prompt, and whether each has a text.
     """
-    if generate == "none":
-        return frozenset(written)
     texts = frozenset(cell for cell, has_text in written.items() if has_text)
-    if generate == "all":
-        return texts
     places = {cell.place for cell in texts}
-    return frozenset(cell for cell in written if cell.place in places)
+    best = frozenset(cell for cell in written if cell.place in places)
+    return {"none": frozenset(written), "all": texts, "best": best}[generate]
 
 
 def mean(numbers: Sequence[float]) -> float:
     """Return the mean; NaN of nothing."""
-    return sum(numbers) / len(numbers) if numbers else float("nan")
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def score_generations(part: Part, generations: Sequence[Generation]) -> list[float]:
+    """Score the generated texts of some cells."""
+    texts, descriptions = [g.text for g in generations], [g.description for g in generations]
+    return score_readings(part.plan, part.cells, texts, descriptions)
 
 
 def score_readings(

@@ -1,7 +1,7 @@
 """The settings of a sweep: an object that validates itself.
 
-1. `SweepConfig` checks at construction all that can be checked without a model, so that a bad
-   setting costs no download, and normalises it: α are floats, names and layers are tuples.
+1. `SweepConfig` checks at construction all that needs no model, so that a bad setting costs no
+   download, and normalises it: α are floats, names and layers are tuples.
 2. `plan_sweep` checks the rest against the model: kinds, layers, positions, target layers.
 """
 
@@ -48,11 +48,11 @@ CONTROLS = (
 class SweepConfig:
     """The settings of a sweep; the defaults are the paper's (sections 4.1 and 5.1).
 
-    With two exceptions: the description is scored without what follows it (`score_on="text"` is
-    the paper's protocol), and a model may state its own length of a text. Of the paper's two
-    target layers, 0 and "same", the default is the one with which `readability` reads both real
-    models with the paper's prompt: it recovers 0.87 of Gemma-3-270M's own words (layer 0: 0.71)
-    and 0.88 of SmolLM2-135M's (0.90), and far less with other names' vectors.
+    With two exceptions: only the description in a text is scored (`score_on="text"` is the paper's
+    protocol), and a model may state its own length of a text. Of the paper's two target layers, 0
+    and "same", the default reads both real models with the paper's prompt (`readability`): it
+    recovers 0.87 of Gemma-3-270M's own words (layer 0: 0.71) and 0.88 of SmolLM2-135M's (0.90),
+    and far less with other names' vectors.
 
     Attributes:
         layers: source layers, counted from 0; defaults to every layer.
@@ -60,11 +60,11 @@ class SweepConfig:
         alphas: amplifiers; 0 and negative numbers are legal.
         positions: tokens of the source prompt: an index, a substring, a slice (`slice(None)` is
             every token but the BOS) or a sequence of these. Defaults to the last token.
-        source_template: the text around the source prompt, such as `"Tell me about {}"`:
+        source_template: the text around the source prompt, such as `"Tell me about {}"`;
             positions are still those of the prompt. A name of one token needs it where a model
             has no BOS: the first token of a text is the attention sink.
-        about: what a reading is scored against; defaults to the substring that chose its
-            position, else to the source prompt up to that token.
+        about: the text that readings are scored against; defaults to the substring that chose
+            the position, else to the source prompt up to that token.
         reference: a text, such as a true fact, in place of the model's own words (`own_words`);
             or several, by source prompt.
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
@@ -87,7 +87,7 @@ class SweepConfig:
         draw: 0 for greedy texts; k for the k-th text sampled at temperature 1.
         controls: out of `CONTROLS`, computed beside each cell, as columns of the table.
         others: how many other prompts' vectors the control "other_prompt" averages `recovered`
-            over: a single one is a noisy control. The text beside a cell is that of the first.
+            over, as a single one is noisy. The text beside a cell is that of the first.
         max_new_tokens: the longest text; defaults to the paper's 10, with `chat` to 24, or to the
             model's own (`PatchedPrompt`).
         generate: which cells to generate: "all"; "best", of each site and target layer the α that
@@ -125,18 +125,16 @@ class SweepConfig:
     score_on: ScoreOn = "description"
 
     def __post_init__(self) -> None:
-        check_choice("score_on", self.score_on, get_args(ScoreOn))
-        check_choice("unit", self.unit, get_args(Unit))
-        check_choice("guide", self.guide, get_args(Guide))
-        check_choice("generate", self.generate, get_args(Generate))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
         if not isinstance(self.chat, bool):
             raise bad_type("chat", "True or False", self.chat, "chat=True")
         check_count("others", self.others, least=1, fix="3 is the default")
         check_count("draw", self.draw, least=0, fix="0 is greedy, 1 the first sampled text")
         self._check_prompts()
-        for name, expected, where in _CALLABLES:
+        for name, expected in _CALLABLES.items():
             if (given := getattr(self, name)) is not None or name == "mapping":
-                fix = f"pass the function itself, without quotes; see superscopes_tl.{where}"
+                fix = "pass the function itself, without quotes; see superscopes_tl.vectors"
                 check_callable(name, given, expected=expected, fix=fix)
         as_scorer(self.scorer)
         names = (self.controls,) if isinstance(self.controls, str) else tuple(self.controls)
@@ -158,7 +156,7 @@ class SweepConfig:
         """Return a config, by default the default one, with some settings changed.
 
         Raises:
-            TypeError: a setting that is no field of `SweepConfig`.
+            TypeError: an unknown setting.
         """
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
@@ -188,14 +186,13 @@ class SweepConfig:
                 check_text(text, "reference")
 
 
-_PLACES = "a callable from a plan and its places to vectors"
-_CALLABLES = (
-    ("mapping", "a callable from α to a mapping function", "vectors"),
-    ("vectors", _PLACES, "vectors"),
-    ("base", _PLACES, "vectors"),
-    ("write", "a callable from a patch and its α to a patch", "vectors"),
-)
-"""Settings that are callables: name, what is expected, where examples are."""
+_CHOICES = {"score_on": ScoreOn, "unit": Unit, "guide": Guide, "generate": Generate}
+_CALLABLES = {
+    "mapping": "a callable from α to a mapping function",
+    "vectors": "a callable from a plan and its places to vectors",
+    "base": "a callable from a plan and its places to vectors",
+    "write": "a callable from a patch and its α to a patch",
+}
 
 
 def _several(value: Any) -> Any:
@@ -206,18 +203,12 @@ def _several(value: Any) -> Any:
 def _alphas(alphas: Any) -> tuple[float, ...]:
     """Return the amplifiers as distinct finite numbers, in the given order."""
     fix = "pass for example alphas=(1, 3, 6, 9, 12, 15)"
-    if isinstance(alphas, str):  # a string would pass for a sequence, digit by digit
+    if isinstance(alphas, str):  # float() would take the text of a number
         raise bad_type("alphas", "finite numbers", alphas, fix)
-    given: list[Any] = list(alphas) if isinstance(alphas, Iterable) else [alphas]
-    if not given:
-        raise bad_value("alphas", "at least one finite number", given, fix)
-    checked: dict[float, None] = {}
-    for alpha in given:
-        try:
-            number = float(alpha)
-        except (TypeError, ValueError) as error:
-            raise bad_type("alphas", "finite numbers", alpha, fix) from error
-        if not math.isfinite(number):
-            raise bad_value("alphas", "finite numbers", alpha, fix)
-        checked[number] = None
-    return tuple(checked)
+    try:
+        numbers = [float(a) for a in (alphas if isinstance(alphas, Iterable) else [alphas])]
+    except (TypeError, ValueError) as error:
+        raise bad_type("alphas", "finite numbers", alphas, fix) from error
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise bad_value("alphas", "finite numbers, at least one", numbers, fix)
+    return tuple(dict.fromkeys(numbers))

@@ -1,4 +1,4 @@
-"""Controls: what the target prompt says when the patched vector carries no meaning of the source.
+"""Controls: the target prompt's text when the patched vector carries no meaning of the source.
 
 1. A control makes, for each cell, another patch: same place, same model, but a vector that cannot
    know what the source token means (`make_control`). Other prompts are chosen among those that the
@@ -31,7 +31,13 @@ from superscopes_tl.engine import (
     PatchedGenerator,
     crop_description,
 )
-from superscopes_tl.experiment.cells import Part, make_patches, mean, score_readings
+from superscopes_tl.experiment.cells import (
+    Part,
+    make_patches,
+    mean,
+    score_generations,
+    score_readings,
+)
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.store import Reading
 from superscopes_tl.hashing import stable_hash
@@ -44,70 +50,49 @@ OTHER_PROMPTS = tuple(dict.fromkeys((*PAPER_PROMPTS, *MANY_KINDS)))
 """The pool of other prompts."""
 
 
-def _unpatched(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+def _unpatched(part: Part) -> list[Patch]:
     """Patch nothing."""
-    return [Patch(torch.zeros_like(patch.vector), None, seed=patch.seed) for patch in patches]
+    return [Patch(torch.zeros_like(patch.vector), None, seed=patch.seed) for patch in part.patches]
 
 
-def _alpha_zero(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
+def _alpha_zero(part: Part) -> list[Patch]:
     """Patch f(v) at α = 0: a zero vector, or the base alone."""
-    return _found(
-        plan.with_settings(alphas=0), [replace(cell, alpha=0.0) for cell in cells], patches
-    )
+    cells = [replace(cell, alpha=0.0) for cell in part.cells]
+    return _found(part.plan.with_settings(alphas=0), cells, part.patches)
 
 
-def _random_direction(
-    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
-) -> list[Patch]:
+def _random_direction(part: Part) -> list[Patch]:
     """Patch a random direction of equal norm; one direction per site, for all α."""
-    return _at_random(plan, cells, patches, random_direction)
+    return _at_random(part, random_direction)
 
 
-def _shuffled_dimensions(
-    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
-) -> list[Patch]:
+def _shuffled_dimensions(part: Part) -> list[Patch]:
     """Patch the vector's own numbers in another order: equal norm, equal outliers."""
 
     def shuffle(vector: Tensor, seed: int) -> Tensor:
         order = torch.Generator().manual_seed(seed)
         return vector[..., torch.randperm(vector.shape[-1], generator=order)]
 
-    return _at_random(plan, cells, patches, shuffle)
+    return _at_random(part, shuffle)
 
 
-def _other_prompt(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> list[Patch]:
-    """Patch the last token's vector of another prompt, same kind and layer."""
-    return _other_patches(plan, cells, patches, 0)
-
-
-def _other_patches(
-    plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch], number: int
-) -> list[Patch]:
-    """Patch the last token's vector of another prompt, same kind and layer.
-
-    Args:
-        plan: the sweep.
-        cells: some of its cells.
-        patches: what these cells patch.
-        number: which of the other prompts, of which there are `SweepConfig.others`.
-    """
+def _other_prompt(part: Part, number: int = 0) -> list[Patch]:
+    """Patch the last token's vector of another prompt, one of `others`; same kind and layer."""
     made: list[Patch] = []
-    for position, group in groupby(
-        zip(cells, patches, strict=True), key=lambda pair: pair[0].position
-    ):
+    pairs = zip(part.cells, part.patches, strict=True)
+    for position, group in groupby(pairs, key=lambda pair: pair[0].position):
         mine, given = zip(*group, strict=True)
-        other = _other_names(plan, position)[number]
-        there = plan.with_settings(positions=-1).at_prompt(other)
+        other = _other_names(part.plan, position)[number]
+        there = part.plan.with_settings(positions=-1).at_prompt(other)
         last = there.sites[0].position
-        wanted = [replace(cell, position=last) for cell in mine]
-        made += _found(there, wanted, given)
+        made += _found(there, [replace(cell, position=last) for cell in mine], given)
     return made
 
 
 def _other_names(plan: SweepPlan, position: int) -> list[str]:
     """Return other prompts that the model describes differently, chosen by a seed.
 
-    Where the model describes two names alike, the vector of one is no control for the other.
+    Where two names have the same description, the vector of one is no control for the other.
     """
     about = plan.about(position)
     own = {plan.source.text.casefold(), about.casefold()}
@@ -121,14 +106,12 @@ def _other_names(plan: SweepPlan, position: int) -> list[str]:
         found += [name for name, own in zip(names, words, strict=True) if own.text != mine]
         if len(found) >= wanted:
             return found[:wanted]
-    return (found + pool * wanted)[:wanted]  # it describes almost everything alike
+    return (found + pool * wanted)[:wanted]  # almost all have one description
 
 
 _LIKELY = "unpatched_log_probability"
 
-Control = Callable[[SweepPlan, Sequence[Cell], Sequence[Patch]], list[Patch]]
-
-PATCH_CONTROLS: Mapping[str, Control] = {
+PATCH_CONTROLS: Mapping[str, Callable[[Part], list[Patch]]] = {
     "unpatched": _unpatched,
     "alpha_zero": _alpha_zero,
     "random_direction": _random_direction,
@@ -143,32 +126,23 @@ ControlPatches: TypeAlias = Mapping[str, Sequence[Sequence[Patch]]]
 def make_control(
     name: str, plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]
 ) -> list[Patch]:
-    """Return a control's patch for each cell.
+    """Return a control's patch for each of some cells, given their own patches.
 
-    Args:
-        name: out of `CONTROLS`, but not `unpatched_log_probability`.
-        plan: the sweep.
-        cells: some of its cells.
-        patches: what these cells patch.
+    The names are those of `CONTROLS` except `unpatched_log_probability`.
     """
-    return PATCH_CONTROLS[name](plan, cells, patches)
+    return PATCH_CONTROLS[name](Part(plan, cells, patches))
 
 
 def control_patches(part: Part) -> ControlPatches:
     """Return the patches of all controls that the plan asks for."""
-    plan = part.plan
-    several = range(1, plan.config.others)
-    return {
-        name: [
-            make_control(name, plan, part.cells, part.patches),
-            *(
-                _other_patches(plan, part.cells, part.patches, number)
-                for number in (several if name == "other_prompt" else ())
-            ),
-        ]
-        for name in plan.config.controls
+    found = {
+        name: [PATCH_CONTROLS[name](part)]
+        for name in part.plan.config.controls
         if name in PATCH_CONTROLS
     }
+    if others := found.get("other_prompt"):
+        others += [_other_prompt(part, number) for number in range(1, part.plan.config.others)]
+    return found
 
 
 def add_controls(
@@ -177,13 +151,10 @@ def add_controls(
     generations: Sequence[Generation],
     readings: Sequence[Reading],
 ) -> list[Reading]:
-    """Return the readings with their controls' texts and scores, generated in one batch.
+    """Return the readings of all parts with their controls' texts and scores.
 
-    Args:
-        parts: of plans that differ in their prompts and draws alone.
-        controls: the patches of each part's controls.
-        generations: the texts of the cells of all parts.
-        readings: their rows.
+    The plans of the parts differ in their prompts and draws alone; their controls are generated in
+    one batch.
     """
     generator = parts[0].plan.generator
     patches = [patch for made in controls for several in made.values() for patch in several[0]]
@@ -195,9 +166,7 @@ def add_controls(
         columns: dict[str, Sequence[Any]] = {}
         for name in made:
             own = [next(texts) for _ in part.cells]
-            columns[name] = score_readings(
-                part.plan, part.cells, [g.text for g in own], [g.description for g in own]
-            )
+            columns[name] = score_generations(part, own)
             columns[f"{name}_text"] = [generation.text for generation in own]
         if asks_likely:
             columns[_LIKELY] = [next(likely) for _ in part.cells]
@@ -221,17 +190,11 @@ def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
         for name in plan.config.controls
         if name in PATCH_CONTROLS
     }
-    return [
-        replace(
-            reading,
-            score=own[row],
-            controls={
-                **reading.controls,
-                **{name: column[row] for name, column in columns.items()},
-            },
-        )
-        for row, reading in enumerate(readings)
-    ]
+    found = []
+    for row, reading in enumerate(readings):
+        judged = {name: column[row] for name, column in columns.items()}
+        found.append(replace(reading, score=own[row], controls={**reading.controls, **judged}))
+    return found
 
 
 def _unpatched_likely(
@@ -250,16 +213,11 @@ def _found(plan: SweepPlan, cells: Sequence[Cell], patches: Sequence[Patch]) -> 
     return [replace(made[cell], seed=p.seed) for cell, p in zip(cells, patches, strict=True)]
 
 
-def _at_random(
-    plan: SweepPlan,
-    cells: Sequence[Cell],
-    patches: Sequence[Patch],
-    change: Callable[[Tensor, int], Tensor],
-) -> list[Patch]:
+def _at_random(part: Part, change: Callable[[Tensor, int], Tensor]) -> list[Patch]:
     """Return the patches with their vectors changed by a seed of their places."""
     return [
-        replace(patch, vector=change(patch.vector, _seed(plan, *cell.place)))
-        for cell, patch in zip(cells, patches, strict=True)
+        replace(patch, vector=change(patch.vector, _seed(part.plan, *cell.place)))
+        for cell, patch in zip(part.cells, part.patches, strict=True)
     ]
 
 

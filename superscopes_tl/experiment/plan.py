@@ -1,7 +1,7 @@
-"""A sweep, checked before any work is done: what will be computed and what that costs.
+"""A sweep, checked before any work is done: its cells and their cost.
 
 1. `plan_sweep` checks the settings against the model and the prompt.
-2. The `SweepPlan` lays out the cells, every site x target layer x α, and knows what they cost.
+2. The `SweepPlan` lays out the cells, every site x target layer x α, and estimates their cost.
 3. A `Cell` is the one address of a reading, in plans, tables and figures.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from superscopes_tl.engine import PatchedGenerator, bytes_per_row, description_is_over, free_bytes
 from superscopes_tl.errors import bad_value
-from superscopes_tl.experiment.config import SweepConfig, TargetLayer
+from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.model import (
     LanguageModel,
     Site,
@@ -47,15 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """The address of one reading: a token, a kind, a source layer, a target layer and an α.
-
-    Attributes:
-        position: the token whose activation is read, counted from 0.
-        kind: the kind of activation.
-        source_layer: where it is read.
-        target_layer: where it is patched.
-        alpha: the amplifier.
-    """
+    """The address of one reading: the site that is read, the target layer and the α."""
 
     position: int
     kind: str
@@ -71,13 +63,8 @@ class Cell:
     @classmethod
     def of(cls, reading: Any) -> Cell:
         """Return the cell of a `Reading`, or of a row of `SweepResult.table`."""
-        return cls(
-            int(reading.position),
-            str(reading.kind),
-            int(reading.source_layer),
-            int(reading.target_layer),
-            float(reading.alpha),
-        )
+        site = Site(reading.kind, int(reading.source_layer), int(reading.position))
+        return cls.at(site, int(reading.target_layer), float(reading.alpha))
 
     @property
     def site(self) -> Site:
@@ -87,7 +74,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[Site, int]:
-        """The site and the target layer: what the cells that differ in α alone share."""
+        """The site and the target layer: cells of one place differ in α alone."""
         return self.site, self.target_layer
 
 
@@ -100,24 +87,19 @@ def lay_out(
     sites: Sequence[Site], target_layer: Literal["same"] | tuple[int, ...], alphas: Sequence[float]
 ) -> tuple[Cell, ...]:
     """Return every cell of some sites: site, target layer, α."""
-    return tuple(
-        Cell.at(site, into, alpha)
-        for site in sites
-        for into in target_layers(site, target_layer)
-        for alpha in alphas
-    )
+    places = ((site, into) for site in sites for into in target_layers(site, target_layer))
+    return tuple(Cell.at(*place, alpha) for place in places for alpha in alphas)
 
 
 READING_BYTES = 2000
-"""What a reading takes in memory, with its texts; measured on finished sweeps."""
+"""The memory of a reading with its texts, measured on finished sweeps."""
 
 
-@dataclass(frozen=True)
-class PlannedMemory:
-    """What a sweep will keep in memory at a time, in bytes.
+class PlannedMemory(NamedTuple):
+    """The memory that a sweep will take, in bytes.
 
     Attributes:
-        vectors: v and α·v of every site, in float32, in this machine's memory.
+        vectors: v and f(v) of every site, in float32, on the CPU.
         kv_cache: of one batch, on the model's device.
         readings: the finished table; `evaluate` with a path keeps it on disk until the end.
     """
@@ -129,17 +111,16 @@ class PlannedMemory:
 
 @dataclass(frozen=True, eq=False)
 class SweepPlan:
-    """A checked sweep, ready to run: what will be computed, and what that costs.
+    """A checked sweep, ready to run.
 
     Attributes:
         model: the source model; the target model is the generator's.
         source: the source prompt's tokens.
         sites: where vectors are read.
-        generator: patched generator for the target prompt.
-        config: the settings, checked against the model: target layers are counted from 0, and the
-            scorer is a callable.
+        generator: patched generation from the target prompt.
+        config: the settings, with target layers counted from 0 and a callable scorer.
         finished: cells that need not be computed again.
-        abouts: what a reading at each position is scored against.
+        abouts: the text that a reading at each position is scored against.
     """
 
     model: LanguageModel
@@ -168,26 +149,19 @@ class SweepPlan:
         return as_scorer(self.config.scorer)
 
     def run(self, *, progress: bool = True) -> SweepResult:
-        """Run the plan.
-
-        Args:
-            progress: whether to show a progress bar.
+        """Run the plan, by default beside a progress bar.
 
         Raises:
-            SweepInterrupted: stopped by the user (a `KeyboardInterrupt`); finished cells are in
-                its `partial`.
-            SweepError: an error during the run; finished cells are in its `partial`.
+            SweepInterrupted: stopped by the user (a `KeyboardInterrupt`); its `partial` holds the
+                finished cells.
+            SweepError: an error during the run; its `partial` holds the finished cells.
         """
         from superscopes_tl.experiment.run import collect  # it imports this module
 
         return collect([self], progress=progress)
 
     def at_prompt(self, prompt: str) -> SweepPlan:
-        """Return the same plan for another source prompt, with nothing finished.
-
-        Raises:
-            ValueError: an empty prompt, or one without the tokens to read.
-        """
+        """Return the same plan for another source prompt, with nothing finished."""
         source, abouts = _read_source(self.model, prompt, self.config)
         places = dict.fromkeys((site.kind, site.layer) for site in self.sites)
         sites = tuple(Site(kind, layer, p) for p in abouts for kind, layer in places)
@@ -225,34 +199,29 @@ class SweepPlan:
     @property
     def n_texts(self) -> int:
         """How many texts will be generated (see `SweepConfig.generate`)."""
-        if self.config.generate == "all":
-            return len(self.cells)
-        return len({c.place for c in self.cells}) if self.config.generate == "best" else 0
+        best = len({cell.place for cell in self.cells})
+        return {"all": len(self.cells), "best": best, "none": 0}[self.config.generate]
 
     @property
     def mapping_name(self) -> str:
         """How f(v) is made, in words: the table's column `mapping`."""
-        parts = [label(self.config.mapping)]
-        if self.config.vectors is not None:
-            parts.append(f"of {label(self.config.vectors)}")
-        if self.config.base is not None:
-            parts.append(f"from {label(self.config.base)}")
-        if self.config.unit == "residual":
-            parts.append("in residual norms")
-        if self.config.guide == "logits":
-            parts.append("on logits")
-        if self.config.write is not None:
-            parts.append(f"by {label(self.config.write)}")
-        if self.generator.model is not self.model:
-            parts.append(f"into {self.generator.model.name}")
-        return ", ".join(parts)
+        config = self.config
+        parts = [
+            label(config.mapping),
+            config.vectors is not None and f"of {label(config.vectors)}",
+            config.base is not None and f"from {label(config.base)}",
+            config.unit == "residual" and "in residual norms",
+            config.guide == "logits" and "on logits",
+            config.write is not None and f"by {label(config.write)}",
+            self.generator.model is not self.model and f"into {self.generator.model.name}",
+        ]
+        return ", ".join(part for part in parts if isinstance(part, str))
 
     @cached_property
     def memory(self) -> PlannedMemory:
-        """What the sweep will take in memory, known before it starts."""
+        """The memory that the sweep will take, known before it starts."""
         generator, places = self.generator, len(self.all_cells) // len(self.alphas)
-        # As read, minus their base, and mapped with one α after the other.
-        copies = 3 + len(self.alphas)
+        copies = 3 + len(self.alphas)  # as read, the base, minus the base, and mapped with each α
         rows = min(generator.batch_size, max(1, len(self.cells)))
         return PlannedMemory(
             vectors=4 * places * copies * generator.model.d_model,
@@ -260,51 +229,39 @@ class SweepPlan:
             readings=READING_BYTES * len(self.cells),
         )
 
-    def check_memory(self) -> None:
-        """Refuse a sweep that cannot fit, before any work.
-
-        Raises:
-            ValueError: it needs more memory than is free.
-        """
-        planned, free = self.memory, free_bytes(torch.device("cpu"))
-        needed = planned.vectors + planned.readings
+    def check_memory(self, free: int | None = None) -> None:
+        """Raise a `ValueError` for a sweep that does not fit into the free memory, in bytes."""
+        free = free_bytes(torch.device("cpu")) if free is None else free
+        needed = self.memory.vectors + self.memory.readings
         if self.generator.model.device.type == "cpu":
-            needed += planned.kv_cache
+            needed += self.memory.kv_cache
         if needed > free:
-            raise bad_value(
-                "positions, layers, kinds, alphas",
-                f"a sweep within the {free / 1e9:.1f} GB of free memory",
-                f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α",
-                "read fewer tokens at a time; evaluate(..., path=...) adds them to one file",
-            )
+            expected = f"a sweep within the {free / 1e9:.1f} GB of free memory"
+            got = f"{needed / 1e9:.1f} GB for {len(self.sites)} sites x {len(self.alphas)} α"
+            fix = "read fewer tokens at a time; evaluate(..., path=...) adds them to one file"
+            raise bad_value("positions, layers, kinds, alphas", expected, got, fix)
 
     def estimate_seconds(self) -> float:
         """Return the expected duration of generating the texts, from one timed batch.
 
         Scoring comes on top; texts that end early save time.
         """
-        if not self.n_texts:
-            return 0.0
-        seconds = self.generator.seconds_per_batch(self.n_texts)
+        seconds = self.generator.seconds_per_batch(self.n_texts) if self.n_texts else 0.0
         return seconds * math.ceil(self.n_texts / self.generator.batch_size)
 
     def provenance(self) -> dict[str, Any]:
         """Return where the result comes from, as plain data."""
-        target = self.generator.target
+        target, other = self.generator.target, self.generator.model
         return {
             "superscopes_tl": version("superscopes-tl"),
             "python": platform.python_version(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": self.model.provenance(),
-            "target_model": None
-            if self.generator.model is self.model
-            else self.generator.model.provenance(),
+            "target_model": None if other is self.model else other.provenance(),
             "prompt": self.source.text,
             "tokens": {"ids": list(self.source.ids), "labels": list(self.source.labels)},
             "target_prompt": {
-                "text": target.prompt.text,
-                "placeholder": target.prompt.placeholder,
-                "answer": target.prompt.answer,
+                **asdict(target.prompt),
                 "ids": list(target.tokens.ids),
                 "positions": list(target.positions),
             },
@@ -322,7 +279,7 @@ class SweepPlan:
             "alphas": list(self.alphas),
             "positions": list(dict.fromkeys(site.position for site in self.sites)),
             "target_layer": target_layer if target_layer == "same" else list(target_layer),
-            **{name: _name(getattr(config, name)) for name in _NAMED},
+            **{n: v if (v := getattr(config, n)) is None else label(v) for n in _NAMED},
             **{name: getattr(config, name) for name in _PLAIN},
             "reference": dict(reference) if isinstance(reference, Mapping) else reference,
             "controls": list(config.controls),
@@ -351,10 +308,6 @@ def _read_source(
     return source, abouts
 
 
-def _name(setting: Callable[..., object] | None) -> str | None:
-    return None if setting is None else label(setting)
-
-
 def plan_sweep(
     model: LanguageModel | Any, prompt: str, config: SweepConfig | None = None, **settings: Any
 ) -> SweepPlan:
@@ -375,20 +328,15 @@ def plan_sweep(
     model = load_model(model)
     target_model = model if config.target_model is None else load_model(config.target_model)
     source, abouts = _read_source(model, prompt, config)
-    kinds = model.checked_kinds(config.kinds)
-    layers = check_layers(config.layers, model.n_layers)
-    into: TargetLayer = "same"
-    if config.target_layer == "same":
-        check_layers(layers, target_model.n_layers, "target_layer")
-    else:
-        into = check_layers(config.target_layer, target_model.n_layers, "target_layer")
+    kinds, layers = model.checked_kinds(config.kinds), check_layers(config.layers, model.n_layers)
+    into: Any = config.target_layer
+    numbers = layers if into == "same" else into
+    numbers = check_layers(numbers, target_model.n_layers, "target_layer")
     if target_model.d_model != model.d_model and config.vectors is None:
-        raise bad_value(
-            "target_model",
-            f"a model as wide as {model.name}, {model.d_model}",
-            f"{target_model.name}, {target_model.d_model}",
-            "fit an affine map between the two: vectors=Mapped(fit_affine(...))",
-        )
+        expected = f"a model as wide as {model.name}, {model.d_model}"
+        got = f"{target_model.name}, {target_model.d_model}"
+        fix = "fit an affine map between the two: vectors=Mapped(fit_affine(...))"
+        raise bad_value("target_model", expected, got, fix)
     scorer = as_scorer(config.scorer)
     plan = SweepPlan(
         model=model,
@@ -402,10 +350,10 @@ def plan_sweep(
             chat=config.chat,
             until=description_is_over if config.score_on == "description" else None,
         ),
-        config=replace(config, target_layer=into, scorer=scorer),
+        config=replace(config, target_layer=into if into == "same" else numbers, scorer=scorer),
         abouts=abouts,
     )
     plan.check_memory()
     if isinstance(scorer, SentenceEmbeddingScorer) and config.generate != "none":
-        scorer.load()  # last, because it takes seconds; but before anything is generated
+        scorer.load()  # last, because it takes seconds, and before anything is generated
     return plan

@@ -1,12 +1,12 @@
-"""How much of the model's own words each cell recovers, and each control in its place.
+"""The share of the model's own words that each cell recovers, and its controls.
 
 1. Take the own words of every token that is read (`own_words`), once.
-2. Compute log p(own words) after every cell's patch and every control's, of a whole batch in one
+2. Compute log p(own words) after the patches of every cell and control, a whole batch in one
    teacher-forced pass: nothing is generated.
 3. `recovered` is the share of the gap between the plain and the unpatched prompt. A control adds a
    column, such as `random_direction_recovered`. For `other_prompt` it is the mean over several
-   other prompts' vectors, and `specific` is what is left above it: late layers recover something
-   of anything, since any entity's vector says that a description follows.
+   other prompts' vectors, and `specific` the difference to it: late layers always recover
+   something, since any entity's vector says that a description follows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from superscopes_tl.engine import Patch
 from superscopes_tl.experiment.cells import Part, mean
@@ -26,12 +27,9 @@ SPECIFIC = "specific"
 def add_recovered(
     parts: Sequence[Part], controls: Sequence[ControlPatches], readings: Sequence[Reading]
 ) -> list[Reading]:
-    """Return the readings with what they recover, and what their controls recover.
+    """Return the readings of all parts with their shares recovered, and their controls'.
 
-    Args:
-        parts: of plans that differ in their prompts and draws alone.
-        controls: the patches of each part's controls.
-        readings: the rows of all parts.
+    The plans of the parts differ in their prompts and draws alone.
     """
     words = []
     for part in parts:
@@ -42,9 +40,9 @@ def add_recovered(
     }
     for name in controls[0]:
         if name != "unpatched":  # recovers nothing, by definition
+            # Of several parts one after the other, for each of several other prompts.
             columns[name] = [
-                [patch for patches in one for patch in patches]
-                for one in zip(*(made[name] for made in controls), strict=True)
+                list(chain(*one)) for one in zip(*(made[name] for made in controls), strict=True)
             ]
     generator = parts[0].plan.generator
     scored = [
@@ -79,7 +77,7 @@ def add_recovered(
 
 
 def _columns(shares: dict[str, list[float]], row: int) -> dict[str, float]:
-    """Return what the controls of a row recover, by the table's column."""
+    """Return the shares that the controls of a row recover, by the table's column."""
     found = {f"{name}_recovered": column[row] for name, column in shares.items()}
     own = found.pop("recovered_recovered")
     if "other_prompt_recovered" in found:

@@ -1,16 +1,14 @@
-"""The table of a sweep or of an evaluation, and what it says.
+"""The table of a sweep or of an evaluation, and its analysis.
 
 1. `SweepResult` holds one row per cell beside its provenance; figures and statistics read this
-   table, and nothing computes a cell again.
+   table, and no cell is computed again.
 2. `best` and `by_layer` choose α as the paper's automatic amplifier does; `rows_at` selects the
    rows of one token, target layer, kind and α.
 3. `contextualization` returns ℓ_c of one token (paper, section 4.1): the first source layer whose
    unamplified block output reads the entity, judged by the share of the model's own words that it
    recovers, by its score, or by a callable that knows the entity.
-4. `caveats` lists what makes a result misleading: an attention sink, own words that nothing
-   recovers or that say nothing, vectors much longer than what they replace, texts that are all the
-   same or repeat the name. The first three lines count, the gravest first, each with a setting to
-   try.
+4. `caveats` lists what makes a result misleading, at most three lines, the gravest first, each with
+   a setting to try.
 """
 
 from __future__ import annotations
@@ -42,9 +40,6 @@ LEAST_RECOVERED = 0.2
 USUAL_RATIO = (0.1, 10.0)
 """Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
 MOST_CAVEATS = 3
-
-Rule: TypeAlias = Callable[[pd.DataFrame, Mapping[str, Any]], str]
-
 
 _SHOWN = ("description", "alpha", "score", "recovered", "target_layer", "written")
 
@@ -83,60 +78,44 @@ class SweepResult:
         kind: str | None = None,
         alpha: float | None = None,
     ) -> SweepResult:
-        """Return the readings of one token and one target layer (see `rows_at`).
-
-        Args:
-            position: the token; defaults to the rightmost one.
-            target_layer: a target layer, or "same" as the source layer. Defaults to the only one
-                per source layer; "all" keeps several.
-            kind: one kind of activation; defaults to all of them.
-            alpha: one amplifier; defaults to all of them.
-
-        Raises:
-            ValueError: an empty result, a value that it does not have, or several target layers
-                of which none was chosen.
-        """
+        """Return the readings of one token and one target layer, as `rows_at` selects them."""
         rows = rows_at(
             self.table, position=position, target_layer=target_layer, kind=kind, alpha=alpha
         )
         return replace(self, table=rows)
 
     def best(self, *, by: By | None = None) -> pd.DataFrame:
-        """Return the best cell of every site: the automatic amplifier.
+        """Return the best cell of every site: the paper's automatic amplifier (section 5.1).
 
-        This is the paper's "Show Best Results" (section 5.1). The α is chosen by the same number
-        that judges it, so a best one is an upper bound, to be compared with as many samples of a
-        control. Among equal numbers the smallest |α| wins; a site without any keeps its
-        smallest |α|.
+        The α is chosen by the same number that judges it, so the best one is an upper bound, to be
+        compared with as many samples of a control. Among equal numbers the smallest |α| wins; a
+        site without any keeps its smallest |α|.
 
         Args:
             by: "score" or "recovered"; defaults to the score, or to the share recovered where not
                 all cells have a text.
         """
         column = self._by(by)
-        order = self.table.assign(_size=self.table["alpha"].abs()).sort_values(
-            [column, "_size"], ascending=[False, True], na_position="last", kind="stable"
-        )
-        first = order.drop_duplicates(SITE).drop(columns="_size")
-        return first.sort_index().reset_index(drop=True)
+        order = self.table.sort_values("alpha", key=abs, kind="stable")
+        order = order.sort_values(column, ascending=False, kind="stable")
+        return order.drop_duplicates(SITE).sort_index().reset_index(drop=True)
 
     def by_layer(
         self, *, alpha: float | None = None, position: int | None = None, by: By | None = None
     ) -> pd.DataFrame:
-        """Return the readings of one token as the paper shows them: a row per source layer.
+        """Return the readings of one token, a row per source layer, as the paper shows them.
 
-        Where a source layer was patched at several target layers, the best one counts.
+        Of several target layers per source layer the best one counts.
 
         Args:
             alpha: this α for all (the paper's Figure 5 has α = 1); defaults to the best of each
                 site (Figure 6).
             position: the token; defaults to the rightmost one.
-            by: what the best is judged by, as in `best`.
+            by: the criterion for the best, as in `best`.
 
         Returns:
-            A table with the source layer as index and, for every kind, the columns
-            `(kind, "description")`, `(kind, "alpha")`, `(kind, "score")`, `(kind, "recovered")`,
-            `(kind, "target_layer")` and `(kind, "written")`.
+            A table with the source layer as index and the columns `(kind, "description")`, and so
+            on for "alpha", "score", "recovered", "target_layer" and "written".
 
         Raises:
             ValueError: an α or position that the sweep does not have.
@@ -160,24 +139,20 @@ class SweepResult:
         position: int | None = None,
         target_layer: int | None = None,
     ) -> Contextualization:
-        """Return ℓ_c: the first layer at which unamplified Patchscopes reads the entity.
+        """Return ℓ_c: the first source layer whose unamplified `resid_post` reads the entity.
 
-        That is, the first source layer whose `resid_post` at α = 1 reads it (paper, section 4.1).
-        The answer comes with what is read there: a number alone misleads.
+        This is the paper's definition (section 4.1). The layer comes with its text and numbers.
 
         Args:
             by: "recovered" (the default where it is defined): the first layer that recovers at
-                least half of what the best one does, less what other prompts' vectors recover
-                above nothing where the sweep has them (`controls="other_prompt"`). "score": the
-                paper's threshold.
+                least half of the best one's share, each above that of other prompts' vectors
+                where the sweep has them (`controls="other_prompt"`). "score": the paper's
+                threshold.
             threshold: the least score that reads the entity; defaults to the paper's 0.3.
             reads: judges prompt and description instead, for example
                 `lambda prompt, text: "rock band" in text`.
             position: the token; defaults to the rightmost one.
             target_layer: which target layer, if the sweep patched several per source layer.
-
-        Returns:
-            The layer (`None` if no layer of the sweep reads it) with its text, score and shares.
 
         Raises:
             ValueError: the sweep has no `resid_post` at α = 1, or several target layers.
@@ -185,29 +160,24 @@ class SweepResult:
         rows = self.at(position, "all").table
         rows = rows[(rows["kind"] == "resid_post") & (rows["alpha"] == 1)]
         if rows.empty:
-            raise bad_value(
-                "contextualization_layer", "a sweep with kind 'resid_post' and α = 1",
-                {c: self.table[c].unique().tolist() for c in ("kind", "alpha")},
-                "sweep over these too",
-            )  # fmt: skip
+            expected = "a sweep with kind 'resid_post' and α = 1"
+            swept = {c: self.table[c].unique().tolist() for c in ("kind", "alpha")}
+            raise bad_value("contextualization_layer", expected, swept, "sweep over these too")
         rows = rows_at(rows, position=position, target_layer=target_layer)
         if rows.duplicated("source_layer").any():
-            raise bad_value(
-                "result", "one reading per source layer", f"mappings {set(rows['mapping'])}",
-                "choose the rows of one mapping and draw",
-            )  # fmt: skip
+            got, fix = f"mappings {set(rows['mapping'])}", "choose one mapping and draw with .of()"
+            raise bad_value("result", "one reading per source layer", got, fix)
         return contextualization(rows, by=by, threshold=threshold, reads=reads)
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What makes this result misleading, and what to try: at most three lines."""
+        """Reasons why this result may mislead, with settings to try: at most three lines."""
         return caveats(self.table, self.provenance)
 
     def _by(self, by: By | None) -> By:
         """Return the column that judges."""
-        if by is None:
-            return "score" if self.table["written"].all() else "recovered"
-        return check_choice("by", by, ("score", "recovered"))
+        usual: By = "score" if self.table["written"].all() else "recovered"
+        return usual if by is None else check_choice("by", by, ("score", "recovered"))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -221,7 +191,7 @@ class SweepResult:
 
         Args:
             prompt: one of `prompts`; defaults to the only one.
-            mapping: one of the column `mapping`; defaults to `scale` if it is there, else to all.
+            mapping: one of the column `mapping`; defaults to `Scale()` if it is there, else to all.
             draw: 0 for the greedy texts, k for the k-th samples; defaults to the first.
 
         Raises:
@@ -278,16 +248,16 @@ class SweepResult:
         wide = self.by_layer()
         kinds = list(wide.columns.get_level_values(0).unique())
         head = "".join(f"<th style='text-align:left'>{html.escape(k)}</th>" for k in kinds)
-        rows = []
-        for layer, row in wide.iterrows():
-            cells = "".join(_html_cell(row[k]) for k in kinds)
-            rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
+        rows = "".join(
+            f"<tr><th>{layer}</th>{''.join(_html_cell(row[kind]) for kind in kinds)}</tr>"
+            for layer, row in wide.iterrows()
+        )
         token = html.escape(str(self.at(target_layer="all").table["token"].iloc[0]))
         caption = f"{html.escape(repr(self))}: best reading of token <bdi>{token}</bdi> per layer"
         lines = "".join(f"<p>Caveat: {html.escape(line)}</p>" for line in self.caveats)
         return (
             f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>{lines}"
+            f"<tbody>{rows}</tbody></table>{lines}"
         )
 
 
@@ -310,9 +280,7 @@ def rows_at(
     kind: str | None = None,
     alpha: float | None = None,
 ) -> pd.DataFrame:
-    """Select the rows of one token and one target layer.
-
-    A column that the table lacks is not selected by, so tables of lenses work as well.
+    """Select the rows of one token and one target layer; a table of a lens has no target layer.
 
     Args:
         table: readings of one source prompt or of many.
@@ -329,9 +297,7 @@ def rows_at(
     if not isinstance(table, pd.DataFrame):
         raise bad_type("table", "a table of readings", table, "pass result.table")
     if table.empty:
-        raise bad_value(
-            "table", "at least one cell", "an empty table", "let the sweep finish a batch"
-        )
+        raise bad_value("table", "at least one cell", "none", "let the sweep finish a batch")
     prompts = table["prompt"] if "prompt" in table else pd.Series("", index=table.index)
     wanted = table["position"].groupby(prompts).transform("max") if position is None else position
     rows = table[table["position"] == wanted]
@@ -351,9 +317,8 @@ def rows_at(
         return chosen
     place = [c for c in ("prompt", "kind", "source_layer") if c in rows]
     if (rows.groupby(place)["target_layer"].nunique() > 1).any():
-        raise bad_value(
-            "target_layer", f"one of {_values(rows, 'target_layer')}", None, "choose one"
-        )  # fmt: skip
+        choices = f"one of {_values(rows, 'target_layer')}"
+        raise bad_value("target_layer", choices, None, "choose one")
     return rows
 
 
@@ -364,21 +329,14 @@ def _values(table: pd.DataFrame, column: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Contextualization:
-    """The contextualization layer ℓ_c of one token, with what is read there.
+    """The contextualization layer ℓ_c of one token, with its reading.
 
     Attributes:
         layer: the first source layer that reads the entity; `None` if none does. The other fields
             then describe the layer that comes nearest.
-        position: the token, counted from 0.
-        token: that token, with visible white space.
-        about: the entity that readings are judged against.
+        position: the token, counted from 0; further fields are those of a `Reading`.
         by: the criterion: "recovered", "score", or "reads" for a callable.
-        description: what the unamplified `resid_post` of that layer reads as.
-        score: its similarity to `about`.
-        recovered: the share of the model's own words that it recovers.
         others: the share that other prompts' vectors recover there; NaN without that control.
-        own_words: the model's own words.
-        echo: whether the description repeats the name.
     """
 
     layer: int | None
@@ -417,10 +375,10 @@ def contextualization(
 
     Args:
         rows: `resid_post` at α = 1, one row per source layer.
-        by: "recovered" or "score"; defaults to the former where it is defined and no threshold
-            is given.
-        threshold: the least score that reads the entity; defaults to the paper's 0.3.
-        reads: judges prompt and description instead.
+        by: as in `SweepResult.contextualization_layer`; "recovered" is the default where it is
+            defined and no threshold is given.
+        threshold: as there.
+        reads: as there.
 
     Raises:
         ValueError: a threshold beside `by="recovered"`, or texts to judge that were not generated.
@@ -429,16 +387,15 @@ def contextualization(
     written = bool(rows["written"].all())
     if by is None:
         defined = bool(rows["recovered"].notna().any())
-        # With neither shares nor texts nothing is read, and that is the answer.
+        # With neither shares nor texts the answer is no layer.
         shares = threshold is None and reads is None and (defined or not written)
         by = "recovered" if shares else "score"
     check_choice("by", by, ("recovered", "score"))
     if by == "recovered" and threshold is not None:
         raise bad_value("threshold", "none beside by='recovered'", threshold, "use by='score'")
     if (by == "score" or reads is not None) and not written:
-        raise bad_value(
-            "by", "'recovered', as not all cells have a text", by, "sweep with generate='all'"
-        )
+        expected = "'recovered', as not all cells have a text"
+        raise bad_value("by", expected, by, "sweep with generate='all'")
     if reads is not None:
         pairs = zip(rows["prompt"], rows["description"], strict=True)
         worth, least = pd.Series([float(reads(*p)) for p in pairs], index=rows.index), 1.0
@@ -468,21 +425,15 @@ def contextualization(
 
 
 def caveats(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what makes a result misleading and what to try, at most three lines.
-
-    Args:
-        table: the cells of one prompt.
-        provenance: of their sweep.
-    """
+    """Return the caveats of a table of one prompt's cells, given the provenance of its sweep."""
     if table.empty:
         return ()
-    config = provenance.get("config", {})
-    lines = (rule(table, config) for rule in _RULES)
+    lines = (rule(table, provenance.get("config", {})) for rule in _RULES)
     return tuple(line for line in lines if line)[:MOST_CAVEATS]
 
 
 def _attention_sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
-    read = table["kind"].isin(KINDS)  # a vector that no prompt gave has a number for a position
+    read = table["kind"].isin(KINDS)  # the position of a given vector is its number
     rows = table[read & (table["position"] == 0) & (table["alpha"] == 1)]
     if rows.empty:
         return ""
@@ -541,12 +492,11 @@ def _same_texts(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     texts = rows.loc[rows["written"], "description"]
     if len(texts) < 4 or not 2 * (count := int(texts.value_counts().iloc[0])) > len(texts):
         return ""
-    other = "another target prompt" if config.get("target_layer") == "same" else (
-        "target_layer='same'"
-    )  # fmt: skip
+    same = config.get("target_layer") == "same"
     return (
         f"{count} of {len(texts)} unamplified cells of {rows['kind'].iloc[0]} read as "
-        f"{texts.value_counts().index[0]!r}. Try {other}."
+        f"{texts.value_counts().index[0]!r}. Try "
+        + ("another target prompt." if same else "target_layer='same'.")
     )
 
 
@@ -561,13 +511,13 @@ def _echoes(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     )
 
 
-_RULES: tuple[Rule, ...] = (
+_RULES = (
     _attention_sink, _nothing_recovered, _poor_own_words, _unusual_norms, _same_texts, _echoes,
 )  # fmt: skip
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the unamplified block outputs, or all that is unamplified where there are none."""
+    """Return the unamplified block outputs, or all unamplified cells where there are none."""
     plain = table[table["alpha"] == 1]
     outputs = plain[plain["kind"] == "resid_post"]
     return outputs if len(outputs) else plain

@@ -1,14 +1,14 @@
-"""The main job: one prompt in, a scored layer x α map out.
+"""The sweep: from one prompt to a scored layer x α map.
 
 1. Check every setting (`plan`): bad input ends here, before any work.
 2. Read the source prompt once and map the vectors, one f(v) per cell (`cells`).
 3. Fill batches with the cells of one plan or of several. Generate the texts of a batch, score
    them, generate its controls, compute what its cells recover (`recovery`), and yield its readings.
-   With `generate="best"` or "none", what the cells recover comes first and chooses those that are
+   With `generate="best"` or "none", the shares recovered come first and choose the cells that are
    generated.
 4. `refine` goes from coarse to fine: it tries the α between those of a sweep where it reads best
-   (paper, section 4.1). What counts is the ratio of α·v to the residual stream, so that the
-   midpoint of two positive α is their geometric mean.
+   (paper, section 4.1). The ratio of α·v to the residual stream matters, so the midpoint of two
+   positive α is their geometric mean.
 
 The order of the cells, and so of the table's rows, is position, kind, source layer, target layer,
 α, as they were given.
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -73,15 +73,7 @@ def iter_sweep(
     stops the sweep; no hook stays on the model. With `generate="best"` a cell that is generated
     comes twice: first with what it recovers, later with its text.
 
-    Args:
-        model: from `load_model`, or anything that it takes.
-        prompt: the source prompt.
-        config: the settings; defaults to `SweepConfig()`.
-        progress: whether to show a progress bar.
-        **settings: fields of `SweepConfig` to change in it.
-
-    Raises:
-        ValueError, TypeError: as `plan_sweep`.
+    Arguments and errors are those of `sweep`.
     """
     plan = plan_sweep(model, prompt, config, **settings)
     return (reading for batch in _with_bar([plan], progress) for reading in batch)
@@ -104,20 +96,17 @@ def sweep(
     Args:
         model: from `load_model`, or anything that it takes (`"smollm2"`, a hub name, ...).
         prompt: the source prompt.
-        config: the settings; or give them one by one as keyword arguments.
-        progress: whether to show a progress bar and, at the end, what makes the result misleading
-            (`SweepResult.caveats`).
-        **settings: the fields of `SweepConfig`.
+        config: the settings; defaults to `SweepConfig()`.
+        progress: whether to show a progress bar and, at the end, `SweepResult.caveats`.
+        **settings: fields of `SweepConfig` to change in it.
 
     Raises:
-        ValueError, TypeError: a bad setting.
-        SweepInterrupted: stopped by the user (a `KeyboardInterrupt`); finished cells are in its
-            `partial`.
-        SweepError: broke off; finished cells are in its `partial`.
+        ValueError, TypeError: as `plan_sweep`.
+        SweepInterrupted, SweepError: as `SweepPlan.run`.
     """
     plan = plan_sweep(model, prompt, config, **settings)
     if not isinstance(plan.scorer, SentenceEmbeddingScorer):
-        # One that returns another number of scores should not cost a sweep.
+        # A scorer that returns another number of scores should not cost a sweep.
         score_texts(plan.scorer, prompt, [prompt, prompt])
     result = plan.run(progress=progress)
     if progress:
@@ -127,14 +116,10 @@ def sweep(
 
 
 def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult:
-    """Run plans as one sweep.
+    """Run plans of the same model, target prompt and settings as one sweep.
 
     The provenance is the first plan's, with the layers, kinds and positions of all; that of several
     plans also lists their `prompts`.
-
-    Args:
-        plans: of the same model, target prompt and settings.
-        progress: whether to show a progress bar.
 
     Raises:
         SweepInterrupted, SweepError: as `SweepPlan.run`.
@@ -143,9 +128,8 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
     found: dict[tuple[str, int, str, Cell], Reading] = {}
 
     def result(*, complete: bool) -> SweepResult:
-        provenance = _common_provenance(plans)
-        provenance["complete"] = complete
-        provenance["seconds"] = round(time.perf_counter() - started, 3)
+        seconds = round(time.perf_counter() - started, 3)
+        provenance = {**_common_provenance(plans), "complete": complete, "seconds": seconds}
         plan = plans[0] if len(plans) == 1 else None
         return SweepResult.from_readings(found.values(), provenance, plan)
 
@@ -155,7 +139,7 @@ def collect(plans: Sequence[SweepPlan], *, progress: bool = True) -> SweepResult
 
     try:
         for batch in _with_bar(plans, progress):
-            # A cell that comes once more, with its text, takes its own place.
+            # A cell that comes once more, with its text, replaces itself.
             found.update({(r.prompt, r.draw, r.mapping, Cell.of(r)): r for r in batch})
     except KeyboardInterrupt as error:
         raise SweepInterrupted(stopped("stopped"), result(complete=False)) from error
@@ -193,11 +177,9 @@ def _with_bar(plans: Sequence[SweepPlan], progress: bool) -> Iterator[list[Readi
 def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
     """Yield the readings of plans, each batch when it is finished and scored.
 
-    A batch may hold the cells of several plans. Unless all cells are generated, they come without
-    a text first, plan by plan, and those that are generated come once more with it.
-
-    Args:
-        plans: of the same model, target prompt and settings; taken one by one as they are needed.
+    The plans are of the same model, target prompt and settings, and a batch may hold cells of
+    several. Unless all cells are generated, they come without a text first, plan by plan, and those
+    that are generated come once more with it.
     """
     several = iter(plans)
     for first in several:
@@ -215,26 +197,18 @@ def _work(plan: SweepPlan) -> list[Work]:
 
 def _batches(work: Iterable[Work]) -> Iterator[list[Part]]:
     """Yield full batches, the cells of each plan together."""
-    waiting: list[Work] = []
-    for item in work:
-        waiting.append(item)
-        if len(waiting) >= item[0].generator.batch_size:
-            yield _parts(waiting)
-            waiting = []
-    if waiting:
-        yield _parts(waiting)
-
-
-def _parts(batch: Sequence[Work]) -> list[Part]:
-    parts = []
-    for plan, work in groupby(batch, key=lambda item: item[0]):
-        _, cells, patches = zip(*work, strict=True)
-        parts.append(Part(plan, cells, patches))
-    return parts
+    items = iter(work)
+    for first in items:
+        batch = [first, *islice(items, first[0].generator.batch_size - 1)]
+        parts = []
+        for plan, group in groupby(batch, key=lambda item: item[0]):
+            _, cells, patches = zip(*group, strict=True)
+            parts.append(Part(plan, cells, patches))
+        yield parts
 
 
 def _generated(parts: Sequence[Part], *, recovered: bool = True) -> list[Reading]:
-    """Return the readings of a batch: texts, controls and, unless known, what they recover."""
+    """Return the readings of a batch: texts, controls and, by default, shares recovered."""
     patches = [patch for part in parts for patch in part.patches]
     generations = parts[0].plan.generator.generate(patches)
     texts = iter(generations)
@@ -245,7 +219,7 @@ def _generated(parts: Sequence[Part], *, recovered: bool = True) -> list[Reading
 
 
 def _map(plan: SweepPlan) -> Iterator[list[Reading]]:
-    """Yield what every cell recovers, then the best cell of each site with its text."""
+    """Yield the shares recovered of all cells, then the best cell of each site with its text."""
     work = _work(plan)
     there: list[Reading] = []
     for parts in _batches(work):
@@ -268,23 +242,16 @@ def _best_of_sites(readings: Sequence[Reading]) -> list[int]:
         return -math.inf if math.isnan(share) else share, -abs(readings[number].alpha)
 
     best: dict[Any, int] = {}
-    for number, reading in enumerate(readings):
-        place = Cell.of(reading).place
-        if place not in best or worth(number) > worth(best[place]):
-            best[place] = number
-    return sorted(best.values(), key=worth, reverse=True)
+    for number in sorted(range(len(readings)), key=worth, reverse=True):
+        best.setdefault(Cell.of(readings[number]).place, number)
+    return list(best.values())
 
 
 def _joined(shares: Reading, text: Reading) -> Reading:
-    """Return a generated cell with what it recovers, which is known already."""
-    return replace(
-        text,
-        recovered=shares.recovered,
-        own_words=shares.own_words,
-        plain_nats=shares.plain_nats,
-        unpatched_nats=shares.unpatched_nats,
-        controls={**shares.controls, **text.controls},
-    )
+    """Return a generated cell with its shares recovered, which are known already."""
+    names = ("recovered", "own_words", "plain_nats", "unpatched_nats")
+    known = {name: getattr(shares, name) for name in names}
+    return replace(text, **known, controls={**shares.controls, **text.controls})
 
 
 def refine(
@@ -292,8 +259,8 @@ def refine(
 ) -> SweepResult:
     """Return a result with more α around the best one of each site.
 
-    Every round adds up to two readings per site: the best score can only rise, and with it the
-    budget that a control has to be given.
+    Every round adds up to two readings per site. The best score can only rise, so a control needs
+    as many tries.
 
     Args:
         result: of a sweep, or of an earlier refinement.
@@ -352,17 +319,13 @@ def between(a: float, b: float) -> float:
 
 def _rows(table: pd.DataFrame, plan: SweepPlan, site: Site, target_layer: int) -> pd.DataFrame:
     """Return the plan's readings of one site at every α, smallest first."""
-    rows = table[
-        (table["kind"] == site.kind)
-        & (table["source_layer"] == site.layer)
-        & (table["position"] == site.position)
-        & (table["target_layer"] == target_layer)
-        & (table["prompt"] == plan.source.text)
-        & (table["mapping"] == plan.mapping_name)
-        & (table["draw"] == plan.config.draw)
-    ].sort_values("alpha")
+    wanted = {
+        "kind": site.kind, "source_layer": site.layer, "position": site.position,
+        "target_layer": target_layer, "prompt": plan.source.text, "mapping": plan.mapping_name,
+        "draw": plan.config.draw,
+    }  # fmt: skip
+    rows = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)].sort_values("alpha")
     if rows.empty:
-        raise bad_value(
-            "result", f"readings of {site} by the plan", "none", "pass the result of this plan"
-        )
+        fix = "pass the result of this plan"
+        raise bad_value("result", f"readings of {site} by the plan", "none", fix)
     return rows

@@ -2,9 +2,9 @@
 
 1. A sweep is saved whole: a zip with `provenance.json` and `table.parquet`.
 2. An evaluation grows: an SQLite database with one row per reading. A batch is written in one
-   transaction, so a run that is killed loses at most the batch in flight, and the next run asks the
-   file which cells it holds.
-3. Model, target prompt, length, scorer and controls must not differ within one evaluation: they are
+   transaction, so a run that is killed loses at most the batch in flight, and the next run resumes
+   from the cells in the file.
+3. Model, target prompt, length, scorer and controls are fixed within one evaluation: they are
    written once, and a run that differs there is refused. Prompts, layers, α, mappings and samples
    may be added.
 4. `read_readings` reads both kinds without a model. Files may come from anyone: their size is
@@ -48,7 +48,7 @@ MAX_FILE_BYTES = 2**30
 """A sweep that unpacks to more than this is refused."""
 MAX_DATABASE_BYTES = 4 * 2**30
 BUSY_SECONDS = 60
-"""How long to wait for another process that is writing to the same file."""
+"""The wait for another process that is writing to the same file."""
 
 Content: TypeAlias = tuple[pd.DataFrame, dict[str, Any]]
 """A table of readings and its provenance."""
@@ -69,25 +69,24 @@ class Reading:
         alpha: the amplifier α.
         vector_norm: the norm of f(v), the patched vector.
         norm_ratio: that norm in units of the residual stream that it replaced.
-        text: everything that the model generated.
-        description: the part of it that is about the placeholder.
+        text: the generated text.
+        description: the part of it that describes the placeholder.
         score: of the description or text; NaN where there was nothing to score.
         few_shot_copy: whether the description repeats a name of the target prompt.
-        n_tokens: how many tokens were generated.
+        n_tokens: the number of generated tokens.
         margin: the smallest margin among them, in logits (see `Generation`).
         draw: 0 for greedy decoding, k for the k-th text sampled at temperature 1.
         entropy: mean entropy of the description's tokens, in nats.
         log_probability: their mean log-probability, in nats per token.
         written: whether a text was generated; without one, its columns are empty or NaN.
-        echo: whether the description repeats the name that it should be about.
-        about: what the reading is scored against.
+        echo: whether the description repeats the name that it should describe.
+        about: the text that the reading is scored against.
         recovered: the share of the model's own words that the patch recovers (see `own_words`);
             NaN where it is not defined.
-        own_words: what the model says about `about` when that stands in the target prompt.
+        own_words: the model's description of `about`, given in the target prompt.
         plain_nats: log-probability of the own words there, in nats.
         unpatched_nats: their log-probability after the unpatched target prompt.
-        controls: texts and scores of the controls that were asked for; each is a column of the
-            table (see `controls`).
+        controls: texts and scores of the controls, each a column of the table (see `controls`).
     """
 
     prompt: str
@@ -100,12 +99,12 @@ class Reading:
     alpha: float
     vector_norm: float
     norm_ratio: float
-    text: str
-    description: str
-    score: float
-    few_shot_copy: bool
-    n_tokens: int
-    margin: float
+    text: str = ""
+    description: str = ""
+    score: float = math.nan
+    few_shot_copy: bool = False
+    n_tokens: int = 0
+    margin: float = math.nan
     draw: int = 0
     entropy: float = math.nan
     log_probability: float = math.nan
@@ -150,17 +149,11 @@ _CONSTANT = {
     "config": ("max_new_tokens", "scorer", "score_on", "controls", "chat", "source_template",
                "others", "reference"),
 }  # fmt: skip
-"""What must be the same for every reading of an evaluation, by part of its provenance."""
+"""The fixed settings of an evaluation, by part of its provenance."""
 
 
 def write_run(path: str | os.PathLike[str], table: pd.DataFrame, provenance: Any) -> Path:
-    """Write a sweep to one file, whole or not at all; return its path.
-
-    Raises:
-        ValueError: a table or provenance that `read_readings` would refuse.
-        TypeError: a provenance that JSON cannot hold.
-        OSError: the file cannot be written; an older one of that name stays.
-    """
+    """Write a sweep to one file (see `SweepResult.save`)."""
     target, buffer = Path(path), io.BytesIO()
     table.to_parquet(buffer, index=False, compression="snappy")
     header = {"format": RUN, "version": RUN_VERSION, "provenance": provenance}
@@ -168,10 +161,9 @@ def write_run(path: str | os.PathLike[str], table: pd.DataFrame, provenance: Any
     try:
         _run(text, buffer.getvalue())
     except ValueError as error:
-        raise bad_value(
-            "result", "a table and provenance to read again", reason(error),
-            "keep result.table as the sweep made it; save your own table with pandas",
-        ) from error  # fmt: skip
+        fix = "keep result.table as the sweep made it; save your own table with pandas"
+        expected = "a table and provenance to read again"
+        raise bad_value("result", expected, reason(error), fix) from error
     with (
         written_whole(target) as fresh,
         zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -182,13 +174,7 @@ def write_run(path: str | os.PathLike[str], table: pd.DataFrame, provenance: Any
 
 
 def read_readings(path: str | os.PathLike[str]) -> Content:
-    """Read a file that `write_run` or an `EvaluationFile` wrote, finished or not.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RunFileError: it is corrupt, foreign, too large, or of another format.
-        OSError: it cannot be read.
-    """
+    """Read a file that `write_run` or an `EvaluationFile` wrote (see `SweepResult.load`)."""
     with reading(path, _EXPECTED, _FIX, most=MAX_DATABASE_BYTES, passing=(OSError,)):
         with Path(path).open("rb") as file:
             is_database = file.read(15) == b"SQLite format 3"
@@ -211,11 +197,7 @@ def _run(text: bytes, data: bytes) -> Content:
 
 
 class EvaluationFile:
-    """The growing file of an evaluation.
-
-    Args:
-        path: the file, made if it is not there; `None` keeps the readings in memory.
-        provenance: what must not differ within the evaluation, and where it comes from.
+    """The growing file of an evaluation; without a path the readings are kept in memory.
 
     Raises:
         RunFileError: the file is something else.
@@ -248,19 +230,18 @@ class EvaluationFile:
             our, their = (side.get(part) or {} for side in (ours, theirs))
             for name in names:
                 if our.get(name) != their.get(name):
-                    raise bad_value(
-                        "path", f"an evaluation with {name} {our.get(name)!r} of the {part}",
-                        f"{self._path} with {their.get(name)!r}",
-                        "choose another file, or the settings of this one",
-                    )  # fmt: skip
+                    expected = f"an evaluation with {name} {our.get(name)!r} of the {part}"
+                    got = f"{self._path} with {their.get(name)!r}"
+                    fix = "choose another file, or the settings of this one"
+                    raise bad_value("path", expected, got, fix)
 
     def written(self, prompt: str, mapping: str, draw: int) -> dict[Cell, bool]:
-        """Return the cells of a source prompt that are there, and whether each has its text."""
-        rows = self._database.execute(
+        """Return the finished cells of a source prompt, and whether each has a text."""
+        found = (
             "SELECT position, kind, source_layer, target_layer, alpha, written FROM readings "
-            "WHERE prompt = ? AND mapping = ? AND draw = ?",
-            [prompt, mapping, draw],
+            "WHERE prompt = ? AND mapping = ? AND draw = ?"
         )
+        rows = self._database.execute(found, [prompt, mapping, draw])
         return {Cell(*cell): bool(written) for *cell, written in rows}
 
     def alphas(self, mapping: str) -> set[float]:
@@ -269,16 +250,12 @@ class EvaluationFile:
         return {alpha for (alpha,) in self._database.execute(found, [mapping])}
 
     def add(self, readings: Sequence[Reading]) -> None:
-        """Write a batch, whole or not at all.
-
-        Raises:
-            OSError: the disk is full, or the file cannot be written.
-        """
+        """Write a batch, whole or not at all; raise an `OSError` where that is impossible."""
         rows = [
             [*(getattr(reading, name) for name in COLUMNS), json.dumps(dict(reading.controls))]
             for reading in readings
         ]
-        places = ", ".join("?" for _ in (*COLUMNS, "controls"))
+        places = ", ".join("?" * (len(COLUMNS) + 1))
         with _explained(self._path), self._database:
             self._database.executemany(
                 # A cell that is there stays, unless a text comes for one that had none.

@@ -5,8 +5,8 @@ the placeholder and lets the model describe it. Here:
 
 1. Take vectors of the residual stream's width: a feed-forward layer's keys or values, a difference
    of means, the rows of a file (all in `vectors.stored`).
-2. `plan_vectors` makes them the sites of a sweep, in the place of a prompt's tokens: site i is
-   vector i, its token label the vector's name, its kind "vector". There is no source run.
+2. `plan_vectors` makes them the sites of a sweep in place of a prompt's tokens: site i is vector i,
+   its token label the vector's name, its kind "vector". There is no source run.
 3. `read_vectors` runs the plans in the same engine as any sweep: every vector, target layer and α
    in common batches, with the same controls, guidance, mappings and table.
 """
@@ -55,14 +55,14 @@ def plan_vectors(
     unit: Literal["vector", "residual"] = "residual",
     **settings: Any,
 ) -> list[SweepPlan]:
-    """Check everything and return the plans, one for each distinct reference.
+    """Return the checked plans, one for each distinct reference.
 
     Args:
         model: from `load_model`, or anything that it takes.
         vectors: a tensor or array; one vector or many.
         names: their token labels in the table; default to "vector 0", "vector 1", ...
-        references: what each means, if that is known, to score against: one text for all, or one
-            each with `None` for unknown. A vector without a reference has no score: NaN.
+        references: their known meanings, to score against: one text for all, or one each with
+            `None` for unknown. A vector without a reference has the score NaN.
         layers: their source layers, for the table and for `target_layer="same"`: one for all, or
             one each, counted from 0. Defaults to `NO_LAYER` (−1), no layer.
         unit: "residual", unlike in a sweep of activations: α = 1 has the norm of the residual
@@ -86,17 +86,14 @@ def plan_vectors(
     )
     sources = _sources(layers, len(rows), model)
     if NO_LAYER in sources and config.target_layer == "same":
-        raise bad_value(
-            "target_layer", "layers, as some vectors come from none", "same",
-            "pass their source layers: layers=...",
-        )  # fmt: skip
+        fix = "pass their source layers: layers=..."
+        raise bad_value("target_layer", "layers, as some vectors come from none", "same", fix)
     meanings = _one_each("references", references, len(rows)) or [None] * len(rows)
-    for meaning in dict.fromkeys(meanings):
-        if meaning is not None:
-            check_text(meaning, "references")
+    for meaning in {*meanings} - {None}:
+        check_text(meaning, "references")
     if not any(meanings):
         config = replace(config, scorer=no_scores)
-    # A plan wants a source prompt; any will do, since it is replaced at once.
+    # A plan needs a source prompt; any will do, since it is replaced at once.
     text = config.prompt_with_placeholder.text
     first = plan_sweep(model, text, config, layers=0, kinds=model.kinds[0])
     return [
@@ -117,7 +114,7 @@ def plan_vectors(
 def read_vectors(
     model: LanguageModel | Any, vectors: Any, *, progress: bool = True, **settings: Any
 ) -> SweepResult:
-    """Let the model describe each vector, at every target layer and α.
+    """Have the model describe each vector, at every target layer and α.
 
     Example:
         >>> values = mlp_values(model, 4)[:8]  # doctest: +SKIP
@@ -128,13 +125,11 @@ def read_vectors(
         vectors: a tensor or array, `[n d_model]` or `[d_model]`, such as `mlp_values`,
             `difference_of_means` and `load_vectors` return.
         progress: whether to show a progress bar.
-        **settings: those of `plan_vectors`: names, references, layers, unit, alphas,
-            target_layer, target_prompt, controls, ...
+        **settings: those of `plan_vectors`.
 
     Returns:
         A row per cell, in the order of the vectors: `token` is the vector's name, `position` its
-        number, `prompt` its reference or empty, `score` NaN without one. What needs no reference
-        (`entropy`, `log_probability`, the control "unpatched_log_probability") is there.
+        number, `prompt` its reference or empty, `score` NaN without one.
 
     Raises:
         ValueError, TypeError: as `plan_vectors`.
@@ -149,22 +144,14 @@ def read_vectors(
 def read_vector(
     model: LanguageModel | Any, v: Any, *, name: str = "vector", **settings: Any
 ) -> SweepResult:
-    """Let the model describe one vector: `read_vectors` for a single one.
-
-    Args:
-        model: from `load_model`, or anything that it takes.
-        v: a tensor or array, `[d_model]`.
-        name: its token label in the table.
-        **settings: those of `read_vectors`.
+    """Have the model describe one vector, `[d_model]`, with the settings of `read_vectors`.
 
     Raises:
         ValueError, TypeError: several vectors, or as `plan_vectors`.
     """
     if getattr(v, "ndim", 1) != 1:
-        raise bad_value(
-            "v", "one vector, of shape [d_model]", f"shape {list(v.shape)}",
-            "use read_vectors, or choose a row",
-        )  # fmt: skip
+        fix = "use read_vectors, or choose a row"
+        raise bad_value("v", "one vector, of shape [d_model]", f"shape {list(v.shape)}", fix)
     return read_vectors(model, v, names=[name], **settings)
 
 
@@ -172,10 +159,8 @@ def read_vector(
 class GivenVectors:
     """A source of vectors: row i for position i.
 
-    Attributes:
-        rows: the vectors.
-        resize: whether each is scaled to the norm of the residual stream that it replaces.
-        digest: a hash of the numbers, by which results distinguish vectors.
+    With `resize` each is scaled to the norm of the residual stream that it replaces. Results
+    distinguish vectors by `digest`, a hash of their numbers.
     """
 
     rows: Float[Tensor, "n d_model"] = field(compare=False)
@@ -207,10 +192,9 @@ def _checked(vectors: Any, model: LanguageModel) -> Float[Tensor, "n d_model"]:
         raise bad_type("vectors", "a tensor or array", vectors, fix) from error
     if rows.dim() not in (1, 2) or not rows.numel() or rows.shape[-1] != model.d_model:
         turned = rows.dim() == 2 and rows.shape[0] == model.d_model
-        raise bad_value(
-            "vectors", f"shape [n {model.d_model}], the width of {model.name}",
-            f"shape {list(rows.shape)}", "transpose them: vectors.T" if turned else fix,
-        )  # fmt: skip
+        expected = f"shape [n {model.d_model}], the width of {model.name}"
+        fix = "transpose them: vectors.T" if turned else fix
+        raise bad_value("vectors", expected, f"shape {list(rows.shape)}", fix)
     if not torch.isfinite(rows).all():
         raise bad_value("vectors", "finite numbers", "NaN or infinity", fix)
     return rows.reshape(-1, model.d_model)
@@ -219,7 +203,7 @@ def _checked(vectors: Any, model: LanguageModel) -> Float[Tensor, "n d_model"]:
 def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"vector {i}" for i in range(n))
-    given = _one_each("names", [names] if isinstance(names, str) else list(names), n) or []
+    given = _one_each("names", [names] if isinstance(names, str) else names, n) or []
     for name in given:
         check_text(name, "names")
     if len(set(given)) < n:
@@ -228,28 +212,24 @@ def _names(names: Sequence[str] | None, n: int) -> tuple[str, ...]:
 
 
 def _sources(layers: Any, n: int, model: LanguageModel) -> list[int]:
-    """Return the layer that each vector comes from, or `NO_LAYER`."""
-    given = [NO_LAYER] * n if layers is None else _one_each("layers", layers, n) or []
+    """Return the source layer of each vector, or `NO_LAYER`."""
+    given = _one_each("layers", NO_LAYER if layers is None else layers, n) or []
     checked = [
         NO_LAYER if one == NO_LAYER else check_layers([one], model.n_layers)[0] for one in given
     ]
-    # Were −2 the last layer but one, −1 would be taken for the last one, not for no layer.
-    if backwards := [one for one in given if one < NO_LAYER]:
-        raise bad_value(
-            "layers", f"layers counted from 0, or NO_LAYER ({NO_LAYER})", backwards, "count from 0"
-        )
+    if backwards := [one for one in given if one < NO_LAYER]:  # as −1 is not the last layer
+        expected = f"layers counted from 0, or NO_LAYER ({NO_LAYER})"
+        raise bad_value("layers", expected, backwards, "count from 0")
     return checked
 
 
 def _one_each(argument: str, given: Any, n: int) -> list[Any] | None:
-    """Return one entry per vector; a single one stands for all."""
-    if given is None:
-        return None
-    if isinstance(given, str | int):
-        return [given] * n
+    """Return one entry per vector; a single one is that of all."""
+    if given is None or isinstance(given, str | int):
+        return None if given is None else [given] * n
     several = list(given)
     if len(several) != n:
-        raise bad_value(argument, f"one for each of {n} vectors", f"{len(several)}", "match them")
+        raise bad_value(argument, f"one for each of {n} vectors", len(several), "match them")
     return several
 
 
@@ -262,7 +242,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise bad_type("settings", "settings that need no source prompt", senseless, "omit them")
     controls = settings.get("controls", ())
     if "other_prompt" in ((controls,) if isinstance(controls, str) else controls):
-        raise bad_value(
-            "controls", "controls that need no source prompt", "other_prompt",
-            "random_direction and shuffled_dimensions keep the norm",
-        )  # fmt: skip
+        fix = "random_direction and shuffled_dimensions keep the norm"
+        raise bad_value("controls", "controls that need no source prompt", "other_prompt", fix)

@@ -59,16 +59,9 @@ def watched_plan(model: LanguageModel, prompt: str, config: SweepConfig) -> Swee
     return plan
 
 
-def texts_of(plan: SweepPlan) -> int:
-    """Return how many texts a run would generate."""
-    if plan.config.generate == "all":
-        return len(plan.cells)
-    return len({cell.place for cell in plan.cells}) if plan.config.generate == "best" else 0
-
-
 def cost(plan: SweepPlan, seconds: float | None = None) -> str:
     """Return what a run would take: cells, texts, and seconds if they are known."""
-    texts, finished = texts_of(plan), len(plan.all_cells) - len(plan.cells)
+    texts, finished = plan.n_texts, len(plan.all_cells) - len(plan.cells)
     kept = f", {finished} of them from earlier runs" if finished else ""
     some = "" if plan.config.generate == "all" else f", {texts} to generate"
     duration = "" if seconds is None or not texts else f" · {_about(seconds)}"

@@ -123,7 +123,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     cell = Cell.of(reading)
     if cell not in plan.all_cells:
         raise bad_value("reading", "a cell of the plan", cell, "pass the plan of its sweep")
-    patch = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))[0]
+    patch = make_patches(plan.only([cell]))[0]
     controls = {name: make_control(name, plan, [cell], [patch])[0] for name in PROBE_CONTROLS}
     generated, *others = plan.generator.generate([patch, *controls.values()])
     texts = [generation.text for generation in others]

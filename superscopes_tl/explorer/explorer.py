@@ -33,7 +33,6 @@ from superscopes_tl.explorer.background import (
     CellStore,
     Latest,
     cost,
-    texts_of,
     wait_for_all,
     watched_plan,
 )
@@ -347,7 +346,7 @@ class Explorer:
 
     def _warm_up(self, plan: SweepPlan) -> None:
         """Time a batch, once per target prompt and size, and complete the estimate."""
-        generator, texts = plan.generator, texts_of(plan)
+        generator, texts = plan.generator, plan.n_texts
         rows = min(generator.batch_size, texts)
         key = (generator.target, generator.max_new_tokens, rows)
         try:

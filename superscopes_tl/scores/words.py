@@ -1,19 +1,18 @@
 """A model's own words about a name: the best that a patch can achieve.
 
 1. Put the name itself in the placeholder's place, generate greedily, and crop the text to the
-   description: the *own words* D. A reference text may take their place.
+   description: the *own words* D. A reference text may replace them.
 2. L_plain = log p(D | target prompt with the name), L_0 = log p(D | unpatched target prompt).
 3. For a patch with L = log p(D | patched target prompt):
 
        recovered = (L - L_0) / (L_plain - L_0)
 
-   0 is what the prompt says without a patch, 1 is as if the name stood there. In activation
-   patching the same ratio of logit differences is the fraction recovered (Zhang and Nanda 2024,
-   "Towards Best Practices of Activation Patching in Language Models").
+   0 equals the unpatched prompt, 1 the prompt with the name. In activation patching the same ratio
+   of logit differences is the fraction recovered (Zhang and Nanda 2024, "Towards Best Practices of
+   Activation Patching in Language Models").
 
 All are sums over the tokens of D, in nats. Nothing is generated after a patch, and no second model
-is needed. Where L_plain - L_0 is under 1 nat there is nothing to recover, and the share is not
-defined.
+is needed. Where L_plain - L_0 is under 1 nat the share is not defined.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -60,7 +59,7 @@ LEAST_GAP = 1.0
 
 @dataclass(frozen=True)
 class OwnWords:
-    """What a model says of a name, and the log-probability of that with and without the name.
+    """A model's description of a name, and its log-probability with and without the name.
 
     Attributes:
         about: the name, in the placeholder's place.
@@ -69,7 +68,7 @@ class OwnWords:
         plain_nats: log p(D) after the target prompt with the name, in nats.
         unpatched_nats: log p(D) after the unpatched target prompt.
         given: whether D is a reference text.
-        too_long: whether the name does not fit into the target prompt, so that nothing was run.
+        too_long: whether the name does not fit into the target prompt; then nothing was run.
     """
 
     about: str
@@ -82,23 +81,20 @@ class OwnWords:
 
     @property
     def gap(self) -> float:
-        """The log-probability of D that the name adds, in nats."""
+        """The log-probability that the name adds to D, in nats."""
         return self.plain_nats - self.unpatched_nats
 
     @property
     def undefined(self) -> str:
         """Why the share recovered is not defined; empty where it is."""
         if not self.about.strip():
-            return "no text stands at or before this token"
+            return "there is no text at or before this token"
         if self.too_long:
             return f"{self.about[:40]!r}... does not fit into the target prompt"
         if not self.token_ids:
             return f"the model generates no description of {self.about!r}"
         if not self.gap >= LEAST_GAP:
-            return (
-                f"{self.about!r} in the prompt makes {self.text!r} hardly more likely "
-                f"({self.gap:.2f} nats)"
-            )
+            return f"{self.about!r} in the prompt adds {self.gap:.2f} nats to {self.text!r}"
         return ""
 
     def recovered(self, nats: float) -> float:
@@ -130,11 +126,11 @@ def own_words(
         position: one of its tokens: the words are about the text up to it, or about the substring
             that chose it.
         target_prompt: the prompt with the placeholder; as in `SweepConfig`.
-        about: what the words are about instead.
+        about: another text for the words to be about.
         reference: a text, such as a true fact, in place of the model's words.
         chat: as in `SweepConfig`.
         source_template: as in `SweepConfig`.
-        max_new_tokens: the longest text; as in `SweepConfig`.
+        max_new_tokens: as in `SweepConfig`.
 
     Raises:
         ValueError: an empty prompt, or a position that it does not have.
@@ -147,17 +143,13 @@ def own_words(
         (about,) = named_positions(tokens, position).values()
     else:
         check_text(about, "about")
-    generator = PatchedGenerator(
-        model,
-        default_target_prompt(target_prompt, chat=chat),
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-    )
+    target = default_target_prompt(target_prompt, chat=chat)
+    generator = PatchedGenerator(model, target, max_new_tokens=max_new_tokens, chat=chat)
     return words_of(generator, [about], reference)[0]
 
 
 def above_others(own: Shares, others: Shares) -> Shares:
-    """Return what is recovered above other prompts' vectors, or above 0.
+    """Return the shares above those of other prompts' vectors, or above 0.
 
     Control vectors that make the words less likely than no patch do not count in favour.
     """
@@ -165,44 +157,34 @@ def above_others(own: Shares, others: Shares) -> Shares:
     return above
 
 
-_KNOWN: WeakKeyDictionary[PatchedGenerator, dict[tuple[str, str | None], OwnWords]] = (
-    WeakKeyDictionary()
-)
+Known: TypeAlias = dict[tuple[str, str | None], OwnWords]
+_KNOWN: WeakKeyDictionary[PatchedGenerator, Known] = WeakKeyDictionary()
 
 
 def words_of(
     generator: PatchedGenerator, names: Iterable[str], reference: str | None = None
 ) -> list[OwnWords]:
-    """Return the own words of several names; each is generated once per generator.
-
-    Args:
-        generator: of the target prompt.
-        names: what the words are about.
-        reference: a text in place of the words of all of them.
+    """Return the own words of several names, or their `reference`; once per generator and name.
 
     Raises:
-        ValueError: a name or reference that does not fit.
+        ValueError: a reference that does not fit.
     """
     known = _KNOWN.setdefault(generator, {})
     several = list(names)
     new = [name for name in dict.fromkeys(several) if (name, reference) not in known]
     there = [name for name in new if name.strip() and name_fits(generator, name)]
-    found = (
-        _generated(generator, there)
-        if reference is None
-        else _referenced(generator, there, reference)
-    )
-    nothing = torch.zeros(generator.model.d_model)
-    unpatched = generator.log_probabilities(
-        [Patch(nothing, None) for _ in found], [words.token_ids for words in found]
-    )
+    if reference is None:
+        found = _generated(generator, there)
+    else:
+        found = _referenced(generator, there, reference)
+    nothing = Patch(torch.zeros(generator.model.d_model), None)
+    texts = [words.token_ids for words in found]
+    unpatched = generator.log_probabilities([nothing] * len(texts), texts)
     for words, likely in zip(found, unpatched, strict=True):
         known[words.about, reference] = replace(words, unpatched_nats=sum(likely))
-    known |= {
-        (name, reference): OwnWords(name, (), "", math.nan, math.nan, too_long=bool(name.strip()))
-        for name in new
-        if name not in there
-    }
+    for name in set(new).difference(there):
+        too_long = bool(name.strip())
+        known[name, reference] = OwnWords(name, (), "", math.nan, math.nan, too_long=too_long)
     return [known[name, reference] for name in several]
 
 
@@ -240,29 +222,16 @@ def _continuation(generator: PatchedGenerator, text: str) -> tuple[int, ...]:
         ValueError: its first token joins the prompt's last one.
     """
     target, model = generator.target, generator.model
+    prompt, chat = target.prompt, generator.chat
     # A few-shot prompt continues a name with a colon, a sentence its first words with a space.
-    lead = ": " if target.prompt.few_shot_names and not generator.chat else " "
-    if generator.chat and not target.prompt.answer:
+    lead = ": " if prompt.few_shot_names and not chat else " "
+    if chat and not prompt.answer:
         lead = ""  # the template itself begins the answer
     shown = text if text.startswith((":", " ", "\n")) else f"{lead}{text}"
-    read, answer = (
-        (target.prompt.text, target.prompt.answer)
-        if generator.chat
-        else (f"{target.prompt.text}{shown}", "")
-    )
-    whole = tokenize(
-        model,
-        read,
-        argument="reference",
-        chat=generator.chat,
-        answer=f"{answer}{shown}" if generator.chat else "",
-    )
+    read, answer = (prompt.text, prompt.answer + shown) if chat else (prompt.text + shown, "")
+    whole = tokenize(model, read, argument="reference", chat=chat, answer=answer)
     before = target.tokens.ids
     if whole.ids[: len(before)] != before:
-        raise bad_value(
-            "reference",
-            "a text whose first token does not join the target prompt's last",
-            text,
-            "begin it with a space or a colon",
-        )
+        expected = "a text whose first token does not join the target prompt's last"
+        raise bad_value("reference", expected, text, "begin it with a space or a colon")
     return whole.ids[len(before) :]

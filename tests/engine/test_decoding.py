@@ -1,4 +1,4 @@
-"""How tokens are chosen: guidance, drawing, and what is kept of every choice."""
+"""The choice of tokens: guidance, sampling, and the numbers recorded for every choice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _guided_by_hand(
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_guided_texts_equal_a_loop_over_plain_hugging_face(architecture: str, tiny: Tiny) -> None:
-    """U + w(c - u) at every step, with u of the same text behind the unpatched prompt."""
+    """U + w(c - u) at every step, with u of the same text after the unpatched prompt."""
     model, hf = tiny(architecture, "bridge"), tiny_hf(architecture)
     generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
     vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(4))
@@ -80,7 +80,7 @@ def test_guidance_of_0_is_the_unpatched_prompt_and_of_1_the_patched_one(tiny: Ti
 
 @given(w=st.floats(-3, 9), seed=st.integers(0, 99))
 def test_guide_mixes_the_rows_that_have_a_twin_alone(w: float, seed: int) -> None:
-    """Row 1 of two is guided: its twin stands behind the batch; row 0 stays as it is."""
+    """Row 1 of two is guided: its twin follows the batch; row 0 is unchanged."""
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
     if w == 1:  # no guidance, no twin
         logits = logits[:2]
@@ -105,23 +105,8 @@ def test_entropies_and_log_probabilities_equal_plain_hugging_face(tiny: Tiny) ->
         assert generation.log_probabilities[step] == pytest.approx(float(likely), abs=1e-4)
 
 
-def test_log_probabilities_of_texts_of_different_lengths(tiny: Tiny) -> None:
-    """Each text is followed behind its own patch; batches of any size agree with generation."""
-    model = tiny("gpt2", "bridge")
-    generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
-    patches = [Patch(k * torch.ones(model.d_model), layer) for k in (1.0, 9.0) for layer in (5, 2)]
-    written = generator.generate(patches)
-    texts = [g.token_ids[: 1 + row] for row, g in enumerate(written)]
-    for size in (64, 3):
-        likely = PatchedGenerator(
-            model, TARGET, max_new_tokens=N_NEW, batch_size=size
-        ).log_probabilities(patches, texts)
-        for row, generation in zip(likely, written, strict=True):
-            assert row == pytest.approx(generation.log_probabilities[: len(row)], abs=1e-4)
-
-
-def test_a_drawn_text_depends_on_its_seed_alone(tiny: Tiny) -> None:
-    """The same in every batch; another seed draws another text; greedy rows do not notice."""
+def test_a_sampled_text_depends_on_its_seed_alone(tiny: Tiny) -> None:
+    """The same in every batch; another seed samples another text; greedy rows are unchanged."""
     model = tiny("llama", "bridge")
     vector = 5 * torch.ones(model.d_model)
     patches = [Patch(vector, 2, seed=seed) for seed in range(6)] + [Patch(vector, 2)]
@@ -133,7 +118,7 @@ def test_a_drawn_text_depends_on_its_seed_alone(tiny: Tiny) -> None:
     assert same_text(together[-1], alone[0])
 
 
-def test_draws_follow_the_model_s_distribution() -> None:
+def test_samples_follow_the_model_s_distribution() -> None:
     """4,000 first tokens of p = (0.5, 0.3, 0.2) come about as often as they should."""
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(4000, 3)
 
@@ -147,7 +132,7 @@ def test_draws_follow_the_model_s_distribution() -> None:
         assert abs(counts[token] / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
 
 
-def test_draws_of_a_sweep_are_reproducible_and_named(tiny: Tiny, word_overlap: Any) -> None:
+def test_samples_of_a_sweep_are_reproducible_and_named(tiny: Tiny, word_overlap: Any) -> None:
     """`draw=2` gives the same texts in another run, others than `draw=1`, and says so."""
     settings: dict[str, Any] = {
         "layers": (5, 2), "kinds": "mlp_out", "alphas": 1, "target_prompt": TARGET,
@@ -196,7 +181,7 @@ def test_texts_that_end_with_their_description_change_no_result(mini: LanguageMo
 
 @given(text=st.text(alphabet=":,\n ab", max_size=30), more=st.text(alphabet=":,\n ab", max_size=30))
 def test_a_description_that_is_over_stays_as_it_is(text: str, more: str) -> None:
-    """However the text goes on, its description is the same, and it stays over."""
+    """However the text continues, its description is the same, and it stays over."""
     if description_is_over(text):
         assert crop_description(text + more) == crop_description(text)
         assert description_is_over(text + more)
@@ -218,7 +203,7 @@ def test_a_kept_row_keeps_its_twin() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_texts_longer_than_those_of_the_generator_can_be_followed(backend: str, tiny: Tiny) -> None:
+def test_texts_longer_than_max_new_tokens_can_be_scored(backend: str, tiny: Tiny) -> None:
     """Log-probabilities of twelve tokens do not depend on `max_new_tokens`."""
     model = tiny("llama", backend)
     patch, ids = Patch(10 * torch.ones(model.d_model), 2), [list(range(5, 17))]
@@ -235,11 +220,11 @@ def test_a_text_of_one_token_has_an_estimate(backend: str, tiny: Tiny) -> None:
     assert PatchedGenerator(tiny("llama", backend), TARGET, max_new_tokens=1).seconds_per_batch(3)
 
 
-@pytest.mark.parametrize("patches", ["two layers", "drawn", "kept", "guided"])
-def test_what_else_decides_a_text_keeps_rows_apart(patches: str, tiny: Tiny) -> None:
-    """A patch at the last layer and an earlier one, or a drawn or guided row, writes for itself.
+@pytest.mark.parametrize("patches", ["two layers", "sampled", "kept", "guided"])
+def test_rows_that_may_differ_later_are_all_generated(patches: str, tiny: Tiny) -> None:
+    """Rows at an earlier layer too, sampled or guided rows are each generated.
 
-    A row that keeps a share of the residual stream at the last layer alone need not.
+    Rows that keep a share of the residual stream at the last layer alone need not be.
     """
     model, spy = spied(tiny("llama", "bridge"))
     target = TargetPrompt("x, x: Adele, x")
@@ -247,19 +232,19 @@ def test_what_else_decides_a_text_keeps_rows_apart(patches: str, tiny: Tiny) -> 
     v = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
     rows = {
         "two layers": [Patch(a * v, (2, 5)) for a in (1.0, 1.01, 1.02)],
-        "drawn": [Patch(v, 5, seed=seed) for seed in (1, 2, 3)],
+        "sampled": [Patch(v, 5, seed=seed) for seed in (1, 2, 3)],
         "kept": [Patch(a * v, 5, keep=1.0) for a in (1.0, 1.01, 1.02)],
         "guided": [Patch(v, 5, guidance=w) for w in (2.0, 2.1, 2.2)],
     }[patches]
     together, sizes = generator.generate(rows), spy.steps
     firsts = {generation.token_ids[0] for generation in together}
     assert sizes[1] == {"guided": 6, "kept": len(firsts)}.get(patches, 3)
-    assert len(firsts) < 3 or patches == "drawn"
+    assert len(firsts) < 3 or patches == "sampled"
     assert all(map(same_text, together, [generator.generate([p])[0] for p in rows]))
 
 
 def test_rows_that_have_ended_leave_the_batch(tiny: Tiny) -> None:
-    """The batch shrinks as texts end, and every text is the one that its row writes alone."""
+    """The batch shrinks as texts end, and every text equals that of its row alone."""
     model, spy = spied(tiny("llama", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=12, until=lambda t: len(t) > 9)
     vectors = torch.randn(12, model.d_model, generator=torch.Generator().manual_seed(2))
@@ -276,10 +261,10 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("until", [None, lambda text: len(text) > 4])
-def test_at_the_last_layer_one_row_writes_for_those_that_begin_alike(
+def test_at_the_last_layer_one_row_is_generated_per_first_token(
     until: Callable[[str], bool] | None, tiny: Tiny
 ) -> None:
-    """After the first token as many rows go on as there are first tokens; texts are unchanged."""
+    """After the first token one row per first token continues; texts are unchanged."""
     model, spy = spied(tiny("gpt2", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW, until=until)
     vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Invariants of capture, patching and sweeping, and what remains after things go wrong."""
+"""Invariants of capture, patching and sweeping, and the state after errors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from superscopes_tl import (
     TargetPrompt,
     capture,
     iter_sweep,
+    load_model,
     plan_sweep,
     sweep,
 )
@@ -23,20 +24,16 @@ from superscopes_tl.experiment import SweepError, SweepInterrupted
 from superscopes_tl.model import hook_name
 from superscopes_tl.vectors import RandomDirection
 from tests.conftest import BACKENDS
+from tests.support.hooks import hooks_on
 from tests.support.same import assert_same_readings
+from tests.support.scorers import half
 from tests.support.spies import spied
+from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 SOURCE = "Red Hot Chili Peppers"
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
 
 Tiny = Callable[[str, str], LanguageModel]
-
-
-def hooks_on(model: LanguageModel) -> int:
-    """Count the functions that are attached to the model's hook points."""
-    return sum(
-        len(point.fwd_hooks) + len(point._forward_hooks) for point in model.tl.hook_dict.values()
-    )
 
 
 def quick(**settings: Any) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def quick(**settings: Any) -> dict[str, Any]:
         "alphas": (1, 3),
         "target_prompt": TARGET,
         "max_new_tokens": 3,
-        "scorer": lambda references, candidates: [0.5] * len(candidates),
+        "scorer": half,
         "progress": False,
         **settings,
     }
@@ -70,7 +67,7 @@ def test_activations_are_found_by_layer_number(tiny: Tiny) -> None:
     model = tiny("llama", "bridge")
     some, every = capture(model, SOURCE, layers=(5, 2)), capture(model, SOURCE)
     assert torch.equal(some["mlp_out", 2], every["mlp_out", 2])
-    with pytest.raises(ValueError, match="activations: expected one of .*Fix: name it"):
+    with pytest.raises(ValueError, match="^activations:"):
         some["mlp_out", 0]
 
 
@@ -104,7 +101,7 @@ def test_a_row_records_the_norm_of_what_was_patched(tiny: Tiny) -> None:
 def test_an_interrupted_sweep_hands_over_what_it_has_and_leaves_no_hook(
     backend: str, error: BaseException, tiny: Tiny
 ) -> None:
-    """After the first batch something breaks: its cells are in .partial, the hooks are gone."""
+    """After an error in the second batch the first is in .partial, and the hooks are gone."""
     model, spy = spied(tiny("llama", backend))
     before = hooks_on(model)
 
@@ -147,7 +144,7 @@ def _real_allocation_failure() -> Exception:
     [torch.OutOfMemoryError("CUDA out of memory"), _real_allocation_failure()],
     ids=["cuda", "cpu"],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception, tiny: Tiny) -> None:
+def test_out_of_memory_halves_the_batch_and_repeats_it(error: Exception, tiny: Tiny) -> None:
     """More than three rows fail: the sweep ends with the same table nevertheless."""
     model, spy = spied(tiny("llama", "bridge"))
 
@@ -176,24 +173,6 @@ def test_out_of_memory_for_one_row_is_an_error_that_says_so(tiny: Tiny) -> None:
         generator.generate([Patch(torch.full((32,), k), 2) for k in (1.0, 2.0)])
 
 
-def test_the_batch_size_is_capped_by_free_memory(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A row of llama takes 2·(placeholder + new)·6 layers·2 heads·8 numbers·4 bytes of cache.
-
-    The tokens before the placeholder are stored once, whatever the batch size.
-    """
-    model = tiny("llama", "bridge")
-    length = 1 + 10
-    row = 2 * length * 6 * 2 * 8 * 4
-
-    class Memory:
-        available = 4 * 5 * row + 3  # a quarter of it may be used: five rows
-
-    monkeypatch.setattr("superscopes_tl.engine.memory.psutil.virtual_memory", Memory)
-    assert PatchedGenerator(model, TARGET).batch_size == 5
-
-
 def test_the_target_prefix_is_read_once(tiny: Tiny) -> None:
     """However many batches there are, the tokens before the placeholder are run once."""
     model, spy = spied(tiny("llama", "bridge"))
@@ -201,12 +180,12 @@ def test_the_target_prefix_is_read_once(tiny: Tiny) -> None:
     assert spy.prefills == [len(PatchedGenerator(model, TARGET).target.tokens) - 1]
 
 
-def test_a_vector_that_overflows_half_precision_is_refused(tiny: Tiny) -> None:
+def test_a_vector_that_overflows_half_precision_is_refused() -> None:
     """float16 ends at 65504: α·v beyond it would be patched as infinity."""
-    model = tiny("gpt2", "bridge")
-    half = PatchedGenerator(_in_half_precision(model), TARGET, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"vector: expected numbers that torch.float16 .* 7e\+04"):
-        half.generate([Patch(torch.full((32,), 7e4), 2)])
+    model = load_model(tiny_hf("gpt2").half(), tiny_tokenizer(), backend="bridge")
+    generator = PatchedGenerator(model, TARGET, max_new_tokens=2)
+    with pytest.raises(ValueError, match="^vector:"):
+        generator.generate([Patch(torch.full((32,), 7e4), 2)])
 
 
 def test_an_overflow_inside_the_model_ends_that_row_alone(tiny: Tiny) -> None:
@@ -227,13 +206,6 @@ def test_an_overflow_inside_the_model_ends_that_row_alone(tiny: Tiny) -> None:
     assert broken[1].margin != broken[1].margin
 
 
-def _in_half_precision(model: LanguageModel) -> LanguageModel:
-    from superscopes_tl import load_model
-    from tests.support.tiny_models import tiny_hf, tiny_tokenizer
-
-    return load_model(tiny_hf("gpt2").half(), tiny_tokenizer(), backend="bridge")
-
-
 @pytest.mark.parametrize(
     "mapping",
     [lambda alpha: 3.0, lambda alpha: lambda v: v.sum(0), lambda alpha: lambda v: v / 0],
@@ -251,20 +223,20 @@ def test_a_mapping_is_checked_before_anything_is_generated(mapping: Any, tiny: T
 def test_a_model_may_state_a_short_length_of_its_own(
     own: int | None, expected: int, tiny: Tiny
 ) -> None:
-    """10 as in the paper, unless the model asks for something fit for a description."""
+    """10 as in the paper, or the model's own length where that is fit for a description."""
     model = dataclasses.replace(tiny("llama", "bridge"), max_new_tokens=own)
     assert PatchedGenerator(model, TARGET).max_new_tokens == expected
 
 
 def test_a_generator_patches_vectors_of_its_own_width_only(tiny: Tiny) -> None:
-    """A vector of another model is refused, with both widths."""
+    """A vector of another model is refused."""
     generator = PatchedGenerator(tiny("llama", "bridge"), TARGET)
-    with pytest.raises(ValueError, match=r"vector: expected 32 numbers.*got shape \(31,\)"):
+    with pytest.raises(ValueError, match="^vector:"):
         generator.generate([Patch(torch.zeros(31), 2)])
 
 
 def test_the_hooks_are_on_for_one_step_alone(tiny: Tiny) -> None:
-    """Patched once, at the prompt's step; never while new tokens are generated."""
+    """The hooks are on for the prompt's step, and off while new tokens are generated."""
     model, spy = spied(tiny("llama", "bridge"))
     generator = PatchedGenerator(model, TARGET, max_new_tokens=4)
     idle, on = hooks_on(model), []
@@ -307,19 +279,12 @@ def test_a_sweep_records_where_it_comes_from(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "🌶️ Red Hot 🌶️",
-        "שלום עולם",
-        "مرحبا بالعالم",
-        "one\ntwo\n\nthree",
-        "no no no no",
-        "naïve Ænima 東京",
-    ],
+    "prompt", ["🌶️ Red Hot 🌶️", "שלום עולם", "one\ntwo\n\nthree", "no no no no", "naïve Ænima 東京"]
 )
 def test_any_language_can_be_read(prompt: str, tiny: Tiny) -> None:
     """Emoji, right-to-left text, newlines and repeated tokens are prompts like any other."""
-    result = sweep(tiny("gpt2", "bridge"), prompt, **quick(positions=slice(None)))
+    settings = quick(positions=slice(None), kinds="mlp_out", layers=2, alphas=1)
+    result = sweep(tiny("gpt2", "bridge"), prompt, **settings)
     model_tokens = result.provenance["tokens"]
     assert result.table["position"].nunique() == len(model_tokens["ids"]) - 1
     assert result.provenance["prompt"] == prompt

@@ -1,17 +1,15 @@
-"""What holds for every model, prompt, layer and α: the method's invariants, by chance.
+"""The method's invariants for every model, prompt, layer and α, as properties.
 
-Examples are drawn from a fixed seed: the same ones on every run. Models are as small as they can
-be; their texts are compared only where no token was a close call.
+Examples are sampled with a fixed seed. Models are as small as possible; their texts are compared
+only where no token was a near tie.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,14 +24,15 @@ from superscopes_tl import (
     load_model,
     sweep,
 )
-from superscopes_tl.engine import Generation
 from superscopes_tl.vectors import Scale
 from tests.conftest import BACKENDS
-from tests.engine.test_engine import hooks_on
+from tests.support.hooks import hooks_on
+from tests.support.same import same_text
+from tests.support.scorers import half
 from tests.support.tiny_models import random_hf, tiny_tokenizer
 
 CLEAR = 1e-3
-"""A closest call above this, in logits, is not turned by the order in which sums are taken."""
+"""A margin above this, in logits, does not depend on the order of sums."""
 
 TARGET = TargetPrompt("Syria: a land, x")
 KINDS = ("resid_mid", "mlp_out", "resid_post")
@@ -72,7 +71,7 @@ def small(chosen: tuple[str, int, tuple[int, int], str]) -> LanguageModel:
 
 @cache
 def generator(chosen: Any, batch_size: int | None = None) -> PatchedGenerator:
-    """Return what writes three tokens."""
+    """Return a generator of three tokens."""
     return PatchedGenerator(small(chosen), TARGET, max_new_tokens=3, batch_size=batch_size)
 
 
@@ -86,16 +85,10 @@ def vector(model: LanguageModel, seed: int) -> torch.Tensor:
     return torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def same_text(one: Generation, other: Generation) -> bool:
-    """Tell whether two texts are the same, or too close a call to say."""
-    return min(one.margin, other.margin) < CLEAR or one.token_ids == other.token_ids
-
-
 def swept(chosen: Any, prompt: str, **changes: Any) -> SweepResult:
     """Return a sweep of two tokens."""
-    given = {"target_prompt": TARGET, "max_new_tokens": 2, "progress": False, **changes}
-    given["scorer"] = lambda references, candidates: [0.5 for _ in candidates]
-    return sweep(small(chosen), prompt, **given)
+    given = {"target_prompt": TARGET, "max_new_tokens": 2, "progress": False, "scorer": half}
+    return sweep(small(chosen), prompt, **given, **changes)
 
 
 @by_chance
@@ -106,15 +99,15 @@ def test_a_block_output_in_its_own_place_changes_nothing(chosen: Any, share: flo
     layer = at(share, model.n_layers)
     own = capture(model, TARGET.text, kinds="resid_post", layers=[layer])
     patch = Patch(Scale()(1.0)(own["resid_post", layer][writer.target.positions[0]]), layer)
-    assert same_text(writer.generate([patch])[0], writer.unpatched())
+    assert same_text(writer.generate([patch])[0], writer.unpatched(), CLEAR)
 
 
 @by_chance
 @given(models, prompts, shares, st.sampled_from(KINDS), alphas.map(abs).filter(lambda a: a > 0.05))
-def test_at_the_last_layer_every_positive_alpha_writes_the_same(
+def test_at_the_last_layer_every_positive_alpha_has_the_same_text(
     chosen: Any, prompt: str, share: float, kind: str, alpha: float
 ) -> None:
-    """Nothing is added behind the last block, and the final norm takes the length away."""
+    """No block follows, and the final norm removes the length."""
     last = small(chosen).n_layers - 1
     table = swept(
         chosen, prompt, kinds=kind, layers=at(share, last + 1), target_layer=last,
@@ -126,10 +119,10 @@ def test_at_the_last_layer_every_positive_alpha_writes_the_same(
 
 @by_chance
 @given(models, st.randoms(use_true_random=False), st.integers(2, 7), st.sampled_from([1, 2, 3]))
-def test_a_text_does_not_depend_on_its_company(
+def test_a_text_does_not_depend_on_its_batch(
     chosen: Any, random: Any, count: int, batch_size: int
 ) -> None:
-    """Alone, in another order, in batches of another size: each patch writes what it writes."""
+    """Each patch has the same text alone, in another order and in batches of another size."""
     model = small(chosen)
     patches = [
         Patch(random.uniform(-9, 9) * vector(model, seed), random.randrange(model.n_layers))
@@ -139,9 +132,9 @@ def test_a_text_does_not_depend_on_its_company(
     order = random.sample(range(count), count)
     batches = generator(chosen, batch_size).generate([patches[i] for i in order])
     alone = generator(chosen).generate([patches[order[0]]])[0]
-    assert same_text(alone, together[order[0]])
+    assert same_text(alone, together[order[0]], CLEAR)
     for place, i in enumerate(order):
-        assert same_text(batches[place], together[i])
+        assert same_text(batches[place], together[i], CLEAR)
 
 
 @by_chance
@@ -156,7 +149,7 @@ def test_only_the_product_of_alpha_and_length_counts(
     one, other = generator(chosen).generate(patches)
     likely = generator(chosen).next_token(patches)
     torch.testing.assert_close(likely[0], likely[1], rtol=1e-3, atol=1e-3)
-    assert same_text(one, other)
+    assert same_text(one, other, CLEAR)
 
 
 @by_chance
@@ -201,15 +194,3 @@ def test_rows_are_the_cells_in_the_order_of_the_settings(
     assert list(table[columns].itertuples(index=False, name=None)) == expected
     assert np.isfinite(table[["vector_norm", "norm_ratio"]]).all(axis=None)
     assert hooks_on(model) == before
-
-
-@by_chance
-@given(models, prompts, st.lists(alphas, min_size=1, max_size=2, unique=True))
-def test_a_saved_result_is_the_same_when_loaded(
-    tmp_path: Path, chosen: Any, prompt: str, scales: list[float]
-) -> None:
-    """Every number, every character, and where they came from."""
-    found = swept(chosen, prompt, kinds="mlp_out", layers=(1, 0), alphas=scales)
-    loaded = SweepResult.load(found.save(tmp_path / "run.zip"))
-    pd.testing.assert_frame_equal(loaded.table, found.table)
-    assert loaded.provenance == found.provenance

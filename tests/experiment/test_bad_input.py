@@ -53,7 +53,7 @@ def module_calls(llama: LanguageModel, neox: LanguageModel) -> Iterator[list[str
 def test_the_spy_sees_a_forward_pass(
     llama: LanguageModel, module_calls: list[str], word_overlap: Any
 ) -> None:
-    """The spy that the tests below rely on notices the work of a legal sweep."""
+    """The spy of the tests below notices a forward pass."""
     plan_sweep(llama, PROMPT, scorer=word_overlap)
     assert module_calls == []
     capture(llama, PROMPT, kinds="resid_post", layers=[5, 2])
@@ -137,7 +137,7 @@ def test_a_bad_setting_is_explained_before_any_work(
     setting: str, value: Any, error: type[Exception], llama: LanguageModel,
     module_calls: list[str], word_overlap: Any,
 ) -> None:  # fmt: skip
-    """Each bad setting names itself, what was expected, what came and what to do."""
+    """Each bad setting is named, with what was expected, what came and what to do."""
     settings: dict[str, Any] = {"scorer": word_overlap, setting: value}
     with pytest.raises(error, match=rf"(?s)^{setting}: expected .*, got .*\. Fix: "):
         sweep(llama, PROMPT, progress=False, **settings)
@@ -190,14 +190,14 @@ def test_the_context_holds_target_prompt_and_new_tokens_exactly(llama: LanguageM
 def test_settings_are_checked_at_the_call_of_iter_sweep(
     llama: LanguageModel, module_calls: list[str], word_overlap: Any
 ) -> None:
-    """The iterator need not be asked for a reading before it complains."""
+    """Settings are refused before the first reading is requested."""
     with pytest.raises(ValueError, match="^layers:"):
         iter_sweep(llama, PROMPT, layers=[99], scorer=word_overlap)
     assert module_calls == []
 
 
 def test_single_settings_change_a_config(llama: LanguageModel, word_overlap: Any) -> None:
-    """What is not named keeps the value of the config."""
+    """Other settings keep the value of the config."""
     config = SweepConfig(layers=[5, 2], alphas=3, scorer=word_overlap)
     plan = plan_sweep(llama, PROMPT, config, layers=[2])
     assert {site.layer for site in plan.sites} == {2}
@@ -272,7 +272,7 @@ def test_a_scorer_that_returns_too_few_scores_is_named(
     ],
 )
 def test_these_alphas_are_legal(alphas: Any, expected: tuple[float, ...]) -> None:
-    """Zero, negative, single and repeated amplifiers mean what they say."""
+    """Zero, negative, single and repeated amplifiers."""
     assert SweepConfig(alphas=alphas).alphas == expected
 
 

@@ -1,4 +1,4 @@
-"""Controls: what stands in a cell's place without the cell's meaning."""
+"""Controls: vectors in a cell's place that carry no meaning of its source."""
 
 from __future__ import annotations
 
@@ -55,21 +55,14 @@ def test_controls_are_columns_beside_the_same_readings(
             assert row[name] == pytest.approx(word_overlap([PROMPT], [judged])[0])
 
 
-def test_unpatched_is_the_prompt_s_own_text(controlled: SweepResult, mini: LanguageModel) -> None:
-    """One text for all cells: what the model writes when nothing is patched."""
-    assert set(controlled.table["unpatched_text"]) == {
-        PatchedGenerator(mini, until=description_is_over).unpatched().text
-    }
-
-
-def test_alpha_zero_is_a_patched_zero_vector(controlled: SweepResult, mini: LanguageModel) -> None:
-    """With the paper's α·v, α = 0 writes zeros over the placeholder."""
-    zero = (
-        PatchedGenerator(mini, until=description_is_over)
-        .generate([Patch(torch.zeros(mini.d_model), 0)])[0]
-        .text
-    )
-    assert set(controlled.table["alpha_zero_text"]) == {zero}
+def test_unpatched_and_alpha_zero_have_one_text(
+    controlled: SweepResult, mini: LanguageModel
+) -> None:
+    """One text for all cells, without a patch; α = 0 patches zeros, as the paper's α·v does."""
+    generator = PatchedGenerator(mini, until=description_is_over)
+    assert set(controlled.table["unpatched_text"]) == {generator.unpatched().text}
+    (zero,) = generator.generate([Patch(torch.zeros(mini.d_model), 0)])
+    assert set(controlled.table["alpha_zero_text"]) == {zero.text}
 
 
 def test_alpha_zero_with_a_base_is_the_base(mini: LanguageModel, word_overlap: Any) -> None:
@@ -119,7 +112,7 @@ def test_other_prompt_is_the_vector_of_another_prompt(
 def test_unpatched_log_probability_is_that_of_the_description(
     controlled: SweepResult, mini: LanguageModel
 ) -> None:
-    """The cell's own words behind the unpatched prompt, which likes them less than the patched."""
+    """The description after the unpatched prompt is less likely than after the patched one."""
     rows = controlled.table[controlled.table["description"] != ""]
     assert (rows["unpatched_log_probability"] < 0).all()
     lift = rows["log_probability"] - rows["unpatched_log_probability"]
@@ -147,12 +140,6 @@ def test_rescored_judges_controls_too(
         assert reading.controls["unpatched"] == len(
             crop_description(str(reading.controls["unpatched_text"]))
         )
-
-
-def test_unknown_controls_are_refused(mini: LanguageModel) -> None:
-    """The message names the controls that there are."""
-    with pytest.raises(ValueError, match="^controls:"):
-        plan_sweep(mini, PROMPT, controls="nothing")
 
 
 def test_controls_survive_the_run_file(controlled: SweepResult, tmp_path: Any) -> None:

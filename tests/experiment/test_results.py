@@ -1,4 +1,4 @@
-"""The table of a sweep: what is best, where the entity is first read, and one file for it all."""
+"""The table of a sweep: the best cells, the contextualization layer, and the file."""
 
 from __future__ import annotations
 
@@ -22,53 +22,7 @@ from superscopes_tl import SweepResult
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import COLUMNS, Reading
 from superscopes_tl.vectors import PAPER_MAPPING
-
-NAN = math.nan
-PROVENANCE: dict[str, Any] = {
-    "model": {"name": "mini", "n_layers": 14},
-    "prompt": "Red Hot Chili Peppers",
-    "config": {"alphas": [1, 3, 9], "target_layer": "same"},
-    "complete": True,
-}
-
-
-def reading(
-    source_layer: int = 5,
-    alpha: float = 1.0,
-    score: float = 0.5,
-    *,
-    kind: str = "resid_post",
-    position: int = 6,
-    target_layer: int = 0,
-    description: str | None = None,
-    mapping: str = "Scale()",
-) -> Reading:
-    """Return one cell; its description defaults to one of its own."""
-    name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
-    return Reading(
-        prompt="Red Hot Chili Peppers",
-        position=position,
-        token="·Peppers" if position == 6 else "·Chili",
-        kind=kind,
-        source_layer=source_layer,
-        target_layer=target_layer,
-        mapping=mapping,
-        alpha=float(alpha),
-        vector_norm=2.0 * abs(alpha),
-        norm_ratio=0.5 * abs(alpha),
-        text=f": {name}, Adele: singer",
-        description=name,
-        score=score,
-        few_shot_copy=False,
-        n_tokens=4,
-        margin=0.25,
-    )
-
-
-def result_of(*readings: Reading) -> SweepResult:
-    """Return the result that holds these cells."""
-    return SweepResult.from_readings(readings, PROVENANCE)
-
+from tests.support.readings import NAN, PROVENANCE, reading, result_of
 
 LADDER = result_of(
     # layer 5 comes first, as in a sweep over layers=[5, 2]
@@ -117,27 +71,6 @@ def test_best_takes_the_highest_score_of_every_site() -> None:
 
 
 @pytest.mark.parametrize(
-    ("alphas", "scores", "best"),
-    [
-        pytest.param([9, 3, 1], [0.5, 0.5, 0.5], 1, id="tie-whatever-the-order"),
-        pytest.param([-1, 3, -9], [0.5, 0.5, 0.5], -1, id="tie-by-size-not-by-value"),
-        pytest.param([-9, 0, 9], [0.5, 0.5, 0.5], 0, id="tie-zero"),
-        pytest.param([9, 3, 1], [NAN, NAN, NAN], 1, id="no-score"),
-        pytest.param([9, -3, 15], [NAN, NAN, NAN], -3, id="no-score-negative"),
-        pytest.param([1, 3, 9], [NAN, -0.2, NAN], 3, id="a-negative-score-beats-none"),
-        pytest.param([1, 3, 9], [-0.3, -0.2, -0.1], 9, id="all-negative"),
-        pytest.param([1, 3, 9], [0.5, 0.500001, 0.4], 3, id="nearly-a-tie"),
-    ],
-)
-def test_best_breaks_ties_by_the_smallest_amplifier(
-    alphas: list[float], scores: list[float], best: float
-) -> None:
-    """Among equal scores the smallest |α| wins, and a missing score loses to any number."""
-    result = result_of(*(reading(5, a, s) for a, s in zip(alphas, scores, strict=True)))
-    assert columns(result.best(), "alpha") == [(best,)]
-
-
-@pytest.mark.parametrize(
     "change",
     [{"position": 3}, {"target_layer": 2}, {"mapping": "RandomDirection(seed=0)"}],
     ids=lambda change: next(iter(change)),
@@ -158,7 +91,7 @@ def test_best_keeps_sites_apart(change: dict[str, Any]) -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_no_cell_of_a_site_beats_its_best(cells: dict[tuple[int, float], float]) -> None:
-    """The best cell's score is the maximum, and no equal score has a smaller |α|."""
+    """The best score is the maximum, a missing one loses, and equal ones go to the smallest |α|."""
     result = result_of(*(reading(layer, a, score) for (layer, a), score in cells.items()))
     best = result.best()
     assert sorted(best["source_layer"]) == sorted({layer for layer, _ in cells})
@@ -174,28 +107,20 @@ def test_no_cell_of_a_site_beats_its_best(cells: dict[tuple[int, float], float])
 
 
 def test_by_layer_shows_the_best_reading_per_layer_and_kind() -> None:
-    """Figure 6's table: layers down, and for each kind what is read, at which α, how well."""
+    """Layers are rows, with the best reading of each kind (Figure 6) or that at α = 1 (5)."""
     wide = LADDER.by_layer()
     assert list(wide.index) == [2, 5]
-    assert list(wide.columns) == [
-        (kind, column)
-        for kind in ("resid_post", "mlp_out")
-        for column in ("description", "alpha", "score", "recovered", "target_layer")
+    shown = ("description", "alpha", "score", "recovered", "target_layer", "written")
+    assert list(wide.columns) == [(k, c) for k in ("resid_post", "mlp_out") for c in shown]
+    assert columns(wide["resid_post"], "description", "alpha", "score") == [
+        ("resid_post 2 x 9", 9, 0.30),
+        ("resid_post 5 x 3", 3, 0.70),
     ]
-    assert list(wide["resid_post", "alpha"]) == [9, 3]
-    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 9", "resid_post 5 x 3"]
-    assert list(wide["resid_post", "score"]) == [0.30, 0.70]
-    assert list(wide["mlp_out", "alpha"]) == [1, 1]
-    assert list(wide["mlp_out", "description"]) == ["", "mlp_out 5 x 1"]
+    assert columns(wide["mlp_out"], "description", "alpha") == [("", 1), ("mlp_out 5 x 1", 1)]
     assert pd.isna(wide["mlp_out", "score"].loc[2])
-
-
-def test_by_layer_at_one_alpha_shows_patchscopes() -> None:
-    """Figure 5's table has α = 1 throughout, whatever another α would read."""
-    wide = LADDER.by_layer(alpha=1)
-    assert list(wide["resid_post", "description"]) == ["resid_post 2 x 1", "resid_post 5 x 1"]
-    assert list(wide["resid_post", "score"]) == [0.10, 0.20]
-    assert set(wide["resid_post", "alpha"]) == set(wide["mlp_out", "alpha"]) == {1}
+    plain = LADDER.by_layer(alpha=1)
+    assert list(plain["resid_post", "description"]) == ["resid_post 2 x 1", "resid_post 5 x 1"]
+    assert set(plain["resid_post", "alpha"]) == set(plain["mlp_out", "alpha"]) == {1}
 
 
 def test_by_layer_takes_the_best_of_several_target_layers() -> None:
@@ -209,32 +134,23 @@ def test_by_layer_takes_the_best_of_several_target_layers() -> None:
     assert list(result.by_layer()["resid_post", "description"]) == ["low", "from two"]
 
 
-def test_by_layer_shows_the_last_token_or_the_one_asked_for() -> None:
+def test_by_layer_shows_the_last_token_or_the_chosen_one() -> None:
     """With several tokens, the last is shown unless a position is given."""
     result = result_of(
         reading(5, 1, 0.9, position=4, description="of Chili"),
+        reading(5, 1, 0.9, position=4, kind="mlp_out"),
         reading(5, 1, 0.1, position=6, description="of Peppers"),
-        reading(5, 3, 0.2, position=4, description="no"),
     )
     assert list(result.by_layer()["resid_post", "description"]) == ["of Peppers"]
+    assert "of Peppers" in result._repr_html_(), "a sweep stopped before the last token's mlp_out"
     assert list(result.by_layer(position=4)["resid_post", "description"]) == ["of Chili"]
 
 
 def test_by_layer_leaves_holes_where_a_layer_was_not_read() -> None:
     """A kind that was read at fewer layers has a hole there, and no other layer's reading."""
-    result = result_of(reading(5), reading(2), reading(5, kind="mlp_out"))
-    wide = result.by_layer()
+    wide = result_of(reading(5), reading(2), reading(5, kind="mlp_out")).by_layer()
     assert list(wide["mlp_out", "description"].isna()) == [True, False]
     assert list(wide["resid_post", "description"].isna()) == [False, False]
-
-
-def test_by_layer_of_an_interrupted_sweep() -> None:
-    """A kind that the last token was not read for yet is no reason to show nothing."""
-    result = result_of(
-        reading(5, position=4), reading(5, position=4, kind="mlp_out"), reading(5, position=6)
-    )
-    assert list(result.by_layer()["resid_post", "description"]) == ["resid_post 5 x 1"]
-    assert "resid_post 5 x 1" in result._repr_html_()
 
 
 @pytest.mark.parametrize("arguments", [{"alpha": 2}, {"position": 5}, {"position": -1}])
@@ -283,20 +199,15 @@ def test_the_contextualization_layer_is_the_first_that_reads(
     assert found is None or type(found) is int
 
 
-def test_the_default_threshold_is_the_papers() -> None:
-    """A score of 0.3 reads the entity, 0.299 does not."""
-    assert result_of(*climb(0.3, 0.299)).contextualization_layer().layer == 5
-
-
-def test_other_kinds_and_amplifiers_do_not_count() -> None:
-    """Only unamplified `resid_post` says where the model itself has resolved the name."""
-    result = result_of(
-        reading(5, 1, 0.9),
+def test_only_unamplified_block_outputs_count() -> None:
+    """Other kinds and amplifiers do not count; the default threshold is the paper's 0.3."""
+    found = result_of(
+        reading(5, 1, 0.3),
         reading(2, 9, 0.9),
-        reading(2, 1, 0.1),
+        reading(2, 1, 0.299),
         reading(0, 1, 0.9, kind="mlp_out"),
     )
-    assert result.contextualization_layer().layer == 5
+    assert found.contextualization_layer().layer == 5
 
 
 def test_a_judge_replaces_the_threshold() -> None:
@@ -320,72 +231,45 @@ def test_the_contextualization_layer_is_that_of_one_token() -> None:
 
 
 def test_several_target_layers_need_a_choice() -> None:
-    """Each target layer has its own answer, so one must be named."""
+    """Each target layer has its own answer; one per source layer needs no choice."""
     result = result_of(*climb(0.9, 0.9, target_layer=0), *climb(0.9, 0.1, target_layer=3))
     with pytest.raises(ValueError, match="^target_layer: "):
         result.contextualization_layer()
     assert result.contextualization_layer(target_layer=0).layer == 4
     assert result.contextualization_layer(target_layer=3).layer == 5
+    same = result_of(*(reading(k, 1, s, target_layer=k) for k, s in ((5, 0.9), (2, 0.1), (3, 0.4))))
+    assert same.contextualization_layer().layer == 3
 
 
-def test_the_same_target_layer_as_the_source_needs_no_choice() -> None:
-    """`target_layer="same"` has one cell per source layer."""
-    result = result_of(
-        reading(5, 1, 0.9, target_layer=5),
-        reading(2, 1, 0.1, target_layer=2),
-        reading(3, 1, 0.4, target_layer=3),
-    )
-    assert result.contextualization_layer().layer == 3
-
-
-@pytest.mark.parametrize(
-    "readings",
-    [
-        pytest.param([reading(5, 3)], id="no-alpha-1"),
-        pytest.param([reading(5, 1, kind="mlp_out")], id="no-resid-post"),
-    ],
-)
-def test_a_sweep_without_patchscopes_has_no_contextualization_layer(
-    readings: list[Reading],
-) -> None:
+@pytest.mark.parametrize("cell", [reading(5, 3), reading(5, 1, kind="mlp_out")], ids=["α", "kind"])
+def test_a_sweep_without_patchscopes_has_no_contextualization_layer(cell: Reading) -> None:
     """Without `resid_post` at α = 1 the question is refused instead of answered by None."""
     with pytest.raises(ValueError, match="^contextualization_layer: "):
-        result_of(*readings).contextualization_layer()
+        result_of(cell).contextualization_layer()
 
 
 # One file
 
 
 def assert_same(a: SweepResult, b: SweepResult) -> None:
-    """Assert that two results hold the same table and provenance."""
+    """Assert that two results hold the same table, types included, and provenance."""
     assert a.provenance == b.provenance
-    assert list(a.table.columns) == list(b.table.columns)
-    for column in COLUMNS:
-        left, right = a.table[column].tolist(), b.table[column].tolist()
-        assert [type(v) for v in left] == [type(v) for v in right]
-        assert all(
-            x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y))
-            for x, y in zip(left, right, strict=True)
-        ), column
+    pd.testing.assert_frame_equal(a.table, b.table)
 
 
 def test_a_file_holds_the_whole_result(tmp_path: Path) -> None:
-    """Saving and loading keeps the table, types included, and the provenance."""
-    path = LADDER.save(tmp_path / "run.superscopes")
-    assert path == tmp_path / "run.superscopes"
-    loaded = SweepResult.load(str(path))
-    pd.testing.assert_frame_equal(loaded.table, LADDER.table)
+    """Saving and loading keeps table and provenance; the second save replaces the first."""
+    path = tmp_path / "run.superscopes"
+    (ordinary := tmp_path / "ordinary").write_text("")
+    for result in (result_of(), result_of(reading(5)), LADDER):
+        assert result.save(path) == path
+        loaded = SweepResult.load(str(path))
+        assert len(loaded) == len(result)
+        assert loaded.provenance == PROVENANCE
     assert_same(loaded, LADDER)
     assert columns(loaded.best(), "alpha") == columns(LADDER.best(), "alpha")
-    assert loaded.contextualization_layer(threshold=0.2).layer == 5
-
-
-def test_an_empty_result_can_be_saved(tmp_path: Path) -> None:
-    """A sweep without a finished cell still has its provenance."""
-    loaded = SweepResult.load(result_of().save(tmp_path / "run"))
-    assert len(loaded) == 0
-    assert tuple(loaded.table.columns) == COLUMNS
-    assert loaded.provenance == PROVENANCE
+    assert path.stat().st_mode == ordinary.stat().st_mode, "readable as any new file"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ordinary", "run.superscopes"]
 
 
 TEXTS = st.text(max_size=30)
@@ -407,7 +291,7 @@ TEXTS = st.text(max_size=30)
 def test_every_text_survives_the_file(
     tmp_path: Path, texts: list[tuple[str, str]], score: float, provenance: dict[str, Any]
 ) -> None:
-    """Whatever a model writes comes back character by character."""
+    """Any generated text is loaded character by character."""
     cells = [
         replace(reading(5 - i, 1, score), text=text, description=description)
         for i, (text, description) in enumerate(texts)
@@ -464,11 +348,6 @@ def header(**changes: Any) -> bytes:
     return json.dumps({**good, **changes}).encode()
 
 
-def test_a_rewritten_good_file_loads(tmp_path: Path) -> None:
-    """The helper of the tests below spoils nothing by itself."""
-    assert_same(SweepResult.load(rewritten(tmp_path / "run", provenance=header())), LADDER)
-
-
 @pytest.mark.parametrize(
     "entries",
     [
@@ -482,7 +361,8 @@ def test_a_rewritten_good_file_loads(tmp_path: Path) -> None:
 def test_a_zip_that_is_no_run_file_is_refused(
     tmp_path: Path, entries: dict[str, bytes | None]
 ) -> None:
-    """A foreign, newer or incomplete file is named."""
+    """A foreign, newer or incomplete file is named; a good one with a new header is not."""
+    assert_same(SweepResult.load(rewritten(tmp_path / "run", provenance=header())), LADDER)
     path = rewritten(tmp_path / "run.zip", **entries)
     with pytest.raises(RunFileError, match=rf"^path: .*{re.escape(str(path))}"):
         SweepResult.load(path)
@@ -511,17 +391,12 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, entry: str) -> None:
         SweepResult.load(path)
 
 
-def test_a_directory_and_another_file_are_refused(tmp_path: Path) -> None:
-    """What is no zip at all is explained the same way."""
-    other = tmp_path / "notes.txt"
-    other.write_text("not a zip")
+def test_other_paths_are_refused(tmp_path: Path) -> None:
+    """A folder and a text file are no run files, and a wrong path is distinguished from both."""
+    (other := tmp_path / "notes.txt").write_text("not a zip")
     for path in (tmp_path, other):
         with pytest.raises(RunFileError, match="^path: "):
             SweepResult.load(path)
-
-
-def test_a_file_that_is_not_there_is_file_not_found(tmp_path: Path) -> None:
-    """A wrong path is distinguished from a wrong file."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.zip"):
         SweepResult.load(tmp_path / "nowhere.zip")
 
@@ -552,51 +427,19 @@ def test_a_failed_save_changes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["run.zip"]
 
 
-def test_a_failed_first_save_leaves_no_file(tmp_path: Path) -> None:
-    """A result that cannot be written leaves an empty folder empty."""
-    result = SweepResult.from_readings([reading(5)], {"model": object()})
-    with pytest.raises(TypeError, match="JSON serializable"):
-        result.save(tmp_path / "run.zip")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
-    """The second save wins as a whole."""
-    path = LADDER.save(tmp_path / "run.zip")
-    result_of(reading(5), reading(2)).save(path)
-    assert len(SweepResult.load(path)) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["run.zip"]
-
-
-def test_a_saved_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    """A run file can be read by whom any new file can be read, not by its writer alone."""
-    ordinary = tmp_path / "ordinary"
-    ordinary.write_text("")
-    path = LADDER.save(tmp_path / "run.zip")
-    assert path.stat().st_mode == ordinary.stat().st_mode
-
-
 # In a notebook
 
 
-def test_the_notebook_table_escapes_what_the_model_wrote() -> None:
-    """Generated text never becomes markup, and its direction stays within its cell."""
-    evil = "<script>alert('x')</script>"
-    shown = result_of(reading(5, 3, 0.7, description=evil))._repr_html_()
-    assert "<script" not in shown
-    assert f"<bdi>{html.escape(evil)}</bdi>" in shown
-    assert "α = 3, 0.70" in shown
-
-
-def test_the_notebook_table_escapes_prompt_token_and_kind() -> None:
-    """Everything that comes from outside is escaped, not only the readings."""
+def test_the_notebook_table_escapes_all_foreign_text() -> None:
+    """Generated text, prompt, model, token and kind never become markup."""
     evil = "<img src=x onerror=alert(1)>"
-    cell = replace(reading(5), prompt=evil, token=evil, kind=evil)
+    cell = reading(5, 3, 0.7, description=evil, prompt=evil, token=evil, kind=evil)
     provenance = {"prompt": evil, "model": {"name": evil}}
     shown = SweepResult.from_readings([cell], provenance)._repr_html_()
     assert "<img" not in shown
-    assert shown.count(html.escape(evil)) == 4  # prompt, model, token and kind
-    assert f"<bdi>{html.escape(evil)}</bdi>" in shown
+    assert shown.count(html.escape(evil)) == 5
+    assert shown.count(f"<bdi>{html.escape(evil)}</bdi>") == 2, "the direction stays in its cell"
+    assert "α = 3, 0.70" in shown
 
 
 def test_the_notebook_table_has_a_row_per_layer_and_says_what_is_missing() -> None:
@@ -616,7 +459,7 @@ def test_the_notebook_table_has_a_row_per_layer_and_says_what_is_missing() -> No
         "<bdi>band</bdi> <small>α = 9, 0.75</small>",
         "<bdi>שלום</bdi> <small>α = 1, 0.50</small>",
     ]
-    assert "best reading of token <bdi>·Peppers</bdi> per layer" in shown
+    assert "best reading of token <bdi>·token6</bdi> per layer" in shown
 
 
 # Several prompts

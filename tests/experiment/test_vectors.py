@@ -1,8 +1,7 @@
-"""Keys, values, steering vectors, and what the model says of them, against plain Hugging Face."""
+"""Descriptions of given vectors, against plain Hugging Face."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from superscopes_tl import (
     read_vectors,
     sweep,
 )
+from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import (
     SweepInterrupted,
     make_patches,
@@ -31,13 +31,7 @@ from superscopes_tl.experiment import (
     refine,
 )
 from superscopes_tl.experiment.vector_plans import NO_LAYER
-from superscopes_tl.vectors import (
-    PlaceholderState,
-    ResidMid,
-    difference_of_means,
-    mlp_keys,
-    mlp_values,
-)
+from superscopes_tl.vectors import PlaceholderState, ResidMid
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings
@@ -47,116 +41,10 @@ from tests.support.tiny_models import D_MODEL, tiny_hf
 Tiny = Callable[[str, str], LanguageModel]
 PROMPT = "Red Hot Chili Peppers"
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
-NEAR_TIE = 5e-5
 
 
 def _given(n: int, seed: int = 2) -> Tensor:
     return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def _hf_weights(hf: Any, architecture: str, layer: int) -> dict[str, Tensor]:
-    """Return keys and values, `[d_mlp d_model]`, from the original modules."""
-    mlp = plain_hf.blocks_of(hf)[layer].mlp
-    if architecture == "gpt2":  # Conv1D keeps its weight as [in, out]
-        return {"in": mlp.c_fc.weight.T, "values": mlp.c_proj.weight}
-    if architecture == "neox":
-        return {"in": mlp.dense_h_to_4h.weight, "values": mlp.dense_4h_to_h.weight.T}
-    return {
-        "gate": mlp.gate_proj.weight,
-        "in": mlp.up_proj.weight,
-        "values": mlp.down_proj.weight.T,
-    }
-
-
-@pytest.mark.parametrize("layer", [5, 2, -1])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "gemma2"])
-def test_keys_and_values_are_the_original_weights(
-    architecture: str, backend: str, layer: int, tiny: Tiny
-) -> None:
-    """Row i belongs to neuron i; of a gated layer the gate is meant unless "in" is asked for."""
-    model = tiny(architecture, backend)
-    weights = _hf_weights(tiny_hf(architecture), architecture, layer)
-    assert torch.equal(mlp_values(model, layer), weights["values"])
-    assert torch.equal(mlp_keys(model, layer, "in"), weights["in"])
-    if "gate" in weights:
-        assert torch.equal(mlp_keys(model, layer, "gate"), weights["gate"])
-        assert not torch.equal(weights["gate"], weights["in"])
-    assert torch.equal(mlp_keys(model, layer), weights.get("gate", weights["in"]))
-
-
-def test_keys_and_values_make_the_mlp_output(mini: LanguageModel) -> None:
-    """The docstring's formula, with the norm's gain on the keys, gives the captured mlp_out."""
-    seen = capture(mini, PROMPT, kinds=("resid_mid", "mlp_out"), layers=[7, 3])
-    for layer in (7, 3):
-        norm = mini.tl.original_model.model.layers[layer].post_attention_layernorm
-        gain = norm.weight.detach()
-        assert gain.std() > 0.01, "a gain of 1 everywhere would prove nothing"
-        stream = seen["resid_mid", layer]
-        u = stream / (stream.pow(2).mean(dim=-1, keepdim=True) + norm.variance_epsilon).sqrt()
-        gate, up = (u @ (mlp_keys(mini, layer, part) * gain).T for part in ("gate", "in"))
-        written = (torch.nn.functional.silu(gate) * up) @ mlp_values(mini, layer)
-        torch.testing.assert_close(written, seen["mlp_out", layer], rtol=1e-4, atol=1e-4)
-
-
-def test_weights_are_handed_out_as_copies(tiny: Tiny) -> None:
-    """Who changes a key or a value does not change the model."""
-    model = tiny("llama", "bridge")
-    for take in (mlp_keys, mlp_values):
-        before = take(model, 2).clone()
-        take(model, 2).zero_()
-        assert torch.equal(take(model, 2), before)
-
-
-def test_keys_and_values_that_are_not_there_are_refused(tiny: Tiny) -> None:
-    """No gate, no such layer, no plain feed-forward layer."""
-    part: Any = "gate"
-    with pytest.raises(ValueError, match="part: expected 'in', got gate. Fix: .* has no gate"):
-        mlp_keys(tiny("gpt2", "bridge"), 2, part)
-    part = "up"
-    with pytest.raises(ValueError, match="part: expected 'in' or 'gate', got up"):
-        mlp_keys(tiny("llama", "bridge"), 2, part)
-    with pytest.raises(ValueError, match="layer: expected layers of a model with 6 layers, got 6"):
-        mlp_values(tiny("llama", "bridge"), 6)
-    experts = dataclasses.replace(tiny("llama", "bridge"), tl=_NoMlp())
-    for take in (mlp_keys, mlp_values):
-        with pytest.raises(ValueError, match="layer: expected a block with one feed-forward"):
-            take(experts, 2)
-
-
-class _NoMlp:
-    """A model whose blocks hold experts."""
-
-    blocks = (object(),) * 6
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(("kind", "layer"), [("mlp_out", 5), ("resid_post", 2)])
-def test_a_difference_of_means_is_that_of_the_last_tokens(
-    kind: str, layer: int, architecture: str, backend: str, tiny: Tiny
-) -> None:
-    """Groups of unequal size and texts of unequal length; a minus b."""
-    model, hf = tiny(architecture, backend), tiny_hf(architecture)
-    groups = (["Red Hot Chili Peppers", "Syria", "a rock band"], ["Middle East", "Country, x"])
-    means = []
-    for texts in groups:
-        ids = [[0, *model.tokenizer.encode(t, add_special_tokens=False)] for t in texts]
-        last = [plain_hf.source_vectors(hf, i, kind, layer)[-1] for i in ids]
-        means.append(sum(last) / len(last))
-    found = difference_of_means(model, *groups, kind, layer)
-    torch.testing.assert_close(found, means[0] - means[1], rtol=1e-4, atol=1e-4)
-
-
-def test_a_difference_of_means_needs_texts(tiny: Tiny) -> None:
-    """A bare string is no list of texts, and no texts have no mean."""
-    model = tiny("llama", "bridge")
-    bad: Any
-    for bad in ("Syria", []):
-        with pytest.raises(ValueError, match="texts_b: expected texts"):
-            difference_of_means(model, ["Syria"], bad, "mlp_out", 2)
-    with pytest.raises(ValueError, match="^kinds:"):
-        difference_of_means(model, ["Syria"], ["East"], "mlp", 2)
 
 
 @pytest.mark.parametrize("unit", ["residual", "vector"])
@@ -193,7 +81,7 @@ def test_every_reading_equals_plain_hugging_face(
 def test_an_activation_given_as_a_vector_reads_as_in_a_sweep(
     backend: str, tiny: Tiny, word_overlap: Any
 ) -> None:
-    """Reading is the same whether a prompt or a tensor brings the vector, scores included."""
+    """Readings are equal whether the vector is captured or given, scores included."""
     model = tiny("llama", backend)
     settings: dict[str, Any] = {
         "alphas": (1, 6), "target_layer": (4, 1), "target_prompt": TARGET,
@@ -244,7 +132,7 @@ def test_vectors_with_many_references_share_batches(tiny: Tiny, word_overlap: An
 
 
 def test_without_a_reference_no_scorer_is_loaded(tiny: Tiny) -> None:
-    """Nothing is to be judged, so the sentence embeddings stay where they are."""
+    """The sentence embeddings are not loaded."""
     (plan,) = plan_vectors(tiny("llama", "bridge"), _given(2), target_prompt=TARGET)
     assert plan.provenance()["config"]["scorer"] == "no_scores"
     assert plan.provenance()["tokens"]["labels"] == ["vector 0", "vector 1"]
@@ -252,7 +140,7 @@ def test_without_a_reference_no_scorer_is_loaded(tiny: Tiny) -> None:
 
 
 def test_a_result_knows_its_vectors_by_their_numbers(tiny: Tiny) -> None:
-    """Other vectors have another name in the column `mapping`, the same ones the same."""
+    """Equal vectors have equal names in the column `mapping`, other ones other names."""
     model = tiny("llama", "bridge")
     names = [plan_vectors(model, v)[0].mapping_name for v in (_given(2), _given(2), _given(2, 3))]
     assert names[0] == names[1] != names[2]
@@ -261,7 +149,7 @@ def test_a_result_knows_its_vectors_by_their_numbers(tiny: Tiny) -> None:
 
 
 def test_controls_stand_beside_each_vector(tiny: Tiny) -> None:
-    """Same place, equal norm, no meaning; and how likely the text is without any vector."""
+    """Same place, equal norm, no meaning; and the log-probability without any vector."""
     model = tiny("llama", "bridge")
     controls = ("unpatched", "alpha_zero", "random_direction", "shuffled_dimensions")
     table = read_vectors(
@@ -276,10 +164,10 @@ def test_controls_stand_beside_each_vector(tiny: Tiny) -> None:
     assert table["unpatched_log_probability"].notna().equals(table["description"] != "")
 
 
-def test_what_draws_saves_and_refines_takes_vectors(
+def test_results_of_vectors_are_ordinary_results(
     tiny: Tiny, word_overlap: Any, tmp_path: Path
 ) -> None:
-    """The result is an ordinary one: file, best α, heatmap of one vector, more α."""
+    """File, best α, heatmap of one vector, refinement."""
     model = tiny("llama", "bridge")
     settings: dict[str, Any] = {
         "alphas": (1, 3, 9), "target_layer": 2, "references": "band", "scorer": word_overlap,
@@ -298,7 +186,7 @@ def test_what_draws_saves_and_refines_takes_vectors(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_base_may_be_the_placeholders_own_state(backend: str, tiny: Tiny) -> None:
-    """f(v) = b + α·(v − b) needs no source prompt either: α = 0 is the unpatched prompt."""
+    """f(v) = b + α·(v − b) without a source prompt: α = 0 is the unpatched prompt."""
     model = tiny("llama", backend)
     table = read_vectors(
         model, _given(2), base=PlaceholderState(), unit="vector", alphas=(0, 1), target_layer=5,
@@ -306,7 +194,7 @@ def test_the_base_may_be_the_placeholders_own_state(backend: str, tiny: Tiny) ->
     ).table  # fmt: skip
     unpatched = PatchedGenerator(model, TARGET, max_new_tokens=4).unpatched().text
     assert set(table[table["alpha"] == 0]["text"]) == {unpatched}
-    with pytest.raises(ValueError, match=r"prompt: expected at least one token.*base=ResidMid\(\)"):
+    with pytest.raises(ValueError, match="^prompt:"):
         read_vectors(model, _given(2), base=ResidMid(), target_prompt=TARGET, progress=False)
 
 
@@ -315,11 +203,7 @@ def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, t
     """f(v) = b + α·(v − b) with v, however weak, as long as the stream, by plain Hugging Face."""
     model, hf = tiny("llama", backend), tiny_hf("llama")
     vectors = _given(3) * torch.tensor([[1e-4], [1.0], [1e3]])
-    settings: dict[str, Any] = {
-        "alphas": (1, 0, 3),
-        "target_layer": (5, 2),
-        "target_prompt": TARGET,
-    }
+    settings: dict[str, Any] = {"alphas": (1, 0), "target_layer": (5, 2), "target_prompt": TARGET}
     (plan,) = plan_vectors(model, vectors, base=PlaceholderState(), **settings)
     tokens = plan.generator.target
     ids, at = list(tokens.tokens.ids), tokens.positions[0]
@@ -335,7 +219,7 @@ def test_a_resized_vector_is_itself_at_alpha_1_whatever_the_base(backend: str, t
 
 
 def test_vectors_may_come_from_no_layer(tiny: Tiny) -> None:
-    """NO_LAYER is what it says, alone or beside layers, and not the last layer."""
+    """NO_LAYER, alone or beside layers, is not the last layer."""
     model = tiny("llama", "bridge")
     for layers, expected in ((NO_LAYER, [-1, -1]), ([5, NO_LAYER], [5, -1]), (None, [-1, -1])):
         (plan,) = plan_vectors(model, _given(2), layers=layers, target_layer=3)
@@ -360,7 +244,7 @@ def test_the_provenance_is_that_of_all_vectors(tiny: Tiny, word_overlap: Any) ->
 def test_the_bar_counts_the_cells_of_all_plans(
     tiny: Tiny, word_overlap: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Several references are several plans, with one bar that knows its end."""
+    """Several references are several plans, with one progress bar."""
     settings: dict[str, Any] = {"alphas": (1, 2), "scorer": word_overlap, "max_new_tokens": 2}
     read_vectors(
         tiny("llama", "bridge"), _given(3), references=list("abc"), batch_size=4, **settings
@@ -381,7 +265,7 @@ def test_one_vector_has_a_name(tiny: Tiny) -> None:
     many = read_vectors(model, _given(1).numpy(), names=["bands"], **settings).table
     assert_same_readings(one, many)
     assert list(one["token"]) == ["bands"]
-    with pytest.raises(ValueError, match=r"v: expected one vector.*got shape \[2, 32\]"):
+    with pytest.raises(ValueError, match="^v:"):
         read_vector(model, _given(2))
 
 

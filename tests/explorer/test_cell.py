@@ -61,7 +61,7 @@ def test_the_probe_compares_a_cell_with_its_controls(
     found = probe(plan, reading)
     assert "".join(token.token for token in found.tokens) == reading.text
     cell = Cell.of(reading)
-    patches = make_patches(replace(plan, finished=frozenset(plan.all_cells) - {cell}))
+    patches = make_patches(plan.only([cell]))
     (random,) = make_control("random_direction", plan, [cell], patches)
     unpatched, at_random = found.controls
     assert unpatched.text == generator.unpatched().text

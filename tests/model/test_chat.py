@@ -381,7 +381,7 @@ def test_another_prompt_is_read_in_the_template_too(
     assert list(there.source.ids) == by_hugging_face(model.tokenizer, "Syria")
     assert {site.position for site in there.sites} == {there.source.own.stop - 1}
     cell = plan.all_cells[1]
-    only = dataclasses.replace(plan, finished=frozenset({*plan.all_cells} - {cell}))
+    only = plan.only([cell])
     patch = make_control("other_prompt", plan, [cell], make_patches(only))[0]
     kind, layer, alpha = cell.kind, cell.source_layer, cell.alpha
     other = "Pearl Jam"

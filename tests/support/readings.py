@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,27 +16,26 @@ PROVENANCE = {"model": {"name": "mini"}, "prompt": "Red Hot Chili Peppers"}
 
 
 def reading(
-    source_layer: int,
-    alpha: float,
-    score: float,
+    source_layer: int = 5,
+    alpha: float = 1.0,
+    score: float = 0.5,
     *,
     kind: str = "resid_post",
     position: int = 6,
-    target_layer: int = 0,
     description: str | None = None,
-    few_shot_copy: bool = False,
+    **others: Any,
 ) -> Reading:
-    """Return one cell; its norm ratio is a tenth of layer plus α, to be told from the score."""
+    """Return one cell; its norm ratio is a tenth of layer plus α, and so differs from its score."""
     name = f"{kind} {source_layer} x {alpha:g}" if description is None else description
     if math.isnan(score) and description is None:
         name = ""
-    return Reading(
+    usual = Reading(
         prompt="Red Hot Chili Peppers",
         position=position,
         token=f"·token{position}",
         kind=kind,
         source_layer=source_layer,
-        target_layer=target_layer,
+        target_layer=0,
         mapping="Scale()",
         alpha=float(alpha),
         vector_norm=2.0,
@@ -43,10 +43,11 @@ def reading(
         text=f": {name}" if name else "",
         description=name,
         score=score,
-        few_shot_copy=few_shot_copy,
+        few_shot_copy=False,
         n_tokens=4,
         margin=0.25,
     )
+    return replace(usual, **others)
 
 
 def result_of(*readings: Reading) -> SweepResult:

@@ -17,9 +17,9 @@ ROUNDING = 1e-3
 """How far apart margins, log-probabilities, entropies and what is made of them may lie."""
 
 
-def same_text(one: Generation, other: Generation) -> bool:
-    """Tell whether two texts are the same, or too close a call to say."""
-    return min(one.margin, other.margin) <= NEAR_TIE or one.token_ids == other.token_ids
+def same_text(one: Generation, other: Generation, near: float = NEAR_TIE) -> bool:
+    """Tell whether two texts are equal, or one is a near tie."""
+    return min(one.margin, other.margin) <= near or one.token_ids == other.token_ids
 
 
 def assert_same_readings(
