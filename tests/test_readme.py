@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from superscopes_tl.cli import app
-from superscopes_tl.weights import listing
+from superscopes_tl.weights import find_packaged
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def test_it_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
-@pytest.mark.skipif(listing()["smollm2"] is None, reason="superscopes fetch smollm2")
+@pytest.mark.skipif(find_packaged("smollm2") is None, reason="superscopes fetch smollm2")
 def test_the_snippets_run_and_print_what_the_readme_shows(tmp_path: Path) -> None:
     """As a newcomer would run them, in a folder of their own; over four prompts and one layer."""
     code = "\nprint('---')\n".join(SNIPPETS)

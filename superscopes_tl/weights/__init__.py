@@ -6,9 +6,7 @@ from superscopes_tl.weights.packaged import (
     PackagedModel,
     fetch,
     find_packaged,
-    listing,
     megabytes,
-    packaged_model,
     remove_packaged,
 )
 from superscopes_tl.weights.pretrained import (
@@ -28,10 +26,8 @@ __all__ = [
     "check_hugging_face",
     "fetch",
     "find_packaged",
-    "listing",
     "load_pretrained",
     "megabytes",
-    "packaged_model",
     "quiet",
     "remove_packaged",
 ]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import struct
@@ -320,4 +321,4 @@ def to_safetensors(path: Path, folder: Path) -> None:
         forget_quantization(hf).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # disk full, missing folder, no permission: text only
-        raise OSError(str(error)) from error
+        raise OSError(errno.EIO, str(error)) from error

