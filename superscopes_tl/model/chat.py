@@ -16,21 +16,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, reason
 from superscopes_tl.model.language_model import LanguageModel
 
 _MARKER = "TheMessageOfTheUserStandsHere"
+_OTHER_TEMPLATE = "set another model.tokenizer.chat_template, or leave chat out"
 
 
 @dataclass(frozen=True)
 class Framed:
-    """A text and its surroundings.
+    """A text in a template: the characters `[start, end)` of `whole`.
 
-    Attributes:
-        whole: the complete prompt.
-        start: the character of `whole` where the text starts.
-        end: the character of `whole` after the text.
-        skipped: number of leading blanks that the template stripped from the text.
+    `skipped` is the number of leading blanks that the template stripped from the text.
     """
 
     whole: str
@@ -39,23 +36,14 @@ class Framed:
     skipped: int = 0
 
     def within(self, before: int, length: int) -> Framed:
-        """Return the frame of a part of the text.
-
-        Args:
-            before: number of characters of the text before the part.
-            length: number of characters of the part.
-        """
+        """Return the frame of the part of the text that `before` characters precede."""
         skipped = max(0, self.skipped - before)
         start = self.start + max(0, before - self.skipped)
         return Framed(self.whole, start, min(self.end, start + length - skipped), skipped)
 
 
 def check_answer(answer: str, *, chat: bool, argument: str) -> None:
-    """Raise for an answer without a chat template to put it into.
-
-    Raises:
-        ValueError: `answer` without `chat`.
-    """
+    """Raise a `ValueError` for an answer without a chat template to put it into."""
     if answer and not chat:
         fix = "pass chat=True, or append it to the text"
         raise bad_value(f"{argument}.answer", "no answer without chat=True", answer, fix)
@@ -79,23 +67,17 @@ def in_chat(model: LanguageModel, text: str, *, answer: str, argument: str) -> F
         raise bad_value("chat", "a model with a chat template", got, fix)
     whole, marked = _render(model, text, answer), _render(model, _MARKER, answer)
     if marked.count(_MARKER) != 1:
-        raise bad_value(
-            "chat",
-            "a chat template that contains the user's message once, unaltered",
-            f"one that contains it {marked.count(_MARKER)} times: {marked}",
-            "set another model.tokenizer.chat_template, or leave chat out",
-        )
+        expected = "a chat template that contains the user's message once, unaltered"
+        got = f"one that contains it {marked.count(_MARKER)} times: {marked}"
+        raise bad_value("chat", expected, got, _OTHER_TEMPLATE)
     before, after = marked.split(_MARKER)
     start, end = len(before), len(whole) - len(after)
     shown = whole[start:end]
     framed = (whole[:start], whole[end:]) == (before, after)
     if not framed or shown.strip() != text.strip() or shown not in text:
-        raise bad_value(
-            argument,
-            f"a text that the chat template of {model.name} does not alter",
-            f"{text!r}, rendered as {whole!r}",
-            "write it without what the template changes, or leave chat out",
-        )
+        expected = f"a text that the chat template of {model.name} does not alter"
+        fix = "write it without what the template changes, or leave chat out"
+        raise bad_value(argument, expected, f"{text!r}, rendered as {whole!r}", fix)
     if not whole.endswith(answer):
         expected = f"an answer that the chat template of {model.name} does not alter"
         got = f"{answer!r}, rendered as {whole!r}"
@@ -116,11 +98,7 @@ def _render(model: LanguageModel, text: str, answer: str) -> str:
             continue_final_message=bool(answer),
         )
     except Exception as error:  # a template is a program and may raise anything
-        raise bad_value(
-            "chat",
-            f"a chat template of {model.name} that accepts one user message"
-            + (" and the beginning of an answer" if answer else ""),
-            f"{type(error).__name__}: {error}",
-            "set another model.tokenizer.chat_template, or leave chat out",
-        ) from error
+        expected = f"a chat template of {model.name} that accepts one user message"
+        expected += " and the beginning of an answer" if answer else ""
+        raise bad_value("chat", expected, reason(error), _OTHER_TEMPLATE) from error
     return rendered

@@ -57,9 +57,7 @@ class Decoder(Protocol):
         """Append `tokens` to `cache` and return the logits after each of the `last` ones."""
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """Return the logits of block outputs: final norm, W_U, b_U, soft cap; float32.
-
-        Computed in the model's dtype on the device of the unembedding; differentiable.
+        """Return the logits of block outputs (final norm, W_U, b_U, soft cap) in float32.
 
         Raises:
             ValueError: these do not make the model's logits.
@@ -240,12 +238,9 @@ class BridgeDecoder:
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         tl = self._tl
         if not self.unembeds:
-            raise bad_value(
-                "model",
-                "one with logits made by a final norm and W_U of the last block's output",
-                type(tl.original_model).__name__,
-                "read this model by patching, or use another one for its logits",
-            )
+            expected = "one with logits made by a final norm and W_U of the last block's output"
+            fix = "read this model by patching, or use another one for its logits"
+            raise bad_value("model", expected, type(tl.original_model).__name__, fix)
         logits: Tensor = tl.unembed(tl.ln_final(residual.to(tl.unembed.W_U)))
         # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
         transformed: Tensor = tl.adapter.apply_output_logits_transform(logits)

@@ -79,8 +79,8 @@ class LanguageModel:
         """Describe a TransformerLens object.
 
         Args:
-            tl: the `HookedTransformer` or `TransformerBridge`.
-            tokenizer: a fast Hugging Face tokenizer.
+            tl: the object.
+            tokenizer: its tokenizer.
             verified: what its hooks show, from `verify`.
             hf: the Hugging Face model that it wraps or was converted from, if any.
             stated: the attributes that cannot be read off these.
@@ -178,6 +178,9 @@ class LanguageModel:
 
     def provenance(self) -> dict[str, Any]:
         """Return everything needed to reproduce the model, as plain data."""
+        # The argument of `load_model` that gives the same prefix.
+        only_bos = self.prefix_ids == (self.tokenizer.bos_token_id,)
+        prepend_bos = (True if only_bos else None) if self.prefix_ids else False
         return {
             "name": self.name,
             "backend": self.decoder.name,
@@ -187,19 +190,13 @@ class LanguageModel:
             "weight_processing": self.processing,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "prepend_bos": self._prepend_bos(),
+            "prepend_bos": prepend_bos,
             "n_layers": self.n_layers,
             "d_model": self.d_model,
             "transformer_lens": version("transformer-lens"),
             "transformers": version("transformers"),
             "torch": str(torch.__version__),
         }
-
-    def _prepend_bos(self) -> bool | None:
-        """Return the argument of `load_model` that gives the same prefix."""
-        if not self.prefix_ids:
-            return False
-        return True if self.prefix_ids == (self.tokenizer.bos_token_id,) else None
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -113,7 +113,7 @@ def load_model(
         return _from_transformer_lens(model, tokenizer, prepend_bos=prepend_bos, check=check)
     origin = None
     if not isinstance(model, str | Path):
-        _check_model_object(model, tokenizer)
+        check_hugging_face(model)
         _refuse_options({"dtype": dtype, "device": device} | from_pretrained)
     elif device is not None and "device_map" in from_pretrained:
         raise bad_value("device", "None with a device_map", device, "leave one of the two out")
@@ -147,21 +147,14 @@ def _is_transformer_lens(model: object) -> bool:
     )
 
 
-def _check_model_object(model: Any, tokenizer: Any) -> None:
-    check_hugging_face(model)
-    if tokenizer is None:
-        expected = "the tokenizer of the Hugging Face model"
-        raise bad_model("tokenizer", expected, "None", "load_model(model, tokenizer)")
-
-
 def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        fix = "load_model(model, tokenizer)"
+        raise bad_model("tokenizer", f"the tokenizer of {name}", "None", fix)
     if not getattr(tokenizer, "is_fast", False):
-        raise bad_model(
-            "tokenizer",
-            "a fast tokenizer, which reports character offsets",
-            f"{type(tokenizer).__name__} of {name}",
-            "convert it to tokenizer.json, or pass a PreTrainedTokenizerFast",
-        )
+        got = f"{type(tokenizer).__name__} of {name}"
+        fix = "convert it to tokenizer.json, or pass a PreTrainedTokenizerFast"
+        raise bad_model("tokenizer", "a fast tokenizer with character offsets", got, fix)
 
 
 def _prefix_ids(tokenizer: Any, prepend_bos: bool | None) -> tuple[int, ...]:
@@ -188,11 +181,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """Return a device; defaults to cuda, else mps, else cpu.
-
-    Raises:
-        ValueError: not available in this installation of torch or on this machine.
-    """
+    """Return a device that is available; defaults to cuda, else mps, else cpu."""
     if device is not None:
         try:
             torch.empty(0, device=device)
@@ -213,14 +202,10 @@ def _from_transformer_lens(
     tl.eval()
     tokenizer = tokenizer if tokenizer is not None else tl.tokenizer
     name = str(tl.cfg.model_name or type(tl).__name__)
-    if tokenizer is None:
-        expected = f"a tokenizer on {name} or as an argument"
-        raise bad_model("tokenizer", expected, "None", "load_model(model, tokenizer)")
     _check_tokenizer(tokenizer, name)
     hf = getattr(tl, "original_model", None)
     if hf is not None:
-        compatible = getattr(tl, "compatibility_mode", False)
-        processing = "compatibility mode" if compatible else "none"
+        processing = "compatibility mode" if getattr(tl, "compatibility_mode", False) else "none"
     else:
         folded = str(tl.cfg.normalization_type).endswith("Pre")
         processing = "folded layer norms" if folded else "as given"
@@ -233,16 +218,9 @@ def _from_transformer_lens(
             device = next(iter(tl.parameters())).device
             given = probe(tokenizer, tl.cfg.d_vocab, tl.cfg.n_ctx, device)
             verified = _verified(tl, given, brief(name, 60))
-    return LanguageModel.of(
-        tl,
-        tokenizer,
-        verified,
-        hf,
-        name=name,
-        prefix_ids=_prefix_ids(tokenizer, prepend_bos),
-        processing=processing,
-        fingerprint=weight_fingerprint(tl),
-    )
+    stated = {"name": name, "processing": processing, "fingerprint": weight_fingerprint(tl)}
+    prefix_ids = _prefix_ids(tokenizer, prepend_bos)
+    return LanguageModel.of(tl, tokenizer, verified, hf, prefix_ids=prefix_ids, **stated)
 
 
 def _from_hugging_face(
@@ -251,30 +229,21 @@ def _from_hugging_face(
     """Convert a Hugging Face model to a TransformerLens object and describe that."""
     hf, tokenizer, name = given.model, given.tokenizer, given.name
     _check_tokenizer(tokenizer, name)
-    prefix_ids = _prefix_ids(tokenizer, prepend_bos)
-    fingerprint = weight_fingerprint(hf)  # before the bridge renames the parameters
+    stated: dict[str, Any] = {
+        "name": name,
+        "prefix_ids": _prefix_ids(tokenizer, prepend_bos),
+        "processing": "none",
+        "fingerprint": weight_fingerprint(hf),  # before the bridge renames the parameters
+        "source": given.source,
+    }
     tl, verified = _convert(hf, tokenizer, backend, name, check=check)
-    return LanguageModel.of(
-        tl,
-        tokenizer,
-        verified,
-        hf,
-        name=name,
-        prefix_ids=prefix_ids,
-        processing="none",
-        fingerprint=fingerprint,
-        source=given.source,
-    )
+    return LanguageModel.of(tl, tokenizer, verified, hf, **stated)
 
 
 def _convert(
     hf: Any, tokenizer: Any, backend: Backend, name: str, *, check: bool
 ) -> tuple[Any, Verified]:
-    """Return the TransformerLens object of a Hugging Face model, and what its hooks show.
-
-    Raises:
-        ModelLoadError: `backend` cannot hold the model, or computes something else.
-    """
+    """Return the TransformerLens object of a Hugging Face model, and what its hooks show."""
     kind = type(hf).__name__
     display = kind if kind == name else f"{brief(name, 60)} ({kind})"
     given = _own_logits(hf, tokenizer, display) if check else None
@@ -291,13 +260,9 @@ def _convert(
     try:
         tl = _bridge(hf, tokenizer)
     except Exception as error:  # an unsupported architecture or configuration
-        release = version("transformer-lens")
-        raise bad_model(
-            "model",
-            f"an architecture that TransformerLens {release} supports",
-            display,
-            f"load another model, or install a newer release ({brief(reason(error))})",
-        ) from error
+        expected = f"an architecture that TransformerLens {version('transformer-lens')} supports"
+        fix = f"load another model, or install a newer release ({brief(reason(error))})"
+        raise bad_model("model", expected, display, fix) from error
     return tl, _verified(tl, given, display) if given else unverified(tl)
 
 
@@ -317,13 +282,10 @@ def _verified(tl: Any, given: Probe, display: str) -> Verified:
     try:
         return verify(tl, given)
     except ValueError as error:
-        raise bad_model(
-            "model",
-            "the same logits in TransformerLens, with and without a cached prompt",
-            f"{display}: {brief(error, 130)}",
-            "load another model, or install another release of TransformerLens; check=False loads "
-            "this one as it is, wrong",
-        ) from error
+        expected = "the same logits in TransformerLens, with and without a cached prompt"
+        got = f"{display}: {brief(error, 130)}"
+        fix = "load another model or release of TransformerLens; check=False loads this one, wrong"
+        raise bad_model("model", expected, got, fix) from error
 
 
 def _bridge(hf: Any, tokenizer: Any) -> Any:
@@ -344,9 +306,8 @@ def _bridge(hf: Any, tokenizer: Any) -> Any:
 def _saved_tokenizer(tokenizer: Any) -> Iterator[tuple[Path, Any]]:
     """Yield a folder with the tokenizer, and a copy of it loaded from there.
 
-    TransformerLens alters the tokenizer it is given and re-reads it from its `name_or_path`. The
-    folder has a neutral name because TransformerLens also guesses the architecture from words such
-    as "llama" in the path.
+    TransformerLens alters the tokenizer it is given, re-reads it from its `name_or_path`, and
+    guesses the architecture from words such as "llama" in that path.
     """
     from transformers import AutoTokenizer
 

@@ -41,6 +41,7 @@ Positions: TypeAlias = Position | slice | Sequence[Position]
 """Tokens of a prompt; `slice(None)` is every token except the prefix."""
 
 _PROMPT = "write the prompt whose activations you want to read"
+_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class TokenizedText:
     Attributes:
         text: the text, without a template around it.
         ids: one id per token, prefix and template included.
-        spans: the characters `[start, end)` of `text` that each token covers; empty for tokens of
-            the prefix and of a template.
+        spans: the characters `[start, end)` of `text` that each token covers; empty outside it.
         labels: each token for display, with visible white space.
         prefix: number of tokens before all text: the BOS, or whatever else the tokenizer adds.
         own: the tokens of the text itself, without prefix and template.
@@ -100,11 +100,10 @@ def tokenize(
         text: the prompt.
         argument: name of the argument in error messages.
         room: number of tokens that must still fit after the text.
-        chat: render the text as a user message in the model's chat template, up to where the
-            model's answer begins.
-        answer: with `chat`, the beginning of that answer.
-        template: text around the prompt, with `{}` for the prompt itself, such as
-            `"Tell me about {}"`. Spans and positions remain those of `text`.
+        chat: render the text as a user message in the model's chat template.
+        answer: with `chat`, the beginning of the model's answer.
+        template: text around the prompt, such as `"Tell me about {}"`. Spans and positions remain
+            those of `text`.
 
     Raises:
         TypeError: `text` is not a string.
@@ -126,13 +125,11 @@ def tokenize(
         labels = [*model.tokenizer.convert_ids_to_tokens(missing), *labels]
     _check_vocabulary(model, ids, argument)
     if len(ids) + room > model.n_ctx:
-        raise bad_value(
-            argument,
-            f"at most {model.n_ctx - room} tokens ({model.name} has a context of {model.n_ctx}"
-            + (f", {room} to be generated)" if room else ")"),
-            f"{len(ids)} tokens" + (" with the chat template" if chat else ""),
-            "shorten the text" + (" or generate fewer tokens" if room else ""),
-        )
+        generated = f" minus {room} to be generated" if room else ""
+        expected = f"at most {model.n_ctx - room} tokens (the context of {model.name}{generated})"
+        got = f"{len(ids)} tokens" + (" with the chat template" if chat else "")
+        fix = "shorten the text" + (" or generate fewer tokens" if room else "")
+        raise bad_value(argument, expected, got, fix)
     prefix = _written_prefix(model, ids) if chat else len(model.prefix_ids)
     found = (text, tuple(ids), _inside(text, framed, spans), tuple(labels), prefix)
     if not chat and template == "{}":
@@ -141,7 +138,6 @@ def tokenize(
 
 
 def _encode(model: LanguageModel, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
-    """Return ids, spans and labels of a text."""
     encoded = model.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -204,11 +200,7 @@ def _in_template(
 
 
 def check_template(template: object) -> None:
-    """Raise unless a source template has one `{}`.
-
-    Raises:
-        ValueError: none, or several.
-    """
+    """Raise a `ValueError` unless a source template has one `{}`."""
     if not isinstance(template, str) or template.count("{}") != 1:
         fix = "pass for example source_template='Tell me about {}'"
         raise bad_value("source_template", "a string with one {} for the prompt", template, fix)
@@ -233,11 +225,7 @@ def check_text(text: object, argument: str) -> None:
 
 
 def _own_span(text: str, piece: str, start: int, end: int) -> tuple[int, int]:
-    """Return the span of a token, empty for a space that the tokenizer inserted.
-
-    Some tokenizers prepend a space to a text. Where it becomes a token of its own, they map it to
-    the first character.
-    """
+    """Return a token's span, empty for an inserted space, which tokenizers map to a character."""
     is_space = not piece.strip("Ġ▁ ")
     return (start, start) if is_space and text[start:end].strip() else (start, end)
 
@@ -259,12 +247,9 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     """
     if isinstance(positions, slice):
         chosen = [p for p in range(tokens.own.stop)[positions] if p in tokens.own]
-    elif isinstance(positions, Mapping):
-        raise _position_type_error(positions)
-    elif isinstance(positions, str) or not isinstance(positions, Iterable):
-        chosen = [_resolve(tokens, positions)]
     else:
-        chosen = [_resolve(tokens, p) for p in positions]
+        one = isinstance(positions, str | Mapping) or not isinstance(positions, Iterable)
+        chosen = [_resolve(tokens, p) for p in ([positions] if one else positions)]
     if not chosen:
         raise bad_value("positions", "at least one token", positions, _choices(tokens))
     return tuple(dict.fromkeys(chosen))
@@ -282,11 +267,6 @@ def named_positions(tokens: TokenizedText, positions: Positions) -> dict[int, st
     return found
 
 
-def _position_type_error(got: object) -> TypeError:
-    expected = "an index, a substring, a slice or a sequence of indices and substrings"
-    return bad_type("positions", expected, got, "pass for example -1 or 'Peppers'")
-
-
 def _choices(tokens: TokenizedText) -> str:
     return f"choose from {tokens.numbered()}; slice(None) is every token except the BOS"
 
@@ -295,7 +275,8 @@ def _resolve(tokens: TokenizedText, position: Position) -> int:
     if isinstance(position, str):
         return _resolve_substring(tokens, position)
     if isinstance(position, bool) or not hasattr(position, "__index__"):
-        raise _position_type_error(position)
+        expected = "an index, a substring, a slice or a sequence of indices and substrings"
+        raise bad_type("positions", expected, position, "pass for example -1 or 'Peppers'")
     end = tokens.own.stop
     if not -end <= position < len(tokens):
         expected = f"an index from {-end} to {len(tokens) - 1}"
@@ -310,10 +291,7 @@ def _resolve_substring(tokens: TokenizedText, substring: str) -> int:
         raise bad_value("positions", f"a substring of {tokens.text!r}", substring, _choices(tokens))
     last = [covering(tokens, start, start + len(substring))[-1] for start in starts]
     if len(starts) > 1:
-        candidates = ", ".join(
-            f"{p} ({tokens.labels[p]!r} at character {start})"
-            for p, start in zip(last, starts, strict=True)
-        )
+        candidates = ", ".join(f"{p} ({tokens.labels[p]!r})" for p in last)
         got = f"{substring!r}, which occurs {len(starts)} times"
         fix = f"pass one of the positions {candidates}"
         raise bad_value("positions", "a substring that occurs once", got, fix)
@@ -325,14 +303,8 @@ def covering(tokens: TokenizedText, start: int, end: int) -> list[int]:
     return [i for i, (a, b) in enumerate(tokens.spans) if a < end and b > start]
 
 
-_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-
-
 def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return each token for display.
-
-    A character of several tokens, such as an emoji, is shown with a count: `🌶 1/3`.
-    """
+    """Return each token for display; those of one character are counted: `🌶 1/3`."""
     labels: list[str] = []
     before = 0
     for index, span in enumerate(spans):

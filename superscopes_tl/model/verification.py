@@ -60,12 +60,7 @@ NOT_ADDED = (
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A few tokens, and the Hugging Face model's logits for them.
-
-    Attributes:
-        tokens: two rows with a common prefix.
-        logits: of the Hugging Face model, float32 on the CPU; `None` without such a model.
-    """
+    """Two rows of tokens with a common prefix, and the Hugging Face model's logits, if any."""
 
     tokens: Int[Tensor, "rows pos"]
     logits: Float[Tensor, "rows pos vocab"] | None
@@ -73,13 +68,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Verified:
-    """A TransformerLens object as its hooks show it.
-
-    Attributes:
-        decoder: its decoder.
-        kinds: the kinds of activation present at every layer.
-        absent: why each of the others is absent.
-    """
+    """A TransformerLens object's decoder, the kinds at every layer, and why others are absent."""
 
     decoder: Decoder
     kinds: tuple[HookKind, ...]
@@ -90,7 +79,7 @@ def probe(tokenizer: Any, n_vocab: int, n_ctx: int, device: torch.device, hf: An
     """Return a few ordinary tokens and a Hugging Face model's logits for them.
 
     Args:
-        tokenizer: its special tokens, which models may treat specially, are avoided.
+        tokenizer: knows the special tokens.
         n_vocab: number of embeddings.
         n_ctx: context length.
         device: device of the tokens.
@@ -99,7 +88,7 @@ def probe(tokenizer: Any, n_vocab: int, n_ctx: int, device: torch.device, hf: An
     Raises:
         ValueError: its logits are not finite.
     """
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)  # models may treat them specially
     known = range(min(n_vocab, len(tokenizer)))
     ordinary = [i for i in known if i not in special] or list(known)
     length = min(TOKENS, n_ctx)
@@ -126,10 +115,6 @@ def unverified(tl: Any) -> Verified:
 
 def verify(tl: Any, given: Probe) -> Verified:
     """Check that a TransformerLens object computes what it should, and what its hooks show.
-
-    Args:
-        tl: the `HookedTransformer` or `TransformerBridge`.
-        given: from `probe`.
 
     Raises:
         ValueError: states in one clause which logits differ, and by how much.
@@ -173,12 +158,8 @@ def tolerance(dtype: torch.dtype, *, cached: bool = False) -> float:
     """Return the largest acceptable distance between logits.
 
     Measured noise: below 3e-5 in float32; in bfloat16 up to 1 % for a full pass, and 4 % (SmolLM2)
-    to 11 % (GPT-Neo, which does not scale its attention scores) after a cached prompt; an eighth
-    of that in float16.
-
-    Args:
-        dtype: dtype of the weights.
-        cached: for a pass after a cached prompt, which sums in another order.
+    to 11 % (GPT-Neo, which does not scale its attention scores) after a cached prompt, which sums
+    in another order; an eighth of that in float16.
     """
     exact = torch.get_float32_matmul_precision() == "highest"  # otherwise TF32 or less
     if exact and dtype not in _HALF:
@@ -192,10 +173,9 @@ def distance(expected: Float[Tensor, "*pos vocab"], got: Float[Tensor, "*pos voc
     open_ = expected > -1e30
     counted = open_.sum(-1, keepdim=True)
     expected, got = expected.where(open_, 0.0), got.where(open_, 0.0)
-    spread, off = expected, got - expected
     spread, off = (
         (x - x.sum(-1, keepdim=True) / counted).where(open_, 0.0).norm(dim=-1)
-        for x in (spread, off)
+        for x in (expected, got - expected)
     )
     return float((off / spread.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
@@ -206,9 +186,7 @@ class _MismatchError(ValueError):
 
 def _compare(what: str, expected: Tensor, got: Tensor, allowed: float) -> None:
     if expected.shape != got.shape:
-        raise _MismatchError(
-            f"{what} have the shape {tuple(got.shape)}, not {tuple(expected.shape)}"
-        )
+        raise _MismatchError(f"{what} have shape {tuple(got.shape)}, not {tuple(expected.shape)}")
     off = distance(expected, got)
     if not off <= allowed:  # NaN is not
         raise _MismatchError(f"{what} are off by {off:.2%} of their spread (noise: {allowed:.1%})")
@@ -262,18 +240,14 @@ def _full_pass(tl: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
 def _offered(
     found: Mapping[Place, Tensor], n_layers: int, dtype: torch.dtype
 ) -> tuple[tuple[HookKind, ...], Mapping[HookKind, str]]:
-    """Return the kinds that are present at every layer and add up, and why the others are absent.
-
-    Raises:
-        ValueError: there are no block outputs, which every patch replaces.
-    """
+    """Return the kinds present at every layer that add up, and why the others are absent."""
     layers = range(n_layers)
     at = {
         kind: torch.stack([found[kind, layer] for layer in layers])
         for kind in KINDS
         if all((kind, layer) in found for layer in layers)
     }
-    if "resid_post" not in at:
+    if "resid_post" not in at:  # which every patch replaces
         raise ValueError("its blocks do not return one vector per token")
     if "resid_pre" in at and not _equal(at["resid_pre"][1:], [at["resid_post"][:-1]], dtype):
         del at["resid_pre"]
@@ -336,9 +310,8 @@ def repair_bridge(tl: Any) -> None:
 
 
 def _rotate_pairs(tl: Any) -> None:
-    if not type(tl.original_model).__name__.startswith("Cohere"):
-        return
-    if hasattr(tl.cfg, "rotary_interleaved_cos_sin"):  # TransformerLens 4
+    repaired = hasattr(tl.cfg, "rotary_interleaved_cos_sin")  # TransformerLens 4
+    if repaired or not type(tl.original_model).__name__.startswith("Cohere"):
         return
 
     def in_halves(module: Any, inputs: Any, angles: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

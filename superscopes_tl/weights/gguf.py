@@ -11,33 +11,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from superscopes_tl.errors import ModelLoadError, bad_model, bad_value, brief
 
 _MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """The format's scalar types as `struct` codes."""
 _STRING, _ARRAY = 8, 9
-_UNQUANTIZED = ("F64", "F32", "F16", "BF16")
-_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF header declares.
-
-    Attributes:
-        architecture: llama.cpp's name for it, such as "llama" or "gemma3".
-        quantization: the type of most weights, such as "Q4_K_M" or "F16".
-    """
+    """What a GGUF header declares, in llama.cpp's names: "gemma3", "Q4_K_M"."""
 
     architecture: str
     quantization: str
@@ -45,12 +38,12 @@ class Header:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file, in the terms of transformers.
+    """A GGUF file.
 
     Attributes:
-        source: folder or hub name to load from.
+        source: folder or hub name that transformers loads `file` from.
         file: its `gguf_file`, relative to `source`.
-        path: path of the file on this machine.
+        path: the file on this machine.
         name: display name of the model.
     """
 
@@ -65,11 +58,7 @@ class GGUFFile:
         return cls(str(path.parent), path.name, path, path.stem)
 
     def provenance(self) -> dict[str, str]:
-        """Return file name, SHA-256 and quantization.
-
-        Raises:
-            ModelLoadError: not a complete GGUF file.
-        """
+        """Return file name, SHA-256 and quantization; a `ModelLoadError` if it is incomplete."""
         quantization = dequantized_from(read_header(self.path).quantization)
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -87,21 +76,15 @@ class GGUFFile:
 
 
 def locate_gguf(model: str, gguf_file: Any, hub_options: Mapping[str, Any]) -> GGUFFile | None:
-    """Return the GGUF file that is meant, or `None` for an ordinary checkpoint.
-
-    Args:
-        model: path of a GGUF file, a folder or a hub name.
-        gguf_file: name of the file in the folder or repository, if given.
-        hub_options: `revision`, `cache_dir`, `token` and the like.
+    """Return the GGUF file of a path, folder or hub name, or `None` for an ordinary checkpoint.
 
     Raises:
         ModelLoadError: no such file, several candidates, or a failed download.
         ValueError: `gguf_file` is not a file name, or `model` is a file already.
     """
     if gguf_file is not None and (not isinstance(gguf_file, str) or not gguf_file.strip()):
-        raise bad_value(
-            "gguf_file", "the name of a .gguf file", gguf_file, "gguf_file='model-Q8_0.gguf'"
-        )
+        fix = "gguf_file='model-Q8_0.gguf'"
+        raise bad_value("gguf_file", "the name of a .gguf file", gguf_file, fix)
     path = Path(model)
     if model.strip() and path.is_dir():  # Path("") is the working folder
         return _in_folder(path, gguf_file)
@@ -160,7 +143,7 @@ def read_header(path: Path) -> Header:
     """Parse the header of a GGUF file after checking that the file is complete.
 
     Raises:
-        ModelLoadError: not a GGUF file, truncated, or of an unknown version or type.
+        ModelLoadError: no GGUF file, truncated, or of an unknown version or type.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -210,29 +193,21 @@ class _Cursor:
         return None
 
 
-@dataclass
-class _Tensors:
-    """Extent of the tensor data, and the number of weights per type."""
+def _tensor(cursor: _Cursor) -> tuple[str, int, int]:
+    """Return a tensor's type, number of weights, and end within the tensor data."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    end: int = 0
-    numbers: Counter[str] = field(default_factory=Counter)
-
-    def add(self, cursor: _Cursor) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        name, count, dimensions = cursor.text(), 1, cursor.number()
-        if dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"{name[:40]!r} has {dimensions} dimensions")
-        for _ in range(dimensions):
-            count *= cursor.number("Q")
-        kind, offset = cursor.number(), cursor.number("Q")
-        try:
-            stored = GGMLQuantizationType(kind)
-            block, size = GGML_QUANT_SIZES[stored]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{name[:40]!r} has the unknown type {kind}") from error
-        self.end = max(self.end, offset + count // block * size)
-        self.numbers[stored.name] += count
+    name, dimensions = cursor.text(), cursor.number()
+    if dimensions > 4:  # GGML_MAX_DIMS
+        raise ValueError(f"{name[:40]!r} has {dimensions} dimensions")
+    count = math.prod(cursor.number("Q") for _ in range(dimensions))
+    kind, offset = cursor.number(), cursor.number("Q")
+    try:
+        stored = GGMLQuantizationType(kind)
+        block, size = GGML_QUANT_SIZES[stored]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name[:40]!r} has the unknown type {kind}") from error
+    return stored.name, count, offset + count // block * size
 
 
 def _scalar(kind: int) -> str:
@@ -247,26 +222,27 @@ def _parse(data: mmap.mmap) -> Header:
     if data[cursor.skip(len(_MAGIC)) : cursor.at] != _MAGIC:
         raise ValueError("no GGUF magic bytes")
     version = cursor.number()
-    if version not in _VERSIONS:
+    if version not in (2, 3):
         raise ValueError(f"version {version}, where little-endian 2 and 3 are supported")
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
     fields: dict[str, Any] = {}
     for _ in range(n_fields):
         name = cursor.text()
         fields[name] = cursor.value()
-    tensors = _Tensors()
+    end, numbers = 0, Counter[str]()
     for _ in range(n_tensors):
-        tensors.add(cursor)
+        kind, count, last = _tensor(cursor)
+        end, numbers[kind] = max(end, last), numbers[kind] + count
     align = fields.get("general.alignment", 32)
     if type(align) is not int or align < 1:
         raise ValueError(f"an alignment of {align!r}")
-    missing = -(-cursor.at // align) * align + tensors.end - len(data)
+    missing = -(-cursor.at // align) * align + end - len(data)
     if n_tensors and missing > 0:
         raise ValueError(f"the last {missing} bytes are missing")
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str) or not architecture or not n_tensors:
         raise ValueError("no architecture or no weights")
-    return Header(architecture, _quantization(fields.get("general.file_type"), tensors.numbers))
+    return Header(architecture, _quantization(fields.get("general.file_type"), numbers))
 
 
 def _quantization(file_type: object, numbers: Counter[str]) -> str:
@@ -284,7 +260,7 @@ def _quantization(file_type: object, numbers: Counter[str]) -> str:
 
 def dequantized_from(quantization: str) -> str:
     """Return how provenance describes weights that were stored in this type."""
-    plain = quantization in _UNQUANTIZED
+    plain = quantization in ("F64", "F32", "F16", "BF16")
     return f"none, stored as {quantization}" if plain else f"dequantized from {quantization}"
 
 

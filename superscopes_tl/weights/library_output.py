@@ -10,11 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Hide warnings and progress bars of the libraries while a model loads.
-
-    Args:
-        bars: keep the progress bars, for downloads.
-    """
+    """Hide warnings and progress bars while a model loads; `bars` keeps those of downloads."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -24,33 +24,20 @@ BUNDLED_MODEL = "mini"
 
 _MINI = Path(str(resources.files("superscopes_tl") / "mini" / "model"))
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     "sentencepiece.bpe.model",
 )
 _TOKENIZER_OPTIONS = (
-    "revision",
-    "cache_dir",
-    "token",
-    "trust_remote_code",
-    "subfolder",
-    "local_files_only",
-    "force_download",
+    *("revision", "cache_dir", "token", "trust_remote_code", "subfolder"),
+    *("local_files_only", "force_download"),
 )
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face model with its tokenizer.
+    """A Hugging Face model in evaluation mode, with its tokenizer and display name.
 
-    Attributes:
-        model: the causal language model, in evaluation mode.
-        tokenizer: its tokenizer.
-        name: display name.
-        source: provenance of weights that were dequantized; `None` for an ordinary checkpoint.
+    `source` is the provenance of weights that were dequantized.
     """
 
     model: Any
@@ -118,12 +105,8 @@ def load_pretrained(
         expected = "'smollm2', a Hugging Face directory or a hub name like 'openai-community/gpt2'"
         raise bad_model("model", expected, source, _fix_for(error)) from error
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise bad_model(
-            "model",
-            "weights for every parameter",
-            f"{source} without fitting {', '.join(wrong)}",
-            "download or save the complete model again",
-        )
+        got, fix = f"{source} without {', '.join(wrong)}", "download or save the whole model again"
+        raise bad_model("model", "fitting weights for every parameter", got, fix)
     if gguf:
         hf = forget_quantization(hf)
     check_hugging_face(hf)
@@ -144,23 +127,16 @@ def _fix_for(error: Exception) -> str:
 def _check_directory(path: Path, *, needs_tokenizer: bool) -> None:
     found = sorted(p.name for p in path.iterdir())
     if "adapter_config.json" in found and "config.json" not in found:
-        raise bad_model(
-            "model",
-            "a Hugging Face directory with the full model",
-            f"{path} with only an adapter",
-            "load its base model, add the adapter with peft, and save_pretrained the result of "
-            "merge_and_unload()",
-        )
-    wanted = [("config.json",), *([_TOKENIZER_FILES] if needs_tokenizer else [])]
-    for names in wanted:
-        if not any(n in found for n in names):
-            raise bad_model(
-                "model",
-                f"a Hugging Face directory with {' or '.join(names)}",
-                f"{path} with {', '.join(found) or 'no file'}",
-                f"save it there (save_pretrained writes {names[0]})"
-                + (", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""),
-            )
+        expected, got = "a Hugging Face directory with the full model", f"{path}, an adapter"
+        fix = "add it to its base model with peft, and save the result of merge_and_unload()"
+        raise bad_model("model", expected, got, fix)
+    for names in (("config.json",), *([_TOKENIZER_FILES] if needs_tokenizer else [])):
+        if not set(names) & set(found):
+            expected = f"a Hugging Face directory with {' or '.join(names)}"
+            fix = f"save it there (save_pretrained writes {names[0]})"
+            fix += ", or pass tokenizer=..." if names == _TOKENIZER_FILES else ""
+            got = f"{path} with {', '.join(found) or 'no file'}"
+            raise bad_model("model", expected, got, fix)
 
 
 def check_hugging_face(model: Any) -> None:
@@ -178,13 +154,12 @@ def check_hugging_face(model: Any) -> None:
         fix = "pass model.merge_and_unload()"
         raise bad_model("model", "a model with its adapter merged into the weights", kind, fix)
     if not isinstance(model, PreTrainedModel):
-        raise bad_model(
-            "model",
-            "a name, a directory, a HookedTransformer, a TransformerBridge or a Hugging Face model",
-            kind,
-            "load_model() loads SmolLM2-135M, load_model(model, tokenizer) yours"
-            + _wrapped_in(model),
-        )
+        expected = "a name, a directory, a TransformerLens object or a Hugging Face model"
+        wrappers = ("_orig_mod", "module", "pretrained_model", "_model", "model")
+        inside = [n for n in wrappers if isinstance(getattr(model, n, None), PreTrainedModel)]
+        fix = "load_model() loads SmolLM2-135M, load_model(model, tokenizer) yours"
+        fix += f"; the one inside yours is model.{inside[0]}" if inside else ""
+        raise bad_model("model", expected, kind, fix)
     if model.config.is_encoder_decoder:
         fix = "load a causal language model such as 'openai-community/gpt2'"
         raise bad_model("model", "a decoder-only model", f"{kind}, which has an encoder", fix)
@@ -195,13 +170,3 @@ def check_hugging_face(model: Any) -> None:
         fix = "load them with from_pretrained, without a device_map that offloads to disk"
         got = f"{kind} with weights on the meta device"
         raise bad_model("model", "weights in memory", got, fix)
-
-
-def _wrapped_in(wrapper: Any) -> str:
-    """Return a hint at the Hugging Face model inside another library's object, if there is one."""
-    from transformers import PreTrainedModel
-
-    for name in ("_orig_mod", "module", "pretrained_model", "_model", "model"):
-        if isinstance(getattr(wrapper, name, None), PreTrainedModel):
-            return f"; the one inside yours is model.{name}"
-    return ""
