@@ -36,8 +36,8 @@ from superscopes_tl.model import resolve_positions, tokenize
 from superscopes_tl.neighbours import beside, causal_effects, lens_table, sites_of
 from superscopes_tl.vectors import MeanActivation, SumOf
 from tests.conftest import BACKENDS
-from tests.model.test_tokens_and_prompts import by_hand
 from tests.support import plain_hf
+from tests.support.hand_tokenizer import by_hand
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
 
 _TURNS = (
