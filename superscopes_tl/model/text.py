@@ -247,9 +247,10 @@ def resolve_positions(tokens: TokenizedText, positions: Positions) -> tuple[int,
     """
     if isinstance(positions, slice):
         chosen = [p for p in range(tokens.own.stop)[positions] if p in tokens.own]
+    elif isinstance(positions, str | Mapping) or not isinstance(positions, Iterable):
+        chosen = [_resolve(tokens, positions)]  # which refuses a mapping
     else:
-        one = isinstance(positions, str | Mapping) or not isinstance(positions, Iterable)
-        chosen = [_resolve(tokens, p) for p in ([positions] if one else positions)]
+        chosen = [_resolve(tokens, p) for p in positions]
     if not chosen:
         raise bad_value("positions", "at least one token", positions, _choices(tokens))
     return tuple(dict.fromkeys(chosen))
