@@ -16,8 +16,7 @@ from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from superscopes_tl.figures import roc_curve
 from superscopes_tl.scores import packaged_scorer
-from superscopes_tl.statistics import criterion
-from superscopes_tl.statistics.criterion import (
+from superscopes_tl.statistics import (
     ceiling,
     compared_scores,
     exact,
@@ -199,7 +198,11 @@ def test_the_table_compares_scores() -> None:
     found = metric_table(TABLE, FACTS, {"words": token_overlap}, (0.3, 0.9), resamples=20)
     assert found[["judged", "against", "threshold"]].to_numpy().tolist() == [
         [judged, against, threshold]
-        for judged, against in criterion.COMPARED
+        for judged, against in (
+            ("text", "prompt"),
+            ("description", "prompt"),
+            ("description", "truth"),
+        )
         for threshold in (0.3, 0.9)
     ]
     assert (found[["n", "positives"]] == [5, 2]).all(axis=None)

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from superscopes_tl import SweepResult
 from superscopes_tl.figures import amplifier_dots, selector_dots
-from superscopes_tl.statistics.selectors import (
-    BLIND,
-    ORACLE,
+from superscopes_tl.statistics import (
     amplifiers,
     by_similarity,
     choose,
@@ -26,6 +24,7 @@ from superscopes_tl.statistics.selectors import (
     neighbour_agreement,
     rate,
 )
+from superscopes_tl.statistics.selectors import BLIND, ORACLE
 from tests.support.long_tables import cell, table_of
 
 NAN = math.nan
