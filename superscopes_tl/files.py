@@ -1,19 +1,14 @@
 """Files: written atomically, and read safely from untrusted sources.
 
-Writing:
-1. Write to a new file beside the old one, which stays until the new one is complete.
-2. Sync it to disk, then move it into place in one step.
-3. A failure of disk or folder becomes one `OSError` with path and fix.
-
-Reading:
-1. `unfit`: a regular file below a size limit, so that reading it terminates.
-2. `read_zip`, `check_member`: named entries of a zip, no larger than declared.
-3. `read_json`: a JSON object, by default without NaN.
-4. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
-5. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
-
-Readers raise `ValueError` or a library's own error; `reading` turns these into one `RunFileError`
-that names the file.
+1. `written_whole` writes a new file beside the old one, syncs it to disk and moves it into place;
+   a failure of disk or folder becomes one `OSError` with path and fix.
+2. `unfit`: a regular file below a size limit, so that reading it terminates.
+3. `read_zip`, `check_member`: named entries of a zip, no larger than declared.
+4. `read_json`: a JSON object, by default without NaN.
+5. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
+6. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
+7. Readers raise `ValueError` or a library's own error; `reading` turns these into one
+   `RunFileError` that names the file.
 """
 
 from __future__ import annotations
@@ -36,10 +31,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_JSON_BYTES = 16 * 2**20
-"""Largest JSON text; parsed, it takes many times as much memory."""
+"""Parsed, JSON takes many times as much memory."""
 
 _DTYPES = {"int": "iu", "float": "fiu", "bool": "b"}
 """Python types of columns, with the kinds of numpy dtypes that can hold them."""
+
+_TEXTS = ("string", "large_string")
+"""Types of text columns, as Arrow names them."""
 
 _PARTS: Mapping[str, type | tuple[type, ...]] = {
     "prompt": str,
@@ -56,8 +54,7 @@ _PARTS: Mapping[str, type | tuple[type, ...]] = {
 def written_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`, which replaces it on success.
 
-    A writer that fails leaves the old file and nothing else. One that is killed may also leave its
-    hidden temporary file.
+    A writer that fails leaves the old file alone; one that is killed may leave a temporary file.
 
     Raises:
         OSError: the folder is missing or read-only, the disk is full, or `target` is a folder.
@@ -78,11 +75,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and a header to a safetensors file, atomically.
-
-    Raises:
-        OSError: as `written_whole`.
-    """
+    """Write tensors and a header to a safetensors file, as `written_whole`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -96,10 +89,9 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Mapping[s
 def unwritable(path: object, error: Exception) -> OSError:
     """Build the error for a file that cannot be opened or written."""
     cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    wanted = "a file that can be opened and written"
     fix = "check folder, permissions, free space and other runs on this file, which is unchanged"
-    return OSError(
-        describe("path", "a file that can be opened and written", f"{path} ({cause})", fix)
-    )
+    return OSError(describe("path", wanted, f"{path} ({cause})", fix))
 
 
 @contextlib.contextmanager
@@ -118,18 +110,13 @@ def reading(
         expected: what it should be, such as "a run file of version 3".
         fix: what to do if it is not, such as "pass a file that SweepResult.save wrote".
         most: largest size in bytes; `None` for no limit.
-        passing: further exceptions to leave as they are.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RunFileError: anything else is wrong with it.
+        passing: further exceptions to leave as they are, besides `FileNotFoundError`.
     """
-    passed: tuple[type[Exception], ...] = (FileNotFoundError, RunFileError, *passing)
     try:
         if why := unfit(path, most):
             raise ValueError(why)
         yield
-    except passed:
+    except (FileNotFoundError, RunFileError, *passing):
         raise
     except Exception as error:  # whatever the readers of zip, JSON, ... raise for bad bytes
         got = f"{path} with {reason(error)}"
@@ -137,11 +124,7 @@ def reading(
 
 
 def check_format(header: Mapping[str, Any], name: str, number: object) -> None:
-    """Raise unless the header of a file states this format and version.
-
-    Raises:
-        ValueError: another one, or none.
-    """
+    """Raise a `ValueError` unless the header of a file states this format and version."""
     if (header.get("format"), header.get("version")) != (name, number):
         raise ValueError(f"format {header.get('format')!r} version {header.get('version')!r}")
 
@@ -149,14 +132,8 @@ def check_format(header: Mapping[str, Any], name: str, number: object) -> None:
 def unfit(path: str | os.PathLike[str], most: int | None) -> str:
     """Return why a file must not be opened; an empty string if it may be.
 
-    Pipes and devices have no size, and reading one may never end.
-
-    Args:
-        path: the file.
-        most: largest size in bytes; `None` for no limit.
-
-    Raises:
-        FileNotFoundError: there is no such file.
+    Pipes and devices have no size, and reading one may never end. A file that is not there raises
+    a `FileNotFoundError`.
     """
     if not Path(path).is_file():
         Path(path).stat()
@@ -166,11 +143,7 @@ def unfit(path: str | os.PathLike[str], most: int | None) -> str:
 
 
 def check_member(info: zipfile.ZipInfo, most: int) -> None:
-    """Raise for an entry of a zip that may unpack to more than `most` bytes.
-
-    Raises:
-        ValueError: a larger declared size, or a compression method that may exceed it.
-    """
+    """Raise a `ValueError` for an entry of a zip that may unpack to more than `most` bytes."""
     if info.file_size > most:
         raise ValueError(f"more than {most} bytes of content in {info.filename}")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -178,11 +151,7 @@ def check_member(info: zipfile.ZipInfo, most: int) -> None:
 
 
 def read_zip(path: str | os.PathLike[str], names: Sequence[str], most: int) -> list[bytes]:
-    """Return the contents of a zip that has exactly these entries, without unpacking it to disk.
-
-    Raises:
-        ValueError: other entries, or more than `most` bytes.
-    """
+    """Return the contents of a zip of exactly these entries, each of up to `most` bytes."""
     if why := unfit(path, most):
         raise ValueError(why)
     found = []
@@ -203,16 +172,16 @@ def read_json(text: str | bytes, *, nan: bool = False) -> dict[str, Any]:
         ValueError: too large, not JSON, not an object, or such a number.
         RecursionError: nested too deeply.
     """
+
+    def refused(name: str) -> float:
+        raise ValueError(f"{name} in JSON")
+
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes of JSON")
-    found = json.loads(text, parse_constant=float if nan else _no_number)
+    found = json.loads(text, parse_constant=float if nan else refused)
     if not isinstance(found, dict):
         raise ValueError(f"JSON that is no object but {type(found).__name__}")
     return found
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} in JSON")
 
 
 def read_parquet(data: bytes, most: int) -> pd.DataFrame:
@@ -229,20 +198,18 @@ def read_parquet(data: bytes, most: int) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(pa.BufferReader(data))
-    texts = [field.name for field in schema if _is_text(field.type)]
+    texts = [field.name for field in schema if str(field.type) in _TEXTS]
     file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
     _check_footer(file.metadata, schema, most)
     table, size = file.read(), 0
     columns = []
     for field, column in zip(schema, table.columns, strict=True):
-        size += column.nbytes + _text_bytes(column)
+        size += column.nbytes + (_text_bytes(column) if field.name in texts else 0)
         if size > most:
             raise ValueError(f"more than {most} bytes of table")
-        # Back from dictionary-encoded to the declared type.
-        columns.append(column.cast(field.type) if field.name in texts else column)
-    frame: pd.DataFrame = pa.table(columns, names=table.column_names).to_pandas(
-        ignore_metadata=True
-    )
+        columns.append(column.cast(field.type))  # no longer dictionary-encoded
+    plain = pa.table(columns, names=table.column_names)
+    frame: pd.DataFrame = plain.to_pandas(ignore_metadata=True)
     return frame
 
 
@@ -253,7 +220,7 @@ def _check_footer(metadata: Any, schema: pa.Schema, most: int) -> None:
     for field in schema:
         plain = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         plain = plain or pa.types.is_boolean(field.type) or pa.types.is_null(field.type)
-        if not (plain or _is_text(field.type)):
+        if not (plain or str(field.type) in _TEXTS):
             raise ValueError(f"a column {field.name!r} of {field.type}")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -262,24 +229,14 @@ def _check_footer(metadata: Any, schema: pa.Schema, most: int) -> None:
     if rows * len(schema) * 8 > most or unpacked > most:
         raise ValueError(f"more than {most} bytes of table")
     # Snappy compresses at most 21-fold; other codecs have no such bound.
-    packed = {str(chunk.compression) for chunk in chunks} - {"SNAPPY", "UNCOMPRESSED"}
-    if packed:
+    if packed := {str(chunk.compression) for chunk in chunks} - {"SNAPPY", "UNCOMPRESSED"}:
         raise ValueError(f"a table packed by {', '.join(sorted(packed))}")
 
 
-def _is_text(type_: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
-
-
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Return the expanded size of a dictionary-encoded column; 0 for any other."""
-    import pyarrow as pa
+    """Return the expanded size of a dictionary-encoded column."""
     import pyarrow.compute as pc
 
-    if not pa.types.is_dictionary(column.type):
-        return 0
     lengths = (pc.binary_length(c.dictionary).take(c.indices) for c in column.chunks)
     return sum(pc.sum(part).as_py() or 0 for part in lengths)
 
@@ -294,8 +251,7 @@ def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
     Raises:
         ValueError: a duplicate column, one of another type, or an impossible layer, position or α.
     """
-    twice = sorted(set(table.columns[table.columns.duplicated()]))
-    if twice:
+    if twice := sorted(set(table.columns[table.columns.duplicated()])):
         raise ValueError(f"two columns {twice}")
     if table.empty:
         return table  # columns have no types yet
@@ -308,8 +264,8 @@ def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
             fits = all(isinstance(value, may_be) for value in column.tolist())
         if not fits:
             raise ValueError(f"a column {name!r} that does not hold {type_}")
-    least = {"position": 0, "target_layer": 0, "draw": 0, "source_layer": -1}  # −1: no layer
-    for name, number in least.items():
+    for name in ("position", "target_layer", "draw", "source_layer"):
+        number = -1 if name == "source_layer" else 0  # -1: no layer
         if (table[name] < number).any():
             raise ValueError(f"a {name} below {number}")
     if not np.isfinite(table["alpha"]).all():
@@ -318,17 +274,12 @@ def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
 
 
 def checked_provenance(found: object) -> dict[str, Any]:
-    """Return a provenance after checking the types of the parts that the package reads.
-
-    Raises:
-        ValueError: a part of another type.
-    """
+    """Return a provenance; raise a `ValueError` for a part of a type that cannot be read."""
     if not isinstance(found, dict):
         raise ValueError("no provenance")
     for name, type_ in _PARTS.items():
         if name in found and not isinstance(found[name], type_):
             raise ValueError(f"provenance whose {name} is {type(found[name]).__name__}")
-    labels = found.get("tokens", {}).get("labels", [])
-    if not isinstance(labels, list):
+    if not isinstance(found.get("tokens", {}).get("labels", []), list):
         raise ValueError("provenance whose token labels are no list")
     return found

@@ -69,9 +69,8 @@ def evaluate(
     With an `executor`, other processes read the cells, on this machine or on others, and this one
     keeps the file; the table is the same but for the order of its rows. Each worker loads the model
     once and runs one task at a time: a batch, filled across prompts, or, of a run with fewer than
-    eight batches, an eighth of the cells; a smaller `batch_size` makes more tasks. An executor with
-    one worker per GPU, with one thread for tasks, is what to aim at. With a SLURM queue
-    (`dask-jobqueue`), where all machines find the model under the same name:
+    eight batches, an eighth of the cells. Use one worker per GPU, with one thread for tasks. With a
+    SLURM queue (`dask-jobqueue`), where all machines find the model under the same name:
 
         cluster = dask_jobqueue.SLURMCluster(
             cores=1, job_cpu=4, memory="64GB", job_extra_directives=["--gres=gpu:1"]
@@ -80,14 +79,13 @@ def evaluate(
         evaluate("org/name", path="run.sqlite", executor=cluster.get_client().get_executor())
 
     Dask replaces a worker that dies and repeats its task, three times unless its setting
-    `distributed.scheduler.allowed-failures` says otherwise; it gives its workers one thread for
-    arithmetic unless `distributed.nanny.pre-spawn-environ` does.
+    `distributed.scheduler.allowed-failures` says otherwise; its workers compute with one thread
+    unless `distributed.nanny.pre-spawn-environ` says otherwise.
 
-    For Ray, pass an object of your own whose `submit(function, *arguments)` returns
-    `ray.remote(function).remote(*arguments).future()`; such a task of Ray's may land in another
-    process each time, with the model to load again. A model that is larger than one GPU is loaded
-    by `partial(load_model, name, backend="bridge", device_map="auto")`: `load_model` passes a
-    `device_map` on to Hugging Face and leaves the parts where that put them.
+    For Ray, pass an object whose `submit(function, *arguments)` returns
+    `ray.remote(function).remote(*arguments).future()`; each task may run in another process, which
+    loads the model again. A model that is larger than one GPU is loaded by
+    `partial(load_model, name, backend="bridge", device_map="auto")`.
 
     Example:
         >>> found = evaluate(load_model(), PAPER_PROMPTS[:8])  # doctest: +SKIP
@@ -111,7 +109,7 @@ def evaluate(
 
     Raises:
         ValueError: a setting out of range, or a file of another evaluation.
-        TypeError: a setting of the wrong type, or an unknown one.
+        TypeError: an unknown setting, or one of the wrong type.
         OSError: the file cannot be written; what it holds is kept.
         ChildProcessError: the executor's workers died. Completed cells are in the file: call again
             to resume.
@@ -123,7 +121,9 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         reader: Reader | RemoteReader
         if executor is None:
-            reader = Reader(plan_sweep(_loaded(model), several[0], config))
+            if callable(model) and not isinstance(model, torch.nn.Module):
+                model = model()
+            reader = Reader(plan_sweep(model, several[0], config))
         else:
             reader = stack.enter_context(RemoteReader(executor, model, several[0], config))
         there = reader.outline(several)
@@ -147,13 +147,7 @@ def evaluate(
         return SweepResult(*file.content())
 
 
-def _loaded(model: Any) -> Any:
-    """Return the model of a function that stands for it; anything else as it is."""
-    return model() if callable(model) and not isinstance(model, torch.nn.Module) else model
-
-
 def _distinct(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct prompts."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise bad_type("prompts", "several texts", prompts, "pass a list, or use sweep()")
     several = tuple(dict.fromkeys(prompts))
@@ -165,20 +159,16 @@ def _distinct(prompts: Sequence[str]) -> tuple[str, ...]:
 def _check_file_settings(there: Outline, config: SweepConfig, path: object) -> None:
     """Refuse settings that a table of many readings could not tell apart."""
     if config.about is not None:
-        raise bad_value(
-            "about", "nothing: each prompt is scored against itself", config.about,
-            "leave it out, or write what stands around the prompts as source_template=",
-        )  # fmt: skip
+        wanted = "nothing: each prompt is scored against itself"
+        fix = "pass the text around the prompts as source_template="
+        raise bad_value("about", wanted, config.about, fix)
     if config.draw:
-        raise bad_value(
-            "draw", "0, the greedy texts", config.draw, "pass draws=4 for more readings of α = 1"
-        )
+        fix = "pass draws=4 for more readings of α = 1"
+        raise bad_value("draw", "0, the greedy texts", config.draw, fix)
     named = f"{there.mapping}, {there.scorer}"
     if path is not None and "<lambda>" in named:
-        raise bad_value(
-            "mapping, base or scorer", "functions with names of their own", named,
-            "define it with def: the file identifies it by its name",
-        )  # fmt: skip
+        fix = "define it with def: the file identifies it by its name"
+        raise bad_value("mapping, base or scorer", "functions with names", named, fix)
 
 
 def _equal_budget(there: Outline, file: EvaluationFile) -> int:
@@ -218,11 +208,9 @@ def methods(
     kind = check_choice("kind", kinds[0] if kind is None and len(kinds) == 1 else kind, kinds)
     # More than one target layer would be more tries.
     rows = rows_at(evaluation.table, position=position, target_layer=target_layer, kind=kind)
-    if not rows["written"].all():  # the cells that were chosen for a text are no fair sample
-        raise bad_value(
-            "evaluation", "cells that all have a text", f"{int((~rows['written']).sum())} without",
-            "compare the shares recovered, or evaluate with generate='all'",
-        )  # fmt: skip
+    if lacking := int((~rows["written"]).sum()):  # the generated ones are no random sample
+        fix = "compare the shares recovered, or evaluate with generate='all'"
+        raise bad_value("evaluation", "cells that all have a text", f"{lacking} without", fix)
     amplified = rows[(rows["alpha"] != 1) & (rows["draw"] == 0)]
     plain = rows[(rows["alpha"] == 1) & (rows["mapping"] == PAPER_MAPPING)]
     scaled = amplified[amplified["mapping"] == PAPER_MAPPING]
@@ -232,8 +220,7 @@ def methods(
     several = plain[plain["draw"] < budget]
     if (several["draw"] > 0).any():
         sizes = several.groupby(cell).size()
-        equal = set(sizes) == {budget}
-        name = "equal budget" if equal else f"{sizes.min()} readings"
+        name = "equal budget" if set(sizes) == {budget} else f"{sizes.min()} readings"
         found[f"Patchscopes, {name}"] = several
     for mapping, others in amplified.groupby("mapping", sort=False):
         if mapping != PAPER_MAPPING:

@@ -2,17 +2,17 @@
 
 1. Take about a dozen names of many kinds, and settings to try: target prompts (the paper's, a
    shorter and a longer one, and the chat form where the model has a template), target layers
-   (0, 1, 2, a middle one, and the same as the source), and whether texts begin with a BOS.
+   (0, 1, 2, a middle one, and the same as the source), and texts with or without a BOS.
 2. Screen: for a few names and every few layers, measure the share of the model's own words that
-   block outputs recover at α = 1, and the share that another name's vectors recover there. Nothing
-   is generated but the own words. Every prompt is tried at target layer 0 and at the same as the
-   source; the best one also at the other layers, and with or without the BOS.
+   block outputs recover at α = 1, and the share that another name's vectors recover. Only the own
+   words are generated. Every prompt is tried at target layer 0 and at the same as the source; the
+   best one also at the other layers, and with the other choice of BOS.
 3. The setting that recovers most above other names (or above 0, where those recover less), over
    its best third of layers, is measured on all names and on up to `MEASURED_LAYERS` layers.
 4. The verdict: readable where the own share exceeds the others' by more than a bootstrap interval
    over names.
 
-The setting is chosen on some of the names that it is then measured on, so its share is slightly
+The setting is chosen on some of the names that it is measured on, so its share is slightly
 optimistic; the verdict rests on the difference to other names' vectors in the same setting.
 """
 
@@ -62,7 +62,7 @@ SCREENED_OTHERS, MEASURED_OTHERS = 1, 2
 CHAT_TOKENS = 8
 """How many tokens of a chat model's own words count."""
 BETTER = 0.1
-"""How much more the other choice of BOS has to recover to be mentioned in the verdict."""
+"""The verdict names the other choice of BOS if it recovers this much more."""
 EQUAL = 0.05
 """Settings within this of the best one are as good: the first tried wins."""
 LEAST_SHARE = 0.2
@@ -126,17 +126,14 @@ class Readability:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        asked = self.config.prompt_with_placeholder
+        target, config = self.config.prompt_with_placeholder, self.config
+        names = ("chat", "source_template", "target_layer")
         return {
             "format": FORMAT,
-            "model": self.model,
-            "readable": self.readable,
-            "verdict": self.verdict,
+            **{name: getattr(self, name) for name in ("model", "readable", "verdict")},
             "config": {
-                "target_prompt": [asked.text, asked.placeholder, asked.answer],
-                "chat": self.config.chat,
-                "source_template": self.config.source_template,
-                "target_layer": self.config.target_layer,
+                "target_prompt": [target.text, target.placeholder, target.answer],
+                **{name: getattr(config, name) for name in names},
             },
             "layers": json.loads(self.layers.to_json(orient="records")),
             "settings": json.loads(self.settings.to_json(orient="records")),
@@ -145,11 +142,7 @@ class Readability:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Readability:
-        """Return the check that `to_json` made plain data.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Return the check from the data of `to_json`; raise a `ValueError` for anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError("no check of this version")
         config = dict(data["config"])
@@ -186,15 +179,13 @@ def readability(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError, TypeError: too few names, or a target prompt that does not fit.
+        ValueError: too few names, or a target prompt that does not fit.
     """
     model = load_model(model)
     several = list(dict.fromkeys(names))
     if isinstance(names, str) or len(several) < SCREENED_NAMES:
-        raise bad_value(
-            "names", f"at least {SCREENED_NAMES} names of different kinds", names,
-            "leave it out for a dozen of ours",
-        )  # fmt: skip
+        wanted = f"at least {SCREENED_NAMES} names of different kinds"
+        raise bad_value("names", wanted, names, "leave it out for the dozen of NAMES")
     few = several[:SCREENED_NAMES]
     first = list(_settings(model, prompts or {}))
     middle = model.n_layers // 2
@@ -229,12 +220,7 @@ def readability(
 
 
 def best_config(model: LanguageModel | Any, *, progress: bool = True) -> SweepConfig:
-    """Return the setting that reads a model best, measured once and cached.
-
-    Args:
-        model: from `load_model`, or anything that it takes.
-        progress: whether to show a progress bar while it is measured.
-    """
+    """Return the setting that reads a model best, measured once and cached."""
     return kept_readability(load_model(model), progress=progress).config
 
 
@@ -340,13 +326,10 @@ def _measure(
     own, others, words = _shares(model, setting, names, layers, MEASURED_OTHERS, known)
     table = _per_layer(own, others, layers)
     there = ~np.isnan(own[:, 0])
-    if there.any():
-        # All layers are looked at: each interval is as wide as that takes (Bonferroni).
-        table["specific_low"], table["specific_high"] = bootstrap(
-            (own - others)[there], level=1 - 0.05 / len(layers)
-        )
-    else:
-        table["specific_low"] = table["specific_high"] = math.nan
+    ends: Any = (math.nan, math.nan)
+    if there.any():  # a joint level of 95 % over all layers (Bonferroni)
+        ends = bootstrap((own - others)[there], level=1 - 0.05 / len(layers))
+    table["specific_low"], table["specific_high"] = ends
     return table.drop(columns="worth"), words
 
 
@@ -378,7 +361,7 @@ def _shares(
 ) -> tuple[np.ndarray, np.ndarray, list[OwnWords]]:
     """Return the shares that own vectors recover, and the mean of other names': name x layer.
 
-    They are NaN for a name whose share is not defined, or whose own words all others have.
+    They are NaN for a name without own words, or whose own words all other names share.
     """
     config = replace(
         setting.config, layers=tuple(layers), kinds="resid_post", alphas=1.0, scorer=no_scores
@@ -392,7 +375,8 @@ def _shares(
     made = [make_patches(plan) for plan in plans]
     rows: list[tuple[int, int, list[Patch]]] = []  # whose words, whose vectors
     for i, one in enumerate(words):
-        different = [j for j in _after(i, len(names)) if words[j].text != one.text][:beside]
+        after = [*range(i + 1, len(names)), *range(i)]
+        different = [j for j in after if words[j].text != one.text][:beside]
         if not one.undefined and different:
             rows += [(i, j, made[j]) for j in (i, *different)]
     likely = iter(
@@ -413,11 +397,6 @@ def _shares(
     for i, several in theirs.items():
         others[i] = [mean(column) for column in zip(*several, strict=True)]
     return own, others, words
-
-
-def _after(start: int, count: int) -> list[int]:
-    """Return all numbers but one, beginning after it."""
-    return [(start + step) % count for step in range(1, count)]
 
 
 def _verdict(

@@ -63,13 +63,7 @@ Executors: TypeAlias = Executor | Callable[[], Executor]
 
 @dataclass(frozen=True)
 class Share:
-    """Some cells of one source prompt.
-
-    Attributes:
-        prompt: the source prompt.
-        draw: 0 for the greedy texts, k for the k-th samples.
-        cells: what to read of it.
-    """
+    """Some cells of one source prompt; `draw` is 0 for the greedy texts, k for the k-th samples."""
 
     prompt: str
     draw: int
@@ -111,11 +105,7 @@ _COMMON_SETTINGS = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "c
 
 
 class Reader:
-    """The plans of an evaluation's prompts, each made once.
-
-    Args:
-        first: the plan of any of the prompts.
-    """
+    """The plans of an evaluation's prompts, each made once; `first` is that of any of them."""
 
     def __init__(self, first: SweepPlan) -> None:
         self.first = first
@@ -127,11 +117,7 @@ class Reader:
         return self._plans[prompt]
 
     def outline(self, prompts: Sequence[str]) -> Outline:
-        """Return what the evaluation reads.
-
-        Raises:
-            ValueError: a prompt without the tokens to read, or with too many cells for memory.
-        """
+        """Return what the evaluation reads; raise a `ValueError` if it does not fit into memory."""
         first, provenance = self.first, self.first.provenance()
         settings = {name: provenance["config"][name] for name in _COMMON_SETTINGS}
         for prompt in prompts:
@@ -157,12 +143,7 @@ class Reader:
 
 
 def portions(shares: Iterable[Share], size: int) -> Iterator[tuple[Share, ...]]:
-    """Yield the shares in portions of `size` cells: one may hold several prompts, or a part of one.
-
-    Args:
-        shares: in the order of one run.
-        size: cells per portion; the last one may have fewer.
-    """
+    """Yield the shares in portions of `size` cells: several prompts, or a part of one."""
     waiting: list[Share] = []
     room = size
     for share in shares:
@@ -180,14 +161,10 @@ def portions(shares: Iterable[Share], size: int) -> Iterator[tuple[Share, ...]]:
 def local_workers(count: int) -> Callable[[], ProcessPoolExecutor]:
     """Return what starts `count` processes on this machine, each with its share of the threads.
 
+    Each holds the model, so memory sets the limit.
+
     Example:
         >>> evaluate(load_model(), executor=local_workers(2))  # doctest: +SKIP
-
-    Args:
-        count: how many; each holds the model, so memory sets the limit.
-
-    Raises:
-        ValueError: less than one.
     """
     check_count("workers", count, least=1, fix="as many models as memory holds")
     return partial(
@@ -231,29 +208,24 @@ class RemoteReader:
         model: as in `as_loader`.
         prompt: one of the source prompts.
         config: the settings.
-
-    Raises:
-        ValueError: something that cannot be sent to another process.
-        TypeError: no executor.
     """
 
     def __init__(self, executor: Executors, model: Any, prompt: str, config: SweepConfig) -> None:
-        asked = config.target_model
+        target = config.target_model
         self._experiment = Experiment(
             run=uuid.uuid4().hex,
             prompt=prompt,
             config=replace(config, target_model=None),
             load=as_loader(model),
-            load_target=None if asked is None else as_loader(asked, "target_model"),
+            load_target=None if target is None else as_loader(target, "target_model"),
         )
         self._own: Any = None
         self._pool: Any = executor
         if not hasattr(executor, "submit") or isinstance(executor, type):
             if not callable(executor):
-                raise bad_type(
-                    "executor", "an executor, or a function that starts one", executor,
-                    "executor=local_workers(2), or client.get_executor() of a Dask client",
-                )  # fmt: skip
+                fix = "pass local_workers(2), or client.get_executor() of a Dask client"
+                wanted = "an executor, or a function that starts one"
+                raise bad_type("executor", wanted, executor, fix)
             self._own = self._pool = executor()
 
     def __enter__(self) -> Self:
@@ -269,12 +241,7 @@ class RemoteReader:
             self._own.shutdown(wait=kind is None, cancel_futures=True)
 
     def outline(self, prompts: Sequence[str]) -> Outline:
-        """Return what the evaluation reads, as a worker finds it.
-
-        Raises:
-            ValueError: as `plan_sweep`.
-            ChildProcessError: the workers died.
-        """
+        """Return what the evaluation reads, as a worker finds it."""
         found: Outline
         (found,) = self._run(_remote_outline, [(prompts,)])
         self._outline = found
@@ -283,11 +250,8 @@ class RemoteReader:
     def read(self, shares: Sequence[Share]) -> Generator[list[Reading], None, None]:
         """Yield the readings of some shares of the outline as tasks complete.
 
-        Closing the iterator cancels the tasks that wait.
-
-        Raises:
-            ChildProcessError: the workers died.
-            Exception: what a worker raised.
+        Closing the iterator cancels the tasks that wait. An error in a worker is raised here, and
+        a `ChildProcessError` where the workers died.
         """
         there = self._outline
         left = sum(len(share.cells) for share in shares)
@@ -295,8 +259,8 @@ class RemoteReader:
         if self._experiment.config.generate == "best":  # the α of a site are compared in one task
             size = math.ceil(size / len(there.alphas)) * len(there.alphas)
         model = there.provenance["model"]
-        asked = there.provenance["target_model"] or model
-        weights = model["fingerprint"], asked["fingerprint"]
+        target = there.provenance["target_model"] or model
+        weights = model["fingerprint"], target["fingerprint"]
         return self._run(_remote_read, ((portion, weights) for portion in portions(shares, size)))
 
     def _run(
@@ -314,14 +278,13 @@ class RemoteReader:
                 for future in [*(done - failed), *failed]:
                     yield future.result()
         except (BrokenExecutor, CancelledError) as error:
-            raise ChildProcessError(
-                describe(
-                    "executor", "workers that live until their task has completed",
-                    f"{type(error).__name__} ({error})",
-                    "read what the workers wrote last (memory? a script without "
-                    "if __name__ == '__main__'?) and run again: completed cells are in the file",
-                )
-            ) from error  # fmt: skip
+            wanted = "workers that live until their task has completed"
+            fix = (
+                "read the workers' last output (memory? a script without if __name__ == "
+                "'__main__'?) and run again: completed cells are in the file"
+            )
+            got = f"{type(error).__name__} ({error})"
+            raise ChildProcessError(describe("executor", wanted, got, fix)) from error
         finally:
             for future in flying:
                 future.cancel()
@@ -329,10 +292,6 @@ class RemoteReader:
 
 def as_loader(model: Any, argument: str = "model") -> Loader:
     """Return how another process gets the same model.
-
-    Args:
-        model: a name, a directory, a model that `load_model` made of one, or a function.
-        argument: the name in error messages.
 
     Raises:
         ValueError: an object that only this process has.
@@ -342,13 +301,12 @@ def as_loader(model: Any, argument: str = "model") -> Loader:
     found = model.origin if isinstance(model, LanguageModel) else model
     key = _key(found)
     if found is None or any(part in key for part in ("<locals>", "<lambda>", " at 0x")):
-        raise bad_value(
-            argument, "a model that every worker can load for itself",
-            " ".join(repr(model).split()),
-            "pass a name, a directory, or a function of no arguments, defined with def at the "
-            "top of a module, that returns the loaded model; such as "
-            "functools.partial(load_model, 'smollm2', backend='bridge')",
-        )  # fmt: skip
+        fix = (
+            "pass a name, a directory, or a function of a module that returns the loaded model, "
+            "such as functools.partial(load_model, 'smollm2', backend='bridge')"
+        )
+        got = " ".join(repr(model).split())
+        raise bad_value(argument, "a model that every worker can load for itself", got, fix)
     loader: Loader = found
     return loader
 
@@ -364,7 +322,7 @@ def _key(load: Any) -> str:
 def kept_under(load: Loader, run: str) -> str:
     """Return the key under which a worker keeps a model.
 
-    By the next run a notebook's function may be another one, and a directory may hold other files.
+    By the next run a notebook's function may have changed, and so may the files of a directory.
     """
     key = _key(load)
     named = (*load.args, *load.keywords.values()) if isinstance(load, partial) else ()
@@ -387,12 +345,11 @@ def _check_sendable(pool: object, experiment: Experiment) -> None:
             ForkingPickler.dumps(part)
             function = getattr(part, "func", part)
             if interactive and getattr(function, "__module__", None) == "__main__":
-                raise TypeError("a new process does not have what a notebook defined")
+                raise TypeError("a new process lacks what a notebook defined")
         except Exception as error:
-            raise bad_value(
-                name, "something that can be sent to another process", f"{part!r} ({error})",
-                "define the function with def at the top of a module, and import it from there",
-            ) from error  # fmt: skip
+            fix = "define the function with def at the top of a module, and import it from there"
+            got = f"{part!r} ({error})"
+            raise bad_value(name, "something that can be pickled", got, fix) from error
 
 
 # In a worker.
@@ -432,8 +389,7 @@ def _remote_read(
         reader = _reader(experiment)
         found = reader.first.model.fingerprint, reader.first.generator.model.fingerprint
         if found != fingerprints:
-            raise bad_value(
-                "model", f"weights with the fingerprints {fingerprints} in every worker",
-                found, "give all machines the same files, or name a revision",
-            )  # fmt: skip
+            wanted = f"weights with the fingerprints {fingerprints} in every worker"
+            fix = "give all machines the same files, or name a revision"
+            raise bad_value("model", wanted, found, fix)
         return [reading for batch in reader.read(shares) for reading in batch]

@@ -31,7 +31,7 @@ Weights = Float[np.ndarray, "resample row"]
 Resampled = Float[np.ndarray, "resample *columns"]
 Ends = Float[np.ndarray, "*columns"]
 Statistic: TypeAlias = Callable[[Values, Weights], Resampled]
-"""Statistics of resamples, from the rows and how often each resample holds each row."""
+"""From the rows and how often each resample holds each row to one value per resample."""
 
 FEWEST_PROMPTS = 3
 """The fewest prompts with a null: it needs two others."""
@@ -40,21 +40,14 @@ FEWEST_PROMPTS = 3
 def best_scores(
     scores: Float[np.ndarray, "*source text reference"],
 ) -> Float[np.ndarray, "*source reference"]:
-    """Return the best of each source prompt's texts against every reference.
-
-    Args:
-        scores: similarities, NaN for an empty text; `[layer, source, text, reference]`, say.
-
-    Returns:
-        The same without the axis `text`; NaN where every text is empty.
-    """
+    """Return the best of each source prompt's texts against every reference, NaN without any."""
     best: Float[np.ndarray, "*source reference"] = np.fmax.reduce(scores, axis=-2)
     return best
 
 
 def other_prompt_null(best: Best, percentile: float = 95) -> Float[np.ndarray, " reference"]:
-    """Return the percentile (numpy's linear quantile) of each reference's other prompts."""
-    return _each(best, lambda own, others: np.percentile(others, percentile), np.nan, scored=False)
+    """Return the percentile (numpy's linear quantile) of the other prompts' scores."""
+    return _each(best, lambda _, others: np.percentile(others, percentile), np.nan, scored=False)
 
 
 def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " prompt"]:
@@ -71,22 +64,18 @@ def corrected_hits(best: Best, percentile: float = 95) -> Bool[np.ndarray, " pro
     between 6.3 % and 8.3 %, evenly spread 6.9 %, and it tends to 5 % as n grows.
     `chance_corrected` computes it exactly for given scores.
     """
-    null = other_prompt_null(best, percentile)
-    return np.diagonal(best) > null
+    return other_prompt_null(best, percentile) < np.diagonal(best)
 
 
 def p_values(best: Best) -> Float[np.ndarray, " prompt"]:
-    """Return (1 + number of others at or above the own score) / (1 + number of others).
-
-    It is never below 1 / number of prompts, and NaN for a prompt without a score or a null.
-    """
+    """Return (1 + others at or above the own score) / (1 + others), NaN without score or null."""
     return _each(
         best, lambda own, others: (1 + np.count_nonzero(others >= own)) / (1 + len(others)), np.nan
     )
 
 
 def q_values(p: Float[np.ndarray, "*cells"]) -> Float[np.ndarray, "*cells"]:
-    """Return the Benjamini-Hochberg q-values of one family of p-values; NaN stays out of it."""
+    """Return the Benjamini-Hochberg q-values of one family of p-values, ignoring NaN."""
     q = np.full_like(p, np.nan)
     there = ~np.isnan(p)
     order = np.argsort(p[there])
@@ -100,10 +89,10 @@ def q_values(p: Float[np.ndarray, "*cells"]) -> Float[np.ndarray, "*cells"]:
 def chance_hits(best: Best, threshold: float) -> Float[np.ndarray, " prompt"]:
     """Return, per prompt, the share of other prompts' best scores above the threshold.
 
-    Their sum is the expected number of hits of texts that carry no information about their prompt.
-    A prompt without a score cannot be a hit, so its share is 0.
+    Their sum is the expected number of hits if texts carry no information about their prompt. A
+    prompt without a score cannot be a hit: 0.
     """
-    return _each(best, lambda own, others: np.mean(others > threshold), 0.0)
+    return _each(best, lambda _, others: np.mean(others > threshold), 0.0)
 
 
 def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " prompt"]:
@@ -117,16 +106,13 @@ def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " 
 
 def mean(values: Values, weights: Weights) -> Resampled:
     """Return the weighted mean of the rows."""
-    found: Resampled = total(values, weights) / weights.sum(axis=1).reshape(
-        -1, *[1] * (values.ndim - 1)
-    )
-    return found
+    counts = weights.sum(axis=1).reshape(-1, *[1] * (values.ndim - 1))
+    return np.asarray(total(values, weights) / counts)
 
 
 def total(values: Values, weights: Weights) -> Resampled:
     """Return the weighted sum of the rows."""
-    found: Resampled = np.tensordot(weights, values, axes=1)
-    return found
+    return np.asarray(np.tensordot(weights, values, axes=1))
 
 
 def bootstrap(
@@ -144,16 +130,15 @@ def bootstrap(
 
     Args:
         values: one row per reading or prompt.
-        groups: the group of each row, such as its prompt: rows of one group are not independent.
-            Defaults to a group per row.
-        statistic: the statistic of every resample; defaults to the mean.
+        groups: the group of each row, such as its prompt, where rows are not independent.
+        statistic: the statistic of every resample.
         resamples: how many.
         seed: of the sampling.
         level: of the interval.
 
     Returns:
-        Lower and upper ends, one per column. They are NaN with a single group, and resamples in
-        which the statistic is not defined are left out.
+        Lower and upper ends, one per column: NaN with a single group. Resamples in which the
+        statistic is undefined (NaN) are ignored.
 
     Raises:
         ValueError: no rows, no resamples, or a level that is not between 0 and 1.
@@ -164,12 +149,12 @@ def bootstrap(
             "bootstrap",
             "at least one row and one resample, and a level between 0 and 1",
             f"{len(rows)} rows, {resamples} resamples, level {level}",
-            "leave resamples and level out for 10000 and 0.95",
+            "10000 resamples and level 0.95 are the defaults",
         )
     codes = np.arange(len(rows)) if groups is None else pd.factorize(pd.Series(groups))[0]
     count = codes.max() + 1
-    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, resamples)
-    found = statistic(rows, drawn[:, codes].astype(float))
+    times = np.random.default_rng(seed).multinomial(count, [1 / count] * count, resamples)
+    found = statistic(rows, times[:, codes].astype(float))
     if count < 2:
         return np.full(found.shape[1:], np.nan), np.full(found.shape[1:], np.nan)
     with warnings.catch_warnings():
@@ -193,20 +178,13 @@ def _each(
     *,
     scored: bool = True,
 ) -> Float[np.ndarray, " prompt"]:
-    """Return a function of each reference's own score and the scores of the other prompts.
+    """Apply a function to each reference's own score and those of the other prompts.
 
-    Args:
-        best: as from `best_scores`.
-        function: of a prompt that has a null.
-        otherwise: the value of a prompt without a null or, if `scored`, without a score.
-        scored: whether the function needs the own score.
+    A prompt without a null or, if `scored`, without an own score gets `otherwise`.
     """
     if best.ndim != 2 or best.shape[0] != best.shape[1] or len(best) < FEWEST_PROMPTS:
-        raise bad_value(
-            "best", f"one row and one column for each of at least {FEWEST_PROMPTS} prompts",
-            f"shape {best.shape}",
-            "the null needs other prompts: add prompts, or count hits alone",
-        )  # fmt: skip
+        wanted = f"one row and one column for each of at least {FEWEST_PROMPTS} prompts"
+        raise bad_value("best", wanted, f"shape {best.shape}", "add prompts: the null needs others")
     found = np.full(len(best), otherwise, dtype=float)
     for prompt, column in enumerate(best.T):
         others = np.delete(column, prompt)

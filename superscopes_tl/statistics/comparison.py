@@ -27,11 +27,10 @@ from superscopes_tl.errors import bad_value, check_choice, check_count
 from superscopes_tl.scores import PAPER_THRESHOLD, Scorer, as_scorer, scorer_name, similarities
 from superscopes_tl.statistics import chance
 
-COLUMNS = ("prompt", "source_layer", "alpha", "text")
+COLUMNS = {"prompt": str, "source_layer": Real, "alpha": Real, "text": str}
 DISCOVERY = 0.05
 """The q-value up to which a cell is a discovery."""
 
-ONE_ALPHA = "{}, one alpha"
 _SUMMED = ("hit", "corrected", "chance", "chance_corrected", "discovery")
 _PLACE = ["method", "source_layer"]
 
@@ -76,14 +75,12 @@ class Comparison:
     def lines(self, corrected: bool = False) -> list[str]:
         """Return a line per method, its name and its counts: `Patchscopes 13 3 1 1 5 4 2`.
 
+        Layers ascend, with `-` where a method lacks the layer.
+
         Args:
             corrected: corrected hits instead of hits.
-
-        Returns:
-            Lines with the layers in ascending order; `-` where a method lacks the layer.
         """
-        column = "corrected" if corrected else "hits"
-        found = self.counts.set_index(_PLACE)[column].to_dict()
+        found = self.counts.set_index(_PLACE)["corrected" if corrected else "hits"].to_dict()
         return [
             " ".join([name, *(_shown(found.get((name, layer))) for layer in self.layers)])
             for name in self.methods
@@ -128,14 +125,12 @@ def compare(
     chosen = as_scorer(scorer)
     scores = pd.DataFrame(similarities(chosen, judged, prompts), index=judged, columns=prompts)
 
-    def cells_of(name: str, table: pd.DataFrame) -> pd.DataFrame:
-        return _cells(name, table, scores, threshold, percentile)
-
-    cells = []
+    budgets = []
     for name, table in tables.items():
-        cells.append(cells_of(name, table))
+        budgets.append((name, table))
         if one_alpha and table["alpha"].nunique() > 1:
-            cells += [cells_of(ONE_ALPHA.format(name), rows) for _, rows in table.groupby("alpha")]
+            budgets += [(f"{name}, one alpha", rows) for _, rows in table.groupby("alpha")]
+    cells = [_cells(name, table, scores, threshold, percentile) for name, table in budgets]
     everything = pd.concat([part for part in cells if len(part)], ignore_index=True)
     counts, differences = _tally(everything, resamples=resamples, seed=seed)
     return Comparison(
@@ -157,7 +152,7 @@ def compare(
 def _cells(
     name: str, table: pd.DataFrame, scores: pd.DataFrame, threshold: float, percentile: float
 ) -> pd.DataFrame:
-    """Return the cells of one budget: a row per prompt and layer, all layers one family of q."""
+    """Return the cells of one budget; the q-values of all layers are one family."""
     cells = []
     for layer, rows in table.groupby("source_layer"):
         groups = dict(iter(rows.groupby("prompt", sort=False)))
@@ -175,8 +170,7 @@ def _cells(
                     "prompt": list(groups),
                     "source_layer": layer,
                     "score": np.diagonal(best),
-                    "alpha": chosen["alpha"].to_numpy(),
-                    "text": chosen["text"].to_numpy(),
+                    **{column: chosen[column].to_numpy() for column in ("alpha", "text")},
                     "hit": np.diagonal(best) > threshold,
                     "null": chance.other_prompt_null(best, percentile),
                     "corrected": chance.corrected_hits(best, percentile),
@@ -205,10 +199,7 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
     """Return counts and differences: sums over prompts of means over a prompt's rows."""
     means = cells.astype(dict.fromkeys(_SUMMED, float))
     means = means.groupby([*_PLACE, "prompt"], sort=False)[list(_SUMMED)].mean()
-    places = {
-        at: rows.droplevel(["method", "source_layer"])
-        for at, rows in means.groupby(_PLACE, sort=False)
-    }
+    places = {at: rows.droplevel(_PLACE) for at, rows in means.groupby(_PLACE, sort=False)}
     first = cells["method"].iloc[0]
 
     def summed(marks: pd.DataFrame) -> dict[str, float]:
@@ -224,12 +215,9 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
     counts, differences = [], []
     for (method, layer), marks in places.items():
         place = {"method": method, "source_layer": layer}
-        expected = {
-            "expected_by_chance": marks["chance"].sum(),
-            "expected_corrected": marks["chance_corrected"].sum(),
-            "discoveries": marks["discovery"].sum(),
-        }
-        counts.append(place | summed(marks) | expected)
+        expected = marks[["chance", "chance_corrected", "discovery"]].sum().to_numpy()
+        names = ("expected_by_chance", "expected_corrected", "discoveries")
+        counts.append(place | summed(marks) | dict(zip(names, expected, strict=True)))
         if method != first and (first, layer) in places:
             paired = (marks - places[first, layer]).dropna()  # the prompts that both have
             if len(paired):
@@ -239,20 +227,21 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
 
 def _checked(name: str, table: pd.DataFrame, score_on: str) -> pd.DataFrame:
     """Return the rows of one method with what is scored of them in the column `judged`."""
+    argument = f"methods[{name!r}]"
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing or table.empty:
-        got = f"no column {missing}" if missing else "an empty table"
         wanted = f"at least one row with the columns {', '.join(COLUMNS)}"
-        raise _refused(name, wanted, got, "pass one row per generated text")
-    for column, kind in (("prompt", str), ("text", str), ("source_layer", Real), ("alpha", Real)):
-        if strange := [value for value in table[column] if not isinstance(value, kind)]:
-            what = "strings" if kind is str else "numbers"
+        got = f"no column {missing}" if missing else "an empty table"
+        raise bad_value(argument, wanted, got, "pass one row per generated text")
+    for column, type_ in COLUMNS.items():
+        if strange := [value for value in table[column] if not isinstance(value, type_)]:
+            wanted = f"{'strings' if type_ is str else 'numbers'} in the column {column}"
             fix = "pass an empty text as '' (pd.read_csv: keep_default_na=False)"
-            raise _refused(name, f"{what} in the column {column}", strange[0], fix)
+            raise bad_value(argument, wanted, strange[0], fix)
     if table.groupby("source_layer")["prompt"].nunique().max() < chance.FEWEST_PROMPTS:
         wanted = f"at least {chance.FEWEST_PROMPTS} prompts at some layer"
         got = f"{table['prompt'].nunique()} prompts"
-        raise _refused(name, wanted, got, "the null needs other prompts: add prompts")
+        raise bad_value(argument, wanted, got, "add prompts: the null needs others")
     rows = table.reset_index(drop=True)
     judged = rows["text"].map(crop_description) if score_on == "description" else rows["text"]
     return rows.assign(judged=judged)
@@ -272,19 +261,16 @@ def _check_overlap(tables: Mapping[str, pd.DataFrame]) -> None:
     if not tables:
         raise bad_value("methods", "at least one method", {}, "pass its table by name")
     places = {
-        name: set(zip(table["prompt"], table["source_layer"], strict=True))
+        name: set(table[["prompt", "source_layer"]].itertuples(index=False))
         for name, table in tables.items()
     }
     first = next(iter(tables))
     for name, table in tables.items():
         if not places[first] & places[name]:
-            got = f"layers {_some(sorted(set(table['source_layer'])))} of other prompts or layers"
+            wanted = f"some prompt and source layer of {first}"
+            got = f"other prompts, or layers {_some(sorted(set(table['source_layer'])))}"
             fix = "compare methods on the same prompts and layers"
-            raise _refused(name, f"some prompt and source layer of {first}", got, fix)
-
-
-def _refused(name: str, expected: str, got: object, fix: str) -> ValueError:
-    return bad_value(f"methods[{name!r}]", expected, got, fix)
+            raise bad_value(f"methods[{name!r}]", wanted, got, fix)
 
 
 def _notes(tables: Mapping[str, pd.DataFrame], cells: pd.DataFrame) -> Iterator[str]:
@@ -322,7 +308,7 @@ def _notes(tables: Mapping[str, pd.DataFrame], cells: pd.DataFrame) -> Iterator[
 
 
 def _some(values: Sequence[object], most: int = 5) -> str:
-    """Return the first few values as text that shows what a terminal would interpret."""
+    """Return the first few values, with control characters escaped."""
     shown = ", ".join(repr(value) for value in values[:most])
     return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
 

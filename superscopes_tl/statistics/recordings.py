@@ -25,7 +25,6 @@ from superscopes_tl.files import unfit
 from superscopes_tl.statistics.comparison import Comparison, compare
 
 MAX_FILE_BYTES = 32 * 2**20
-"""A larger recording is refused."""
 
 COLUMNS = {
     "source prompt": "prompt",
@@ -55,8 +54,7 @@ class Recording:
 def read_recording(path: str | os.PathLike[str]) -> Recording:
     """Read a file of recorded generations in the format of the authors' evaluation.
 
-    A condition (prompt, token, layer, α) that occurs several times is kept as so many samples; an
-    empty text is kept and has no score.
+    Rows of one condition (prompt, token, layer, α) are samples; an empty text has no score.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,14 +69,12 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
             warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
             header = pd.read_csv(io.StringIO(text, newline=""), nrows=0, index_col=False)
             names = [str(name) for name in header]
+            # No other columns: short lines under a long header would take gigabytes.
+            known = [name for name in names if name.strip() in COLUMNS]
             rows = pd.read_csv(
-                io.StringIO(text, newline=""),
-                dtype=str,
-                keep_default_na=False,
-                index_col=False,
-                # Only these: short lines under a long header would take gigabytes.
-                usecols=[name for name in names if name.strip() in COLUMNS],
-            )
+                io.StringIO(text, newline=""), dtype=str, keep_default_na=False, index_col=False,
+                usecols=known,
+            )  # fmt: skip
     except ValueError as error:
         raise _bad(path, "a CSV file", reason(error)) from error
     rows = rows.rename(columns=str.strip)
@@ -110,10 +106,9 @@ def replay(
     """Compare recorded Patchscopes with recorded Superscopes, as the paper's Figure 3 does.
 
     The methods are "Patchscopes" (the first sample of α = 1), "Patchscopes, equal budget" (as many
-    samples of α = 1 as Superscopes has α, if the baseline has them everywhere), "Superscopes" (the
-    best of all α but 1, every sample) and "Superscopes, one alpha" (the mean over these α). α = 1
-    of the amplified file is Patchscopes by definition and left out, so one file with all α may be
-    passed as both.
+    samples of α = 1 as Superscopes has α, if every condition has them), "Superscopes" (the best of
+    all α but 1) and "Superscopes, one alpha" (the mean over these α). α = 1 of the amplified file
+    is left out, so one file with all α may be passed as both.
 
     Args:
         baseline: a recording with α = 1, or its file.
@@ -145,13 +140,15 @@ def replay(
     budget = scaled["alpha"].nunique()
     draw = plain.groupby(CONDITION).cumcount()
     methods = {"Patchscopes": plain[draw == 0]}
-    fewest, most = (int(f(plain.groupby(CONDITION).size())) for f in (min, max))
+    samples = plain.groupby(CONDITION).size()
+    fewest, most = samples.min(), samples.max()
     if fewest >= budget:
         methods["Patchscopes, equal budget"] = plain[draw < budget]
     else:
+        held = "1 text" if most == 1 else f"{fewest} to {most} texts"
         notes.append(
             f"Superscopes chooses among {budget} α, and these files have no baseline of that "
-            f"budget: of α = 1 they hold {_count(fewest, most)} per condition. "
+            f"budget: of α = 1 they hold {held} per condition. "
             "'Superscopes, one alpha' has the budget of the baseline instead."
         )
     methods["Superscopes"] = scaled
@@ -163,11 +160,8 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
     """Return a file's text, with a note where it is not UTF-8."""
     data = path.read_bytes()
     if data.startswith(b"SQLite format 3"):
-        raise bad_value(
-            "path", "a CSV file of recorded texts", f"an evaluation ({path.name!r})",
-            "count it with compare(methods(SweepResult.load(path))), or superscopes evaluate "
-            "--out with the same file",
-        )  # fmt: skip
+        fix = "use compare(methods(SweepResult.load(path))), or superscopes evaluate --out"
+        raise bad_value("path", "a CSV file of texts", f"an evaluation ({path.name!r})", fix)
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -198,12 +192,6 @@ def _notes(table: pd.DataFrame) -> Iterator[str]:
         yield f"{int((tokens > 1).sum())} prompts were read at several tokens: all of them count."
 
 
-def _count(fewest: int, most: int) -> str:
-    return f"{fewest} text" if fewest == most == 1 else f"{fewest} to {most} texts"
-
-
 def _bad(path: object, expected: str, got: str) -> ValueError:
-    return bad_value(
-        "path", expected, f"{got} ({Path(str(path)).name!r})",
-        "pass a CSV file like those in the folder data of github.com/GalNivs/Superscopes",
-    )  # fmt: skip
+    fix = "pass a CSV file like those in the folder data of github.com/GalNivs/Superscopes"
+    return bad_value("path", expected, f"{got} ({Path(str(path)).name!r})", fix)

@@ -31,7 +31,7 @@ def contextualization_layers(
     """Return ℓ_c of every prompt (paper, section 4.1).
 
     Args:
-        table: cells of one prompt or of many. Only greedy readings of the mapping `scale` count.
+        table: readings of one or many prompts. Only greedy ones of the paper's mapping count.
         by: the criterion, the paper's "score" or "recovered".
         reads: judges prompt and description instead.
         threshold: the least score that reads the entity; defaults to the paper's 0.3.
@@ -72,10 +72,10 @@ def reveals_earlier(
     Args:
         table: as in `contextualization_layers`.
         kind: what is amplified.
-        reads: as in `contextualization_layers`; the other arguments too.
+        reads: as in `contextualization_layers`, like the arguments that follow.
         threshold: the least score that reads the entity.
-        position: the token; defaults to the rightmost one of each prompt.
-        target_layer: which target layer, where there are several per source layer.
+        position: the token.
+        target_layer: the target layer.
 
     Returns:
         A row per prompt and source layer, in the table's order of prompts, with the columns
@@ -96,13 +96,9 @@ def reveals_earlier(
     amplified = _cells(table, kind, position, target_layer, amplified=True)
     before = amplified["source_layer"] < amplified["prompt"].map(layers)
     hits = amplified[before.fillna(False).astype(bool) & _reads(amplified, reads, threshold)]
-    hits = hits.assign(
-        _size=hits["alpha"].abs(), _rank=layers.index.get_indexer(pd.Index(hits["prompt"]))
-    )
-    found = hits.sort_values(
-        ["_rank", "source_layer", "_size", "alpha"], ascending=[*[True] * 3, False]
-    )
-    found = found.drop_duplicates(_PLACE).reset_index(drop=True)
+    order = hits.assign(rank=layers.index.get_indexer(hits["prompt"]), size=hits["alpha"].abs())
+    order = order.sort_values(["rank", "source_layer", "size", "alpha"], ascending=[1, 1, 1, 0])
+    found = order.drop_duplicates(_PLACE).reset_index(drop=True)
 
     hidden = plain.set_index(_PLACE)["description"]
     unscaled = _cells(table, kind, position, target_layer).set_index(_PLACE)["description"]
@@ -137,18 +133,14 @@ def _cells(
     rows = rows[(rows["alpha"] != 1) == amplified]
     if lacking := set(at_token["prompt"]) - set(rows["prompt"]):
         there = table[table["prompt"] == min(lacking)]
-        wanted = "an α other than 1" if amplified else "α = 1"
-        raise bad_value(
-            "contextualization_layer",
-            f"a sweep of {min(lacking)!r} with kind {kind!r}, mapping 'scale' and {wanted}",
-            {name: there[name].unique().tolist() for name in ("kind", "alpha", "mapping")},
-            "sweep over these too",
-        )
+        alphas = "an α other than 1" if amplified else "α = 1"
+        wanted = f"a sweep of {min(lacking)!r} with kind {kind!r}, {PAPER_MAPPING} and {alphas}"
+        got = {name: there[name].unique().tolist() for name in ("kind", "alpha", "mapping")}
+        raise bad_value("contextualization_layer", wanted, got, "sweep over these too")
     rows = rows_at(rows, position=position, target_layer=target_layer)
     if rows.duplicated([*_PLACE, "alpha"]).any():
-        raise bad_value(
-            "table", "the readings of one model", "several per cell", "pass them one by one"
-        )
+        wanted, fix = "the readings of one model", "pass them one by one"
+        raise bad_value("table", wanted, "several per cell", fix)
     return rows
 
 

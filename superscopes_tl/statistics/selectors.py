@@ -1,14 +1,13 @@
 """Choose α with and without knowledge of the source prompt (the paper's future work).
 
-1. A selector is a plain callable from a table to one rank per row: higher is better, NaN is no
-   rank.
+1. A selector is a callable from a table to one rank per row: higher is better, NaN is no rank.
 2. `choose` keeps the highest-ranked greedy row of every site.
 3. `rate` returns the accuracy of each selector where the truth is known, between two bounds: an
    oracle that finds a right α wherever there is one, and an α chosen at random.
 4. `amplifiers` compares ways to amplify: how many prompts can be read, and how many are.
 
-`by_similarity` is the paper's automatic amplifier. It scores a description against the source
-prompt, so it uses the answer. The others use only the generated text and its probabilities.
+`by_similarity`, the paper's automatic amplifier, scores a description against the source prompt,
+so it uses the answer. The others use only the generated text and its probabilities.
 """
 
 from __future__ import annotations
@@ -32,17 +31,10 @@ BLIND = "random alpha"
 
 
 def choose(table: pd.DataFrame, selector: Selector) -> pd.DataFrame:
-    """Return the row of every site that the selector ranks highest, among greedy rows.
+    """Return the greedy row of every site that the selector ranks highest, in the table's order.
 
-    Among equal ranks the smallest |α| wins; a site without any rank keeps its smallest |α|. With
+    Of equal ranks the smallest |α| wins; a site without any rank keeps its smallest |α|. With
     `by_similarity` this is `SweepResult.best`.
-
-    Args:
-        table: cells of one prompt or of many.
-        selector: ranks every row of the table.
-
-    Returns:
-        One row per site, with the table's columns, in the table's order.
 
     Raises:
         ValueError: the selector's ranks are not one per row.
@@ -57,39 +49,35 @@ def by_similarity(table: pd.DataFrame) -> pd.Series[float]:
 
 
 def lowest_entropy(table: pd.DataFrame) -> pd.Series[float]:
-    """Rank by how certain the model was of each token of its description; needs no prompt."""
+    """Rank by how certain the model was of each token of its description."""
     return -table["entropy"].where(_has_description(table))
 
 
 def largest_lift(table: pd.DataFrame) -> pd.Series[float]:
     """Rank by how much the patch raised the text's log-probability per token, in nats.
 
-    A text that the target prompt would bring forth anyway owes nothing to the vector.
+    A text that the target prompt elicits anyway owes nothing to the vector.
 
     Raises:
         ValueError: a sweep without the control "unpatched_log_probability".
     """
-    if "unpatched_log_probability" not in table:
-        raise bad_value(
-            "table", "a column 'unpatched_log_probability'", list(table.columns),
-            'sweep with controls="unpatched_log_probability"',
-        )  # fmt: skip
-    lift = table["log_probability"] - table["unpatched_log_probability"]
-    return lift.where(_has_description(table))
+    control = "unpatched_log_probability"
+    if control not in table:
+        fix = f'sweep with controls="{control}"'
+        raise bad_value("table", f"a column {control!r}", list(table.columns), fix)
+    return (table["log_probability"] - table[control]).where(_has_description(table))
 
 
 def neighbour_agreement(scorer: Scorer | None = None) -> Selector:
     """Return a selector that trusts a description that the neighbouring α repeat.
 
-    The rank is the mean similarity to the greedy descriptions of the same site at the next
-    smaller and the next larger α. An empty description has no rank and is no neighbour.
-
-    Args:
-        scorer: similarity of two descriptions; defaults to the paper's sentence embeddings.
+    The rank is the mean similarity (by default of the paper's sentence embeddings) to the greedy
+    descriptions of the same site at the next smaller and the next larger α. An empty description
+    has no rank and is no neighbour.
     """
 
     def agreement(table: pd.DataFrame) -> pd.Series[float]:
-        ladder = table[(table["draw"] == 0)].sort_values([*SITE, "alpha"], kind="stable")
+        ladder = table[table["draw"] == 0].sort_values([*SITE, "alpha"], kind="stable")
         site = dict(ladder.groupby(SITE, sort=False).ngroup())
         words = table["description"].where(_has_description(table), "")
         pairs = [
@@ -108,11 +96,11 @@ def neighbour_agreement(scorer: Scorer | None = None) -> Selector:
 
 
 def fixed_alpha(alpha: float) -> Selector:
-    """Return the baseline that takes the same α everywhere; a site without it its smallest |α|."""
+    """Return the baseline of one α everywhere; a site without it keeps its smallest |α|."""
 
     def fixed(table: pd.DataFrame) -> pd.Series[float]:
         check_choice("alpha", alpha, sorted(table["alpha"].unique().tolist()))
-        return (table["alpha"] == alpha).astype(float).where(table["alpha"] == alpha)
+        return table["alpha"].where(table["alpha"] == alpha)
 
     return fixed
 
@@ -132,7 +120,7 @@ def rate(
     prompts.
 
     Args:
-        table: cells of many prompts; sites of one α alone leave nothing to choose.
+        table: readings of many prompts; a site with a single α leaves nothing to choose.
         selectors: what to compare, by name.
         right: marks the rows whose description is right.
         resamples: of the bootstrap.
@@ -141,9 +129,8 @@ def rate(
     Returns:
         A row per selector, then `any alpha (oracle)`, the share of sites at which some α is
         right, and `random alpha`, the share expected of a uniformly random α. Columns: `share`,
-        `low` and `high` (95 % percentile interval), and the same three of the paired difference
-        to `by_similarity`: `difference`, `difference_low`, `difference_high`. With one prompt
-        there is no interval: NaN.
+        `low` and `high` (95 % percentile interval, NaN with one prompt), and the paired
+        `difference` to `by_similarity` with `difference_low` and `difference_high`.
 
     Raises:
         ValueError: no greedy rows.
@@ -186,10 +173,9 @@ def amplifiers(
         seed: of the bootstrap.
 
     Returns:
-        A row per way. Columns: `readings`, the mean number of rows per prompt; `share` with `low`
-        and `high` (95 % percentile interval), `chosen` with `chosen_low` and `chosen_high`; and
-        the paired `difference` of the shares to the first way with its ends. With one prompt
-        there is no interval: NaN.
+        A row per way. Columns: `readings`, the mean number of rows per prompt; `share`, `chosen`
+        and the paired `difference` of the shares to the first way, each with the ends of its 95 %
+        interval (NaN with one prompt).
 
     Raises:
         ValueError: no ways, or ways of different prompts.
@@ -207,10 +193,9 @@ def amplifiers(
         )
         first = next(iter(shares.values()))
         if rows.empty or not shares[name].index.equals(first.index):
-            raise bad_value(
-                f"ways[{name!r}]", f"greedy rows of the prompts {first.index.tolist()}",
-                shares[name].index.tolist(), "evaluate every way on the same prompts",
-            )  # fmt: skip
+            wanted = f"greedy rows of the prompts {first.index.tolist()}"
+            got, fix = shares[name].index.tolist(), "evaluate every way on the same prompts"
+            raise bad_value(f"ways[{name!r}]", wanted, got, fix)
         readings[name] = len(rows) / len(first)
     can = pd.DataFrame(shares)
     parts = {"share": can, "chosen": pd.DataFrame(chosen), "difference": can.sub(first, axis=0)}
@@ -223,12 +208,8 @@ def _chosen(rows: pd.DataFrame, selector: Selector) -> pd.Index[int]:
     """Return the labels of the chosen rows, in order; `rows` are numbered from 0."""
     ranks = selector(rows)
     if not isinstance(ranks, pd.Series) or not ranks.index.equals(rows.index):
-        raise bad_value(
-            "selector",
-            f"a Series of {len(rows)} ranks with the table's index",
-            ranks,
-            "return one rank per row, NaN where there is none",
-        )
+        wanted = f"a Series of {len(rows)} ranks with the table's index"
+        raise bad_value("selector", wanted, ranks, "return one rank per row, NaN for no rank")
     order = rows.assign(_rank=ranks, _size=rows["alpha"].abs())[rows["draw"] == 0].sort_values(
         ["_rank", "_size"], ascending=[False, True], na_position="last", kind="stable"
     )
