@@ -112,11 +112,12 @@ def reading(
         most: largest size in bytes; `None` for no limit.
         passing: further exceptions to leave as they are, besides `FileNotFoundError`.
     """
+    passed: tuple[type[Exception], ...] = (FileNotFoundError, RunFileError, *passing)
     try:
         if why := unfit(path, most):
             raise ValueError(why)
         yield
-    except (FileNotFoundError, RunFileError, *passing):
+    except passed:
         raise
     except Exception as error:  # whatever the readers of zip, JSON, ... raise for bad bytes
         got = f"{path} with {reason(error)}"

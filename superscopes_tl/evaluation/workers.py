@@ -223,9 +223,10 @@ class RemoteReader:
         self._pool: Any = executor
         if not hasattr(executor, "submit") or isinstance(executor, type):
             if not callable(executor):
-                fix = "pass local_workers(2), or client.get_executor() of a Dask client"
-                wanted = "an executor, or a function that starts one"
-                raise bad_type("executor", wanted, executor, fix)
+                raise bad_type(
+                    "executor", "an executor, or a function that starts one", executor,
+                    "pass local_workers(2), or client.get_executor() of a Dask client",
+                )  # fmt: skip
             self._own = self._pool = executor()
 
     def __enter__(self) -> Self:

@@ -199,7 +199,7 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
     """Return counts and differences: sums over prompts of means over a prompt's rows."""
     means = cells.astype(dict.fromkeys(_SUMMED, float))
     means = means.groupby([*_PLACE, "prompt"], sort=False)[list(_SUMMED)].mean()
-    places = {at: rows.droplevel(_PLACE) for at, rows in means.groupby(_PLACE, sort=False)}
+    places = {at: rows.droplevel([0, 1]) for at, rows in means.groupby(_PLACE, sort=False)}
     first = cells["method"].iloc[0]
 
     def summed(marks: pd.DataFrame) -> dict[str, float]:

@@ -96,8 +96,11 @@ def reveals_earlier(
     amplified = _cells(table, kind, position, target_layer, amplified=True)
     before = amplified["source_layer"] < amplified["prompt"].map(layers)
     hits = amplified[before.fillna(False).astype(bool) & _reads(amplified, reads, threshold)]
-    order = hits.assign(rank=layers.index.get_indexer(hits["prompt"]), size=hits["alpha"].abs())
-    order = order.sort_values(["rank", "source_layer", "size", "alpha"], ascending=[1, 1, 1, 0])
+    order = hits.assign(
+        rank=layers.index.get_indexer(pd.Index(hits["prompt"])), size=hits["alpha"].abs()
+    )
+    order = order.sort_values("alpha", ascending=False)
+    order = order.sort_values(["rank", "source_layer", "size"], kind="stable")
     found = order.drop_duplicates(_PLACE).reset_index(drop=True)
 
     hidden = plain.set_index(_PLACE)["description"]

@@ -66,8 +66,9 @@ def test_quality_agrees_with_scikit_learn(pairs: list[tuple[bool, float]]) -> No
     called = [score >= 0.3 for score in scores]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = [found.precision, found.recall]
+        ours = [found.precision, found.recall, found.false_positive_rate]
         theirs = [f(labels, called, zero_division=np.nan) for f in (precision_score, recall_score)]
+        theirs.append(np.mean(np.array(called)[~np.array(labels)]))
     np.testing.assert_allclose(ours, theirs)
     if len(set(labels)) == 1:
         assert math.isnan(found.auc)
@@ -77,17 +78,6 @@ def test_quality_agrees_with_scikit_learn(pairs: list[tuple[bool, float]]) -> No
         assert found.auc == pytest.approx(roc_auc_score(labels, filled))
         assert found.auc == pytest.approx(np.trapezoid(found.tpr, found.fpr))
         assert (found.thresholds[-1] == -math.inf) == any(map(math.isnan, scores))
-
-
-def test_one_class_has_no_curve_but_what_can_be_said() -> None:
-    """Only right readings: recall and precision, no false positive rate, no auc; and vice versa."""
-    right = quality([True, True], [0.9, 0.1])
-    assert (right.precision, right.recall) == (1.0, 0.5)
-    assert math.isnan(right.false_positive_rate)
-    wrong = quality([False, False], [0.2, 0.1])
-    assert wrong.false_positive_rate == 0.0
-    assert math.isnan(wrong.recall)
-    assert math.isnan(wrong.precision)
 
 
 @pytest.mark.parametrize(("labels", "scores"), [([True], []), ([], []), ([True], [math.inf])])
@@ -126,19 +116,6 @@ def test_intervals_draw_whole_prompts() -> None:
     again = quality_intervals(labels, scores, ["P", "P", "Q", "Q"])
     pd.testing.assert_frame_equal(limits, again)
     assert quality_intervals(labels, scores, ["P"] * 4).isna().all(axis=None)
-
-
-def test_intervals_hold_the_estimate_and_shrink() -> None:
-    """With many prompts the interval is around the estimate, and narrower than with few."""
-    rng = np.random.default_rng(0)
-    widths = []
-    for prompts in (20, 320):
-        labels = rng.random(prompts) < 0.5
-        scores = labels * 0.3 + rng.random(prompts)
-        low, high = quality_intervals(labels, scores, [str(i) for i in range(prompts)]).loc["auc"]
-        assert low < quality(labels, scores).auc < high
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 2
 
 
 def test_exact_is_the_fact_word_for_word() -> None:

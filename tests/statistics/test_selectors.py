@@ -53,7 +53,9 @@ def test_by_similarity_is_the_best_of_a_sweep(cells: dict[tuple[int, float], flo
 
 
 def test_the_highest_rank_wins_and_ties_go_to_the_smallest_amplifier() -> None:
-    """Per site: highest rank, then smallest |α|; without any rank the smallest |α|."""
+    """Per site: highest rank, then smallest |α|, of greedy rows; without ranks the smallest |α|."""
+    sampled = table_of(cell(alpha=1), cell(alpha=3, draw=1), cell(alpha=9))
+    assert alphas(sampled, ranks(0, 5, 1)) == [9]
     table = table_of(
         cell("P", 0, 9), cell("P", 0, 3), cell("P", 0, 1),
         cell("P", 1, 9), cell("P", 1, -3),
@@ -64,12 +66,6 @@ def test_the_highest_rank_wins_and_ties_go_to_the_smallest_amplifier() -> None:
     assert list(chosen.columns) == list(table.columns)
     assert chosen["prompt"].tolist() == ["P", "P", "Q"]
     assert list(chosen.index) == [0, 1, 2]
-
-
-def test_drawn_texts_are_never_chosen() -> None:
-    """Only greedy rows stand for a cell, whatever a selector thinks of the others."""
-    table = table_of(cell(alpha=1), cell(alpha=3, draw=1), cell(alpha=9))
-    assert alphas(table, ranks(0, 5, 1)) == [9]
 
 
 def test_tables_that_were_put_together_may_repeat_row_labels() -> None:
@@ -193,17 +189,8 @@ def test_nothing_beats_the_oracle(patterns: list[str]) -> None:
     assert within.all()
 
 
-def test_one_prompt_has_no_interval_and_no_rows_no_rate() -> None:
-    """A bootstrap over prompts needs two of them."""
-    found = rate(prompts_of("Rw"), {"s": by_similarity}, is_right)
-    assert found["share"].tolist() == [1, 1, 0.5]
-    assert found[["low", "high", "difference_low", "difference_high"]].isna().all(axis=None)
-    with pytest.raises(ValueError, match="^table: "):
-        rate(prompts_of("Rw").assign(draw=1), {}, is_right)
-
-
 def test_the_figure_shows_shares_with_intervals() -> None:
-    """A dot per selector with asymmetric bars; names are escaped and NaN is not sent."""
+    """A dot per selector with asymmetric bars, escaped names; one prompt has no interval."""
     rates = rate(prompts_of("wR Wr", "Rw"), {"<b>": by_similarity}, is_right)
     dots = selector_dots(rates).data[0]
     assert list(dots.x) == pytest.approx(rates["share"])
@@ -212,6 +199,8 @@ def test_the_figure_shows_shares_with_intervals() -> None:
     assert list(dots.error_x.arrayminus) == pytest.approx(rates["share"] - rates["low"])
     assert dots.customdata[0] == "+0.0% to by_similarity (+0.0% to +0.0%)"
     one = selector_dots(rate(prompts_of("Rw"), {}, is_right)).data[0]
+    with pytest.raises(ValueError, match="^table: "):
+        rate(prompts_of("Rw").assign(draw=1), {}, is_right)
     assert list(one.error_x.array) == [None, None]
     assert one.customdata[0] == "one prompt: no interval"
 
