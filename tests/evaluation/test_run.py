@@ -19,10 +19,7 @@ from superscopes_tl import (
     evaluate,
     sweep,
 )
-from superscopes_tl import evaluate as evaluate_function
-from superscopes_tl.errors import RunFileError
 from superscopes_tl.evaluation import methods
-from superscopes_tl.experiment import EvaluationFile
 from superscopes_tl.vectors import MeanActivation, RandomDirection, ResidMid
 from tests.support.same import assert_same_readings
 
@@ -30,10 +27,24 @@ PROMPTS = ("Red Hot Chili Peppers", "Pearl Jam", "Will Smith")
 
 
 @pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of every generation in a test."""
+    counts: list[int] = []
+    plain = PatchedGenerator.generate
+
+    def counting(self: PatchedGenerator, patches: Any) -> Any:
+        counts.append(len(patches))
+        return plain(self, patches)
+
+    monkeypatch.setattr(PatchedGenerator, "generate", counting)
+    return counts
+
+
+@pytest.fixture
 def settings(word_overlap: Any) -> dict[str, Any]:
     """A small experiment."""
     return {
-        "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 8, "scorer": word_overlap,
+        "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 4, "scorer": word_overlap,
         "progress": False, "draws": 0,
     }  # fmt: skip
 
@@ -57,34 +68,18 @@ def test_readings_equal_those_of_single_sweeps(
 
 
 def test_controls_of_several_prompts_share_a_batch(
-    mini: LanguageModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    mini: LanguageModel, settings: dict[str, Any], generated: list[int]
 ) -> None:
     """Three prompts with six cells each: one run for the cells, one for their controls."""
-    generated: list[int] = []
-    plain = PatchedGenerator.generate
-
-    def counting(self: PatchedGenerator, patches: Any) -> Any:
-        generated.append(len(patches))
-        return plain(self, patches)
-
-    monkeypatch.setattr(PatchedGenerator, "generate", counting)
     evaluate(mini, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
     assert generated == [18, 36]
 
 
 def test_a_finished_cell_is_never_computed_twice(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, generated: list[int]
 ) -> None:
     """A second call computes what is new: nothing, or one more layer, α, prompt or mapping."""
     path = tmp_path / "run.sqlite"
-    generated: list[int] = []
-    plain = PatchedGenerator.generate
-
-    def counting(self: PatchedGenerator, patches: Any) -> Any:
-        generated.append(len(patches))
-        return plain(self, patches)
-
-    monkeypatch.setattr(PatchedGenerator, "generate", counting)
     for expected, prompts, extra in (
         (12, PROMPTS[:2], {}),
         (0, PROMPTS[:2], {}),
@@ -160,49 +155,19 @@ def test_another_experiment_is_refused(
     assert path.read_bytes() == before
 
 
-def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
-    """Foreign bytes, a foreign database, a view in a table's place, a missing file."""
-    foreign = tmp_path / "foreign.sqlite"
-    foreign.write_text("hello " * 100)
-    trap = tmp_path / "trap.sqlite"
-    with sqlite3.connect(trap) as database:
-        database.execute("CREATE VIEW readings AS SELECT 1")
-        database.execute("CREATE TABLE provenance (text TEXT)")
-    database.close()
-    for path in (foreign, trap):
-        with pytest.raises(RunFileError, match="^path: "):
-            SweepResult.load(path)
-        with pytest.raises(RunFileError, match="^path: "):
-            EvaluationFile(path, {})
-    with pytest.raises(FileNotFoundError):
-        SweepResult.load(tmp_path / "nothing.sqlite")
-
-
-def test_a_folder_that_is_not_there_is_said_before_any_work(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """An `OSError` with the path."""
-    with pytest.raises(OSError, match="^path: .*nowhere"):
-        evaluate(mini, PROMPTS, tmp_path / "nowhere" / "run.sqlite", **settings)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "argument"),
-    [("Pearl Jam", "prompts"), ((), "prompts"), (("Pearl Jam", ""), "prompt")],
-)
 def test_bad_prompts_are_refused_before_any_work(
-    prompts: Any, argument: str, mini: LanguageModel, settings: dict[str, Any]
+    mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """One text is a sweep's, none is nothing, and an empty one has no token."""
-    with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
-        evaluate(mini, prompts, **settings)
+    bad: Any
+    for bad in ("Pearl Jam", (), ("Pearl Jam", "")):
+        with pytest.raises((ValueError, TypeError), match="^prompts?: "):
+            evaluate(mini, bad, **settings)
 
 
 def test_the_paper_s_prompts_are_the_default() -> None:
     """48 of them, as in Figure 3."""
-    defaults = evaluate_function.__defaults__
-    assert defaults is not None
-    assert defaults[0] is PAPER_PROMPTS
+    assert (evaluate.__defaults__ or ())[0] is PAPER_PROMPTS
     assert len(set(PAPER_PROMPTS)) == 48
 
 
@@ -231,10 +196,9 @@ def test_random_directions_differ_between_prompts_and_not_between_batches(
     mini: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """As a mapping, too: a null over prompts needs another vector for each of them."""
-    wide = evaluate(mini, PROMPTS, mapping=RandomDirection(1), **{**settings, "alphas": 9}).table
-    narrow = evaluate(
-        mini, PROMPTS, mapping=RandomDirection(1), **{**settings, "alphas": 9, "layers": 2}
-    ).table
+    asked = {**settings, "mapping": RandomDirection(1), "alphas": 9}
+    wide = evaluate(mini, PROMPTS, **asked).table
+    narrow = evaluate(mini, PROMPTS, **{**asked, "layers": 2}).table
     at_2 = wide[wide["source_layer"] == 2]
     assert_same_readings(at_2, narrow, ["text"])
     assert at_2["text"].nunique() == 3

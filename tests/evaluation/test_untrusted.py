@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from superscopes_tl import LanguageModel, SweepResult, files
 from superscopes_tl.errors import RunFileError
-from superscopes_tl.experiment import Cell
+from superscopes_tl.experiment import Cell, EvaluationFile
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.neighbours import TunedLens
 from superscopes_tl.statistics import read_recording
@@ -217,9 +218,13 @@ def test_a_spoilt_database_is_refused(sql: str, database: Path) -> None:
         SweepResult.load(database)
 
 
-def test_a_file_without_a_line_says_so(tmp_path: Path) -> None:
-    """As a run leaves it that was killed right at its beginning; the next run takes it up."""
+def test_a_file_of_no_evaluation_is_refused_and_an_empty_one_is_filled(tmp_path: Path) -> None:
+    """A run that is killed right at its beginning leaves an empty file; the next run resumes."""
     path = tmp_path / "run.sqlite"
+    path.write_text("hello " * 100)
+    for load in (SweepResult.load, partial(EvaluationFile, provenance={})):
+        with pytest.raises(RunFileError, match="^path: "):
+            load(path)
     path.write_bytes(b"")
     with pytest.raises(RunFileError, match=REFUSED.format("run.sqlite")):
         SweepResult.load(path)

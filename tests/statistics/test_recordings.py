@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 from pathlib import Path
@@ -279,12 +280,13 @@ def test_the_authors_recordings_hold_up_after_correction(paper: Any) -> None:
     assert paper.lines(corrected=True)[:2] == [f"Patchscopes {lines[0]}", f"Superscopes {lines[1]}"]
 
 
-def test_the_readme_shows_what_the_authors_recordings_give(paper: Any) -> None:
+def test_the_notebook_shows_what_the_authors_recordings_give(paper: Any) -> None:
     """Its lines are the command's."""
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Replay the authors' recordings")[1].split("\n## ")[0]
+    notebook = Path(__file__).parents[2] / "notebooks" / "02_paper_figures.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "".join(line for c in cells if c["cell_type"] == "markdown" for line in c["source"])
     for corrected in (False, True):
-        assert "\n".join(["", *paper.lines(corrected), ""]) in section
+        assert "\n".join(["", *paper.lines(corrected), ""]) in text
     chance = paper.counts["expected_by_chance"]
-    assert f"({chance.min():.1f} to {chance.max():.0f} prompts with a" in " ".join(section.split())
+    assert f"({chance.min():.1f} to {chance.max():.0f} prompts with a" in " ".join(text.split())
     assert paper.counts["discoveries"].sum() == 0
