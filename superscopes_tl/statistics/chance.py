@@ -101,7 +101,13 @@ def chance_corrected(best: Best, percentile: float = 95) -> Float[np.ndarray, " 
     Any of a reference's n + 1 scores is then equally likely to be the own one: the result is the
     share of them that exceed the percentile of the other n (see `corrected_hits`).
     """
-    return _each(best, lambda own, others: _accepted(np.append(others, own), percentile), 0.0)
+
+    def accepted(own: float, others: Float[np.ndarray, " other"]) -> Any:
+        scores, count = np.append(others, own), len(others) + 1
+        rest = np.broadcast_to(scores, (count, count))[~np.eye(count, dtype=bool)]
+        return np.mean(scores > np.percentile(rest.reshape(count, -1), percentile, axis=1))
+
+    return _each(best, accepted, 0.0)
 
 
 def mean(values: Values, weights: Weights) -> Resampled:
@@ -161,14 +167,6 @@ def bootstrap(
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN where no resample defines it
         low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
-
-
-def _accepted(scores: Float[np.ndarray, " prompt"], percentile: float) -> float:
-    """Return the share of scores above the percentile of all the others."""
-    count = len(scores)
-    rest = np.broadcast_to(scores, (count, count))[~np.eye(count, dtype=bool)]
-    nulls = np.percentile(rest.reshape(count, count - 1), percentile, axis=1)
-    return float(np.mean(scores > nulls))
 
 
 def _each(

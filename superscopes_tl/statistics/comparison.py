@@ -80,11 +80,10 @@ class Comparison:
         Args:
             corrected: corrected hits instead of hits.
         """
-        found = self.counts.set_index(_PLACE)["corrected" if corrected else "hits"].to_dict()
-        return [
-            " ".join([name, *(_shown(found.get((name, layer))) for layer in self.layers)])
-            for name in self.methods
-        ]
+        column = "corrected" if corrected else "hits"
+        table = self.counts.pivot(index="method", columns="source_layer", values=column)
+        shown = table.round(1).map("{:g}".format).where(table.notna(), "-")
+        return [" ".join([name, *shown.loc[name]]) for name in self.methods]
 
 
 def compare(
@@ -139,14 +138,10 @@ def compare(
         differences,
         tuple(_notes(tables, everything)),
         {
-            "scorer": scorer_name(chosen),
-            "score_on": score_on,
-            "threshold": threshold,
-            "percentile": percentile,
-            "resamples": resamples,
-            "seed": seed,
+            "scorer": scorer_name(chosen), "score_on": score_on, "threshold": threshold,
+            "percentile": percentile, "resamples": resamples, "seed": seed,
         },
-    )
+    )  # fmt: skip
 
 
 def _cells(
@@ -311,8 +306,3 @@ def _some(values: Sequence[object], most: int = 5) -> str:
     """Return the first few values, with control characters escaped."""
     shown = ", ".join(repr(value) for value in values[:most])
     return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
-
-
-def _shown(count: float | None) -> str:
-    """Return a count with at most one decimal, `-` where there is none."""
-    return "-" if count is None else f"{count:.1f}".removesuffix(".0")

@@ -80,15 +80,12 @@ def neighbour_agreement(scorer: Scorer | None = None) -> Selector:
         ladder = table[table["draw"] == 0].sort_values([*SITE, "alpha"], kind="stable")
         site = dict(ladder.groupby(SITE, sort=False).ngroup())
         words = table["description"].where(_has_description(table), "")
-        pairs = [
-            (a, b)
-            for a, b in pairwise(ladder.index)
-            if site[a] == site[b] and words[a] and words[b]
-        ]
+        pairs = [(a, b) for a, b in pairwise(ladder.index) if site[a] == site[b]]
+        pairs = [(a, b) for a, b in pairs if words[a] and words[b]]
         if not pairs:
             return pd.Series(np.nan, index=table.index)
         left, right = zip(*pairs, strict=True)
-        similar = list(as_scorer(scorer)([words[i] for i in left], [words[i] for i in right]))
+        similar = list(as_scorer(scorer)(list(words[[*left]]), list(words[[*right]])))
         both = pd.Series([*similar, *similar], index=[*left, *right], dtype=float)
         return both.groupby(level=0).mean().reindex(table.index)
 
