@@ -350,7 +350,7 @@ def _check_sendable(pool: object, experiment: Experiment) -> None:
         except Exception as error:
             fix = "define the function with def at the top of a module, and import it from there"
             got = f"{part!r} ({error})"
-            raise bad_value(name, "something that can be pickled", got, fix) from error
+            raise bad_value(name, "something that other processes can get", got, fix) from error
 
 
 # In a worker.

@@ -223,6 +223,8 @@ def test_an_executor_that_breaks_is_named(folder: str, settings: dict[str, Any])
             evaluate(folder, PROMPTS, executor=start, **settings)
     with pytest.raises(TypeError, match="^executor: "):
         evaluate(folder, PROMPTS, executor=2, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^workers: "):
+        local_workers(0)
 
 
 def test_a_model_of_this_process_alone_is_refused(settings: dict[str, Any]) -> None:
@@ -313,9 +315,3 @@ def test_a_run_of_few_batches_is_cut_into_more_tasks(folder: str, settings: dict
             folder, PROMPTS[:1], executor=here, **{**settings, "alphas": range(1, 13)}, draws=0
         )
         assert len(here.futures) == 1 + 8
-
-
-def test_local_workers_are_at_least_one() -> None:
-    """None would read nothing."""
-    with pytest.raises(ValueError, match="^workers: "):
-        local_workers(0)
