@@ -1,8 +1,7 @@
 """Figures and results as files that open anywhere, offline, without Python.
 
-`heatmap_png` is the heatmap for readers of a saved notebook, which runs no JavaScript. It is drawn
-by matplotlib, because plotly needs a browser to write a PNG, and by its `Figure` without pyplot: no
-global state, so that any thread may draw.
+`heatmap_png` is the heatmap of saved notebooks, which run no JavaScript. It is drawn by matplotlib,
+because plotly needs a browser to write a PNG, and without pyplot, so that any thread may draw.
 """
 
 from __future__ import annotations
@@ -33,21 +32,15 @@ def write_html(
     *,
     title: str = "Superscopes",
 ) -> Path:
-    """Write one or several figures to one HTML file that opens offline; return its path.
-
-    Raises:
-        OSError: the file cannot be written; an older one of that name stays.
-    """
-    several = [figures] if isinstance(figures, go.Figure) else list(figures)
-    parts = [
+    """Write one or several figures to one HTML file that opens offline; return its path."""
+    several = [figures] if isinstance(figures, go.Figure) else figures
+    body = "".join(
         figure.to_html(full_html=False, include_plotlyjs=index == 0)
         for index, figure in enumerate(several)
-    ]
-    target = Path(path)
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title></head><body>{''.join(parts)}</body></html>"
     )
+    target = Path(path)
+    head = f"<head><meta charset='utf-8'><title>{html.escape(title)}</title></head>"
+    page = f"<!doctype html><html lang='en'>{head}<body>{body}</body></html>"
     with written_whole(target) as fresh:
         fresh.write_text(page, encoding="utf-8")
     return target
@@ -62,7 +55,7 @@ def save_as(
     layer: int | None = None,
     value: str | None = None,
 ) -> Path:
-    """Write a result in the format that the file's suffix names, whole or not; return its path.
+    """Write a result, complete or not, in the format of the file's suffix; return its path.
 
     Args:
         result: the sweep.
@@ -71,12 +64,11 @@ def save_as(
         position: the token of the figures; defaults to the rightmost one.
         target_layer: the target layer of the figures, where there are several.
         layer: the layer of the decomposition; defaults to the last one that is finished.
-        value: what the figures colour by, "recovered" or "score"; defaults to the score, or to
+        value: the column of the colours, "recovered" or "score"; defaults to the score, or to
             "recovered" where not all cells were written out.
 
     Raises:
         ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
-        OSError: the file cannot be written; an older one of that name stays.
     """
     target = Path(path)
     check_choice("path", target.suffix, SUFFIXES)
@@ -86,27 +78,23 @@ def save_as(
         raise bad_value("result", "at least one cell", "an empty table", "run a sweep first")
     if target.suffix == ".zip":
         return result.save(target)
-    if target.suffix == ".csv":
+    if target.suffix in (".csv", ".parquet"):
+        write = result.table.to_csv if target.suffix == ".csv" else result.table.to_parquet
         with written_whole(target) as fresh:
-            result.table.to_csv(fresh, index=False)
-    elif target.suffix == ".parquet":
-        with written_whole(target) as fresh:
-            fresh.write_bytes(result.table.to_parquet(index=False))
-    else:
-        drawn = result.at(position, target_layer)
-        value = value or ("score" if drawn.table["written"].all() else "recovered")
-        if target.suffix == ".png":
-            picture = heatmap_png(drawn, value=value)
-            with written_whole(target) as fresh:
-                fresh.write_bytes(picture)
-        else:
-            title = f"Superscopes: {result.provenance.get('prompt', '')}"
-            write_html(_figures(drawn, layer, value), target, title=title)
+            write(fresh, index=False)
+        return target
+    drawn = result.at(position, target_layer)
+    value = value or ("score" if drawn.table["written"].all() else "recovered")
+    if target.suffix == ".html":
+        title = f"Superscopes: {result.provenance.get('prompt', '')}"
+        return write_html(_figures(drawn, layer, value), target, title=title)
+    with written_whole(target) as fresh:
+        fresh.write_bytes(heatmap_png(drawn, value=value))
     return target
 
 
 def _figures(result: SweepResult, layer: int | None, value: str) -> list[go.Figure]:
-    """Return all figures of one token; a layer that was not finished gives way to the last."""
+    """Return all figures of one token; an unfinished layer is replaced by the last one."""
     table = result.table
     if layer is None or layer not in set(table["source_layer"]):
         layer = int(max(table["source_layer"]))
@@ -127,7 +115,7 @@ def heatmap_png(
         result: the sweep; cells that were not computed stay grey.
         position: the token; defaults to the rightmost one.
         target_layer: which target layer; defaults to the best one of each cell.
-        value: "recovered" or "score"; defaults to the former, where it is defined.
+        value: "recovered" or "score"; defaults to the former where it is defined.
     """
     from matplotlib.figure import Figure
 
@@ -137,11 +125,8 @@ def heatmap_png(
     best = table.sort_values(value, ascending=False, na_position="last", kind="stable")
     grid = Grid.of(best, x="alpha", panel="kind", panels=dict.fromkeys(table["kind"]))
     shades = Shades.of(table, value)
-    figure = Figure(
-        figsize=(3.2 * len(grid.panels) + 1.0, 0.26 * max(4, len(grid.ys)) + 1.3),
-        layout="constrained",
-        facecolor="white",
-    )
+    size = (3.2 * len(grid.panels) + 1.0, 0.26 * max(4, len(grid.ys)) + 1.3)
+    figure = Figure(size, layout="constrained", facecolor="white")
     axes = figure.subplots(1, len(grid.panels), sharey=True, squeeze=False)[0]
     for panel, kind in zip(axes, grid.panels, strict=True):
         numbers = [[math.nan if z is None else z for z in row] for row in grid.numbers(kind, value)]
@@ -151,13 +136,9 @@ def heatmap_png(
         panel.set_xticks(range(len(grid.xs)), [f"{alpha:g}" for alpha in grid.xs])
         panel.set_yticks(range(len(grid.ys)), [str(layer) for layer in grid.ys])
         image = panel.imshow(
-            numbers,
-            cmap=COLOR_SCALE,
-            vmin=shades.low,
-            vmax=shades.high,
-            aspect="auto",
+            numbers, cmap=COLOR_SCALE, vmin=shades.low, vmax=shades.high, aspect="auto",
             origin="lower",
-        )
+        )  # fmt: skip
         for y, row in enumerate(numbers):
             for x, number in enumerate(row):
                 if math.isfinite(number) and len(grid.xs) <= LABEL_LIMIT:
@@ -175,7 +156,7 @@ def heatmap_png(
 
 
 def _grey(grid: Grid, value: str) -> list[str]:
-    """Return why cells have no colour, in the words of `MARKS`."""
+    """Return why cells have no colour, by the names of `MARKS`."""
 
     def mark(row: Row | None) -> str:
         return "" if row is not None and math.isfinite(row[value]) else mark_of(row, value)

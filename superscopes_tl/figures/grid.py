@@ -1,14 +1,12 @@
-"""One builder for every heatmap: rows of a table in; panels, marks and hover texts out.
+"""One builder for every heatmap, with panels, marks and hover texts.
 
 1. `Grid.of` lays a table out: a panel per value of one column, rows along y, columns along x.
-2. `Grid.each` gives what a plot needs of a panel, cell by cell, whether plotly, a live widget or
-   matplotlib draws it.
-3. `draw` makes the plotly figure: one colour scale for all panels, and a mark on every cell of
-   which a colour says nothing.
+2. `Grid.each` maps the cells of a panel, for plotly, a live widget or matplotlib.
+3. `draw` makes the plotly figure: one colour scale for all panels, and a mark on every cell that
+   has no colour to show.
 
-No function shows or writes a figure; `export.write_html` does the latter. Colours are cividis,
-which reads the same with and without colour vision. Text that a model generated or a user typed is
-untrusted: whoever builds a hover text, label or title escapes it.
+Colours are cividis, which reads the same with and without colour vision. Generated and typed text
+is untrusted: hover texts, labels and titles are escaped where they are built.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from superscopes_tl.errors import bad_value, check_choice
 
 COLOR_SCALE = "cividis"
 METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's colours, which can be told apart with and without colour vision."""
+"""Okabe and Ito's colours, distinguishable with and without colour vision."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 TITLES = {
     "resid_pre": "resid_pre (block input)",
@@ -47,7 +45,7 @@ MARKS: Mapping[str, tuple[str, str]] = {
     "not written out": ("line-ew-open", "–"),
     "not defined": ("diamond-open", "◇"),
 }
-"""What a cell can be that a colour does not say: plotly's symbol for it, and one for text."""
+"""States of a cell that a colour cannot show: plotly's symbol, and one for text."""
 
 HOVER = "%{customdata}<extra></extra>"
 NO_CELL = "not computed"
@@ -91,13 +89,12 @@ class Grid:
             x: the column along the horizontal axis.
             y: the column along the vertical axis.
             panel: the column with a panel per value; a single panel if `None`.
-            panels: the panels to lay out; default to those of the table in its order.
-            ys: the values along the vertical axis; default to those of the table, ascending.
-            xs: the values along the horizontal axis; default likewise.
+            panels: defaults to the table's panels in its order.
+            ys: defaults to the table's values, ascending.
+            xs: defaults to the table's values, ascending.
         """
-        rows: list[Row] = table.to_dict("records")
         cells: dict[tuple[Any, Any, Any], Row] = {}
-        for row in rows:
+        for row in table.to_dict("records"):
             cells.setdefault((row[panel] if panel else "", row[y], row[x]), row)
         return cls(
             tuple(dict.fromkeys(at for at, _, _ in cells) if panels is None else panels),
@@ -107,7 +104,7 @@ class Grid:
         )
 
     def each(self, panel: Any, show: Callable[[Row], T], missing: T) -> list[list[T]]:
-        """Return what `show` makes of every cell of a panel, line by line; `missing` of a hole."""
+        """Return `show` of every cell of a panel, line by line; `missing` where there is none."""
         return [
             [
                 show(self.cells[panel, y, x]) if (panel, y, x) in self.cells else missing
@@ -123,7 +120,7 @@ class Grid:
     def marked(
         self, panel: Any, mark: Callable[[Row | None], str]
     ) -> dict[str, list[tuple[Any, Any]]]:
-        """Return the (y, x) of a panel's cells by the name of the mark that they carry."""
+        """Return the (y, x) of a panel's marked cells by the name of their mark."""
         found: dict[str, list[tuple[Any, Any]]] = {name: [] for name in MARKS}
         for y in self.ys:
             for x in self.xs:
@@ -162,13 +159,13 @@ def draw(
         value: the numeric column of the colours.
         hover: the hover text of a row, escaped.
         title: the figure's title, escaped.
-        x_title: what runs along the horizontal axis.
-        y_title: what runs along the vertical axis.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
         name: title of the colour bar; defaults to `value`.
         color_range: values of the darkest and the lightest colour; defaults to those of the data.
-        text: what stands in a cell, escaped; defaults to its number, where there is room.
-        mark: which of `MARKS` a row (`None` of a hole) carries, if any.
-        every_mark: whether each panel has a trace for every mark, also for those it lacks.
+        text: text of a cell, escaped; defaults to its number, where there is room.
+        mark: the name in `MARKS` of a row's mark (`None`: not computed), or "".
+        every_mark: whether each panel has a trace for every mark, used or not.
         labels: tick labels of the columns, escaped; default to their values.
         stacked: whether panels stand one below the other.
         cell_width: width of a cell in pixels; no panel is narrower than 300.
@@ -223,7 +220,7 @@ def _cells_trace(
     panel: Any,
     value: str,
     hover: Callable[[Row], str],
-    text: Callable[[Row], str] | None = None,
+    text: Callable[[Row], str] | None,
 ) -> go.Heatmap:
     """Return the coloured cells of one panel; arguments as in `draw`."""
     numbers = "%{z:.2f}" if len(grid.xs) <= LABEL_LIMIT else None
@@ -245,7 +242,7 @@ def _cells_trace(
 def _mark_traces(
     grid: Grid, panel: Any, mark: Callable[[Row | None], str], hover: Callable[[Row], str]
 ) -> list[go.Scatter]:
-    """Return a trace for every mark, with the cells of a panel that carry it."""
+    """Return a trace for every mark, with a panel's cells of that mark."""
     return [
         go.Scatter(
             x=[axis_label(x) for _, x in places],
@@ -266,13 +263,7 @@ def _mark_traces(
 def draw_table(
     columns: Mapping[str, Sequence[str]], widths: Sequence[int], title: str
 ) -> go.Figure:
-    """Draw a table.
-
-    Args:
-        columns: cells by header, escaped, with `<br>` between lines.
-        widths: of the columns, in pixels.
-        title: the figure's title, escaped.
-    """
+    """Draw a table of escaped cells by header, with column widths in pixels."""
     figure = go.Figure(
         go.Table(
             columnwidth=list(widths),
@@ -296,7 +287,7 @@ def axis_label(value: Any) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """Return a number; `None` if it is not finite, which no notebook can send."""
+    """Return a number, or `None` if it is not finite, which JSON cannot hold."""
     return float(value) if pd.notna(value) and math.isfinite(value) else None
 
 
@@ -328,11 +319,7 @@ def text_lines(text: object, width: int, *, empty: str = "–") -> str:
 
 
 def only(rows: pd.DataFrame, column: str, wanted: Any, *, argument: str = "") -> pd.DataFrame:
-    """Return the rows with one value, or one of a list of values, in a column; all for `None`.
-
-    Raises:
-        ValueError: there is no such row.
-    """
+    """Return the rows whose column has a value, or one of several; all for `None`."""
     if wanted is None:
         return rows
     several = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted

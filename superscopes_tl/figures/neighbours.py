@@ -1,13 +1,11 @@
 """Figures of the neighbouring methods.
 
-1. `lens_heatmap`: the most likely token of every layer and token position (or kind), one panel per
-   lens, coloured by its probability. `lens_kl_curve`: how far each lens is from the model's final
-   prediction.
-2. `effect_heatmap`: effects of ablating or restoring sites, over layers and kinds or tokens; next
-   to readings (`beside`) the hover text shows both.
+1. `lens_heatmap`: the most likely token per layer and position or kind, one panel per lens.
+   `lens_kl_curve`: the divergence of each lens from the model's final prediction.
+2. `effect_heatmap`: effects of ablating or restoring sites, over layers and kinds or tokens.
 3. `next_token_curve` and `next_token_grid`: precision@1 or surprisal over source layers, and over
    source layer x target layer (Patchscopes, sections 4.1 and 4.2).
-4. `relevancy_heatmap`: the tokens of some readings, coloured by what they owe to the vector.
+4. `relevancy_heatmap`: the tokens of some readings, coloured by their relevancy.
 5. `side_by_side_table`: one site by all methods.
 """
 
@@ -60,12 +58,12 @@ def lens_heatmap(
     Hovering over a cell shows all tokens of the table. Cells that were not read stay grey.
 
     Args:
-        table: what `lens_table` returned; of one prompt.
-        x: what runs along the horizontal axis.
-        kind: which kind, where positions run along the axis; defaults to the table's first.
-        position: which token, where kinds do; defaults to the table's rightmost.
-        lenses: which lenses; default to all of the table.
-        controls: whether to draw what each lens reads in a random direction as well.
+        table: from `lens_table`; of one prompt.
+        x: the column along the horizontal axis.
+        kind: which kind, where `x` is "position"; defaults to the first.
+        position: which token, where `x` is "kind"; defaults to the rightmost.
+        lenses: default to all.
+        controls: whether to draw each lens on random directions as well.
 
     Raises:
         ValueError: several prompts, or a kind, position or lens that the table does not have.
@@ -83,9 +81,12 @@ def lens_heatmap(
     rows = only(rows.sort_values("rank", kind="stable"), "lens", lenses)
     rows = rows if controls else rows[~rows["control"]]
     site = ["lens", "control", "kind", "position", "source_layer"]
-    tokens = rows.assign(tokens=[_probability(row) for row in rows.to_dict("records")])
-    tokens = tokens.groupby(site, sort=False)["tokens"].agg("<br>".join).reset_index()
-    first = table.drop_duplicates(site).merge(tokens, on=site)
+    tokens = [
+        f"{probability:.3f}  {html.escape(repr(token))}"
+        for probability, token in zip(rows["probability"], rows["top_token"], strict=True)
+    ]
+    hover = rows.assign(tokens=tokens).groupby(site)["tokens"].agg("<br>".join).reset_index()
+    first = table.drop_duplicates(site).merge(hover, on=site)
     labels = map(lens_label, first["lens"], first["control"])
     grid = Grid.of(first.assign(label=list(labels)), x=x, panel="label")
     return draw(
@@ -108,12 +109,8 @@ def _tokens(rows: pd.DataFrame) -> list[str]:
     return [html.escape(str(tokens[position])) for position in sorted(tokens)]
 
 
-def _probability(row: Row) -> str:
-    return f"{row['probability']:.3f}  {html.escape(repr(row['top_token']))}"
-
-
 def _short(token: str) -> str:
-    """Return a token without the space around it, unless it is nothing else."""
+    """Return a token stripped of white space, or its repr if nothing else is left."""
     shown = token.strip() if token.strip().isprintable() and token.strip() else repr(token)
     return shown if len(shown) <= _LONGEST_TOKEN else f"{shown[: _LONGEST_TOKEN - 1]}…"
 
@@ -124,11 +121,7 @@ def _site(row: Row) -> str:
 
 
 def lens_kl_curve(table: pd.DataFrame) -> go.Figure:
-    """Draw KL(final ‖ lens) over layers, a line per lens and kind; controls are dashed.
-
-    Args:
-        table: what `lens_kl` returned.
-    """
+    """Draw what `lens_kl` returned over layers, a line per lens and kind; controls are dashed."""
     names = list(dict.fromkeys(table["lens"]))
     colors = dict(zip(names, shades(len(names), last=0.75), strict=True))
     kinds = list(dict.fromkeys(table["kind"]))
@@ -161,12 +154,12 @@ def effect_heatmap(
     position: int | None = None,
     color_range: tuple[float, float] | None = None,
 ) -> go.Figure:
-    """Draw how much each site matters, source layer against kind or token.
+    """Draw the effect of each site, source layer x kind or token.
 
     Args:
         effects: from `causal_effects`, `causal_trace` or `beside`; one row per site.
         x: "kind" for all kinds at one token, or "position" for all tokens, one panel per kind.
-        value: the numeric column to colour by, such as "control_effect" on the same colours.
+        value: the numeric column to colour by.
         position: the token, where `x` is "kind"; defaults to the rightmost one.
         color_range: the values of the darkest and the lightest colour.
 
@@ -198,12 +191,12 @@ def effect_heatmap(
 
 def _effect_hover(row: Row) -> str:
     lines = [
-        f"{_site(row)}",
+        _site(row),
         f"effect {row['effect']:+.3f} nats (control {row['control_effect']:+.3f})",
         f"KL {row['kl']:.3f} nats (control {row['control_kl']:.3f})",
     ]
     if "top_tokens" in row:
-        lines.append(f"then first: {text_lines(row['top_tokens'], 60)}")
+        lines.append(f"top tokens: {text_lines(row['top_tokens'], 60)}")
     if "description" in row:
         lines.append(f"read as: {text_lines(row['description'], 60)} (α = {row['alpha']:g})")
     return "<br>".join(lines)
@@ -214,8 +207,8 @@ def _effect_title(rows: pd.DataFrame, x: str) -> str:
     ablated = "replacement" in rows
     done = f"replaced by {first['replacement']}" if ablated else f"restored ({first['corruption']})"
     at = f" · token <b>{html.escape(str(first['token']))}</b>" if x == "kind" else ""
-    asked = text_lines(f"{first['prompt']} →{first['continuation']}", 50)
-    return f"{asked}{at}<br><sub>{text_lines(done, 70)}</sub>"
+    text = text_lines(f"{first['prompt']} →{first['continuation']}", 50)
+    return f"{text}{at}<br><sub>{text_lines(done, 70)}</sub>"
 
 
 def next_token_curve(
@@ -230,7 +223,7 @@ def next_token_curve(
 
     Args:
         found: from `next_tokens`.
-        value: "precision" or "surprisal".
+        value: what to draw.
         kind: which kind, if there are several.
         alpha: which α, if there are several.
         target_layer: which target layer, if there are several per source layer.
@@ -302,7 +295,7 @@ def next_token_grid(
 def _one_cell(
     found: NextTokens, value: Measure, kind: str | None, alpha: float | None
 ) -> pd.DataFrame:
-    """Return the rows of a summary that are of one kind and α; the logit lens has no α."""
+    """Return a summary's rows of one kind and α; the logit lens has no α."""
     check_choice("value", value, tuple(_MEASURES))
     rows = only(found.summary(), "kind", kind)
     lens = rows["method"] == LOGIT_LENS
@@ -340,11 +333,8 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
     """Draw the tokens of some readings, coloured by their relevancy.
 
     Args:
-        table: from `relevancy`; a line per cell, so choose a few.
-        tokens: how many tokens of each text to draw; more than some 20 are hard to read.
-
-    Raises:
-        ValueError: no token.
+        table: from `relevancy`, of a few cells: each is a line.
+        tokens: how many tokens of each text to draw.
     """
     check_count("tokens", tokens, least=1, fix="16 is the default")
     table = table[table["step"] < tokens]
@@ -356,14 +346,12 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
         f"α = {row['alpha']:g}"
         for i, row in zip(number, table.to_dict("records"), strict=True)
     ]
+    prompts = html.escape(", ".join(dict.fromkeys(table["prompt"])))
     figure = draw(
         Grid.of(table.assign(cell=[html.escape(cell) for cell in cells]), x="step", y="cell"),
         "relevancy",
         lambda row: f"{html.escape(row['generated_token'])}<br>{row['relevancy']:.2f}",
-        title=(
-            f"{html.escape(', '.join(dict.fromkeys(table['prompt'])))}"
-            " · p(token | patched) − p(token | unpatched)"
-        ),
+        title=f"{prompts} · p(token | patched) − p(token | unpatched)",
         x_title="token of the text",
         y_title="",
         color_range=(-1, 1),
@@ -375,7 +363,7 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
 
 
 def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the columns of what `side_by_side` returned as text, by their headers."""
+    """Return the table of `side_by_side` as text, columns by header."""
 
     def numbers(column: str, form: str) -> list[str]:
         return ["" if pd.isna(cell) else format(cell, form) for cell in table[column]]

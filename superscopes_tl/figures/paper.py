@@ -5,10 +5,9 @@
    chance.
 3. `best_table`: per layer and kind the reading at one α (`figure_5`: at α = 1) or at the best
    (`figure_6`).
-4. `alpha_ladder`: what one site reads as while α grows (section 3.5).
+4. `alpha_ladder`: the readings of one site as α grows (section 3.5).
 
-An evaluation holds several prompts: choose one with `prompt`. Figures 2 and 4 (a diffusion model, a
-screenshot) show nothing to compute.
+An evaluation holds several prompts: choose one with `prompt`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def decomposition(
     position: int | None = None,
     target_layer: int | None = None,
 ) -> go.Figure:
-    """Draw in words what one layer's MLP reads, adds and passes on (the paper's Figure 1).
+    """Draw the descriptions of one layer's MLP input, output and sum (the paper's Figure 1).
 
     Args:
         readings: a sweep or an evaluation over resid_mid, mlp_out and resid_post.
@@ -62,9 +61,7 @@ def decomposition(
     Raises:
         ValueError: a prompt, layer, α, token or target layer that is not there.
     """
-    result = readings.of(prompt)
-    into: Any = "all" if target_layer is None else target_layer
-    wide = result.at(position, into).by_layer(alpha=alpha)
+    title, wide = _by_layer(readings, prompt, position, target_layer, alpha)
     check_choice("layer", layer, list(wide.index))
     figure = go.Figure()
     for column, kind in enumerate(PAPER_KINDS):
@@ -80,7 +77,7 @@ def decomposition(
             sign = {"text": "+" if column == 1 else "=", "font": {"size": 28}}
             figure.add_annotation(x=column - 0.5, y=0.5, showarrow=False, **sign)
     return figure.update_layout(
-        title=f"{html.escape(str(result.provenance.get('prompt', '')))} · layer {layer}",
+        title=f"{title} · layer {layer}",
         template="plotly_white",
         height=300,
         margin={"t": 60, "b": 20},
@@ -112,34 +109,21 @@ def best_table(
     Raises:
         ValueError: a prompt, α, token or target layer that is not there.
     """
-    result = readings.of(prompt)
-    into: Any = "all" if target_layer is None else target_layer
-    wide = result.at(position, into).by_layer(alpha=alpha)
+    title, wide = _by_layer(readings, prompt, position, target_layer, alpha)
     columns = {"layer": [str(layer) for layer in wide.index]}
     for kind in dict.fromkeys(wide.columns.get_level_values(0)):
         columns[kind] = [_entry(cell) for cell in wide[kind].to_dict("records")]
     which = "best α of every site" if alpha is None else f"α = {alpha:g}"
-    title = f"{html.escape(str(result.provenance.get('prompt', '')))} · {which}"
-    return draw_table(columns, [60, *[290] * (len(columns) - 1)], title=title)
+    return draw_table(columns, [60, *[290] * (len(columns) - 1)], f"{title} · {which}")
 
 
 def figure_5(readings: SweepResult, **chosen: Any) -> go.Figure:
-    """Draw what every layer reads as at α = 1, which is Patchscopes (Figure 5).
-
-    Args:
-        readings: a sweep or an evaluation with α = 1.
-        **chosen: `prompt`, `position` and `target_layer` as in `best_table`.
-    """
+    """Draw `best_table` at α = 1, which is Patchscopes (Figure 5)."""
     return best_table(readings, alpha=1, **chosen)
 
 
 def figure_6(readings: SweepResult, **chosen: Any) -> go.Figure:
-    """Draw what every layer reads as at its best α, "Show Best Results" (Figure 6).
-
-    Args:
-        readings: a sweep or an evaluation.
-        **chosen: `prompt`, `position` and `target_layer` as in `best_table`.
-    """
+    """Draw `best_table` at the best α of every site, "Show Best Results" (Figure 6)."""
     return best_table(readings, **chosen)
 
 
@@ -151,21 +135,18 @@ def figure_3(counted: Comparison | SweepResult, *, title: str = "") -> go.Figure
 
     Args:
         counted: from `compare` or `replay`, or an evaluation of one kind, which is compared first.
-        title: what was compared, the model or the files; the number of prompts and the scorer
-            are added.
+        title: defaults to the model's name; the number of prompts and the scorer are added.
     """
-    if isinstance(counted, Comparison):
-        comparison = counted
-    else:
+    if isinstance(counted, SweepResult):
         config = counted.provenance["config"]
         if config["scorer"] != PAPER_SCORER:
             raise bad_value(
                 "counted", f"an evaluation scored by {PAPER_SCORER}",
                 config["scorer"], "figure_3(compare(methods(evaluation), scorer=...))",
             )  # fmt: skip
-        comparison = compare(methods(counted), score_on=config["score_on"])
         title = title or str(counted.provenance["model"]["name"])
-    settings = comparison.settings
+        counted = compare(methods(counted), score_on=config["score_on"])
+    settings = counted.settings
     percentile = f"above the {settings['percentile']:g}th percentile of the other prompts"
     forms = (
         ("hits", "expected_by_chance", f"similarity > {settings['threshold']:g}"),
@@ -175,12 +156,12 @@ def figure_3(counted: Comparison | SweepResult, *, title: str = "") -> go.Figure
         cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f[2] for f in forms]
     )
     for column, (count, chance, _) in enumerate(forms, start=1):
-        for rank, method in enumerate(comparison.methods):
-            rows = only(comparison.counts, "method", method).sort_values("source_layer")
+        for rank, method in enumerate(counted.methods):
+            rows = only(counted.counts, "method", method).sort_values("source_layer")
             for line in _count_lines(rows, count, chance, rank):
                 line.update(legendgroup=method, showlegend=column == 1 and line.mode != "lines")
                 figure.add_trace(line, row=1, col=column)
-    prompts = comparison.counts["prompts"].max()
+    prompts = counted.counts["prompts"].max()
     what = f"{prompts} prompts, {settings['scorer']} on the {settings['score_on']}"
     figure.update_xaxes(title_text="source layer", dtick=1)
     figure.update_yaxes(title_text="prompts", rangemode="tozero", col=1)
@@ -230,7 +211,7 @@ def alpha_ladder(
     position: int | None = None,
     target_layer: int | None = None,
 ) -> go.Figure:
-    """Draw the score of one site over α, with what it reads as beside each bar (section 3.5).
+    """Draw the score of one site over α, with the description beside each bar (section 3.5).
 
     Args:
         readings: a sweep or an evaluation.
@@ -249,14 +230,11 @@ def alpha_ladder(
     rungs = [f"{alpha:g}" for alpha in rows["alpha"]]
     figure = go.Figure()
     figure.add_bar(
-        x=scores,
-        y=rungs,
-        orientation="h",
+        x=scores, y=rungs, orientation="h", marker_color="#6b7a99",
         customdata=[hover_text(row) for row in rows.to_dict("records")],
         hovertemplate=HOVER,
-        marker_color="#6b7a99",
-    )
-    figure.add_scatter(  # a bar's own text would stand left of it where the score is negative
+    )  # fmt: skip
+    figure.add_scatter(  # a bar's own text would be left of it where the score is negative
         x=[max(score, 0.0) for score in scores],
         y=rungs,
         mode="text",
@@ -275,6 +253,20 @@ def alpha_ladder(
         height=150 + 44 * len(rows),
         width=900,
     )
+
+
+def _by_layer(
+    readings: SweepResult,
+    prompt: str | None,
+    position: int | None,
+    target_layer: int | None,
+    alpha: float | None,
+) -> tuple[str, pd.DataFrame]:
+    """Return the escaped prompt, and its `SweepResult.by_layer` at one token."""
+    result = readings.of(prompt)
+    into: Any = "all" if target_layer is None else target_layer
+    title = html.escape(str(result.provenance.get("prompt", "")))
+    return title, result.at(position, into).by_layer(alpha=alpha)
 
 
 def _no_text(cell: Mapping[Any, Any]) -> str:

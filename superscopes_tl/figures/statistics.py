@@ -1,10 +1,10 @@
-"""Figures of what amplification reads early, of selectors, of scores, and of a model's check.
+"""Figures of statistics.
 
-1. `earlier_table`: what is read before ℓ_c (the paper's Tables 1 to 3).
-2. `selector_dots`: how often each selector chooses a right reading, with its interval.
-3. `amplifier_dots`: how many prompts each way to amplify reads right.
-4. `roc_curve`: how well scores separate right readings from wrong ones.
-5. `readability_curve`: what each layer recovers, beside what other names' vectors recover.
+1. `earlier_table`: readings before ℓ_c (the paper's Tables 1 to 3).
+2. `selector_dots`: how often each selector chooses a correct reading.
+3. `amplifier_dots`: the share of prompts that each way to amplify reads correctly.
+4. `roc_curve`: how well scores separate correct readings from wrong ones.
+5. `readability_curve`: the share recovered at each layer, against other names' vectors.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from superscopes_tl.statistics import Quality
 
 
 def earlier_table(found: pd.DataFrame) -> go.Figure:
-    """Draw the paper's Tables 1 to 3: the layers before ℓ_c, then ℓ_c itself, per prompt.
-
-    Args:
-        found: what `reveals_earlier` returned; of one kind.
+    """Draw the paper's Tables 1 to 3 from `reveals_earlier`: the layers before ℓ_c, then ℓ_c.
 
     Raises:
         ValueError: readings of several kinds.
@@ -60,11 +57,7 @@ def _lines(text: object) -> str:
 
 
 def selector_dots(rates: pd.DataFrame) -> go.Figure:
-    """Draw the share of right readings per selector, a dot with its 95 % interval.
-
-    Args:
-        rates: what `selectors.rate` returned.
-    """
+    """Draw the accuracy of each selector in `selectors.rate`, a dot with its 95 % interval."""
     figure = go.Figure()
     figure.add_scatter(
         x=[finite(share) for share in rates["share"]],
@@ -81,11 +74,7 @@ def selector_dots(rates: pd.DataFrame) -> go.Figure:
 
 
 def amplifier_dots(found: pd.DataFrame) -> go.Figure:
-    """Draw the share of prompts that each way to amplify reads right, with 95 % intervals.
-
-    Args:
-        found: what `selectors.amplifiers` returned.
-    """
+    """Draw the shares of prompts in `selectors.amplifiers`, with their 95 % intervals."""
     names = [
         f"{html.escape(str(name))} ({readings:.3g} readings)"
         for name, readings in found["readings"].items()
@@ -124,11 +113,9 @@ def _share_axes(figure: go.Figure, title: str) -> go.Figure:
 
 
 def roc_curve(qualities: Mapping[str, Quality]) -> go.Figure:
-    """Draw ROC curves, each with a ring at its threshold.
+    """Draw ROC curves by name, each with a ring at its threshold.
 
-    Args:
-        qualities: what to compare, by name; one without a curve (only right or only wrong
-            readings) is named in the legend alone.
+    A quality without a curve (only right or only wrong readings) appears in the legend alone.
     """
     figure = go.Figure()
     for color, (name, found) in zip(shades(len(qualities)), qualities.items(), strict=True):
@@ -165,10 +152,10 @@ def roc_curve(qualities: Mapping[str, Quality]) -> go.Figure:
 
 
 def readability_curve(found: Readability) -> go.Figure:
-    """Draw the recovered share of the model's own words over source layers, in the best setting.
+    """Draw the recovered share of the model's own descriptions over layers, in the best setting.
 
-    The band is the bootstrap interval over names of own minus other names, around the own
-    share: where it clears the line of the other names, the layer is read.
+    The band is the bootstrap interval over names of own minus other names, around the own share:
+    a layer is readable where the band is above the line of the other names.
     """
     rows = found.layers
     layers = rows["source_layer"].tolist()

@@ -2,8 +2,7 @@
 
 1. Choose the rows: one token, one row per cell of the figure.
 2. Lay them out as source layer x α, or x target layer, one panel per kind (`grid`).
-3. Mark what a colour cannot say: cells that were not computed or not written out, texts without a
-   description, numbers that are not defined.
+3. Mark the cells that have no colour to show.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import SweepResult
 from superscopes_tl.figures.grid import (
     HOVER,
+    NO_CELL,
     Grid,
     Row,
     check_numeric,
@@ -34,10 +34,9 @@ from superscopes_tl.figures.grid import (
 )
 
 SHARES = ("recovered", "specific")
-"""Columns whose colours run from 0 to 1, as do those of every control's share."""
+"""Columns with colours from 0 to 1, like every control's share."""
 USUAL_SCORES = (0.0, 0.6)
-"""The colours of scores span at least these: a map that reads nothing should look like it."""
-_LARGEST_IN_TENTHS = 1e5
+"""The colours of scores span at least these, so that a map without a reading looks empty."""
 
 
 def heatmap(
@@ -51,22 +50,20 @@ def heatmap(
 ) -> go.Figure:
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
 
-    Hovering over a cell shows what the model generated there. Cells that were not computed carry a
-    cross, cells whose text says nothing about the placeholder a ring; the legend names every mark.
+    Hovering over a cell shows the generated text. Cells that were not computed carry a cross, cells
+    without a description a ring; the legend names every mark.
 
     Args:
         result: the sweep.
-        value: the column to colour by, `score` or any other numeric column.
-        minus: a column to subtract, such as a control: what is left owes nothing to it.
+        value: the numeric column to colour by.
+        minus: a column to subtract, such as a control.
         position: the token; defaults to the rightmost one of the sweep.
         target_layer: which target layer, where there are several per source layer.
-        color_range: the values of the darkest and the lightest colour; defaults to `value_range`:
-            0 to 1 for a share, at least 0 to 0.6 for the score, else the range of the data. Give
-            the same to figures that are to be compared, as with a control.
+        color_range: the values of the darkest and the lightest colour; defaults to `value_range`.
+            Pass the same to figures that are to be compared.
 
     Raises:
-        ValueError: a token, column or target layer that the sweep does not have, or several
-            target layers to choose from.
+        ValueError: a token, column or target layer that the sweep does not have.
     """
     rows = _one_mapping(result.at(position, target_layer).table, value)
     return _draw(result, rows, "alpha", None, value, minus, color_range)
@@ -88,8 +85,8 @@ def layer_grid(
         result: the sweep, such as `sweep(..., target_layer=range(10))`.
         kind: which kind; defaults to a panel for each.
         alpha: which α; defaults to the best one of each pair of layers.
-        value: the column to colour by.
-        minus: a column to subtract.
+        value: as in `heatmap`.
+        minus: as in `heatmap`.
         position: the token; defaults to the rightmost one of the sweep.
         color_range: as in `heatmap`.
 
@@ -190,14 +187,9 @@ def _draw(
 
 
 def mark_of(row: Row | None, value: str) -> str:
-    """Return which of `MARKS` a cell carries where its colour is `value`; "" for most.
-
-    Args:
-        row: a row of `SweepResult.table`; `None` of a cell that was not computed.
-        value: the column of the colours.
-    """
+    """Return the name in `MARKS` of a cell coloured by `value`, "" for most; `None`: no cell."""
     if row is None:
-        return "not computed"
+        return NO_CELL
     if row["written"] and not row["description"]:
         return "no description"
     if math.isfinite(row[value]):
@@ -217,8 +209,8 @@ def value_range(table: pd.DataFrame, value: str) -> tuple[float, float]:
     given: Any = table[value] if len(table) else ()
     numbers = [*usual, *(number for item in given if (number := finite(item)) is not None)]
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
-    # Beyond the largest, a tenth is lost in the rounding.
-    if value != "score" or max(abs(low), abs(high)) > _LARGEST_IN_TENTHS:
+    # Above 1e5 a tenth is lost in rounding.
+    if value != "score" or max(abs(low), abs(high)) > 1e5:
         return low, high
     return math.floor(low * 10) / 10, math.ceil(high * 10 - 1e-9) / 10
 
@@ -238,17 +230,13 @@ class Shades:
 
 
 def usual_value(table: pd.DataFrame) -> Literal["recovered", "score"]:
-    """Return the column to colour cells by: `recovered` where that is defined.
-
-    Where nothing is written out either, there is no score to show instead.
-    """
-    if table.empty or not (table["recovered"].notna().any() or not table["written"].any()):
-        return "score"
-    return "recovered"
+    """Return the column to colour by: `recovered` where defined or where no text has a score."""
+    scored = table["recovered"].isna().all() and table["written"].any()
+    return "score" if table.empty or scored else "recovered"
 
 
 def _one_mapping(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Return the rows after checking that they are of one mapping and hold numbers to draw."""
+    """Return the rows after checking that they are of one mapping and `value` is numeric."""
     check_numeric(rows, value)
     mappings = rows["mapping"].unique().tolist()
     if len(mappings) > 1:
@@ -257,7 +245,7 @@ def _one_mapping(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def hover_text(row: Row) -> str:
-    """Return what a cell shows under the mouse: reading, place, numbers, the whole text."""
+    """Return the hover text of a cell: description, place, numbers, the whole text."""
     parts = [] if math.isnan(row["recovered"]) else [f"recovers {row['recovered']:.2f}"]
     if row["written"]:
         parts.append("no score" if math.isnan(row["score"]) else f"score {row['score']:.3f}")

@@ -1,6 +1,16 @@
-"""Other methods on the same model and places: lenses, causal tracing, next-token predictions."""
+"""Other methods at the same sites: lenses, activation patching, next-token predictions."""
 
-from superscopes_tl.neighbours.causal import beside, causal_effects, causal_trace
+from superscopes_tl.neighbours.causal import (
+    Amplified,
+    Noise,
+    OtherTokens,
+    Resampled,
+    Without,
+    Zero,
+    beside,
+    causal_effects,
+    causal_trace,
+)
 from superscopes_tl.neighbours.lenses import (
     LENSES,
     LOGIT_LENS,
@@ -13,14 +23,6 @@ from superscopes_tl.neighbours.lenses import (
 )
 from superscopes_tl.neighbours.methods import NEIGHBOURS, side_by_side
 from superscopes_tl.neighbours.next_token import PATCHED, NextTokens, next_tokens
-from superscopes_tl.neighbours.replacements import (
-    Amplified,
-    Noise,
-    OtherTokens,
-    Resampled,
-    Without,
-    Zero,
-)
 from superscopes_tl.neighbours.token_relevancy import TokenEffect, relevancy, token_effects
 from superscopes_tl.neighbours.tuned_lens import TunedLens, train_tuned_lens
 

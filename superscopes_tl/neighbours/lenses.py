@@ -1,15 +1,14 @@
-"""Read a vector with the model's own unembedding, beside what Superscopes reads at the same site.
+"""Read vectors with the model's own unembedding: the logit lens and translated lenses.
 
-1. The *logit lens* (nostalgebraist, 2020, "interpreting GPT: the logit lens") takes a vector for
-   the last block's output: final norm, W_U, softmax. It writes no text; it names next tokens.
-2. A `Lens` translates vectors before they are unembedded: `logit_lens` leaves them as they are, a
-   `TunedLens` (`tuned_lens`) moves them to where the last block's output would be.
+1. The *logit lens* (nostalgebraist, 2020, "interpreting GPT: the logit lens") treats a vector as
+   the last block's output: final norm, W_U, softmax. It predicts tokens and generates no text.
+2. A `Lens` translates vectors before they are unembedded: the logit lens is the identity, a
+   `TunedLens` maps them to the last block's output.
 3. `lens_table` reads all sites of a prompt through several lenses in one batch; `lens_kl` measures
-   over texts how far a lens is from what the model says in the end.
-4. The control of both is the same lens on a random direction of equal norm: what it still names, or
-   how near it still gets, owes nothing to the vector.
+   over texts how far a lens is from the model's final prediction.
+4. The control of both is the same lens on a random direction of equal norm.
 
-α does not change what a lens reads: the final norm takes any positive scale away again.
+α does not change a lens's prediction: the final norm removes any positive scale.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from superscopes_tl.engine import site_vectors
@@ -43,25 +42,25 @@ Place: TypeAlias = tuple[HookKind, int]
 Lens: TypeAlias = Callable[
     [LanguageModel, Float[Tensor, "sites d_model"], Sequence[Site]], Float[Tensor, "sites d_model"]
 ]
-"""What is done to the vectors of some sites before they are unembedded."""
+"""Translates the vectors of some sites before they are unembedded."""
 
 LOGIT_LENS = "logit lens"
 SEED = 0
-"""Chooses the random directions."""
+"""Selects the random directions."""
 
 _ROWS = 256
-"""Rows that are unembedded together: each has as many logits as there are tokens."""
+"""Rows unembedded together: each has a logit per vocabulary token."""
 
 
-def untranslated(
+def _untranslated(
     model: LanguageModel, vectors: Float[Tensor, "sites d_model"], sites: Sequence[Site]
 ) -> Float[Tensor, "sites d_model"]:
     """Return the vectors as they are: the logit lens."""
     return vectors
 
 
-LENSES: Mapping[str, Lens] = MappingProxyType({LOGIT_LENS: untranslated})
-"""The lenses that need no training, by the name that a table gives them."""
+LENSES: Mapping[str, Lens] = MappingProxyType({LOGIT_LENS: _untranslated})
+"""The lenses that need no training, by name."""
 
 
 def logit_lens(
@@ -71,24 +70,22 @@ def logit_lens(
 
     Args:
         model: from `load_model`.
-        vectors: any vectors of the residual stream, or that are added to it.
+        vectors: states of the residual stream, or outputs added to it.
 
     Returns:
         In nats, float32, on the CPU.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: vectors of another width than the model's.
+        TypeError: `vectors` is no tensor.
+        ValueError: the vectors do not have the model's width.
     """
     if not isinstance(vectors, Tensor):
         raise bad_type("vectors", "a tensor", vectors, "capture(...)['mlp_out', 5]")
     if vectors.shape[-1:] != (model.d_model,):
         raise bad_value(
-            "vectors",
-            f"vectors of {model.d_model} numbers, the width of {model.name}",
-            tuple(vectors.shape),
-            "read the vectors from the same model",
-        )
+            "vectors", f"vectors of {model.d_model} numbers, the width of {model.name}",
+            tuple(vectors.shape), "read the vectors from the same model",
+        )  # fmt: skip
     rows = vectors.reshape(-1, model.d_model)
     with model.lock, torch.no_grad():
         likely = [model.decoder.unembed(part).log_softmax(dim=-1).cpu() for part in _parts(rows)]
@@ -121,48 +118,49 @@ def lens_table(
     control: bool = True,
     chat: bool = False,
 ) -> pd.DataFrame:
-    """Read sites of one prompt through lenses, all of them in one forward pass and one batch each.
+    """Read sites of one prompt through lenses, in one forward pass and one batch per lens.
 
     Args:
         model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
-        sites: the places to read: `plan.sites`, `sites_of(result.table)`, or your own.
+        sites: `plan.sites`, `sites_of(result.table)`, or your own.
         lenses: by name, such as `{**LENSES, "tuned lens": tuned}`.
-        top_k: how many tokens of each site.
+        top_k: tokens per site.
         control: whether each lens also reads a random direction of equal norm.
-        chat: whether the prompt stands in the model's chat template, as in a sweep with `chat`.
+        chat: whether to put the prompt into the model's chat template, as a sweep with `chat` does.
 
     Returns:
-        One row per lens, site and rank, with the columns `prompt`, `position`, `token`, `kind`,
-        `source_layer` (these as in `SweepResult.table`), `lens`, `control` (whether the lens read
-        a random direction of equal norm instead), `rank` (1 is the most likely),
-        `top_token` (its text, with the space that it brings), `top_token_id`, `probability`.
+        One row per lens, site and rank: `prompt`, `position`, `token`, `kind`, `source_layer` (as
+        in `SweepResult.table`), `lens`, `control` (whether the vector is a random direction),
+        `rank` (1 is the most likely), `top_token` (with its leading space), `top_token_id` and
+        `probability`.
 
     Raises:
         ValueError: no site, a site that the model or the prompt does not have, a bad `top_k`, or
             a lens that cannot read a kind.
     """
     model = load_model(model)
-    _check_lenses(lenses)
-    wanted = tuple(dict.fromkeys(sites))
+    places = tuple(dict.fromkeys(sites))
     check_count("top_k", top_k, least=1, fix="5 is the usual choice")
-    model.checked_kinds(site.kind for site in wanted)
-    check_layers((site.layer for site in wanted), model.n_layers, "sites")
+    model.checked_kinds(site.kind for site in places)
+    check_layers((site.layer for site in places), model.n_layers, "sites")
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
-    vectors = site_vectors(model, tokens, wanted)
-    rows: list[dict[str, Any]] = []
-    for name, random, moved in _through(model, lenses, vectors, wanted, control=control):
+    vectors = site_vectors(model, tokens, places)
+    rows = []
+    for name, random, moved in _through(model, lenses, vectors, places, control):
         likely = logit_lens(model, moved)
         top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
-        for site, values, ids in zip(wanted, top.values.exp(), top.indices, strict=True):
-            named: dict[str, str | bool] = {"lens": name, "control": random}
-            rows += _rows(model, tokens, site, named, values, ids)
-    return pd.DataFrame(rows)
-
-
-def _check_lenses(lenses: Any) -> None:
-    if not isinstance(lenses, Mapping):
-        raise bad_type("lenses", "lenses by name", lenses, 'pass {**LENSES, "tuned lens": tuned}')
+        for site, values, ids in zip(
+            places, top.values.exp().tolist(), top.indices.tolist(), strict=True
+        ):
+            position = site.position % len(tokens)
+            place = (tokens.text, position, tokens.labels[position], site.kind)
+            for rank, (probability, token_id) in enumerate(zip(values, ids, strict=True), start=1):
+                top_token = _token_text(model, token_id)
+                found = (name, random, rank, top_token, token_id, probability)
+                rows.append((*place, site.layer % model.n_layers, *found))
+    columns = ["prompt", "position", "token", "kind", "source_layer", "lens", "control", "rank"]
+    return pd.DataFrame(rows, columns=[*columns, "top_token", "top_token_id", "probability"])
 
 
 def _through(
@@ -170,10 +168,11 @@ def _through(
     lenses: Mapping[str, Lens],
     vectors: Float[Tensor, "sites d_model"],
     sites: Sequence[Site],
-    *,
     control: bool,
 ) -> Iterator[tuple[str, bool, Float[Tensor, "sites d_model"]]]:
     """Yield each lens's name, whether it reads random directions, and the translated vectors."""
+    if not isinstance(lenses, Mapping):
+        raise bad_type("lenses", "lenses by name", lenses, 'pass {**LENSES, "tuned lens": tuned}')
     for name, lens in lenses.items():
         yield name, False, lens(model, vectors, sites)
         if control:
@@ -182,39 +181,12 @@ def _through(
 
 
 def lens_label(lens: str, control: bool) -> str:
-    """Return how figures and tables call a lens, or the same lens on a random direction."""
+    """Return the display name of a lens, or of the same lens on a random direction."""
     return f"{lens}, random direction" if control else lens
 
 
-def _rows(
-    model: LanguageModel,
-    tokens: TokenizedText,
-    site: Site,
-    lens: Mapping[str, str | bool],
-    probabilities: Float[Tensor, " top"],
-    ids: Int[Tensor, " top"],
-) -> Iterator[dict[str, Any]]:
-    """Yield the table's rows of one lens and site."""
-    position = site.position % len(tokens)
-    for rank, (probability, token_id) in enumerate(
-        zip(probabilities.tolist(), ids.tolist(), strict=True), start=1
-    ):
-        yield {
-            "prompt": tokens.text,
-            "position": position,
-            "token": tokens.labels[position],
-            "kind": site.kind,
-            "source_layer": site.layer % model.n_layers,
-            **lens,
-            "rank": rank,
-            "top_token": token_text(model, token_id),
-            "top_token_id": token_id,
-            "probability": probability,
-        }
-
-
-def token_text(model: LanguageModel, token_id: int) -> str:
-    """Return a token's text, with the space in front that some tokenizers drop at a beginning."""
+def _token_text(model: LanguageModel, token_id: int) -> str:
+    """Return a token's text with its leading space, which some tokenizers drop on decoding."""
     text = str(model.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
     piece = model.tokenizer.convert_ids_to_tokens(token_id) or ""
     return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
@@ -229,27 +201,26 @@ def lens_kl(
     layers: int | Iterable[int] | None = None,
     control: bool = True,
 ) -> pd.DataFrame:
-    """Measure how far each lens is from the model's final prediction, over the tokens of texts.
+    """Measure the divergence of each lens from the model's final prediction over some texts.
 
     KL(final ‖ lens), the loss that a tuned lens is trained on (Belrose et al., 2023, section 2).
 
     Args:
         model: from `load_model`, or anything that it accepts.
-        texts: what the model reads; texts that the lens was not trained on, for an honest number.
+        texts: held-out texts, on which no lens was trained.
         lenses: by name.
         kinds: out of `KINDS`.
-        layers: layer numbers; every layer unless given.
+        layers: defaults to every layer.
         control: whether each lens also reads random directions of equal norm.
 
     Returns:
-        One row per lens, kind and layer: `lens`, `control`, `kind`, `source_layer`, `kl` (the
-        mean, in nats per token; the BOS is left out), `tokens` (how many).
+        One row per lens, kind and layer: `lens`, `control`, `kind`, `source_layer`, `kl` (mean
+        nats per token without the BOS), `tokens` (their number).
 
     Raises:
         ValueError, TypeError: bad texts, kinds or layers, or a lens that cannot read a kind.
     """
     model = load_model(model)
-    _check_lenses(lenses)
     chosen = model.checked_kinds(kinds)
     numbers = check_layers(layers, model.n_layers)
     last: Place = ("resid_post", model.n_layers - 1)
@@ -259,13 +230,12 @@ def lens_kl(
     for kind, layer in places:
         vectors = states[kind, layer].float()
         sites = [Site(kind, layer, 0)] * len(vectors)
-        for name, random, moved in _through(model, lenses, vectors, sites, control=control):
+        for name, random, moved in _through(model, lenses, vectors, sites, control):
             total = sum(
                 float(divergence(logit_lens(model, final), logit_lens(model, part)).sum())
                 for final, part in zip(_parts(states[last]), _parts(moved), strict=True)
             )
-            mean = total / len(vectors)
-            rows.append((name, random, kind, layer, mean, len(vectors)))
+            rows.append((name, random, kind, layer, total / len(vectors), len(vectors)))
     table = pd.DataFrame(rows, columns=["lens", "control", "kind", "source_layer", "kl", "tokens"])
     return table.sort_values(["lens", "control", "kind"], kind="stable", ignore_index=True)
 
@@ -281,17 +251,14 @@ def divergence(
 def token_states(
     model: LanguageModel, texts: Sequence[str], places: Sequence[Place]
 ) -> dict[Place, Float[Tensor, "tokens d_model"]]:
-    """Return what the hook points saw at every token of some texts but the BOS, on the CPU.
+    """Return the activations at every token of some texts but the BOS, on the CPU.
 
-    Texts of equal length are run together, so that no padding has to be hidden from the model.
-
-    Raises:
-        ValueError, TypeError: no text, or one that the model cannot read.
+    Texts of equal length share a batch, so that no padding is needed.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise bad_type("texts", "a list of texts", texts, "pass texts=[...]")
     if not texts:
-        raise bad_value("texts", "at least one text", texts, "pass some texts")
+        raise bad_value("texts", "at least one text", texts, "pass texts=[...]")
     of_length: dict[int, list[TokenizedText]] = {}
     for text in texts:
         tokens = tokenize(model, text, argument="texts")

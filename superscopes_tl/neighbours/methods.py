@@ -1,16 +1,13 @@
 """The neighbouring methods side by side: one site, all methods, one table.
 
-The paper stands in a family of methods that read the same vector in other ways. Here a method is
-nothing but settings of a sweep, so that all of them share the engine, the scores and the controls:
+A method is a set of sweep settings, so that all share the engine, the scores and the controls:
 
-1. Make a plan per method for the one site. Methods with the same target prompt share its prefix,
-   and their cells share batches.
-2. Of each method's readings take the best-scoring one. What it chose from counts: `tries` says how
-   many, and `control` is the best of as many readings of the same cells in a random direction.
-3. Add what needs no generation: lenses (the likeliest next tokens), and what the model itself does
-   without the vector (activation patching).
-
-`NEIGHBOURS` is a plain mapping: pass one of your own to compare others.
+1. Make a plan per method for the one site. Methods with the same target prompt share its prefix and
+   their batches.
+2. Keep the best-scoring reading of each method, with the number of readings to choose from
+   (`tries`) and the best of as many readings of the same cells in a random direction (`control`).
+3. Add the methods without generation: lenses (most likely next tokens) and the ablation of the
+   vector in the model's own run (activation patching).
 """
 
 from __future__ import annotations
@@ -41,9 +38,9 @@ from superscopes_tl.vectors import (
 
 CONTROL = "random_direction"
 _FIXED = {"layers", "kinds", "positions", "controls"}
-"""What all methods have in common, so that their rows can be compared."""
+"""Settings shared by all methods, so that their rows can be compared."""
 OWN_TOKENS = 10
-"""How many tokens of the prompt's own continuation an ablation is judged by."""
+"""Length in tokens of the continuation on which an ablation is measured."""
 
 NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -62,7 +59,7 @@ NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "the kind summed over layers": {"vectors": Accumulated()},
     }
 )
-"""Names of methods, and the settings of a sweep that make each of them."""
+"""Sweep settings by the name of the method; pass a mapping of your own to compare others."""
 
 
 def side_by_side(
@@ -78,32 +75,31 @@ def side_by_side(
     progress: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Read one site in many ways.
+    """Read one site by all methods.
 
     Example:
         >>> side_by_side(load_model(), "Red Hot Chili Peppers", layer=4)  # doctest: +SKIP
 
     Args:
-        model: from `load_model`, or anything that it takes.
+        model: from `load_model`, or anything that it accepts.
         prompt: the source prompt.
         layer: the source layer.
         kind: the kind of activation.
         position: the token: an index or a substring.
-        methods: settings of a sweep by the name of the method; `{**NEIGHBOURS, "mine": {...}}` adds
-            one. With a wider or narrower
-            `target_model`, only methods that have `vectors=Mapped(...)`.
-        maps: affine maps from the site's layer, from `fit_affine`: as one more method.
-        lenses: as `lens_table` takes them; a trained tuned lens, for example.
+        methods: sweep settings by the name of the method; `{**NEIGHBOURS, "mine": {...}}` adds one.
+            For a `target_model` of another width, only methods with `vectors=Mapped(...)`.
+        maps: affine maps from the site's layer, from `fit_affine`, added as one more method.
+        lenses: as in `lens_table`.
         progress: whether to show a progress bar.
-        **settings: what all methods share, such as `target_layer` or `scorer`.
+        **settings: sweep settings of all methods, such as `target_layer` or `scorer`.
 
     Returns:
         A row per method: `method`, `description`, `alpha`, `target_layer`, `score`, `control` (the
-        best score of as many readings in a random direction; the site has one such direction, so
-        that methods which write it alike share their control) and `tries`. A lens has no score: its
-        reading is its likeliest tokens with their probabilities. The last row is what the prompt's
-        own continuation (ten tokens) loses without the vector, in nats per token, beside a random
-        change of equal size.
+        best score of as many readings in one random direction per site, so that methods which
+        write it identically share their control) and `tries`. A lens has no score; its description
+        is its most likely tokens with their probabilities. The last row is the change of the log-
+        probability of the prompt's own continuation (ten tokens) under ablation, in nats per token,
+        and under a random change of equal size.
 
     Raises:
         ValueError, TypeError: a bad setting.
@@ -149,45 +145,38 @@ def side_by_side(
 
 
 def _groups(plans: Mapping[str, SweepPlan]) -> Iterator[dict[str, SweepPlan]]:
-    """Yield the plans that can share batches, with the generator that they share."""
+    """Yield the plans that can share batches, with one generator for all of them."""
     left = dict(plans)
     while left:
         first = next(iter(left.values()))
         group = {
             name: replace(plan, generator=first.generator)
             for name, plan in left.items()
-            if _alike(plan, first)
+            if _shared(plan) == _shared(first)
         }
         left = {name: plan for name, plan in left.items() if name not in group}
         yield group
 
 
-def _alike(plan: SweepPlan, other: SweepPlan) -> bool:
-    a, b = plan.generator, other.generator
-    return (a.model.tl, a.target, a.max_new_tokens) == (b.model.tl, b.target, b.max_new_tokens)
+def _shared(plan: SweepPlan) -> tuple[Any, ...]:
+    return plan.generator.model.tl, plan.generator.target, plan.generator.max_new_tokens
 
 
 def _read(plans: Mapping[str, SweepPlan], *, progress: bool) -> Iterator[dict[str, Any]]:
-    """Yield the best reading of each method, of all methods of one target prompt."""
+    """Yield the best reading of each method of one target prompt."""
     table = collect(list(plans.values()), progress=progress).table
     keys = [(row.mapping, Cell.of(row)) for row in table.itertuples()]
     for name, plan in plans.items():
         own = {(plan.mapping_name, cell) for cell in plan.cells}
         cells = table[[key in own for key in keys]]  # methods may share a cell
-        best = cells.sort_values("score", ascending=False, na_position="last", kind="stable")
-        yield {
-            "method": name,
-            "description": best["description"].iloc[0],
-            "alpha": best["alpha"].iloc[0],
-            "target_layer": int(best["target_layer"].iloc[0]),
-            "score": best["score"].iloc[0],
-            "control": cells[CONTROL].max(),
-            "tries": len(cells),
-        }
+        ranked = cells.sort_values("score", ascending=False, na_position="last", kind="stable")
+        row: Any = ranked.iloc[0]
+        best = {column: row[column] for column in ("description", "alpha", "target_layer", "score")}
+        yield {"method": name, **best, "control": cells[CONTROL].max(), "tries": len(cells)}
 
 
 def _tokens(found: pd.DataFrame) -> str:
-    """Return a lens's likeliest tokens as one line."""
+    """Return a lens's most likely tokens as one line."""
     pairs = zip(found["top_token"], found["probability"], strict=True)
     return ", ".join(f"{token!r} {probability:.2f}" for token, probability in pairs)
 

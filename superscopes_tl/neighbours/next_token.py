@@ -1,15 +1,15 @@
-r"""What a patched prompt predicts next, against the model's own prediction (Patchscopes, 4.1).
+r"""Next-token prediction of patched prompts against the model's own (Patchscopes, section 4.1).
 
-1. The source run of a text has, at every token, a next token that the model itself finds the
-   likeliest: the truth here, whatever the text goes on with.
-2. Every cell of the text (site, target layer, α) is patched into the token identity prompt
-   `cat -> cat\n1135 -> 1135\nhello -> hello\n?`; all texts share their batches.
-3. Precision@1 is the share of cells whose likeliest next token is the truth; surprisal is how
-   unlikely the truth is, −log p in nats.
-4. Beside each cell stand the same numbers of its controls, and those of the logit lens: the site's
-   own vector handed to the unembedding, without a prompt.
-5. A summary's means weigh every text alike, whatever its length. Their interval is the percentile
-   bootstrap over texts, because the tokens of one text depend on each other.
+1. The truth at every token of a source prompt is the model's own most likely next token there,
+   whatever the text continues with.
+2. Every cell (site, target layer, α) is patched into the token identity prompt
+   `cat -> cat\n1135 -> 1135\nhello -> hello\n?`; all prompts share their batches.
+3. Precision@1 is the share of cells whose most likely next token is the truth; surprisal is −log p
+   of the truth in nats.
+4. Each cell is compared with its controls and with the logit lens, which unembeds the site's own
+   vector without a prompt.
+5. A summary weights every prompt equally, whatever its length. Its intervals are percentile
+   bootstraps over prompts, because the tokens of one prompt depend on each other.
 """
 
 from __future__ import annotations
@@ -34,35 +34,32 @@ from superscopes_tl.statistics import bootstrap
 
 PATCHED = "patched"
 CELL = ["method", "kind", "source_layer", "target_layer", "alpha"]
-"""The columns that name what a summary averages over tokens and texts."""
+"""The columns that name what a summary averages over tokens and prompts."""
+
+_PLACE = ["prompt", "position", "token", "kind", "source_layer", "target_layer", "alpha", "own"]
+_COLUMNS = ["prompt", "position", "token", *CELL, "own", "predicted", "hit", "surprisal"]
 
 _ROWS = 256
-"""Sites whose predictions are held at a time: each has as many numbers as there are tokens."""
+"""Sites unembedded together: each has a number per vocabulary token."""
 
 _OF_TEXTS = ("scorer", "score_on", "draw", "max_new_tokens")
-"""Settings that concern the text of a reading; one token has none."""
-
-_Truths: TypeAlias = dict[Site, int]
-"""The model's own next token at every site of a text."""
-
-_Place: TypeAlias = tuple[int, Site, int | None, float]
-"""The number of a text, a site, a target layer and an α."""
+"""Settings of whole texts, which do not apply to a single token."""
 
 _Predictions: TypeAlias = tuple[Int[Tensor, " places"], Float[Tensor, " places"]]
-"""The likeliest token at every place, and the log-probability of the model's own."""
+"""The most likely token at every place, and the log-probability of the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
 class NextTokens:
-    """What patched prompts predict next.
+    """Next-token predictions of patched prompts.
 
     Attributes:
         table: one row per source prompt, token, method and cell. `method` is "patched", the name of
-            a control, or "logit lens" (with neither target layer nor α; left out where `vectors`
-            says what v is). `own` is the token that the model itself predicts there, `predicted`
-            the method's, `hit` whether the two are one, and `surprisal` −log p of `own` under the
-            method, in nats.
-        provenance: models, target prompt, settings and texts, as plain data.
+            a control, or "logit lens" (with neither target layer nor α; left out with `vectors`,
+            where v is not the site's own vector). `own` is the token that the model itself
+            predicts, `predicted` the method's, `hit` whether they are equal, `surprisal` −log p of
+            `own` under the method, in nats.
+        provenance: models, target prompt, settings and prompts, as plain data.
     """
 
     table: pd.DataFrame
@@ -89,56 +86,72 @@ class NextTokens:
 
 
 def next_tokens(model: LanguageModel | Any, prompts: Sequence[str], **settings: Any) -> NextTokens:
-    """Ask patched prompts for the next token, at every cell of every text.
+    """Predict the next token from patched prompts, at every cell of every source prompt.
 
     Args:
-        model: from `load_model`, or anything that it takes.
-        prompts: the source prompts; each counts once.
-        **settings: the fields of `SweepConfig`, but those of whole texts. Unless given:
+        model: from `load_model`, or anything that it accepts.
+        prompts: the source prompts; duplicates count once.
+        **settings: the fields of `SweepConfig`, except those of whole texts. Defaults:
             `target_prompt=IDENTITY_PROMPT`, `kinds="resid_post"`, `alphas=1`,
             `target_layer="same"`, `positions=slice(None)` (every token but the BOS) and
             `controls=("unpatched", "random_direction")`.
 
     Raises:
-        ValueError, TypeError: a bad setting, no texts, or a `target_model` with other tokens.
+        ValueError, TypeError: a bad setting, no prompts, or a `target_model` with another
+            vocabulary.
     """
     distinct = [] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     if not distinct:
         raise bad_value("prompts", "at least one prompt", prompts, "PAPER_PROMPTS, for example")
     if misplaced := [name for name in _OF_TEXTS if name in settings]:
-        raise bad_value(
-            "settings",
-            f"none of {_OF_TEXTS}, which concern whole texts",
-            misplaced,
-            "leave them out, or use sweep",
-        )
+        expected = f"none of {_OF_TEXTS}, which concern whole texts"
+        raise bad_value("settings", expected, misplaced, "leave them out, or use sweep")
     plans = _plans(model, distinct, settings)
-    own, lens = zip(*map(_read, plans), strict=True)
-    truths: list[_Truths] = [
-        dict(zip(plan.sites, tokens.tolist(), strict=True))
-        for plan, tokens in zip(plans, own, strict=True)
-    ]
-    cells: list[_Place] = [
-        (text, *cell.place, cell.alpha) for text, plan in enumerate(plans) for cell in plan.cells
-    ]
-    sites: list[_Place] = [
-        (text, site, None, math.nan) for text, plan in enumerate(plans) for site in plan.sites
-    ]
-    wanted = torch.tensor([truths[text][site] for text, site, *_ in cells])
+    cells: list[tuple[Any, ...]] = []
+    sites: list[tuple[Any, ...]] = []
+    lens: list[_Predictions] = []
+    for plan in plans:
+        own, by_lens = _read(plan)
+        truth = dict(zip(plan.sites, own.tolist(), strict=True))
+        places = [(*cell.place, cell.alpha) for cell in plan.cells]
+        cells += [_place(plan, *place, truth[place[0]]) for place in places]
+        sites += [_place(plan, site, None, math.nan, token) for site, token in truth.items()]
+        lens.append(by_lens)
     made = [make_patches(plan) for plan in plans]
-    parts = []
+    wanted = torch.tensor([cell[-1] for cell in cells])
+    tables = []
     for method in (PATCHED, *plans[0].config.controls):
         patches = [
             patch
-            for plan, own_patches in zip(plans, made, strict=True)
-            for patch in _patches(method, plan, own_patches)
+            for plan, own in zip(plans, made, strict=True)
+            for patch in (own if method == PATCHED else make_control(method, plan, plan.cells, own))
         ]
-        found = _predict(plans[0].generator, patches, wanted)
-        parts.append(_rows(method, plans, truths, cells, found))
-    if plans[0].config.vectors is None:  # else v is not what the lens reads at the site
-        by_lens = torch.cat([one[0] for one in lens]), torch.cat([one[1] for one in lens])
-        parts.append(_rows(LOGIT_LENS, plans, truths, sites, by_lens))
-    return NextTokens(pd.concat(parts, ignore_index=True), _provenance(plans[0], distinct))
+        tables.append(_table(method, cells, *_predict(plans[0].generator, patches, wanted)))
+    if plans[0].config.vectors is None:  # else v is not the vector at the site
+        predicted, likely = map(torch.cat, zip(*lens, strict=True))
+        tables.append(_table(LOGIT_LENS, sites, predicted, likely))
+    table = pd.concat(tables, ignore_index=True)
+    tokens = {*table["own"], *table["predicted"]}
+    decoded = {token: plans[0].model.tokenizer.decode([token]) for token in tokens}
+    shown = {name: table[name].map(decoded) for name in ("own", "predicted")}
+    return NextTokens(table.assign(**shown)[_COLUMNS], _provenance(plans[0], distinct))
+
+
+def _place(
+    plan: SweepPlan, site: Site, target_layer: int | None, alpha: float, own: int
+) -> tuple[Any, ...]:
+    """Return `_PLACE` of one prediction; `own` is the model's own next token at the site."""
+    label = plan.source.labels[site.position]
+    return plan.source.text, site.position, label, site.kind, site.layer, target_layer, alpha, own
+
+
+def _table(
+    method: str, places: Sequence[tuple[Any, ...]], predicted: Tensor, likely: Tensor
+) -> pd.DataFrame:
+    """Return the rows of one method, tokens as ids."""
+    table = pd.DataFrame(places, columns=_PLACE).astype({"target_layer": "Int64"})
+    table = table.assign(method=method, predicted=predicted.numpy(), surprisal=-likely.numpy())
+    return table.assign(hit=table["own"] == table["predicted"])
 
 
 def _plans(
@@ -153,33 +166,25 @@ def _plans(
         "positions": slice(None),
         "controls": ("unpatched", "random_direction"),
     }
-    first = plan_sweep(
-        model, texts[0], **{**defaults, **settings}, max_new_tokens=1, scorer=no_scores
-    )
-    _check_plan(first)
-    return [first, *map(first.at_prompt, texts[1:])]
-
-
-def _check_plan(plan: SweepPlan) -> None:
-    asked = plan.generator.model
-    if asked is not plan.model and asked.tokenizer.get_vocab() != plan.model.tokenizer.get_vocab():
+    settings = {**defaults, **settings}
+    plan = plan_sweep(model, texts[0], **settings, max_new_tokens=1, scorer=no_scores)
+    target = plan.generator.model
+    vocabulary = plan.model.tokenizer.get_vocab()
+    if target is not plan.model and target.tokenizer.get_vocab() != vocabulary:
         raise bad_value(
-            "target_model",
-            f"a model with the tokens of {plan.model.name}",
-            asked.name,
-            "a next token of one cannot be compared with one of the other: use sweep",
-        )
+            "target_model", f"a model with the vocabulary of {plan.model.name}", target.name,
+            "next tokens of different vocabularies cannot be compared: use sweep",
+        )  # fmt: skip
     if "unpatched_log_probability" in plan.config.controls:
         raise bad_value(
-            "controls",
-            "controls that predict a next token",
-            "unpatched_log_probability",
+            "controls", "controls that predict a next token", "unpatched_log_probability",
             "the surprisal of 'unpatched' is its counterpart",
-        )
+        )  # fmt: skip
+    return [plan, *map(plan.at_prompt, texts[1:])]
 
 
 def _read(plan: SweepPlan) -> tuple[Int[Tensor, " sites"], _Predictions]:
-    """Return the model's own next token at every site, and what the logit lens says there."""
+    """Return the model's own next token at every site, and the logit lens's predictions."""
     model, last = plan.model, plan.model.n_layers - 1
     final = [Site("resid_post", last, site.position) for site in plan.sites]
     both = site_vectors(model, plan.source, [*final, *plan.sites])
@@ -194,22 +199,18 @@ def _read(plan: SweepPlan) -> tuple[Int[Tensor, " sites"], _Predictions]:
     return torch.cat(own), (torch.cat(best), torch.cat(likely))
 
 
-def _patches(method: str, plan: SweepPlan, own: list[Patch]) -> list[Patch]:
-    return own if method == PATCHED else make_control(method, plan, plan.cells, own)
-
-
 def _predict(
     generator: PatchedGenerator, patches: Sequence[Patch], wanted: Int[Tensor, " cells"]
 ) -> _Predictions:
-    """Return the likeliest next token of every patch, and how likely the wanted one is.
+    """Return the most likely next token of every patch, and the wanted one's log-probability.
 
-    A batch at a time: the probabilities of every token at every cell could not all be kept. What
-    patches nothing is the same everywhere and asked for once.
+    A batch at a time, because the distributions of all cells do not fit into memory. Patches that
+    write nothing share one prediction.
     """
     predicted, likely = torch.empty_like(wanted), torch.empty(len(wanted))
 
-    def note(rows: list[int], asked: Sequence[Patch]) -> None:
-        found = generator.next_token(asked).expand(len(rows), -1)
+    def note(rows: list[int], batch: Sequence[Patch]) -> None:
+        found = generator.next_token(batch).expand(len(rows), -1)
         predicted[rows] = found.argmax(dim=-1)
         likely[rows] = found.gather(1, wanted[rows, None])[:, 0]
 
@@ -222,42 +223,8 @@ def _predict(
     return predicted, likely
 
 
-def _rows(
-    method: str,
-    plans: Sequence[SweepPlan],
-    truths: Sequence[_Truths],
-    places: Sequence[_Place],
-    found: _Predictions,
-) -> pd.DataFrame:
-    """Return the rows of one method."""
-    texts, sites, target_layers, alphas = zip(*places, strict=True)
-    own = [truths[text][site] for text, site in zip(texts, sites, strict=True)]
-    predicted = found[0].tolist()
-    tokenizer = plans[0].model.tokenizer
-    shown = {token: tokenizer.decode([token]) for token in {*own, *predicted}}
-    sources = [plans[text].source for text in texts]
-    return pd.DataFrame(
-        {
-            "prompt": [source.text for source in sources],
-            "position": [site.position for site in sites],
-            "token": [
-                source.labels[site.position] for source, site in zip(sources, sites, strict=True)
-            ],
-            "method": method,
-            "kind": [site.kind for site in sites],
-            "source_layer": [site.layer for site in sites],
-            "target_layer": pd.array(target_layers, dtype="Int64"),
-            "alpha": alphas,
-            "own": [shown[token] for token in own],
-            "predicted": [shown[token] for token in predicted],
-            "hit": [a == b for a, b in zip(own, predicted, strict=True)],
-            "surprisal": -found[1].numpy(),
-        }
-    )
-
-
 def _provenance(plan: SweepPlan, texts: Sequence[str]) -> dict[str, Any]:
-    """Return where the numbers come from: the plan's provenance without what is of one text."""
+    """Return the plan's provenance without what concerns a single text."""
     whole = plan.provenance()
     of_text = (*_OF_TEXTS, "scorer_weights", "decoding", "positions")
     config = {name: value for name, value in whole["config"].items() if name not in of_text}

@@ -1,9 +1,9 @@
-"""How much each token of a reading owes to the vector (SelfIE, Chen et al. 2024).
+"""Relevancy scores: the effect of the vector on each generated token (SelfIE, Chen et al. 2024).
 
-1. Write the text of every cell, in common batches.
-2. Ask how likely each of its tokens is behind the patch, and behind the same prompt unpatched.
-3. The relevancy of a token is the difference of the two probabilities: near 1 it is there because
-   of the vector, near 0 it would have come anyway, below 0 it came in spite of the vector.
+1. Generate the text of every cell, in shared batches.
+2. Compute each token's probability given the preceding text, with the patch and without it.
+3. The relevancy of a token is the difference of the two probabilities: near 1 the vector causes
+   the token, near 0 it makes no difference, below 0 it makes the token less likely.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TokenEffect:
     Attributes:
         token: the token as text.
         patched: its log-probability with the patch.
-        unpatched: the same without, behind the same text.
+        unpatched: its log-probability without the patch, after the same text.
     """
 
     token: str
@@ -37,25 +37,19 @@ class TokenEffect:
 
     @property
     def raised(self) -> float:
-        """By how many powers of ten the patch raised the probability."""
+        """The change of the probability by the patch, in powers of ten."""
         return (self.patched - self.unpatched) / math.log(10)
 
     @property
     def relevancy(self) -> float:
-        """The probability with the patch minus that without."""
+        """The probability with the patch minus that without it."""
         return math.exp(self.patched) - math.exp(self.unpatched)
 
 
 def token_effects(
     generator: PatchedGenerator, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
 ) -> list[tuple[TokenEffect, ...]]:
-    """Return what the patches did to the tokens of some texts, one text per patch.
-
-    Args:
-        generator: what the patches are written with.
-        patches: one per text.
-        texts: token ids.
-    """
+    """Return the effect of each patch on the tokens of its text, which is given as token ids."""
     bare = [replace(patch, target_layer=None, guidance=1.0) for patch in patches]
     likely = generator.log_probabilities([*patches, *bare], [*texts, *texts])
     return [
@@ -78,12 +72,12 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
         rows: rows of its table, such as `result.best()`; defaults to all cells.
 
     Returns:
-        A row per token. Columns: those that name the cell, `step` (0 is the first token),
+        A row per token: the columns that name the cell, `step` (0 is the first token),
         `generated_token`, `probability`, `unpatched_probability` and `relevancy`.
 
     Raises:
-        TypeError: neither a plan nor a result that has one, as a loaded result does not.
-        ValueError: a cell that is none of the plan's.
+        TypeError: neither a plan nor a result with one; a loaded result has none.
+        ValueError: a cell outside the plan.
     """
     plan = result.plan if isinstance(result, SweepResult) else result
     if not isinstance(plan, SweepPlan):
@@ -123,7 +117,7 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
 
 
 def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds: some characters take more than one token."""
+    """Return the text that each token adds; some characters span several tokens."""
     texts = [
         tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
         for end in range(len(token_ids) + 1)

@@ -1,21 +1,19 @@
-"""The tuned lens: the logit lens behind a learned affine translator per layer.
+"""The tuned lens: the logit lens after a learned affine translator per layer.
 
 Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens":
 
 1. Run texts through the model and keep the output h of every block, at every token but the BOS.
 2. Give block l a translator T(h) = h + A·h + b with A = 0 and b = 0, which is the logit lens.
-3. Minimise KL(final ‖ unembed(T(h))), the mean over tokens, each block for itself, with Adam and a
-   learning rate that falls to 0. The last block needs none; its translator stays the identity.
-4. Save matrices and biases as safetensors. The header names the model by its fingerprint, because
-   the translators mean nothing for another one.
+3. Minimise the mean KL(final ‖ unembed(T(h))) over tokens, separately for each block, with Adam and
+   a learning rate that decays to 0. The last block's translator stays the identity.
+4. Save matrices and biases as safetensors. The header holds the model's fingerprint, because the
+   translators are meaningless for other weights.
 
-A translator is trained on `resid_post` and read at the other kinds as far as the sum goes that a
-block computes, resid_post = resid_mid + mlp_out. What is *added* to the stream (`mlp_out`,
-`attn_out`) is moved by the linear part alone, u + A·u: the bias is the stream's. `resid_mid` of
-block l goes through block l's translator, so that T(resid_mid) + (u + A·u) = T(resid_post).
-`resid_pre` of block l is the output of block l − 1 and is read as that; that of block 0 is the
-embedding, which has no translator and is read as the logit lens does. Only `resid_post` (and
-`resid_pre`) has been trained for: `lenses.lens_kl` says how well the other kinds do.
+A translator is trained on `resid_post`; the other kinds follow from the block's sum, resid_post =
+resid_mid + mlp_out. Terms *added* to the stream (`mlp_out`, `attn_out`) pass the linear part only,
+u + A·u; `resid_mid` of block l passes block l's translator, so that T(resid_mid) + (u + A·u) =
+T(resid_post). `resid_pre` of block l is the output of block l − 1; in block 0 it is the embedding,
+which has no translator. `lens_kl` measures how well the untrained kinds do.
 """
 
 from __future__ import annotations
@@ -38,10 +36,9 @@ from superscopes_tl.model import LanguageModel, Site, load_model
 from superscopes_tl.neighbours.lenses import Place, divergence, token_states
 
 FORMAT = "superscopes_tl tuned lens 1"
-"""What a file's header begins with."""
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
-"""Kinds that are states of the residual stream; all others are added to it."""
+"""States of the residual stream; all other kinds are added to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +46,11 @@ class TunedLens:
     """A translator for the output of every block; a `Lens` for `lens_table` and `lens_kl`.
 
     Attributes:
-        model: the name of the model that it was trained on.
-        fingerprint: the hash of that model's weights.
+        model: the name of the model.
+        fingerprint: the hash of the model's weights.
         matrices: A of each block.
         biases: b of each block.
-        training: how it was trained, as plain data.
+        training: settings of the training, as plain data.
     """
 
     model: str
@@ -75,17 +72,17 @@ class TunedLens:
     def __call__(
         self, model: LanguageModel, vectors: Float[Tensor, "sites d_model"], sites: Sequence[Site]
     ) -> Float[Tensor, "sites d_model"]:
-        """Return the vectors translated, each as its site asks for (see the module).
+        """Return the vectors, each translated by its site's block and kind.
 
         Raises:
-            ValueError: another model.
+            ValueError: a model of other weights.
         """
         self._check_model(model, "tuned lens")
         moved = vectors.float().cpu()
         rows_of: dict[int, list[int]] = {}
         for row, site in enumerate(sites):
             layer = site.layer % model.n_layers - (site.kind == "resid_pre")
-            if layer >= 0:  # the embedding, resid_pre of block 0, has no translator
+            if layer >= 0:  # the embedding has no translator
                 rows_of.setdefault(layer, []).append(row)
         in_stream = torch.tensor([site.kind in _STREAM for site in sites])
         result = moved.clone()
@@ -95,11 +92,7 @@ class TunedLens:
         return result
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write matrices, biases and header to a safetensors file, whole or not at all.
-
-        Raises:
-            OSError: the file cannot be written; an older one of that name stays.
-        """
+        """Write the lens to a safetensors file, atomically; return the path."""
         target = Path(path)
         header = {"model": self.model, "fingerprint": self.fingerprint}
         header |= {"format": FORMAT, "training": json.dumps(dict(self.training))}
@@ -112,8 +105,7 @@ class TunedLens:
 
         Raises:
             FileNotFoundError: there is no such file.
-            RunFileError: no tuned lens, a corrupt one, or one whose numbers are not finite float32
-                numbers in the model's shapes.
+            RunFileError: no tuned lens, or a corrupt one.
             ValueError: a lens of another model.
         """
         from safetensors import safe_open
@@ -149,7 +141,7 @@ class TunedLens:
 
 
 def _numbers(file: Any, name: str, like: Tensor) -> Tensor:
-    """Return an array of an open file if it can stand for `like`; its shape is checked unread."""
+    """Return a finite float32 array of an open file, of the shape of `like`."""
     shape = tuple(file.get_slice(name).get_shape())
     if shape != like.shape:
         raise ValueError(f"{name} of shape {shape}, where the model has {tuple(like.shape)}")
@@ -169,20 +161,20 @@ def train_tuned_lens(
     seed: int = 0,
     progress: bool = True,
 ) -> TunedLens:
-    """Learn to translate the output of every block to that of the last one.
+    """Train translators from the output of every block to that of the last one.
 
-    All blocks learn side by side from the same tokens; each translator sees its own loss alone.
-    Keep some texts back, and compare before with after on them by `lens_kl`.
+    All blocks are trained on the same tokens, each translator on its own loss. Measure the result
+    by `lens_kl` on held-out texts.
 
     Args:
         model: from `load_model`, or anything that it accepts.
-        texts: what it reads; thousands of tokens at the least, like those to be read later.
+        texts: at least thousands of tokens, similar to the texts on which the lens will be used.
         steps: steps of Adam.
         batch_size: tokens per step.
-        learning_rate: of the first step; it falls linearly to 0. Biases are learned in units of
+        learning_rate: of the first step; it decays linearly to 0. Biases are learned in units of
             their block's mean activation, so the same rate suits small and large streams.
-        seed: chooses the tokens of each step.
-        progress: whether to show a bar.
+        seed: samples the tokens of each step.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError, TypeError: bad texts, or a bad number.
@@ -206,8 +198,11 @@ def train_tuned_lens(
         h = hidden[rows].float().to(model.device)
         with torch.enable_grad():
             moved = h + torch.einsum("nld,led->nle", h, matrices) + size * biases
-            losses = _losses(model, moved, last[rows])
-            # Of these two alone: the model's own weights have to stay without gradients.
+            with model.lock:
+                final = model.decoder.unembed(last[rows]).log_softmax(dim=-1).detach()
+                lens = model.decoder.unembed(moved).log_softmax(dim=-1)
+            losses = divergence(final[:, None], lens).mean(dim=0)
+            # Not backward(): the model's weights must not get gradients.
             gradients = torch.autograd.grad(losses.sum(), learned)
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
@@ -223,15 +218,3 @@ def train_tuned_lens(
         biases=torch.cat([(size * biases).detach().cpu(), untrained.biases[-1:]]),
         training=training,
     )
-
-
-def _losses(
-    model: LanguageModel,
-    moved: Float[Tensor, "tokens layers d_model"],
-    last: Float[Tensor, "tokens d_model"],
-) -> Float[Tensor, " layers"]:
-    """Return the mean KL(final ‖ lens) of every layer, with gradients."""
-    with model.lock:
-        final = model.decoder.unembed(last).log_softmax(dim=-1).detach()
-        lens = model.decoder.unembed(moved).log_softmax(dim=-1)
-    return divergence(final[:, None], lens).mean(dim=0)

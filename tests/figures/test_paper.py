@@ -171,14 +171,3 @@ def test_a_prompt_that_is_not_there_is_refused(swept: SweepResult, evaluated: Sw
     ):  # fmt: skip
         with pytest.raises(ValueError, match="^prompt: "):
             draw(readings, prompt=prompt)
-
-
-def test_an_evaluation_gives_a_prompt_s_sweep(evaluated: SweepResult) -> None:
-    """Greedy readings of one mapping, with the experiment's provenance and the prompt."""
-    own = evaluated.of("Titanic")
-    assert set(own.table["prompt"]) == {"Titanic"}
-    assert len(own) == 18
-    assert own.provenance["prompt"] == "Titanic"
-    assert len(evaluated.of("Titanic", draw=1)) == 6
-    with pytest.raises(ValueError, match="^mapping: "):
-        evaluated.of("Titanic", mapping="cube")

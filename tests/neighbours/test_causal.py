@@ -21,7 +21,6 @@ from superscopes_tl.neighbours import (
     OtherTokens,
     Resampled,
     Without,
-    Zero,
     beside,
     causal_effects,
     causal_trace,
@@ -90,26 +89,26 @@ def _written(hf: Any, writes: Writes) -> Iterator[None]:
             handle.remove()
 
 
-def _plain(hf: Any, ids: Sequence[int], told: Sequence[int], writes: Writes) -> torch.Tensor:
+def _plain(hf: Any, ids: Sequence[int], answer: Sequence[int], writes: Writes) -> torch.Tensor:
     """Return log-probabilities at each token of a continuation, from one uncached forward pass."""
     with _written(hf, writes), torch.no_grad():
-        logits = hf(torch.tensor([[*ids, *told]]), use_cache=False).logits[0]
-    return logits[len(ids) - 1 : len(ids) - 1 + len(told)].log_softmax(dim=-1)
+        logits = hf(torch.tensor([[*ids, *answer]]), use_cache=False).logits[0]
+    return logits[len(ids) - 1 : len(ids) - 1 + len(answer)].log_softmax(dim=-1)
 
 
 def _plain_greedy(hf: Any, ids: Sequence[int], count: int) -> list[int]:
-    told: list[int] = []
+    answer: list[int] = []
     for _ in range(count):
         with torch.no_grad():
-            told.append(int(hf(torch.tensor([[*ids, *told]])).logits[0, -1].argmax()))
-    return told
+            answer.append(int(hf(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax()))
+    return answer
 
 
 def _numbers(
-    clean: torch.Tensor, patched: torch.Tensor, told: Sequence[int]
+    clean: torch.Tensor, patched: torch.Tensor, answer: Sequence[int]
 ) -> tuple[float, float, bool]:
     """Return log-probability and KL(clean ‖ patched), per token, and whether a top token moved."""
-    at = torch.tensor(told)[:, None]
+    at = torch.tensor(answer)[:, None]
     kl = torch.nn.functional.kl_div(patched, clean, log_target=True, reduction="none").sum(dim=-1)
     changed = bool((clean.argmax(dim=-1) != patched.argmax(dim=-1)).any())
     return float(patched.gather(1, at).mean()), float(kl.mean()), changed
@@ -126,8 +125,8 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
     """
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     ids = tokenize(model, PROMPT).ids
-    told = _plain_greedy(hf, ids, 3)
-    clean = _plain(hf, ids, told, {})
+    answer = _plain_greedy(hf, ids, 3)
+    clean = _plain(hf, ids, answer, {})
     table = causal_effects(
         model, PROMPT, kinds=model.kinds, layers=LAYERS, positions=(3, -1), continuation=3,
         replacement=Resampled(OTHER),
@@ -140,16 +139,16 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
         site = Site(row["kind"], row["source_layer"], row["position"])
         shifted = dataclasses.replace(site, position=site.position - len(ids))  # from the end
         new, v = other.at(shifted), own.at(site)
-        likely, kl, changed = _numbers(clean, _plain(hf, ids, told, {site: new}), told)
+        likely, kl, changed = _numbers(clean, _plain(hf, ids, answer, {site: new}), answer)
         assert row["patched_log_probability"] == pytest.approx(likely, abs=2e-4)
-        before = _numbers(clean, clean, told)[0]
+        before = _numbers(clean, clean, answer)[0]
         assert row["effect"] == pytest.approx(likely - before, abs=2e-4)
         assert row["clean_log_probability"] == pytest.approx(before, abs=2e-4)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_changed"] == changed
         random = v + RandomDirection(0)(1.0)(new - v)
         torch.testing.assert_close((random - v).norm(), (new - v).norm(), rtol=1e-4, atol=1e-4)
-        likely, kl, _ = _numbers(clean, _plain(hf, ids, told, {site: random}), told)
+        likely, kl, _ = _numbers(clean, _plain(hf, ids, answer, {site: random}), answer)
         assert row["control_effect"] == pytest.approx(likely - before, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
     assert table["kl"].max() > 0.01  # something happened
@@ -163,10 +162,10 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
     """The clean vector in the other prompt's run; and the share of the damage that it undoes."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     ids, corrupt = tokenize(model, PROMPT).ids, tokenize(model, OTHER).ids
-    told = _plain_greedy(hf, ids, 2)
-    clean = _plain(hf, ids, told, {})
+    answer = _plain_greedy(hf, ids, 2)
+    clean = _plain(hf, ids, answer, {})
     before, after = (
-        _numbers(clean, _plain(hf, tokens, told, {}), told)[0] for tokens in (ids, corrupt)
+        _numbers(clean, _plain(hf, text, answer, {}), answer)[0] for text in (ids, corrupt)
     )
     table = causal_trace(
         model, PROMPT, corruption=OtherTokens(OTHER), kinds=model.kinds, layers=LAYERS,
@@ -175,15 +174,15 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
     own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
     for row in table.to_dict("records"):
         site = Site(row["kind"], row["source_layer"], row["position"])
-        plain = _plain(hf, corrupt, told, {site: own.at(site)})
-        likely, kl, changed = _numbers(clean, plain, told)
+        plain = _plain(hf, corrupt, answer, {site: own.at(site)})
+        likely, kl, changed = _numbers(clean, plain, answer)
         assert row["corrupted_log_probability"] == pytest.approx(after, abs=2e-4)
         assert row["effect"] == pytest.approx(likely - after, abs=2e-4)
         assert row["restored"] == pytest.approx((likely - after) / (before - after), abs=1e-3)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_restored"] == (not changed)
         random = RandomDirection(0)(1.0)(own.at(site))
-        likely, kl, _ = _numbers(clean, _plain(hf, corrupt, told, {site: random}), told)
+        likely, kl, _ = _numbers(clean, _plain(hf, corrupt, answer, {site: random}), answer)
         assert row["control_effect"] == pytest.approx(likely - after, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
 
@@ -196,28 +195,30 @@ def test_noise_is_averaged_over_draws_as_in_plain_hugging_face(
     """Noise on the embeddings of the subject's tokens alone, effects meaned over the draws."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     source = tokenize(model, PROMPT)
-    told = _plain_greedy(hf, source.ids, 1)
-    clean = _plain(hf, source.ids, told, {})
+    answer = _plain_greedy(hf, source.ids, 1)
+    clean = _plain(hf, source.ids, answer, {})
     corruption = Noise("Chili Peppers", draws=3)
     draws = corruption(Run(model, source))
     subject = {i for i, (_, end) in enumerate(source.spans) if end > PROMPT.index("Chili")}
     assert all({site.position for site in draw.writes} == subject for draw in draws)
     table = causal_trace(model, PROMPT, corruption=corruption, layers=LAYERS)
     own = capture(model, PROMPT, layers=LAYERS)
-    after = sum(_numbers(clean, _plain(hf, source.ids, told, d.writes), told)[0] for d in draws) / 3
+    after = (
+        sum(_numbers(clean, _plain(hf, source.ids, answer, d.writes), answer)[0] for d in draws) / 3
+    )
     assert table["corrupted_log_probability"][0] == pytest.approx(after, abs=2e-4)
     for row in table.to_dict("records"):
         site = Site(row["kind"], row["source_layer"], row["position"])
         restored = [
             _numbers(
-                clean, _plain(hf, source.ids, told, {**draw.writes, site: own.at(site)}), told
+                clean, _plain(hf, source.ids, answer, {**draw.writes, site: own.at(site)}), answer
             )[0]
             for draw in draws
         ]
         assert row["patched_log_probability"] == pytest.approx(sum(restored) / 3, abs=2e-4)
 
 
-def test_noise_has_the_asked_size_and_repeats(tiny: Tiny) -> None:
+def test_noise_has_its_strength_and_repeats(tiny: Tiny) -> None:
     """Three standard deviations of the prompt's embeddings; another draw is another noise."""
     model = tiny("llama", "bridge")
     source = tokenize(model, PROMPT)
@@ -250,7 +251,7 @@ def test_closed_forms_of_ablation(backend: str, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closed_forms_of_restoring(backend: str, tiny: Tiny) -> None:
-    """The last block's output at the last token is all that the next token depends on."""
+    """The next token depends on nothing but the last block's output at the last token."""
     table = causal_trace(
         tiny("llama", backend), PROMPT, corruption=Noise("Chili Peppers", draws=2),
         kinds=("resid_mid", "resid_post"), layers=(5, 0),
@@ -267,12 +268,12 @@ def test_a_window_replaces_several_layers_at_once(backend: str, tiny: Tiny) -> N
     """Three layers around the site's, fewer at the edges, as plain Hugging Face with all hooks."""
     model, hf = tiny("llama", backend), tiny_hf("llama")
     ids = tokenize(model, PROMPT).ids
-    told = _plain_greedy(hf, ids, 1)
-    clean = _plain(hf, ids, told, {})
+    answer = _plain_greedy(hf, ids, 1)
+    clean = _plain(hf, ids, answer, {})
     table = causal_effects(model, PROMPT, kinds="mlp_out", layers=(5, 2), window=3)
     for row, layers in zip(table.to_dict("records"), ((4, 5), (1, 2, 3)), strict=True):
         writes = {Site("mlp_out", n, len(ids) - 1): torch.zeros(32) for n in layers}
-        kl = _numbers(clean, _plain(hf, ids, told, writes), told)[1]
+        kl = _numbers(clean, _plain(hf, ids, answer, writes), answer)[1]
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
 
 
@@ -281,8 +282,8 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
     """Ablating one head: plain Hugging Face with that head's part of z set to zero."""
     model, hf = tiny("gpt2", backend), tiny_hf("gpt2")
     ids = tokenize(model, PROMPT).ids
-    told = _plain_greedy(hf, ids, 1)
-    clean = _plain(hf, ids, told, {})
+    answer = _plain_greedy(hf, ids, 1)
+    clean = _plain(hf, ids, answer, {})
     table = causal_effects(
         model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=Without(Head(3))
     )
@@ -296,25 +297,23 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
 
         projection = blocks_of(hf)[row["source_layer"]].attn.c_proj
         handle = projection.register_forward_pre_hook(mask)
-        kl = _numbers(clean, _plain(hf, ids, told, {}), told)[1]
+        kl = _numbers(clean, _plain(hf, ids, answer, {}), answer)[1]
         handle.remove()
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
 
 
 def test_a_base_is_a_replacement(tiny: Tiny) -> None:
-    """The mean of `guided` ablates too; the table says which one it was."""
+    """Mean ablation; the table names the replacement."""
     model = tiny("llama", "bridge")
     mean = MeanActivation([OTHER, "x"])
     table = causal_effects(model, PROMPT, layers=LAYERS, replacement=mean)
     assert set(table["replacement"]) == {repr(mean)}
-    others = [capture(model, text, layers=LAYERS) for text in (OTHER, "x")]
+    ends = [capture(model, text, layers=LAYERS) for text in (OTHER, "x")]
 
-    def by_hand(run: Any, places: Any) -> torch.Tensor:
-        return torch.stack(
-            [sum(o[site.kind, site.layer][-1] for o in others) / 2 for site, _ in places]
-        )
+    def mean_of(run: Any, places: Any) -> torch.Tensor:
+        return torch.stack([sum(end[s.kind, s.layer][-1] for end in ends) / 2 for s, _ in places])
 
-    again = causal_effects(model, PROMPT, layers=LAYERS, replacement=by_hand)
+    again = causal_effects(model, PROMPT, layers=LAYERS, replacement=mean_of)
     assert table["effect"].to_numpy() == pytest.approx(again["effect"].to_numpy(), abs=1e-4)
 
 
@@ -347,12 +346,12 @@ def test_a_text_can_be_the_continuation(mini: LanguageModel) -> None:
     own = causal_effects(mini, PROMPT, continuation=6, **asked)
     text = own["continuation"][0]
     assert text.startswith(":")
-    given = causal_effects(mini, PROMPT, continuation=text, **asked)
-    pd.testing.assert_frame_equal(own, given, atol=ROUNDING, rtol=ROUNDING)
+    same = causal_effects(mini, PROMPT, continuation=text, **asked)
+    pd.testing.assert_frame_equal(own, same, atol=ROUNDING, rtol=ROUNDING)
 
 
 def test_a_bfloat16_model_is_patched_too() -> None:
-    """Effects are computed in float32 from what the model's own arithmetic gives."""
+    """Effects are computed in float32 from the model's own logits."""
     model = load_model("mini", backend="bridge", device="cpu", dtype="bfloat16")
     table = causal_effects(model, PROMPT, kinds=model.kinds, layers=(5, 2))
     assert table["kl"].between(0, 50).all()
@@ -406,33 +405,26 @@ def test_nothing_stays_on_the_model_after_a_failure(
 def test_bad_input_says_what_was_expected(
     settings: dict[str, Any], message: str, tiny: Tiny
 ) -> None:
-    """Which argument, what was expected, what came, what to do."""
+    """Every bad argument is refused by name."""
     asked = {"kinds": "mlp_out", "positions": 1, **settings}
     with pytest.raises((ValueError, TypeError), match=message):
         causal_effects(tiny("llama", "bridge"), "Red Hot Chili Pepper", **asked)
 
 
 @pytest.mark.parametrize(
-    ("corruption", "message"), [(OtherTokens("x"), "text: "), (Noise("Pink Floyd"), "positions: ")]
+    ("corruption", "message"),
+    [
+        (lambda: OtherTokens("x"), "text: "),
+        (lambda: Noise("Pink Floyd"), "positions: "),
+        (lambda: Noise("x", draws=0), "draws: "),
+    ],
 )
 def test_a_corruption_that_does_not_fit_is_refused(
     corruption: Any, message: str, tiny: Tiny
 ) -> None:
-    """Another length, or a subject that is not there."""
+    """Another length, a subject that is not there, or no draw."""
     with pytest.raises(ValueError, match=message):
-        causal_trace(tiny("llama", "bridge"), PROMPT, corruption=corruption)
-
-
-def test_parallel_blocks_have_no_middle(tiny: Tiny) -> None:
-    """Refused with the reason, as in a sweep."""
-    with pytest.raises(ValueError, match="run in parallel"):
-        causal_effects(tiny("neox", "bridge"), PROMPT)
-
-
-def test_noise_needs_a_draw() -> None:
-    """No draw, no mean."""
-    with pytest.raises(ValueError, match="draws: "):
-        Noise("x", draws=0)
+        causal_trace(tiny("llama", "bridge"), PROMPT, corruption=corruption())
 
 
 def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: Any) -> None:
@@ -456,30 +448,23 @@ def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: An
         beside(result.best(), effects.drop(columns="kind"))
 
 
-def test_what_is_read_in_the_mini_model_is_what_it_uses(mini: LanguageModel) -> None:
-    """One MLP output of layer 4 brings the description back, as a reading at α = 3 finds it there.
+def test_the_mini_model_uses_the_vector_that_reads_right(mini: LanguageModel) -> None:
+    """The MLP output of layer 4 restores the description that is read there at α = 3.
 
-    That of layer 1, which reads as something else, and a random direction hardly do.
+    That of layer 1, which has another reading, and a random direction hardly do.
     """
-    name, told = "Saturday Night Live", " American sketch comedy show"
+    name, answer = "Saturday Night Live", " American sketch comedy show"
     prompt = f"Syria: Country in the Middle East, {name}:"
     asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
-    used = causal_trace(mini, prompt, corruption=Noise(name), continuation=told, **asked)
+    used = causal_trace(mini, prompt, corruption=Noise(name), continuation=answer, **asked)
     said = sweep(
         mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
         target_layer=0, progress=False, **asked,
     )  # fmt: skip
     both = beside(said.best(), used).set_index("source_layer")
-    right = both["description"].str.startswith(told.strip())
+    right = both["description"].str.startswith(answer.strip())
     assert right[4]
     assert not right[1]
     assert both["restored"][4] > 0.7
     assert both["restored"][1] < 0.3
     assert both["control_effect"][4] < 0.2 * both["effect"][4]
-
-
-def test_zero_is_zero(tiny: Tiny) -> None:
-    """As many zeros as sites."""
-    model = tiny("llama", "bridge")
-    run = Run(model, tokenize(model, PROMPT))
-    assert torch.equal(Zero()(run, [(Site("mlp_out", 2, 1), 2)] * 3), torch.zeros(3, 32))

@@ -16,21 +16,17 @@ from torch import Tensor
 
 from superscopes_tl import LanguageModel, Site, capture, load_model, plan_sweep, sweep
 from superscopes_tl.errors import RunFileError
-from superscopes_tl.experiment import run_plans
-from superscopes_tl.explorer.cell import probe
 from superscopes_tl.model import tokenize
 from superscopes_tl.neighbours import (
     LENSES,
     LOGIT_LENS,
     TunedLens,
     lens_kl,
-    lens_label,
     lens_table,
     logit_lens,
     sites_of,
     train_tuned_lens,
 )
-from superscopes_tl.neighbours.lenses import token_states
 from superscopes_tl.neighbours.tuned_lens import FORMAT
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import source_vectors
@@ -166,11 +162,12 @@ def test_the_control_is_a_random_vector_of_equal_norm(tiny: Tiny) -> None:
     ("call", "error", "message"),
     [
         (lambda m: logit_lens(m, [1.0]), TypeError, "vectors: "),  # type: ignore[arg-type]
-        (lambda m: logit_lens(m, torch.zeros(2, 31)), ValueError, "vectors of 32 numbers"),
-        (lambda m: lens_table(m, SOURCE, []), ValueError, "at least one kind"),
+        (lambda m: logit_lens(m, torch.zeros(2, 31)), ValueError, "vectors: "),
+        (lambda m: lens_table(m, SOURCE, []), ValueError, "kinds: "),
         (lambda m: lens_table(m, SOURCE, [Site("mlp_out", 9, 1)]), ValueError, "sites: "),
         (lambda m: lens_table(m, SOURCE, [Site("mlp_out", 2, 99)]), ValueError, "position: "),
         (lambda m: lens_table(m, SOURCE, [Site("mlp_out", 2, 1)], top_k=0), ValueError, "top_k: "),
+        (lambda m: lens_kl(m, [SOURCE], lenses=m), TypeError, "lenses: "),
         (lambda m: lens_kl(m, "one text"), TypeError, "texts: "),
         (lambda m: lens_kl(m, []), ValueError, "texts: "),
         (lambda m: lens_kl(m, ["x", " "]), ValueError, "texts: "),
@@ -180,8 +177,8 @@ def test_the_control_is_a_random_vector_of_equal_norm(tiny: Tiny) -> None:
 def test_bad_input_is_refused_with_its_name(
     call: Callable[[LanguageModel], object], error: type[Exception], message: str, tiny: Tiny
 ) -> None:
-    """What cannot be read says which argument, what was expected and what to do."""
-    with pytest.raises(error, match=f"{message}"):
+    """Every bad argument is refused by name."""
+    with pytest.raises(error, match=message):
         call(tiny("llama", "bridge"))
 
 
@@ -233,7 +230,9 @@ def random_lens(model: LanguageModel) -> TunedLens:
 
 @given(layer=st.sampled_from([5, 2, -1]), position=st.integers(0, 4))
 @settings(max_examples=10, deadline=None)
-def test_what_a_block_adds_up_adds_up_behind_the_translator(layer: int, position: int) -> None:
+def test_translated_terms_of_a_block_sum_to_its_translated_output(
+    layer: int, position: int
+) -> None:
     """T is h + A·h + b of a block's output, and T(resid_mid) + (I + A)·mlp_out gives the same."""
     model = tiny_model("llama", "bridge")
     number = layer % 6
@@ -267,21 +266,6 @@ def test_the_embedding_has_no_translator(tiny: Tiny) -> None:
         torch.testing.assert_close(moved[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_panel_of_an_embedding_has_every_lens(tiny: Tiny) -> None:
-    """A sweep of resid_pre from layer 0 on keeps its panel beside a tuned lens."""
-    model = tiny("llama", "bridge")
-    plan = plan_sweep(
-        model, SOURCE, layers=0, kinds="resid_pre", alphas=2, max_new_tokens=2,
-        target_prompt="Syria: Country, x",
-        scorer=lambda references, candidates: [0.5] * len(candidates),
-    )  # fmt: skip
-    ((reading,),) = run_plans([plan])
-    found = probe(plan, reading, {**LENSES, "tuned": random_lens(model)}).lenses
-    named = {one.lens: one.tokens for one in found}
-    assert named["tuned"] == named[LOGIT_LENS]
-    assert set(named) == {n for m in (LOGIT_LENS, "tuned") for n in (m, lens_label(m, True))}
-
-
 def idle_from(layer: int, add: Tensor | None = None) -> LanguageModel:
     """Return a Llama whose blocks from `layer` on do nothing, but for a constant added at one."""
     hf = tiny_hf("llama", seed=7)
@@ -297,7 +281,7 @@ def idle_from(layer: int, add: Tensor | None = None) -> LanguageModel:
 TEXTS = [SOURCE, "Syria: Country in the Middle East", "American rock band, Syria", "Chili: Hot x"]
 
 
-def test_behind_idle_blocks_every_lens_is_exact_and_training_leaves_it() -> None:
+def test_before_idle_blocks_every_lens_is_exact_and_training_leaves_it() -> None:
     """Where later blocks add nothing, KL is 0 from the start, so that nothing is learned there."""
     model = idle_from(3)
     lens = train_tuned_lens(model, TEXTS, steps=20, progress=False)
@@ -349,18 +333,6 @@ def test_training_is_the_same_for_the_same_seed(tiny: Tiny) -> None:
     assert not torch.equal(one.matrices, other.matrices)
 
 
-def test_tokens_of_all_lengths_are_read_as_alone(tiny: Tiny) -> None:
-    """Texts that run together give the states that each gives by itself, without the BOS."""
-    model = tiny("gpt2", BACKENDS[0])
-    texts = ["Country", SOURCE, "Chili x", "Syria: Country"]
-    states = token_states(model, texts, [("mlp_out", 5), ("resid_post", 2)])["mlp_out", 5]
-    alone = [capture(model, t, kinds="mlp_out", layers=5)["mlp_out", 5][1:] for t in texts]
-    assert len(states) == sum(map(len, alone))
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    expected, got = ((rows @ direction).sort().values for rows in (torch.cat(alone), states))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
-
-
 def test_a_tuned_lens_survives_its_file(tiny: Tiny, tmp_path: Path) -> None:
     """What is loaded is what was saved, with how it was trained."""
     model = tiny("llama", "bridge")
@@ -386,7 +358,7 @@ def test_a_tuned_lens_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_a_file_that_is_no_tuned_lens_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    """Neither noise nor somebody else's tensors are taken for a lens."""
+    """Neither noise nor foreign tensors are a lens."""
     model = tiny("llama", "bridge")
     noise, foreign = tmp_path / "noise", tmp_path / "foreign"
     noise.write_bytes(b"no tensors")
@@ -398,46 +370,30 @@ def test_a_file_that_is_no_tuned_lens_is_refused(tiny: Tiny, tmp_path: Path) -> 
         TunedLens.load(tmp_path / "missing", model)
 
 
-def test_lenses_come_by_name(mini: LanguageModel) -> None:
-    """A lens without a name is refused, with how to name it."""
-    lens: Any = TunedLens.untrained(mini)
-    with pytest.raises(TypeError, match="lenses: "):
-        lens_table(mini, "Pearl Jam", [Site("resid_post", 5, -1)], lenses=lens)
-
-
 @pytest.mark.parametrize(
-    ("parts", "header", "message"),
+    ("parts", "header"),
     [
-        ({"matrices": torch.full((6, 32, 32), torch.nan)}, {}, "matrices that are not finite"),
-        ({"biases": torch.full((6, 32), torch.inf)}, {}, "biases that are not finite"),
-        ({"biases": torch.zeros(6, 32).half()}, {}, "biases that are not finite float32"),
-        ({"matrices": torch.zeros(6, 32, 32).int()}, {}, "matrices that are not finite float32"),
-        ({"matrices": torch.zeros(5, 32, 32)}, {}, r"matrices of shape \(5, 32, 32\), where the"),
-        ({"biases": torch.zeros(6, 31)}, {}, r"shape \(6, 31\), where the model has \(6, 32\)"),
-        ({"more": torch.zeros(1)}, {}, r"tensors \['biases', 'matrices', 'more'\]"),
-        ({}, {"training": None}, "KeyError: 'training'"),
-        ({}, {"model": None}, "KeyError: 'model'"),
-        ({}, {"fingerprint": None}, "KeyError: 'fingerprint'"),
-        ({}, {"training": "{"}, "JSONDecodeError"),
-        ({}, {"training": "[" * 100_000}, "RecursionError"),
-        ({}, {"training": "[1]"}, r"TypeError: training \[1\]"),
-        ({}, {"format": "superscopes_tl tuned lens 2"}, "format 'superscopes_tl tuned lens 2'"),
+        ({"matrices": torch.full((6, 32, 32), torch.nan)}, {}),
+        ({"biases": torch.zeros(6, 32).half()}, {}),
+        ({"matrices": torch.zeros(5, 32, 32)}, {}),
+        ({"more": torch.zeros(1)}, {}),
+        ({}, {"training": None}),
+        ({}, {"fingerprint": None}),
+        ({}, {"training": "{"}),
+        ({}, {"training": "[" * 100_000}),
+        ({}, {"training": "[1]"}),
+        ({}, {"format": "superscopes_tl tuned lens 2"}),
     ],
 )
 def test_a_damaged_tuned_lens_is_refused(
-    parts: dict[str, Tensor],
-    header: dict[str, str | None],
-    message: str,
-    tiny: Tiny,
-    tmp_path: Path,
+    parts: dict[str, Tensor], header: dict[str, str | None], tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Numbers that would be read as nonsense, and headers that say too little, do not load."""
+    """Numbers that are not finite float32 of the model's shapes, and incomplete headers."""
     model = tiny("llama", "bridge")
     good = TunedLens.untrained(model)
     kept = {"model": good.model, "fingerprint": good.fingerprint, "format": FORMAT}
-    said = kept | {"training": "{}"} | header
-    metadata = {name: text for name, text in said.items() if text is not None}
+    metadata = {k: v for k, v in (kept | {"training": "{}"} | header).items() if v is not None}
     path = tmp_path / "lens.safetensors"
     save_file({"matrices": good.matrices, "biases": good.biases} | parts, path, metadata=metadata)
-    with pytest.raises(RunFileError, match=f"^path: .*{message}"):
+    with pytest.raises(RunFileError, match="^path: "):
         TunedLens.load(path, model)

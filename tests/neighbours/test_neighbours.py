@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pandas as pd
 import pytest
@@ -57,9 +58,7 @@ def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFram
     assert f"{effects['control_effect']:+.2g} with a random change" in table["description"].iloc[-1]
 
 
-def test_what_stands_around_the_prompt_stands_around_it_in_its_own_run(
-    tiny: Tiny, word_overlap: Any
-) -> None:
+def test_the_ablated_run_has_the_same_template(tiny: Tiny, word_overlap: Any) -> None:
     """The ablated vector is the one that the methods read, in the same template."""
     model = tiny("llama", "bridge")
     found = side_by_side(
@@ -75,7 +74,7 @@ def test_what_stands_around_the_prompt_stands_around_it_in_its_own_run(
 def test_a_target_prompt_is_read_once_for_all_its_methods(
     tiny: Tiny, word_overlap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six ways to read through two target prompts cost two prefixes, not six."""
+    """Six methods with two target prompts compute two prefixes, not six."""
     model = tiny("llama", "bridge")
     read: list[int] = []
     original = model.decoder.prefill
@@ -115,8 +114,8 @@ def test_an_affine_map_is_one_more_method(mini: LanguageModel) -> None:
     assert found["target_layer"].tolist()[:2] == [5, 2]
 
 
-def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
-    """A setting that would read other sites is refused."""
+def test_settings_of_the_site_are_refused(mini: LanguageModel) -> None:
+    """Methods cannot change the site or the control."""
     with pytest.raises(ValueError, match="settings: "):
         side_by_side(mini, PROMPT, layer=5, layers=[5, 2])
     with pytest.raises(ValueError, match="mine: "):
@@ -128,12 +127,19 @@ def test_where_to_read_is_said_once(mini: LanguageModel) -> None:
         side_by_side(mini, PROMPT, layer=several)
 
 
-def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
-    """`superscopes side-by-side` shows every method, and says what is wrong with a bad kind."""
+def test_the_command_prints_the_table_and_writes_the_page(
+    tmp_path: Path, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`superscopes side-by-side` shows every method; a bad kind is refused by name."""
     page = tmp_path / "site.html"
-    asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--model", "mini", "--backend", "bridge"]
-    run = CliRunner().invoke(app, [*asked, "--html", str(page)])
+    with monkeypatch.context() as patched:
+        made = create_autospec(side_by_side, return_value=table)
+        patched.setattr("superscopes_tl.cli.neighbours.read_side_by_side", made)
+        asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--token", "Pearl", "--model", "mini"]
+        run = CliRunner().invoke(app, [*asked, "--html", str(page)])
     assert run.exit_code == 0, run.output
+    assert made.call_args.args[1:] == ("Pearl Jam",)
+    assert made.call_args.kwargs == {"layer": 5, "kind": "mlp_out", "position": "Pearl"}
     for method in ("Patchscopes", "Superscopes", "SelfIE", "logit lens", "ablated"):
         assert method in run.output
     assert "plotly" in page.read_text(encoding="utf-8")

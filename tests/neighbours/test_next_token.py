@@ -70,7 +70,7 @@ def test_every_number_equals_plain_hugging_face(backend: str, tiny: Tiny) -> Non
 def test_the_last_layer_into_itself_predicts_what_the_model_does(
     architecture: str, backend: str, tiny: Tiny
 ) -> None:
-    """Behind the last block only the unembedding is left: precision 1, the lens's surprisal."""
+    """After the last block only the unembedding is left: precision 1, the lens's surprisal."""
     model = tiny(architecture, backend)
     found = next_tokens(model, TEXTS, layers=[5], positions=[-1, 2])
     rows = found.table.set_index("method")
@@ -118,7 +118,7 @@ def _table(hits: dict[str, list[int]]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"target_layer": "Int64"})
 
 
-def test_a_summary_weighs_texts_alike() -> None:
+def test_a_summary_weights_prompts_equally() -> None:
     """Means of each text's mean; the interval is the bootstrap over texts."""
     hits = {"long": [1, 1, 1, 0], "short": [0], "third": [1, 0]}
     summary = NextTokens(_table(hits), {}).summary()
@@ -149,10 +149,10 @@ def test_a_summary_weighs_texts_alike() -> None:
 def test_bad_input_says_what_was_expected(
     arguments: dict[str, Any], message: str, tiny: Tiny
 ) -> None:
-    """Refused by name, what would have no effect included."""
-    given = {"prompts": TEXTS, **arguments}
+    """Refused by name, settings without effect included."""
+    asked = {"prompts": TEXTS, **arguments}
     with pytest.raises(ValueError, match=message):
-        next_tokens(tiny("llama", "bridge"), given.pop("prompts"), **given)
+        next_tokens(tiny("llama", "bridge"), asked.pop("prompts"), **asked)
 
 
 def test_models_of_other_tokens_are_refused(tiny: Tiny) -> None:
@@ -166,8 +166,8 @@ def test_models_of_other_tokens_are_refused(tiny: Tiny) -> None:
         next_tokens(tiny("llama", "bridge"), TEXTS, target_model=other)
 
 
-def test_the_bundled_model_says_what_comes_next(mini: LanguageModel) -> None:
-    """A state of layer 5 predicts the next token oftener than its controls and the lens do."""
+def test_the_bundled_model_predicts_the_next_token(mini: LanguageModel) -> None:
+    """A state of layer 5 predicts the next token more often than its controls and the lens do."""
     texts = ("Red Hot Chili Peppers", "Alexander the Great", "Back to the Future", "Titanic")
     summary = next_tokens(mini, texts, layers=[5]).summary().set_index("method")["precision"]
     assert summary[PATCHED] > summary["random_direction"]
@@ -175,7 +175,7 @@ def test_the_bundled_model_says_what_comes_next(mini: LanguageModel) -> None:
 
 
 def test_the_lens_is_left_out_where_v_is_something_else(tiny: Tiny) -> None:
-    """With a source of vectors the logit lens would read another vector than the one patched."""
+    """With a source of vectors, v is not the vector that the logit lens would read."""
     model = tiny("llama", "bridge")
     asked: dict[str, Any] = {"layers": [5, 2], "kinds": "attn_out", "controls": ()}
     plain = next_tokens(model, ["Red Hot Chili Peppers"], **asked).table
