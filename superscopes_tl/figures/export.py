@@ -109,13 +109,10 @@ def heatmap_png(
     target_layer: int | None = None,
     value: str | None = None,
 ) -> bytes:
-    """Return a value over source layer x α as a PNG.
+    """Return a value over source layer x α as a PNG, with grey cells where there is none.
 
-    Args:
-        result: the sweep; cells that were not computed stay grey.
-        position: the token; defaults to the rightmost one.
-        target_layer: which target layer; defaults to the best one of each cell.
-        value: "recovered" or "score"; defaults to the former where it is defined.
+    Arguments as in `heatmap`; by default the best target layer of each cell counts, and `value` is
+    "recovered" where that is defined.
     """
     from matplotlib.figure import Figure
 

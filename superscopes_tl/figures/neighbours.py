@@ -270,12 +270,7 @@ def next_token_grid(
 ) -> go.Figure:
     """Draw precision@1 or surprisal of one method over source layer x target layer.
 
-    Args:
-        found: from `next_tokens(..., target_layer=range(10))`, for example.
-        value: "precision" or "surprisal".
-        method: "patched", or a control.
-        kind: which kind, if there are several.
-        alpha: which α, if there are several.
+    Arguments as in `next_token_curve`; `method` is "patched" or a control.
 
     Raises:
         ValueError: something that was not computed, or several to choose from.

@@ -99,12 +99,7 @@ def best_table(
 ) -> go.Figure:
     """Draw the paper's table of readings: a row per layer, a column per kind.
 
-    Args:
-        readings: a sweep or an evaluation.
-        alpha: one α for all sites; defaults to the best of each.
-        prompt: which source prompt, if there are several.
-        position: the token; defaults to the rightmost one.
-        target_layer: which target layer; defaults to the best one of each site.
+    Arguments as in `decomposition`; without `alpha` the best of each site counts.
 
     Raises:
         ValueError: a prompt, α, token or target layer that is not there.
@@ -213,13 +208,7 @@ def alpha_ladder(
 ) -> go.Figure:
     """Draw the score of one site over α, with the description beside each bar (section 3.5).
 
-    Args:
-        readings: a sweep or an evaluation.
-        layer: the source layer.
-        kind: the kind of activation.
-        prompt: which source prompt, if there are several.
-        position: the token; defaults to the rightmost one.
-        target_layer: which target layer, where there are several.
+    Arguments as in `decomposition`, of one kind and one target layer.
 
     Raises:
         ValueError: a prompt, layer, kind, token or target layer that is not there.

@@ -81,14 +81,8 @@ def layer_grid(
 ) -> go.Figure:
     """Draw a value over source layer x target layer (Patchscopes, section 4.2).
 
-    Args:
-        result: the sweep, such as `sweep(..., target_layer=range(10))`.
-        kind: which kind; defaults to a panel for each.
-        alpha: which α; defaults to the best one of each pair of layers.
-        value: as in `heatmap`.
-        minus: as in `heatmap`.
-        position: the token; defaults to the rightmost one of the sweep.
-        color_range: as in `heatmap`.
+    Arguments as in `heatmap`; `kind` defaults to a panel for each kind of the sweep, `alpha` to the
+    best one of each pair of layers.
 
     Raises:
         ValueError: a kind, α, token or column that the sweep does not have.
@@ -110,15 +104,9 @@ def alpha_curve(
     position: int | None = None,
     target_layer: int | None = None,
 ) -> go.Figure:
-    """Draw a value against α, one line per layer (section 3.5).
+    """Draw a value against α, one line per source layer (section 3.5).
 
-    Args:
-        result: the sweep.
-        kind: which kind; defaults to the first of the sweep.
-        layers: which source layers; default to all of the sweep.
-        value: the column to draw.
-        position: the token; defaults to the rightmost one of the sweep.
-        target_layer: which target layer, where there are several per source layer.
+    Arguments as in `heatmap`; `kind` defaults to the first one of the sweep, `layers` to all.
 
     Raises:
         ValueError: a kind, layer, token, column or target layer that the sweep does not have.

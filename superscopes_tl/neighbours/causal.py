@@ -293,19 +293,9 @@ def causal_trace(
 ) -> pd.DataFrame:
     """Restore each site's clean vector in a corrupted run and measure how much that recovers.
 
-    Args:
-        model: as in `causal_effects`, like all arguments that are not listed here.
-        prompt: the clean source prompt.
-        corruption: `Noise(subject)`, `OtherTokens(text)`, or your own.
-        kinds: kinds of activation.
-        layers: defaults to every layer.
-        positions: tokens, as in a sweep.
-        continuation: of the clean prompt.
-        window: how many layers around the site's to restore at once (Meng et al. took 10 for MLP
-            and attention outputs).
-        chat: whether to use the chat template.
-        seed: of the control, a random direction with the norm of the clean vector.
-        batch_size: rows per batch; defaults to what fits into memory.
+    Arguments as in `causal_effects`, with a `corruption` in place of the replacement:
+    `Noise(subject)`, `OtherTokens(text)`, or your own. Meng et al. restore a `window` of 10 layers
+    of MLP or attention outputs. The control is a random direction with the clean vector's norm.
 
     Returns:
         A row per site, means over the corruption's draws, in nats per token of the continuation:

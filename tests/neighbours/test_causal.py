@@ -89,29 +89,30 @@ def _written(hf: Any, writes: Writes) -> Iterator[None]:
             handle.remove()
 
 
-def _plain(hf: Any, ids: Sequence[int], answer: Sequence[int], writes: Writes) -> torch.Tensor:
-    """Return log-probabilities at each token of a continuation, from one uncached forward pass."""
-    with _written(hf, writes), torch.no_grad():
-        logits = hf(torch.tensor([[*ids, *answer]]), use_cache=False).logits[0]
-    return logits[len(ids) - 1 : len(ids) - 1 + len(answer)].log_softmax(dim=-1)
+class Plain:
+    """A prompt's greedy continuation in plain Hugging Face, by whole uncached forward passes."""
 
+    def __init__(self, hf: Any, ids: Sequence[int], count: int) -> None:
+        self.hf, self.ids, self.answer = hf, ids, list[int]()
+        for _ in range(count):
+            self.answer.append(int(self.logits(ids, {})[-1].argmax()))
+        self.clean = self.logits(ids, {})[-count - 1 : -1].log_softmax(dim=-1)
 
-def _plain_greedy(hf: Any, ids: Sequence[int], count: int) -> list[int]:
-    answer: list[int] = []
-    for _ in range(count):
-        with torch.no_grad():
-            answer.append(int(hf(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax()))
-    return answer
+    def logits(self, ids: Sequence[int], writes: Writes) -> torch.Tensor:
+        """Return the logits at every token of a prompt and the continuation."""
+        with _written(self.hf, writes), torch.no_grad():
+            return self.hf(torch.tensor([[*ids, *self.answer]]), use_cache=False).logits[0]
 
-
-def _numbers(
-    clean: torch.Tensor, patched: torch.Tensor, answer: Sequence[int]
-) -> tuple[float, float, bool]:
-    """Return log-probability and KL(clean ‖ patched), per token, and whether a top token moved."""
-    at = torch.tensor(answer)[:, None]
-    kl = torch.nn.functional.kl_div(patched, clean, log_target=True, reduction="none").sum(dim=-1)
-    changed = bool((clean.argmax(dim=-1) != patched.argmax(dim=-1)).any())
-    return float(patched.gather(1, at).mean()), float(kl.mean()), changed
+    def patched(
+        self, writes: Writes, ids: Sequence[int] | None = None
+    ) -> tuple[float, float, bool]:
+        """Return log-probability and KL(clean ‖ patched) per token, and whether a top one moved."""
+        count = len(self.answer)
+        likely = self.logits(ids or self.ids, writes)[-count - 1 : -1].log_softmax(dim=-1)
+        kl = torch.nn.functional.kl_div(likely, self.clean, log_target=True, reduction="none")
+        changed = bool((self.clean.argmax(dim=-1) != likely.argmax(dim=-1)).any())
+        of_answer = likely.gather(1, torch.tensor(self.answer)[:, None])
+        return float(of_answer.mean()), float(kl.sum(dim=-1).mean()), changed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,8 +126,7 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
     """
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     ids = tokenize(model, PROMPT).ids
-    answer = _plain_greedy(hf, ids, 3)
-    clean = _plain(hf, ids, answer, {})
+    plain = Plain(hf, ids, 3)
     table = causal_effects(
         model, PROMPT, kinds=model.kinds, layers=LAYERS, positions=(3, -1), continuation=3,
         replacement=Resampled(OTHER),
@@ -139,16 +139,16 @@ def test_every_kind_is_replaced_as_in_plain_hugging_face(
         site = Site(row["kind"], row["source_layer"], row["position"])
         shifted = dataclasses.replace(site, position=site.position - len(ids))  # from the end
         new, v = other.at(shifted), own.at(site)
-        likely, kl, changed = _numbers(clean, _plain(hf, ids, answer, {site: new}), answer)
+        likely, kl, changed = plain.patched({site: new})
         assert row["patched_log_probability"] == pytest.approx(likely, abs=2e-4)
-        before = _numbers(clean, clean, answer)[0]
+        before = plain.patched({})[0]
         assert row["effect"] == pytest.approx(likely - before, abs=2e-4)
         assert row["clean_log_probability"] == pytest.approx(before, abs=2e-4)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_changed"] == changed
         random = v + RandomDirection(0)(1.0)(new - v)
         torch.testing.assert_close((random - v).norm(), (new - v).norm(), rtol=1e-4, atol=1e-4)
-        likely, kl, _ = _numbers(clean, _plain(hf, ids, answer, {site: random}), answer)
+        likely, kl, _ = plain.patched({site: random})
         assert row["control_effect"] == pytest.approx(likely - before, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
     assert table["kl"].max() > 0.01  # something happened
@@ -162,11 +162,8 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
     """The clean vector in the other prompt's run; and the share of the damage that it undoes."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     ids, corrupt = tokenize(model, PROMPT).ids, tokenize(model, OTHER).ids
-    answer = _plain_greedy(hf, ids, 2)
-    clean = _plain(hf, ids, answer, {})
-    before, after = (
-        _numbers(clean, _plain(hf, text, answer, {}), answer)[0] for text in (ids, corrupt)
-    )
+    plain = Plain(hf, ids, 2)
+    before, after = plain.patched({})[0], plain.patched({}, corrupt)[0]
     table = causal_trace(
         model, PROMPT, corruption=OtherTokens(OTHER), kinds=model.kinds, layers=LAYERS,
         positions=(-1, 3), continuation=2,
@@ -174,15 +171,14 @@ def test_restoring_into_other_tokens_as_in_plain_hugging_face(
     own = capture(model, PROMPT, kinds=model.kinds, layers=LAYERS)
     for row in table.to_dict("records"):
         site = Site(row["kind"], row["source_layer"], row["position"])
-        plain = _plain(hf, corrupt, answer, {site: own.at(site)})
-        likely, kl, changed = _numbers(clean, plain, answer)
+        likely, kl, changed = plain.patched({site: own.at(site)}, corrupt)
         assert row["corrupted_log_probability"] == pytest.approx(after, abs=2e-4)
         assert row["effect"] == pytest.approx(likely - after, abs=2e-4)
         assert row["restored"] == pytest.approx((likely - after) / (before - after), abs=1e-3)
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
         assert row["top_restored"] == (not changed)
         random = RandomDirection(0)(1.0)(own.at(site))
-        likely, kl, _ = _numbers(clean, _plain(hf, corrupt, answer, {site: random}), answer)
+        likely, kl, _ = plain.patched({site: random}, corrupt)
         assert row["control_effect"] == pytest.approx(likely - after, abs=2e-4)
         assert row["control_kl"] == pytest.approx(kl, abs=2e-4)
 
@@ -195,26 +191,18 @@ def test_noise_is_averaged_over_draws_as_in_plain_hugging_face(
     """Noise on the embeddings of the subject's tokens alone, effects meaned over the draws."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     source = tokenize(model, PROMPT)
-    answer = _plain_greedy(hf, source.ids, 1)
-    clean = _plain(hf, source.ids, answer, {})
+    plain = Plain(hf, source.ids, 1)
     corruption = Noise("Chili Peppers", draws=3)
     draws = corruption(Run(model, source))
     subject = {i for i, (_, end) in enumerate(source.spans) if end > PROMPT.index("Chili")}
     assert all({site.position for site in draw.writes} == subject for draw in draws)
     table = causal_trace(model, PROMPT, corruption=corruption, layers=LAYERS)
     own = capture(model, PROMPT, layers=LAYERS)
-    after = (
-        sum(_numbers(clean, _plain(hf, source.ids, answer, d.writes), answer)[0] for d in draws) / 3
-    )
+    after = sum(plain.patched(draw.writes)[0] for draw in draws) / 3
     assert table["corrupted_log_probability"][0] == pytest.approx(after, abs=2e-4)
     for row in table.to_dict("records"):
         site = Site(row["kind"], row["source_layer"], row["position"])
-        restored = [
-            _numbers(
-                clean, _plain(hf, source.ids, answer, {**draw.writes, site: own.at(site)}), answer
-            )[0]
-            for draw in draws
-        ]
+        restored = [plain.patched({**d.writes, site: own.at(site)})[0] for d in draws]
         assert row["patched_log_probability"] == pytest.approx(sum(restored) / 3, abs=2e-4)
 
 
@@ -268,12 +256,11 @@ def test_a_window_replaces_several_layers_at_once(backend: str, tiny: Tiny) -> N
     """Three layers around the site's, fewer at the edges, as plain Hugging Face with all hooks."""
     model, hf = tiny("llama", backend), tiny_hf("llama")
     ids = tokenize(model, PROMPT).ids
-    answer = _plain_greedy(hf, ids, 1)
-    clean = _plain(hf, ids, answer, {})
+    plain = Plain(hf, ids, 1)
     table = causal_effects(model, PROMPT, kinds="mlp_out", layers=(5, 2), window=3)
     for row, layers in zip(table.to_dict("records"), ((4, 5), (1, 2, 3)), strict=True):
         writes = {Site("mlp_out", n, len(ids) - 1): torch.zeros(32) for n in layers}
-        kl = _numbers(clean, _plain(hf, ids, answer, writes), answer)[1]
+        kl = plain.patched(writes)[1]
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
 
 
@@ -282,8 +269,7 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
     """Ablating one head: plain Hugging Face with that head's part of z set to zero."""
     model, hf = tiny("gpt2", backend), tiny_hf("gpt2")
     ids = tokenize(model, PROMPT).ids
-    answer = _plain_greedy(hf, ids, 1)
-    clean = _plain(hf, ids, answer, {})
+    plain = Plain(hf, ids, 1)
     table = causal_effects(
         model, PROMPT, kinds="attn_out", layers=LAYERS, replacement=Without(Head(3))
     )
@@ -297,7 +283,7 @@ def test_without_a_head_is_o_proj_of_the_other_heads(backend: str, tiny: Tiny) -
 
         projection = blocks_of(hf)[row["source_layer"]].attn.c_proj
         handle = projection.register_forward_pre_hook(mask)
-        kl = _numbers(clean, _plain(hf, ids, answer, {}), answer)[1]
+        kl = plain.patched({})[1]
         handle.remove()
         assert row["kl"] == pytest.approx(kl, abs=2e-4)
 
