@@ -102,10 +102,7 @@ def sites_of(table: pd.DataFrame) -> tuple[Site, ...]:
     `lens_table(model, prompt, sites_of(result.table))` reads what a sweep has read.
     """
     places = table[["kind", "source_layer", "position"]].drop_duplicates()
-    return tuple(
-        Site(row["kind"], int(row["source_layer"]), int(row["position"]))
-        for row in places.to_dict("records")
-    )
+    return tuple(Site(kind, int(layer), int(at)) for kind, layer, at in places.to_numpy())
 
 
 def lens_table(

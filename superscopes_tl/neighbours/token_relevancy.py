@@ -82,23 +82,18 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
     plan = result.plan if isinstance(result, SweepResult) else result
     if not isinstance(plan, SweepPlan):
         raise bad_type("result", "a result with a plan, or a plan", result, "pass plan_sweep(...)")
-    every = frozenset(plan.all_cells)
-    named: Any = () if rows is None else rows.itertuples(index=False)
-    wanted = every if rows is None else frozenset(map(Cell.of, named))
-    own = {"prompt": plan.source.text, "mapping": plan.mapping_name, "draw": plan.config.draw}
-    for column, value in own.items():
-        there = () if rows is None else rows.get(column, ())
-        if others := set(there) - {value}:
-            raise bad_value(
-                "rows", f"rows with {column} {value!r}, as the plan has it", others,
-                "pass rows of the table of its sweep",
-            )  # fmt: skip
-    if not wanted <= every:
-        raise bad_value(
-            "rows", "cells of the plan", next(iter(wanted - every)),
-            "pass rows of the table of its sweep",
-        )  # fmt: skip
-    part = plan.only(wanted)
+    chosen = frozenset(plan.all_cells)
+    if rows is not None:
+        named: Any = rows.itertuples(index=False)
+        cells, fix = frozenset(map(Cell.of, named)), "pass rows of the table of its sweep"
+        own = {"prompt": plan.source.text, "mapping": plan.mapping_name, "draw": plan.config.draw}
+        for column, value in own.items():
+            if others := set(rows.get(column, ())) - {value}:
+                raise bad_value("rows", f"rows of the plan's {column} {value!r}", others, fix)
+        if others := cells - chosen:
+            raise bad_value("rows", "cells of the plan", next(iter(others)), fix)
+        chosen = cells
+    part = plan.only(chosen)
     patches = make_patches(part)
     texts = [generation.token_ids for generation in plan.generator.generate(patches)]
     found = [

@@ -1,4 +1,4 @@
-"""Figures of the neighbouring methods: what is drawn is what the tables say."""
+"""Figures of the neighbouring methods show the numbers of their tables."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def test_a_curve_has_a_line_and_intervals_per_method() -> None:
     lines = {line.name: line for line in figure.data}
     assert list(lines) == ["patched", "random direction", "logit lens"]
     assert list(lines["patched"].y) == pytest.approx([1 / 3, 1 / 3])
+    assert list(lines["patched"].x) == [2, 5]
     assert list(lines["random direction"].y) == [0, 0]
     assert list(lines["logit lens"].y) == [1, 1]
     row = evaluation.summary().iloc[0]
@@ -75,11 +76,6 @@ def test_a_curve_has_a_line_and_intervals_per_method() -> None:
     assert list(next_token_curve(evaluation, value="surprisal").data[0].y) == [3, 9]
 
 
-def test_a_curve_draws_layers_in_order() -> None:
-    """Source layers were given as 5, 2; the line runs from 2 to 5."""
-    assert list(next_token_curve(found({5: (4,), 2: (1,)})).data[0].x) == [2, 5]
-
-
 def test_one_text_has_no_interval() -> None:
     """None where there is no number: plotly cannot send NaN."""
     line = next_token_curve(found({5: (4,)}, texts=1)).data[0]
@@ -87,8 +83,8 @@ def test_one_text_has_no_interval() -> None:
     assert "[" not in line.customdata[0]
 
 
-def test_a_curve_of_several_target_layers_asks_for_one() -> None:
-    """As it does for α and kind."""
+def test_a_curve_of_several_cells_per_layer_asks_for_one() -> None:
+    """Target layer, α and kind have to be chosen where there are several."""
     evaluation = found({5: (4, 1), 2: (4, 1)})
     with pytest.raises(ValueError, match="^target_layer: "):
         next_token_curve(evaluation)
@@ -196,13 +192,13 @@ def table(model: LanguageModel) -> pd.DataFrame:
 
 
 def first(table: pd.DataFrame, **at: object) -> pd.Series:
-    """Return the likeliest token's row of one cell."""
+    """Return the most likely token's row of one cell."""
     for column, value in at.items():
         table = table[table[column] == value]
     return table[table["rank"] == 1].iloc[0]
 
 
-def test_each_cell_shows_its_likeliest_token_and_probability(table: pd.DataFrame) -> None:
+def test_each_cell_shows_its_most_likely_token_and_probability(table: pd.DataFrame) -> None:
     """Layer x position, one panel per lens with its control; the hover has all the tokens."""
     figure = lens_heatmap(table)
     assert [a.text for a in figure.layout.annotations] == [LOGIT_LENS, lens_label(LOGIT_LENS, True)]
@@ -230,16 +226,6 @@ def test_kinds_can_run_along_the_axis(table: pd.DataFrame) -> None:
     assert panel.z[1][1] == pytest.approx(cell["probability"])
     latest = lens_heatmap(table, x="kind").data[0].z
     assert latest == lens_heatmap(table, x="kind", position=4).data[0].z
-
-
-def test_positions_are_told_apart_where_tokens_repeat(model: LanguageModel) -> None:
-    """Two equal tokens are two columns with one label."""
-    sites = [Site("resid_post", 5, position) for position in (1, 2)]
-    table = lens_table(model, "Syria Syria", sites, top_k=1, control=False)
-    assert table["token"].nunique() == 2  # "Syria" and "·Syria"
-    same = lens_heatmap(table.assign(token="Syria"))
-    assert same.layout.xaxis.ticktext == ("Syria", "Syria")
-    assert len(same.data[0].z[0]) == 2
 
 
 def test_cells_that_were_not_read_are_empty(table: pd.DataFrame) -> None:
@@ -277,16 +263,11 @@ def test_tokens_cannot_bring_markup_into_a_figure(table: pd.DataFrame) -> None:
 def test_what_the_table_does_not_have_is_refused(
     change: dict[str, object], message: str, table: pd.DataFrame
 ) -> None:
-    """The message names what there is."""
+    """Bad choices are refused by name, and several prompts."""
     with pytest.raises(ValueError, match=f"^{message}: "):
         lens_heatmap(table, **change)  # type: ignore[arg-type]
-
-
-def test_several_prompts_are_refused(table: pd.DataFrame) -> None:
-    """Positions of two prompts do not go into one figure."""
-    both = pd.concat([table, table.assign(prompt="Syria")])
     with pytest.raises(ValueError, match="^table: "):
-        lens_heatmap(both)
+        lens_heatmap(pd.concat([table, table.assign(prompt="Syria")]))
 
 
 def test_the_divergence_is_drawn_over_layers(model: LanguageModel) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a sweep: what stands in each cell, and what hovering shows."""
+"""Figures of a sweep: values, marks and hover texts of the cells."""
 
 from __future__ import annotations
 
@@ -66,16 +66,6 @@ def test_the_map_has_a_panel_per_kind_in_the_order_of_the_sweep() -> None:
     assert figure.layout.title.text == "Red Hot Chili Peppers · mini · token <b>·token6</b>"
 
 
-def test_each_cell_has_the_value_of_its_layer_and_amplifier() -> None:
-    """Rows are layers and columns amplifiers, each from low to high, whatever came first."""
-    post, mlp = heatmaps(heatmap(MAP))
-    for panel in (post, mlp):
-        assert list(panel.y) == ["2", "5"]
-        assert list(panel.x) == ["1", "3", "9"]
-    assert rows_of(post.z) == [[0.10, None, 0.30], [0.20, 0.70, 0.40]]
-    assert rows_of(mlp.z) == [[None, 0.15, 0.35], [0.60, 0.65, -0.50]]
-
-
 @given(
     cells=st.dictionaries(
         st.tuples(st.sampled_from([5, 2, 11]), st.sampled_from([-1.5, 0.0, 1.0, 9.0])),
@@ -103,7 +93,7 @@ def test_every_cell_of_any_sweep_is_where_its_axes_say(
         assert z == (None if math.isnan(score) else score)
 
 
-def test_hovering_shows_what_the_model_wrote() -> None:
+def test_hovering_shows_the_generated_text() -> None:
     """Each cell carries its description, place, α, score and norm, at the place of its value."""
     post, mlp = heatmaps(heatmap(MAP))
     assert post.hovertemplate == "%{customdata}<extra></extra>"
@@ -118,7 +108,7 @@ def test_hovering_shows_what_the_model_wrote() -> None:
     assert "repeats a name of the target prompt" in heatmaps(copied)[0].customdata[0][0]
 
 
-def test_whatever_comes_from_outside_is_escaped() -> None:
+def test_untrusted_text_is_escaped() -> None:
     """Plotly would render some tags and links: in hover texts, and in titles."""
     cell = replace(reading(5, 3, 0.7, description=EVIL), token=EVIL)
     result = SweepResult.from_readings([cell], {"model": {"name": EVIL}, "prompt": EVIL})
@@ -203,7 +193,7 @@ def test_colours_of_shares_and_scores_do_not_move_with_the_data() -> None:
     assert value_range(table.assign(score=2e8), "score") == (0, 2e8)
 
 
-def test_one_token_is_drawn_the_last_unless_given() -> None:
+def test_one_token_is_drawn_by_default_the_last() -> None:
     """Each picture shows one token and names it in the title."""
     last, chosen = heatmap(TOKENS), heatmap(TOKENS, position=4)
     assert rows_of(heatmaps(last)[0].z) == [[0.12], [0.11]]
