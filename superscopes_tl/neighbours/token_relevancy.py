@@ -90,8 +90,8 @@ def relevancy(result: SweepResult | SweepPlan, rows: pd.DataFrame | None = None)
         for column, value in own.items():
             if others := set(rows.get(column, ())) - {value}:
                 raise bad_value("rows", f"rows of the plan's {column} {value!r}", others, fix)
-        if others := cells - chosen:
-            raise bad_value("rows", "cells of the plan", next(iter(others)), fix)
+        if outside := cells - chosen:
+            raise bad_value("rows", "cells of the plan", next(iter(outside)), fix)
         chosen = cells
     part = plan.only(chosen)
     patches = make_patches(part)
