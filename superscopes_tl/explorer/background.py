@@ -15,14 +15,16 @@ No widget is known here. A run ends in exactly one of the states done, cancelled
 from __future__ import annotations
 
 import atexit
-import contextlib
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakSet
+
+from pandas.api.types import is_hashable
 
 from superscopes_tl.experiment import (
     Cell,
@@ -41,12 +43,9 @@ from superscopes_tl.vectors import Scale
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 
-FLUSH_SECONDS = 0.15
-"""The least time between two hand-overs, so that a browser can draw."""
-EXIT_SECONDS = 10.0
-"""How long Python's exit waits for a batch."""
-WATCHED_ROWS = 256
-"""The largest batch of a run on the screen: larger ones are faster, but fill in less often."""
+FLUSH_SECONDS = 0.15  # the least time between two hand-overs, so that a browser can draw
+EXIT_SECONDS = 10.0  # how long Python's exit waits for the last batches
+WATCHED_ROWS = 256  # larger batches are faster, but fill in the map less often
 
 _ALIVE: WeakSet[Any] = WeakSet()
 
@@ -81,30 +80,27 @@ class Progress:
         to_write: number of these sites.
     """
 
-    done: int
-    total: int
-    reused: int
-    seconds: float
+    done: int = 0
+    total: int = 0
+    reused: int = 0
+    seconds: float = 0.0
     written: int = 0
     to_write: int = 0
 
     @property
     def rate(self) -> float:
         """Computed cells per second; 0 before the first ones."""
-        return (self.done - self.reused) / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        """The expected time to the end; unknown before the first cells."""
-        return (self.total - self.done) / self.rate if self.rate else None
+        return (self.done - self.reused) / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
         if self.to_write and self.done == self.total:
             return f"{self.total} cells · {self.written} of {self.to_write} texts"
-        left = None if self.to_write else self.remaining_seconds
-        rate = f" · {self.rate:.0f} cells/s" if self.rate else ""
-        rest = f" · {_about(left)} left" if left is not None else ""
-        return f"{self.done} of {self.total} cells{rate}{rest}"
+        text = f"{self.done} of {self.total} cells"
+        if self.rate:
+            text += f" · {self.rate:.0f} cells/s"
+            if not self.to_write:
+                text += f" · {_about((self.total - self.done) / self.rate)} left"
+        return text
 
     def summary(self, state: str) -> str:
         """Return how a run ended."""
@@ -120,23 +116,20 @@ def _about(seconds: float) -> str:
     return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
 
 
-Scored = tuple[Scorer, str]
-"""What scored a cell: the scorer, and on which part of the text."""
-
-
 class CellStore:
     """Finished cells, by everything that determines their texts.
 
-    Each cell remembers what scored it: runs with different scorers may overlap in any way.
+    Each cell remembers its scorer, and on which part of the text: runs with different scorers may
+    overlap in any way.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, Scored]]] = {}
+        self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, tuple[Scorer, str]]]] = {}
 
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return the finished cells of `plan`, scored by its scorer."""
-        kept, scored = self._of(plan), _scored_by(plan)
-        cells = self.cells(plan)
+        kept, cells = self._of(plan), self.cells(plan)
+        scored = (plan.scorer, plan.config.score_on)
         others = [kept[cell][0] for cell in cells if kept[cell][1] != scored]
         if others:
             self.add(plan, rescored(plan, others))
@@ -150,10 +143,10 @@ class CellStore:
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
-        scored = _scored_by(plan)
+        scored = (plan.scorer, plan.config.score_on)
         self._of(plan).update({Cell.of(reading): (reading, scored) for reading in readings})
 
-    def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, Scored]]:
+    def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, tuple[Scorer, str]]]:
         return self._kept.setdefault(_text_key(plan), {})
 
 
@@ -176,15 +169,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
 
 def _key(setting: object) -> object:
     """Return a setting, or what equals nothing else if it cannot be a key."""
-    try:
-        hash(setting)
-    except TypeError:
-        return object()
-    return setting
-
-
-def _scored_by(plan: SweepPlan) -> Scored:
-    return plan.scorer, plan.config.score_on
+    return setting if is_hashable(setting) else object()
 
 
 class BackgroundSweep:
@@ -212,7 +197,7 @@ class BackgroundSweep:
         on_plan: Callable[[SweepPlan], None] = lambda plan: None,
         on_batch: Callable[[list[Reading]], None] = lambda readings: None,
         on_end: Callable[[], None] = lambda: None,
-        lock: contextlib.AbstractContextManager[Any] | None = None,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.plan: SweepPlan | None = None
         self.state: State = "new"
@@ -222,8 +207,7 @@ class BackgroundSweep:
         self._lock = lock or threading.RLock()
         self._stop = threading.Event()
         self._readings: dict[Cell, Reading] = {}
-        self._reused = 0
-        self._seconds = 0.0
+        self._reused, self._seconds = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="superscopes-sweep", daemon=True)
 
     def start(self) -> BackgroundSweep:
@@ -246,15 +230,13 @@ class BackgroundSweep:
     def progress(self) -> Progress:
         """How far the run is."""
         if self.plan is None:
-            return Progress(0, 0, self._reused, self._seconds)
-        written = to_write = 0
-        if self.plan.config.generate == "best":
-            to_write = len({cell.place for cell in self.plan.all_cells})
-            written = len({c.place for c, reading in self._readings.items() if reading.written})
-        return Progress(
-            len(self._readings), len(self.plan.all_cells), self._reused, self._seconds,
-            written, to_write,
-        )  # fmt: skip
+            return Progress()
+        cells = self.plan.all_cells
+        progress = Progress(len(self._readings), len(cells), self._reused, self._seconds)
+        if self.plan.config.generate != "best":
+            return progress
+        written = len({c.place for c, reading in self._readings.items() if reading.written})
+        return replace(progress, written=written, to_write=len({c.place for c in cells}))
 
     def result(self) -> SweepResult:
         """Return the finished cells, in the order of the plan."""
@@ -262,10 +244,8 @@ class BackgroundSweep:
             return SweepResult.from_readings([], {})
         with self._lock:
             found = [self._readings[c] for c in self.plan.all_cells if c in self._readings]
-        provenance = self.plan.provenance()
-        provenance["complete"] = self._complete()
-        provenance["seconds"] = round(self._seconds, 3)
-        return SweepResult.from_readings(found, provenance)
+        how = {"complete": self._complete(), "seconds": round(self._seconds, 3)}
+        return SweepResult.from_readings(found, {**self.plan.provenance(), **how})
 
     def _work(self) -> None:
         state: State = "failed"
@@ -303,8 +283,7 @@ class BackgroundSweep:
 
     def _complete(self) -> bool:
         """Return whether nothing is left to do."""
-        if self.plan is None:
-            return False
+        assert self.plan is not None
         written = {cell: reading.written for cell, reading in self._readings.items()}
         return len(finished_cells(written, self.plan.config.generate)) == len(self.plan.all_cells)
 
@@ -334,8 +313,7 @@ class Latest:
 
     def cancel(self) -> None:
         """Drop the waiting job; the running one continues to its end."""
-        with self._lock:
-            self._job = None
+        self._job = None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; return whether that is so."""
@@ -362,10 +340,10 @@ def wait_for_all(
     waits: Iterable[Callable[[float | None], bool]], timeout: float | None = None
 ) -> bool:
     """Wait for one after the other, together no longer than `timeout`."""
-    until = None if timeout is None else time.monotonic() + timeout
-    return all(
-        wait(None if until is None else max(0.0, until - time.monotonic())) for wait in waits
-    )
+    if timeout is None:
+        return all(wait(None) for wait in waits)
+    until = time.monotonic() + timeout
+    return all(wait(max(0.0, until - time.monotonic())) for wait in waits)
 
 
 @atexit.register
@@ -374,5 +352,4 @@ def _stop_all() -> None:
     running = list(_ALIVE)
     for work in running:
         work.cancel()
-    for work in running:
-        work.wait(EXIT_SECONDS)
+    wait_for_all((work.wait for work in running), EXIT_SECONDS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
@@ -62,12 +62,7 @@ class ControlReading:
 
 @dataclass(frozen=True)
 class LensReading:
-    """What a lens reads at a cell's site, whatever its α.
-
-    Attributes:
-        lens: its name.
-        tokens: the most likely next tokens with their probabilities, in descending order.
-    """
+    """The most likely next tokens of a lens at a cell's site, with probabilities."""
 
     lens: str
     tokens: tuple[tuple[str, float], ...]
@@ -75,47 +70,36 @@ class LensReading:
 
 @dataclass(frozen=True)
 class Probe:
-    """What takes the model to know about a cell."""
+    """What only the model can tell about a cell."""
 
-    tokens: tuple[TokenEffect, ...]
-    controls: tuple[ControlReading, ...]
-    lenses: tuple[LensReading, ...]
+    tokens: Sequence[TokenEffect]
+    controls: Sequence[ControlReading]
+    lenses: Sequence[LensReading]
 
 
 def reading_at(result: SweepResult, cell: Cell) -> Reading | None:
     """Return the cell's reading; `None` if it was not computed."""
-    rows = _site(result, cell)
-    rows = rows[rows["alpha"] == cell.alpha]
-    if rows.empty:
-        return None
-    row = rows.to_dict("records")[0]
-    controls = {str(name): row[name] for name in row if name not in COLUMNS}
-    return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
+    rows = ladder(result, cell)
+    for row in rows[rows["alpha"] == cell.alpha].to_dict("records"):
+        controls = {str(name): row[name] for name in row if name not in COLUMNS}
+        return Reading(**{name: row[name] for name in COLUMNS}, controls=controls)
+    return None
 
 
 def ladder(result: SweepResult, cell: Cell) -> pd.DataFrame:
     """Return the readings of the cell's site at every α, in ascending order."""
-    return _site(result, cell).sort_values("alpha").reset_index(drop=True)
+    rows = beside(result, cell)
+    return rows[rows["kind"] == cell.kind].sort_values("alpha")
 
 
-def _site(result: SweepResult, cell: Cell) -> pd.DataFrame:
-    table = result.table
-    wanted = (
-        (table["kind"] == cell.kind)
-        & (table["source_layer"] == cell.source_layer)
-        & (table["position"] == cell.position)
-        & (table["target_layer"] == cell.target_layer)
-    )
-    return table[wanted]
+def beside(result: SweepResult, cell: Cell) -> pd.DataFrame:
+    """Return the readings of all kinds at the cell's layers and token."""
+    same = ["source_layer", "position", "target_layer"]
+    return result.table[(result.table[same] == [getattr(cell, name) for name in same]).all(axis=1)]
 
 
 def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES) -> Probe:
-    """Compare a cell with its controls, weigh the tokens of its text, read its site by lenses.
-
-    Args:
-        plan: the plan that the cell belongs to.
-        reading: the cell.
-        lenses: by name; each also reads a random direction of equal norm.
+    """Compare a cell of a plan with its controls, weigh its tokens, read its site by lenses.
 
     Raises:
         ValueError: the cell is not in the plan, or a lens is of another model.
@@ -131,11 +115,9 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
     shares = [_recovered(plan, cell.position, control) for control in controls.values()]
     return Probe(
-        tokens=token_effects(plan.generator, [patch], [generated.token_ids])[0],
-        controls=tuple(
-            map(ControlReading, PROBE_CONTROLS.values(), texts, descriptions, scores, shares)
-        ),
-        lenses=_lens_readings(plan, cell.site, lenses),
+        token_effects(plan.generator, [patch], [generated.token_ids])[0],
+        [*map(ControlReading, PROBE_CONTROLS.values(), texts, descriptions, scores, shares)],
+        _lens_readings(plan, cell.site, lenses),
     )
 
 
@@ -150,28 +132,26 @@ def _recovered(plan: SweepPlan, position: int, control: Patch) -> float:
     return words.recovered(sum(likely))
 
 
-def _lens_readings(
-    plan: SweepPlan, site: Site, lenses: Mapping[str, Lens]
-) -> tuple[LensReading, ...]:
+def _lens_readings(plan: SweepPlan, site: Site, lenses: Mapping[str, Lens]) -> list[LensReading]:
     """Return what lenses read at a site; nothing where v is not the site's own activation."""
     if plan.config.vectors is not None:
-        return ()
+        return []
     table = lens_table(plan.model, plan.source, [site], lenses=lenses)
-    return tuple(
+    return [
         LensReading(
             lens_label(str(name), bool(control)),
             tuple(zip(rows["top_token"], rows["probability"], strict=True)),
         )
         for (name, control), rows in table.groupby(["lens", "control"], sort=False)
-    )
+    ]
 
 
 def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> str:
     """Return Python that reads this cell again and generates its text.
 
-    What a provenance cannot hold has to be filled in by hand, and a comment says so: a mapping or
-    a scorer of your own, a model that was built in memory. In half precision another batch size
-    may change a text; a comment says that too.
+    Comments say what a provenance cannot hold and has to be filled in by hand: a mapping or scorer
+    of your own, a model that was built in memory; and that in half precision another batch size
+    may change a text.
 
     Args:
         result: its provenance has the settings.
@@ -185,15 +165,10 @@ def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> 
     source, target = (None, None) if plan is None else (plan.model, plan.generator.model)
     amplifier, names, notes = _amplifier(config)
     settings = {
-        "layers": cell.source_layer,
-        "kinds": cell.kind,
-        "alphas": cell.alpha,
-        "positions": cell.position,
-        "target_layer": cell.target_layer,
-        "max_new_tokens": config.get("max_new_tokens"),
-        **amplifier,
-        **_prompts(result, cell),
-    }
+        "layers": cell.source_layer, "kinds": cell.kind, "alphas": cell.alpha,
+        "positions": cell.position, "target_layer": cell.target_layer,
+        "max_new_tokens": config.get("max_new_tokens"), **amplifier, **_prompts(result, cell),
+    }  # fmt: skip
     notes = [*_model_notes(model, source), *notes]
     if other := provenance.get("target_model"):
         notes += _model_notes(other, target)
@@ -217,10 +192,9 @@ def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> 
         "table = result.table",
     ]
     if "mapping" in settings:
-        lines.append(
-            f"table = table[(table.kind == {cell.kind!r}) & (table.source_layer == "
-            f"{cell.source_layer}) & (table.position == {cell.position})]"
-        )
+        place = {"kind": cell.kind, "source_layer": cell.source_layer, "position": cell.position}
+        is_it = " & ".join(f"(table.{column} == {value!r})" for column, value in place.items())
+        lines.append(f"table = table[{is_it}]")
     return "\n".join([*lines, 'print(table[["text", "score", "recovered"]].iloc[0].to_dict())'])
 
 
@@ -233,9 +207,12 @@ def _prompts(result: SweepResult, cell: Cell) -> dict[str, Any]:
     provenance = result.provenance
     config = provenance.get("config", {})
     settings: dict[str, Any] = {}
-    if prompt := _target_prompt(provenance.get("target_prompt", {}), chat=bool(config.get("chat"))):
-        settings["target_prompt"] = _Verbatim(prompt)
-    if config.get("chat"):
+    target, chat = provenance.get("target_prompt", {}), bool(config.get("chat"))
+    given = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
+    if given != astuple(default_target_prompt(None, chat=chat)):
+        arguments = ", ".join(map(repr, given if given[2] else given[:2]))
+        settings["target_prompt"] = _Verbatim(f"TargetPrompt({arguments})")
+    if chat:
         settings["chat"] = True
     if config.get("source_template", "{}") != "{}":
         settings["source_template"] = config["source_template"]
@@ -249,27 +226,17 @@ def _prompts(result: SweepResult, cell: Cell) -> dict[str, Any]:
     return settings
 
 
-def _target_prompt(target: dict[str, Any], *, chat: bool) -> str:
-    """Return the code of a target prompt; nothing for the default one."""
-    given = tuple(target.get(name, "") for name in ("text", "placeholder", "answer"))
-    if given == astuple(default_target_prompt(None, chat=chat)):
-        return ""
-    return f"TargetPrompt({', '.join(map(repr, given if given[2] else given[:2]))})"
-
-
 def _amplifier(config: dict[str, Any]) -> tuple[dict[str, Any], set[str], list[str]]:
     """Return how α acts where that is not the paper's way: settings, names they need, comments."""
-    settings: dict[str, Any] = {
-        name: config[name]
-        for name, usual in (("unit", "vector"), ("guide", "vector"), ("draw", 0))
-        if config.get(name, usual) != usual
+    usual = {"unit": "vector", "guide": "vector", "draw": 0}
+    settings = {
+        name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]
     }
     names: set[str] = set()
     notes: list[str] = []
-    usual = {"mapping": PAPER_MAPPING, "vectors": "", "base": "", "write": ""}
-    for setting, default in usual.items():
-        label = str(config.get(setting) or default)
-        if label == default:
+    for setting in ("mapping", "vectors", "base", "write"):
+        label = str(config.get(setting) or "")
+        if label in ("", PAPER_MAPPING):
             continue
         if setting == "mapping":
             # A mapping may treat the sites of a sweep together: repeat them all, take the one row.
@@ -325,16 +292,12 @@ class _Verbatim(str):
         return str(self)
 
 
-_SECRET = ("token",)
-"""Loading options that no code shows."""
-
-
 def _load(model: dict[str, Any], live: LanguageModel | None) -> str:
     """Return the code that loads a model, with every option of its first loading, if known."""
     origin: Any = None if live is None else live.origin
     if not isinstance(origin, partial):
         origin = partial(load_model, model.get("name"))
-    values = {k: _plain(v) for k, v in origin.keywords.items() if k not in _SECRET}
+    values = {k: _plain(v) for k, v in origin.keywords.items() if k != "token"}
     values |= {"backend": model.get("backend", "auto"), "prepend_bos": model.get("prepend_bos")}
     if model.get("dtype", "float32") != "float32":
         values["dtype"] = model["dtype"]

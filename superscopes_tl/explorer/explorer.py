@@ -45,8 +45,7 @@ from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, check_text, load_
 from superscopes_tl.neighbours import LENSES, Lens
 from superscopes_tl.scores import PAPER_SCORER, Scorer, no_scores
 
-LARGEST_LINK = 8 * 2**20
-"""A file up to this size is also offered as a download; a larger one is on the server's disk."""
+LARGEST_LINK = 8 * 2**20  # bytes of a file that is offered as a download, too
 
 
 class Explorer:
@@ -74,9 +73,6 @@ class Explorer:
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
         result: a saved result to show instead of a model (`from_result`).
         **settings: fields of `SweepConfig` that change it.
-
-    Raises:
-        ValueError, TypeError: a bad setting, or one that the controls cannot show.
     """
 
     def __init__(
@@ -109,12 +105,12 @@ class Explorer:
         self._seconds: dict[tuple[object, ...], float] = {}  # of a batch, by prompt and size
         self._picture: Any = None
         view = self.view
-        view.on_change(self._show_pins, view.colour)
+        view.colour.observe(view.guarded(self._show_pins), "value")
         for button, action in (
             (view.run, self.run), (view.cancel, self.cancel), (view.find, self.find),
             (view.pin, self.pin), (view.unpin, self.unpin), (view.save, self._save),
         ):  # fmt: skip
-            view.on_click(button, action)
+            button.on_click(view.guarded(action))
         if result is not None:
             self._open_saved(result)
             return
@@ -125,11 +121,7 @@ class Explorer:
 
     @classmethod
     def from_result(cls, result: SweepResult) -> Self:
-        """Return an Explorer of a saved result; no model is needed, and none can be run.
-
-        Raises:
-            ValueError: the result has no cell.
-        """
+        """Return an Explorer of a saved result; it needs no model, and cannot run a sweep."""
         return cls(result=result)
 
     # What the interface shows, as data.
@@ -189,24 +181,19 @@ class Explorer:
         """Start the sweep in the background; finished cells of earlier runs are reused.
 
         Raises:
-            ValueError: a bad setting, or a run that has not ended.
+            ValueError: a bad setting, or a run or search is in progress.
         """
         with self.view.lock:
-            model, prompt, config = self.model, self.prompt, self.config
+            model, prompt, config, view = self.model, self.prompt, self.config, self.view
             assert model is not None
             check_text(prompt, "prompt")
             self._begin("run", "Preparing", "running")
-            view = self.view
             view.cancel.disabled = False
             view.progress.value, view.progress.bar_style = 0, "info"
             self._sweep = BackgroundSweep(
-                lambda: watched_plan(model, prompt, config),
-                store=self._store,
-                on_plan=self._opened,
-                on_batch=self._filled,
-                on_end=view.guarded(self._ended),
-                lock=view.lock,
-            ).start()
+                lambda: watched_plan(model, prompt, config), store=self._store, lock=view.lock,
+                on_plan=self._opened, on_batch=self._filled, on_end=view.guarded(self._ended),
+            ).start()  # fmt: skip
         return self
 
     def cancel(self) -> None:
@@ -222,7 +209,7 @@ class Explorer:
         The answer is cached per model in the cache folder; `check` has it, too.
 
         Raises:
-            ValueError: a run or another search is in progress.
+            ValueError: a run or search is in progress.
         """
         with self.view.lock:
             self._with_model()
@@ -233,8 +220,9 @@ class Explorer:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the run and for the selected cell's controls; return whether they have ended."""
-        sweep = [self._sweep.wait] if self._sweep is not None else []
-        threads = [*sweep, self._finder.wait, self._estimator.wait, self._panel.wait]
+        threads = [self._finder.wait, self._estimator.wait, self._panel.wait]
+        if self._sweep is not None:
+            threads.insert(0, self._sweep.wait)
         return wait_for_all(threads, timeout)
 
     def select(self, **cell: Any) -> Cell:
@@ -247,20 +235,14 @@ class Explorer:
             ValueError: the sweep does not have it.
         """
         with self.view.lock:
-            view, axes = self.view, self._panel.axes
-            unknown = set(cell) - {"kind", "layer", "alpha", "position", "target_layer"}
-            if axes is None or unknown:
+            axes, names = self._panel.axes, ("kind", "layer", "alpha", "position", "target_layer")
+            if axes is None or set(cell) - set(names):
                 raise bad_value(
-                    "select", "kind, layer, alpha, position or target_layer of a sweep",
-                    cell, "run a sweep first" if axes is None else "correct the name",
+                    "select", f"{', '.join(names)} of a sweep", cell,
+                    "run a sweep first" if axes is None else "correct the name",
                 )  # fmt: skip
-            chosen = axes.cell(
-                cell.get("kind", view.kind.value),
-                cell.get("layer", view.layer.value),
-                float(cell.get("alpha", view.alpha.value)),
-                cell.get("position", view.position.value),
-                cell.get("target_layer", view.into.value),
-            )
+            shown = {name: c.value for name, c in zip(names, self.view.cursors, strict=True)}
+            chosen = axes.cell(*(shown | cell).values())
             self._panel.select(chosen)
         return chosen
 
@@ -293,15 +275,10 @@ class Explorer:
     # Settings, costs and runs.
 
     def _with_model(self) -> Settings:
-        """Return the controls of the sweep.
-
-        Raises:
-            ValueError: the Explorer shows a saved result.
-        """
+        """Return the controls of the sweep, unless this is a saved result."""
         if self._settings is None:
-            raise bad_value(
-                "explorer", "an Explorer with a model", "a saved result", "Explorer(model)"
-            )
+            expected, fix = "an Explorer with a model", "Explorer(model)"
+            raise bad_value("explorer", expected, "a saved result", fix)
         return self._settings
 
     def _open_saved(self, result: SweepResult) -> None:
@@ -320,9 +297,7 @@ class Explorer:
     def _begin(self, what: str, text: str, state: str) -> None:
         """Begin a run or a search; only one at a time."""
         if self._busy():
-            raise bad_value(
-                what, "no run or search in progress", self.state, "cancel the run or wait first"
-            )
+            raise bad_value(what, "no run or search in progress", self.state, "cancel or wait")
         self.view.run_number += what == "run"
         self.view.run.disabled = self.view.find.disabled = True
         self.view.say(text, state)
@@ -334,8 +309,7 @@ class Explorer:
             view.say("Ready", "idle")
         assert model is not None
         try:
-            config = replace(self.config, scorer=no_scores)
-            plan = watched_plan(model, self.prompt, config)
+            plan = watched_plan(model, self.prompt, replace(self.config, scorer=no_scores))
         except (ValueError, TypeError) as error:
             view.estimate.value = markup.note(str(error))
             return
@@ -361,25 +335,24 @@ class Explorer:
                 self.view.estimate.value = markup.note(estimate)
 
     def _opened(self, plan: SweepPlan) -> None:
-        if self._sweep is not None:
-            progress = self._sweep.progress
-            self.view.progress.max = progress.total + progress.to_write
-            self._panel.open(self._sweep.result(), Axes.of_plan(plan), plan)
+        assert self._sweep is not None
+        progress = self._sweep.progress
+        self.view.progress.max = progress.total + progress.to_write
+        self._panel.open(self._sweep.result(), Axes.of_plan(plan), plan)
 
     def _filled(self, readings: Sequence[Reading]) -> None:
-        if self._sweep is not None:
-            progress = self._sweep.progress
-            self.view.progress.value = progress.done + progress.written
-            self._panel.draw(self._sweep.result())
-            self._panel.refresh(readings)
-            self.view.say(str(progress), "running")
+        assert self._sweep is not None
+        progress = self._sweep.progress
+        self.view.progress.value = progress.done + progress.written
+        self._panel.draw(self._sweep.result())
+        self._panel.refresh(readings)
+        self.view.say(str(progress), "running")
 
     def _ended(self) -> None:
         view, sweep = self.view, self._sweep
+        assert sweep is not None
         view.run.disabled = view.find.disabled = False
         view.cancel.disabled = True
-        if sweep is None:
-            return
         styles = {"done": "success", "cancelled": "warning", "failed": "danger"}
         view.progress.bar_style = styles[sweep.state]
         if sweep.plan is not None:
@@ -394,23 +367,22 @@ class Explorer:
     def _search(self) -> None:
         """Find a setting, and adopt it or show why there is none; runs in a thread."""
         assert self.model is not None
-        found: Readability | Exception
+        view, found, failure = self.view, None, None
         try:
             found = kept_readability(self.model, progress=False)
         except Exception as error:  # noqa: BLE001  # shown as a message
-            found = error
-        with self.view.lock:
-            self._finding = False
-            self.view.run.disabled = self.view.find.disabled = False
-            if isinstance(found, Exception):
-                self.view.alert(found)
+            failure = error
+        with view.lock:
+            self._finding = view.run.disabled = view.find.disabled = False
+            if failure is not None:
+                view.alert(failure)
             else:
-                self.view.guarded(self._adopt, found)()
+                view.guarded(self._adopt, found)()
 
     def _adopt(self, found: Readability) -> None:
         """Set the controls to the setting that was found."""
         self.check = found
-        self.view.found.value = markup.note(found.verdict, role="status")
+        self.view.found.value = markup.note(found.verdict, "status")
         self._with_model().adopt(found.config)
         self.view.say("Set to what reads this model best; press Run", "idle")
 
@@ -419,37 +391,31 @@ class Explorer:
     def _shown(self) -> dict[str, Any]:
         """Return which token, target layer and column the map shows."""
         view, into = self.view, self.view.into.value
-        return {
-            "position": view.position.value,
-            "target_layer": into if isinstance(into, int) else None,
-            "value": view.colour.value,
-        }
+        target = into if isinstance(into, int) else None
+        return {"position": view.position.value, "target_layer": target, "value": view.colour.value}
 
     def _show_pins(self) -> None:
-        self.view.pins.value = markup.pins(self.pins, self._panel.shades)
+        self.view.pins.value = markup.render("pins", self.pins, self._panel.shades)
 
     def _save(self) -> None:
         """Write into the working folder, say where, and offer a download if it is not too large."""
         view = self.view
-        name = view.file.value.strip() or "superscopes"
-        name = name.removesuffix(view.format.value) + view.format.value
+        stem = view.file.value.strip() or "superscopes"
+        name = stem.removesuffix(view.format.value) + view.format.value
         if name != Path(name).name:  # whoever sees a served page must not write anywhere
-            raise bad_value(
-                "file name", "a name without folders", name,
-                "give a name alone; explorer.export(path) takes any path",
-            )  # fmt: skip
+            fix = "explorer.export(path) takes any path"
+            raise bad_value("file name", "a name without folders", name, fix)
         path = self.export(name).resolve()
         small = path.stat().st_size <= LARGEST_LINK
         data = base64.b64encode(path.read_bytes()).decode() if small else ""
-        view.saved.value = markup.saved(path, data)
+        view.saved.value = markup.render("saved", path, data)
 
     def _ipython_display_(self) -> None:
         """Show the widgets, and in an output of its own the picture that needs no JavaScript."""
         from IPython.display import display
 
         show: Any = display
-        bundle = self.view.root._repr_mimebundle_()
-        show({**bundle, "text/plain": repr(self)}, raw=True)
+        show({**self.view.root._repr_mimebundle_(), "text/plain": repr(self)}, raw=True)
         self._picture = show({"text/plain": "No sweep yet."}, raw=True, display_id=True)
         self._show_picture()
 

@@ -19,7 +19,7 @@ import gzip
 import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from importlib.resources import files
 from typing import Any
@@ -44,11 +44,8 @@ from superscopes_tl.figures import (
 )
 
 MARKED = "#ff6d00"
-_TRACES = 1 + len(MARKS)
-"""How many a panel has: the colours, and one for each kind of mark."""
-_SMALL = {"not computed": 5}
-"""A mark that most cells carry while a sweep runs."""
-_TRANSPARENT = "rgba(0,0,0,0)"
+GREY = "#8a8a8a"
+_TRACES = 1 + len(MARKS)  # of a panel: the colours, and one for each kind of mark
 
 
 @dataclass(frozen=True)
@@ -95,18 +92,13 @@ class Axes:
 
     def have(self, cell: Cell) -> bool:
         """Return whether a cell lies on the axes."""
-        return (
-            cell.kind in self.kinds
-            and cell.source_layer in self.layers
-            and cell.alpha in self.alphas
-            and cell.position in self.positions
-            and self.target_of(cell) in self.targets
-        )
+        place = (cell.kind, cell.source_layer, cell.alpha, cell.position, self.target_of(cell))
+        return all(value in axis for value, axis in zip(place, astuple(self), strict=True))
 
 
 @cache
-def packed_script() -> bytes:
-    """Return plotly's script for widgets, compressed with gzip; the same bytes every time."""
+def _packed_script() -> bytes:
+    """Return plotly's script for widgets, compressed; the same bytes every time."""
     script = files("plotly").joinpath("package_data", "widgetbundle.js").read_bytes()
     return gzip.compress(script, compresslevel=6, mtime=0)
 
@@ -120,7 +112,7 @@ class SharedFigureWidget(go.FigureWidget):  # type: ignore[misc]  # plotly's wid
 
     @traitlets.default("_script")  # type: ignore[untyped-decorator]  # traitlets is untyped
     def _packed(self) -> bytes:
-        return packed_script()
+        return _packed_script()
 
 
 class LiveMap:
@@ -140,13 +132,11 @@ class LiveMap:
         self.marks: tuple[str, ...] = ()
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
-        empty = self._grid(pd.DataFrame())
-        self.widget = SharedFigureWidget(
-            draw(
-                empty, "score", hover_text, title="", x_title="α", every_mark=True,
-                mark=lambda row: mark_of(row, "score"),
-            )
+        empty = draw(
+            self._grid(pd.DataFrame()), "score", hover_text, title="", x_title="α", every_mark=True,
+            mark=lambda row: mark_of(row, "score"),
         )  # fmt: skip
+        self.widget = SharedFigureWidget(empty)
         for index, trace in enumerate(self.widget.data):
             trace.meta = axes.kinds[index // _TRACES]
             trace.on_click(partial(self._clicked, str(trace.meta)))
@@ -188,44 +178,33 @@ class LiveMap:
         column = self._axes.alphas.index(selection.alpha)
         row = self._axes.layers.index(selection.source_layer)
         return {
-            "type": "rect",
-            "xref": f"x{axis}",
-            "yref": f"y{axis}",
-            "x0": column - 0.5,
-            "x1": column + 0.5,
-            "y0": row - 0.5,
-            "y1": row + 0.5,
-            "line": {"color": MARKED, "width": 3},
-        }
+            "type": "rect", "line": {"color": MARKED, "width": 3},
+            "xref": f"x{axis}", "x0": column - 0.5, "x1": column + 0.5,
+            "yref": f"y{axis}", "y0": row - 0.5, "y1": row + 0.5,
+        }  # fmt: skip
 
     def _grid(self, table: pd.DataFrame) -> Grid:
         """Lay out some rows on the axes of the whole sweep."""
-        axes = self._axes
-        return Grid.of(
-            table, x="alpha", panel="kind", panels=axes.kinds, ys=axes.layers, xs=axes.alphas
-        )
+        kinds, layers, alphas = self._axes.kinds, self._axes.layers, self._axes.alphas
+        return Grid.of(table, x="alpha", panel="kind", panels=kinds, ys=layers, xs=alphas)
 
     def _lay_out(self) -> None:
-        self.widget.update_traces(textfont={"size": 10}, selector={"type": "heatmap"})
+        figure = self.widget
+        figure.update_traces(textfont={"size": 10}, selector={"type": "heatmap"})
         for name in MARKS:
-            marker = {"color": "#8a8a8a", "line_color": "#8a8a8a", "size": _SMALL.get(name, 8)}
-            self.widget.update_traces(marker=marker, selector={"name": name})
-        self.widget.update_traces(
-            showlegend=False, hoverinfo="skip", hovertemplate=None, selector={"type": "scatter"}
-        )
-        for update, names in (
-            (self.widget.update_xaxes, self._x),
-            (self.widget.update_yaxes, self._y),
-        ):
+            size = 5 if name == "not computed" else 8  # most cells, while a sweep runs
+            figure.update_traces(
+                marker={"color": GREY, "line_color": GREY, "size": size}, showlegend=False,
+                hoverinfo="skip", hovertemplate=None, selector={"name": name},
+            )  # fmt: skip
+        for update, names in ((figure.update_xaxes, self._x), (figure.update_yaxes, self._y)):
             update(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
-        self.widget.update_annotations(font_size=13)  # the panels' titles
-        _plain(self.widget, height=min(720, 130 + 22 * max(6, len(self._y))))
-        self.widget.update_layout(
-            title=None,
-            width=None,
+        figure.update_annotations(font_size=13)  # the panels' titles
+        _plain(figure, height=min(720, 130 + 22 * max(6, len(self._y))))
+        figure.update_layout(
+            title=None, width=None, margin={"l": 46, "r": 10, "t": 28, "b": 42},
             coloraxis_colorbar={"title": {"text": "score"}, "thickness": 10, "x": 1.01},
-            margin={"l": 46, "r": 10, "t": 28, "b": 42},
-        )
+        )  # fmt: skip
 
     def _clicked(self, kind: str, trace: Any, points: Any, state: Any) -> None:
         """Report a click; plotly gives the trace's own x and y."""
@@ -235,24 +214,13 @@ class LiveMap:
 
 
 class LiveCurve:
-    """What one site scores, or recovers, against α.
-
-    Attributes:
-        widget: the plotly widget.
-    """
+    """A plotly `widget` of what one site scores, or recovers, against α."""
 
     def __init__(self) -> None:
-        self.widget = SharedFigureWidget(
-            go.Scatter(
-                mode="lines+markers",
-                line={"color": "#8a8a8a", "width": 2},
-                marker={"size": 8, "color": "#8a8a8a"},
-            )
-        )
+        line, marker = {"color": GREY, "width": 2}, {"size": 8, "color": GREY}
+        self.widget = SharedFigureWidget(go.Scatter(mode="lines+markers", line=line, marker=marker))
         _plain(self.widget, height=150)
-        self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36})
-        self.widget.update_xaxes(title_text="α", gridcolor="rgba(128,128,128,0.25)")
-        self.widget.update_yaxes(gridcolor="rgba(128,128,128,0.25)")
+        self.widget.update_layout(margin={"l": 40, "r": 8, "t": 8, "b": 36}, xaxis_title_text="α")
         _keep(self.widget)
 
     def draw(
@@ -263,16 +231,14 @@ class LiveCurve:
         The axis spans at least what the colours do: a flat line should look flat.
         """
         with self.widget.batch_update():
-            line = self.widget.data[0]
+            line, axis = self.widget.data[0], self.widget.layout.yaxis
             line.x = list(alphas)
-            finite = [float(number) if math.isfinite(number) else None for number in numbers]
-            line.y = finite
+            line.y = [float(number) if math.isfinite(number) else None for number in numbers]
             line.hovertemplate = f"α = %{{x}}<br>{shades.column} %{{y:.3f}}<extra></extra>"
-            self.widget.layout.yaxis.title.text = shades.column
-            there = [shades.low, shades.high, *(y for y in finite if y is not None)]
+            line.marker.color = [MARKED if alpha == selected else GREY for alpha in alphas]
+            there = [shades.low, shades.high, *filter(math.isfinite, numbers)]
             room = 0.05 * (max(there) - min(there))
-            self.widget.layout.yaxis.range = [min(there) - room, max(there) + room]
-            line.marker.color = [MARKED if alpha == selected else "#8a8a8a" for alpha in alphas]
+            axis.title.text, axis.range = shades.column, [min(there) - room, max(there) + room]
         _keep(self.widget)
 
 
@@ -286,16 +252,10 @@ def _keep(figure: Any, *, data: bool = True) -> None:
 
 def _plain(figure: Any, *, height: int) -> None:
     figure.update_layout(
-        template="plotly_white",
-        paper_bgcolor=_TRANSPARENT,
-        plot_bgcolor=_TRANSPARENT,
-        font={"size": 12},
-        height=height,
-        autosize=True,
-        dragmode=False,
-        uirevision="keep",
+        template="plotly_white", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 12}, height=height, autosize=True, dragmode=False, uirevision="keep",
         hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#1f2328"}, "align": "left"},
-    )
+    )  # fmt: skip
     figure.update_xaxes(fixedrange=True, showgrid=False, zeroline=False)
     figure.update_yaxes(fixedrange=True, showgrid=False, zeroline=False)
     figure._config = {**figure._config, "displayModeBar": False, "responsive": True}

@@ -1,6 +1,7 @@
 """The Explorer's HTML: pure functions from data to a piece of markup.
 
-1. A function here chooses what to show; a macro of `templates/explorer.html` lays it out.
+1. A macro of `templates/explorer.html` lays a piece out (`render`); where what to show has to be
+   chosen first, a function here does so.
 2. Jinja escapes every value: generated text and prompts are untrusted.
 3. Colours that carry a value are cividis, under black or white text, whichever contrasts more;
    everything else takes its colour from the style sheet.
@@ -20,7 +21,7 @@ from plotly.colors import sample_colorscale
 
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import Cell, Reading, SweepResult
-from superscopes_tl.explorer.cell import Probe
+from superscopes_tl.explorer.cell import beside
 from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
 from superscopes_tl.model import PAPER_KINDS
 
@@ -35,20 +36,20 @@ STEPS = ((0, "×1"), (1, "×10"), (2, "×100"), (4, "×10⁴ or more"))
 LONGEST_PROMPT = 80
 
 
-def status(text: str, *, state: str, run: int) -> str:
-    """Return the status line of a run; scripts wait on its `data-` attributes."""
-    return _html("status", text, state, run)
+def render(macro: str, *values: object) -> str:
+    """Return what a macro of the template makes of some values."""
+    return str(getattr(_TEMPLATES.get_template("explorer.html").module, macro)(*values))
 
 
 def alert(error: BaseException, *, run: int = 0) -> str:
     """Return an error message that screen readers announce, with an expandable traceback."""
     name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return _html("alert", name, str(error), "".join(traceback.format_exception(error)), run)
+    return render("alert", name, str(error), "".join(traceback.format_exception(error)), run)
 
 
-def note(text: str, *, role: str = "") -> str:
+def note(text: str, role: str = "") -> str:
     """Return a quiet remark."""
-    return _html("note", text, role)
+    return render("note", text, role)
 
 
 def caption(result: SweepResult, token: str, target: int | str, marks: Sequence[str]) -> str:
@@ -59,12 +60,7 @@ def caption(result: SweepResult, token: str, target: int | str, marks: Sequence[
     into = "target layer = source layer" if target == "same" else f"target layer {target}"
     model = result.provenance.get("model", {}).get("name", "unknown model")
     legend = ", ".join(f"{MARKS[name][1]} {name}" for name in marks)
-    return _html("caption", prompt, token, into, model, legend)
-
-
-def findings(layer: str, caveats: Sequence[str]) -> str:
-    """Return the contextualization layer and the caveats of a finished sweep."""
-    return _html("findings", layer, caveats)
+    return render("caption", prompt, token, into, model, legend)
 
 
 def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
@@ -72,7 +68,7 @@ def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
     if cell is None:
         return note("Click a cell, or use the cursors below, to read it here.")
     if reading is None:
-        return _html("detail", cell, None, (), (), ())
+        return render("detail", cell, None, (), (), ())
     flags = {
         "repeats the name": reading.echo,
         "repeats a name from the target prompt": reading.few_shot_copy,
@@ -89,68 +85,30 @@ def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
         if name in reading.controls
     ]
     there = [flag for flag, true in flags.items() if true]
-    return _html("detail", cell, reading, there, chips, shares)
+    return render("detail", cell, reading, there, chips, shares)
 
 
-def ladder(rows: pd.DataFrame, alpha: float, shades: Shades) -> str:
-    """Return a site's readings at every α as a small table."""
-    return _html("ladder", rows.to_dict("records"), alpha, shades)
-
-
-def probe(found: Probe, shades: Shades) -> str:
-    """Return the controls of a cell, the patch's effect on each token, and what lenses read."""
-    return _html("probe", found, shades, STEPS)
-
-
-def pins(pinned: Sequence[Reading], shades: Shades) -> str:
-    """Return the pinned readings side by side."""
-    return _html("pins", pinned, shades)
-
-
-def best(
-    result: SweepResult,
-    shades: Shades,
-    *,
-    alpha: float | None,
-    position: int | None,
-    target_layer: int | None = None,
-) -> str:
+def best(result: SweepResult, shades: Shades, alpha: float | None) -> str:
     """Return the reading of each layer and kind at one α or the best (Figures 5 and 6)."""
     by: Any = shades.column
-    into: Any = "all" if target_layer is None else target_layer
-    wide = result.at(position, into).by_layer(alpha=alpha, by=by)
+    wide = result.by_layer(alpha=alpha, by=by)
     kinds = list(wide.columns.get_level_values(0).unique())
     rows = [
         (layer, [row[kind].to_dict() for kind in kinds])
         for layer, (_, row) in zip(map(int, wide.index), wide.iterrows(), strict=True)
     ]
     title = "Best α of every site" if alpha is None else f"α = {alpha:g}"
-    return _html("best", title, kinds, rows, shades)
+    return render("best", title, kinds, rows, shades)
 
 
 def parts(result: SweepResult, cell: Cell, shades: Shades) -> str:
     """Return resid_mid + mlp_out = resid_post of one layer, each with its readings (Figure 1)."""
-    table = result.table
-    here = table[
-        (table["source_layer"] == cell.source_layer)
-        & (table["position"] == cell.position)
-        & (table["target_layer"] == cell.target_layer)
-    ].sort_values(shades.column, ascending=False)
+    here = beside(result, cell).sort_values(shades.column, ascending=False)
     kinds = [
         (kind, sign, _part(here[here["kind"] == kind]))
         for kind, sign in zip(PAPER_KINDS, ("", "+", "="), strict=True)
     ]
-    return _html("parts", cell.source_layer, kinds, shades)
-
-
-def code(text: str) -> str:
-    """Return the code of a cell, folded up."""
-    return _html("code", text)
-
-
-def saved(path: Path, data: str) -> str:
-    """Return where a file was saved, and a download of its base64 `data` if there is any."""
-    return _html("saved", path, path.name, data)
+    return render("parts", cell.source_layer, kinds, shades)
 
 
 def _part(rows: pd.DataFrame) -> list[tuple[str, Mapping[Any, Any]]]:
@@ -175,11 +133,6 @@ def _shade(value: float, low: float, high: float) -> str:
     return f"background:{colour};color:{'#000' if luminance > 0.179 else '#fff'}"
 
 
-def _html(macro: str, *values: object) -> str:
-    """Return what a macro of the template makes of some values."""
-    return str(getattr(_TEMPLATES.get_template("explorer.html").module, macro)(*values))
-
-
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -189,4 +142,6 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.tests["nan"] = math.isnan
 _TEMPLATES.filters["visible"] = repr
-_TEMPLATES.globals |= {"shade": _shade, "probability": lambda log: f"{math.exp(log):.2g}"}
+_TEMPLATES.globals |= {
+    "shade": _shade, "steps": STEPS, "probability": lambda log: f"{math.exp(log):.2g}"
+}  # fmt: skip

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -52,7 +52,6 @@ class Panel:
         self._curve = LiveCurve()
         self._finished = False  # whether what the result says of itself can be shown
         self._colour_chosen = False
-        self._quiet = False
         self._drawn: tuple[Any, Any] = (None, None)  # the token and target of the map
         self._probes: dict[Cell, Probe] = {}
         self._prober = Latest()
@@ -69,7 +68,7 @@ class Panel:
         view = self._view
         view.findings.value = ""
         alphas = [(axis_label(alpha), alpha) for alpha in axes.alphas]
-        with self._quietly():
+        with self._view.quietly():
             view.kind.options = axes.kinds
             view.layer.options = [(str(layer), layer) for layer in axes.layers]
             view.alpha.options = alphas
@@ -81,7 +80,8 @@ class Panel:
             view.best_alpha.options = [(BEST, BEST), *alphas]
             view.position.layout.display = "" if len(axes.positions) > 1 else "none"
             view.into.layout.display = "" if len(axes.targets) > 1 else "none"
-        old, self._map = self._map, LiveMap(axes, self._clicked)
+        old = self._map
+        self._map = LiveMap(axes, lambda *place: view.guarded(self._choose, *place)())
         self._show_cell()
         self.draw(result)
         self._show()
@@ -119,20 +119,14 @@ class Panel:
         return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
     def select(self, cell: Cell) -> None:
-        """Select a cell.
-
-        Raises:
-            ValueError: the sweep does not have it.
-        """
+        """Select a cell of the sweep."""
         if self.axes is None or not self.axes.have(cell):
             raise bad_value("selection", f"a cell of {self.axes}", cell, "choose one of these")
         view, target = self._view, self.axes.target_of(cell)
-        with self._quietly():
-            view.kind.value = cell.kind
-            view.layer.value = cell.source_layer
-            view.alpha.value = cell.alpha
-            view.position.value = cell.position
-            view.into.value = target
+        shown = (cell.kind, cell.source_layer, cell.alpha, cell.position, target)
+        with view.quietly():
+            for cursor, value in zip(view.cursors, shown, strict=True):
+                cursor.value = value
         self.selection = cell
         if self._drawn != (cell.position, target) and self.result is not None:
             self.draw(self.result)
@@ -166,18 +160,13 @@ class Panel:
 
     def _token(self, position: int) -> str:
         """Return the token at a position, as the tokenizer saw it."""
-        if self.result is None:
-            return str(position)
-        labels = self.result.provenance.get("tokens", {}).get("labels", [])
-        return str(labels[position]) if position < len(labels) else str(position)
-
-    def _clicked(self, kind: str, layer: int, alpha: float) -> None:
-        self._view.guarded(self._choose, kind, layer, alpha)()
+        provenance = {} if self.result is None else self.result.provenance
+        labels = provenance.get("tokens", {}).get("labels", [])
+        return str(labels[position] if position < len(labels) else position)
 
     def _moved(self) -> None:
-        if not self._quiet:
-            view = self._view
-            self._choose(view.kind.value, view.layer.value, view.alpha.value)
+        view = self._view
+        self._choose(view.kind.value, view.layer.value, view.alpha.value)
 
     def _choose(self, kind: str, layer: int, alpha: float) -> None:
         if self.axes is not None:
@@ -188,13 +177,11 @@ class Panel:
         """Colour by what is defined for the shown rows, unless the reader has chosen."""
         shown = self._shown_rows()
         if not self._colour_chosen and len(shown):
-            with self._quietly():
+            with self._view.quietly():
                 self._view.colour.value = usual_value(shown)
 
     def _recolour(self) -> None:
         """Show the column that the reader chose, everywhere."""
-        if self._quiet:
-            return
         self._colour_chosen = True
         if self.result is not None:
             self.draw(self.result)
@@ -213,13 +200,11 @@ class Panel:
         result, (position, into) = self.result, self._drawn
         if result is None:
             return
-        layer = ""
+        layer, target = "", None if into == "same" else into
         if not self._shown_rows().empty:
-            target = None if into == "same" else into
             with contextlib.suppress(ValueError):  # no block outputs at α = 1, or no number of them
-                found = result.contextualization_layer(position=position, target_layer=target)
-                layer = str(found)
-        self._view.findings.value = markup.findings(layer, result.caveats)
+                layer = str(result.contextualization_layer(position=position, target_layer=target))
+        self._view.findings.value = markup.render("findings", layer, result.caveats)
 
     def _show(self) -> None:
         """Put on the stage what the reader asked for."""
@@ -242,8 +227,8 @@ class Panel:
         if rows.empty or (alpha is not None and alpha not in set(rows["alpha"])):
             return markup.note("Nothing finished here yet.")
         position, into = self._drawn
-        target = None if into == "same" else into
-        return markup.best(result, self.shades, alpha=alpha, position=position, target_layer=target)
+        shown = result.at(position, "all" if into == "same" else into)
+        return markup.best(shown, self.shades, alpha)
 
     def _show_cell(self) -> None:
         view, cell, reading = self._view, self.selection, self.reading()
@@ -257,13 +242,13 @@ class Panel:
         rows = ladder(self.result, cell)
         self._curve.draw(rows["alpha"].tolist(), rows[shades.column].tolist(), cell.alpha, shades)
         view.curve.children = [self._curve.widget]  # not before: plotly measures its room then
-        view.ladder.value = markup.ladder(rows, cell.alpha, shades)
+        view.ladder.value = markup.render("ladder", rows.to_dict("records"), cell.alpha, shades)
         view.copy.text = code_for(self.result, cell, self.plan)
-        view.code.value = markup.code(view.copy.text)
+        view.code.value = markup.render("code", view.copy.text)
         if self.plan is None:
             view.probe.value = markup.note("Opened without a model: no controls, no token effects.")
         elif cell in self._probes:
-            view.probe.value = markup.probe(self._probes[cell], shades)
+            view.probe.value = markup.render("probe", self._probes[cell], shades)
         else:
             view.probe.value = markup.note("Comparing with controls …")
             self._probe(self.plan, cell, reading)
@@ -283,16 +268,6 @@ class Panel:
                 if found is not None:
                     self._probes[cell] = found
                 if cell == self.selection:
-                    shown = failed if found is None else markup.probe(found, self.shades)
-                    self._view.probe.value = shown
+                    self._view.probe.value = failed or markup.render("probe", found, self.shades)
 
         self._prober.submit(work)
-
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Move cursors without reacting to each move."""
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before

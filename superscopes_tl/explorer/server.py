@@ -34,10 +34,8 @@ from superscopes_tl.errors import bad_value
 
 EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that mean "all of this machine's", and where the machine itself reaches each."""
-PROOF = "X-Superscopes"
-"""The header by which Voilà proves to be the one that was started here."""
-STOP_SECONDS = 10.0
-"""How long Voilà may take to stop its kernels; they have 5."""
+PROOF = "X-Superscopes"  # the header by which Voilà proves to be the one that was started here
+STOP_SECONDS = 10.0  # Voilà gives its kernels 5 to stop
 
 
 def serve(
@@ -72,7 +70,7 @@ def serve(
     with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="superscopes-") as name:
         folder = Path(name)
         page = folder / "superscopes.ipynb"
-        page.write_text(json.dumps(notebook(_in_folder(Path.cwd(), cell))), encoding="utf-8")
+        page.write_text(json.dumps(_notebook(_in_folder(Path.cwd(), cell))), encoding="utf-8")
         settings = _settings(folder, ip, port, token, proof)
         (folder / "voila.json").write_text(json.dumps(settings), encoding="utf-8")
         process = subprocess.Popen(
@@ -81,7 +79,7 @@ def serve(
         )
         try:
             if _is_up(process, EVERYWHERE.get(ip, ip), port, proof):
-                several = addresses(ip, port, token)
+                several = _addresses(ip, port, token)
                 for url in several:
                     announce(url)
                 if open_browser:
@@ -111,7 +109,7 @@ def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loa
     return f"from superscopes_tl import Explorer, load_model\nExplorer(load_model({given}){start})"
 
 
-def notebook(cell: str) -> dict[str, Any]:
+def _notebook(cell: str) -> dict[str, Any]:
     """Return a notebook of one code cell, as JSON data."""
     code: dict[str, Any] = {
         "cell_type": "code", "id": "explorer", "metadata": {}, "source": cell,
@@ -122,7 +120,7 @@ def notebook(cell: str) -> dict[str, Any]:
     return {"cells": [code], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def addresses(ip: str, port: int, token: str) -> list[str]:
+def _addresses(ip: str, port: int, token: str) -> list[str]:
     """Return the page's addresses: for this machine, then for others if it listens there."""
     hosts = [EVERYWHERE[ip], socket.gethostname()] if ip in EVERYWHERE else [ip]
     return [
@@ -134,8 +132,7 @@ def addresses(ip: str, port: int, token: str) -> list[str]:
 def _checked(port: int, token: str | None) -> str:
     """Return the token of a page that can be served."""
     if importlib.util.find_spec("voila") is None:
-        fix = "pip install 'superscopes-tl[app]'"
-        raise bad_value("app", "Voilà", "no package voila", fix)
+        raise bad_value("app", "Voilà", "no package voila", "pip install 'superscopes-tl[app]'")
     if not 1 <= port <= 65535:
         raise bad_value("port", "1 to 65535", port, "for example 8866")
     if token is not None and not token.strip():
@@ -170,34 +167,26 @@ def _is_loopback(ip: str) -> bool:
 
 
 def _in_folder(folder: Path, cell: str) -> str:
-    """Return `cell` as it runs in `folder`: a kernel starts in its notebook's folder."""
-    # A torch.py that happens to lie there must not be imported for torch.
+    """Return `cell` as it runs in `folder`, without importing a torch.py that lies there."""
     path = "sys.path[:] = filter(None, sys.path)"
     return f"import os, sys\nos.chdir({str(folder)!r})\n{path}\n{cell}"
 
 
 def _is_up(process: subprocess.Popen[bytes], host: str, port: int, proof: str) -> bool:
-    """Wait until the process answers at the port, or has ended."""
-    while process.poll() is None:
-        if _answers(host, port, proof):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _answers(host: str, port: int, proof: str) -> bool:
-    """Return whether the server at the port is the one that was given `proof`.
+    """Wait until the process has ended, or a server at the port answers with `proof`.
 
     Another program may have taken the port first, and must not see the token.
     """
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/login")
-        return connection.getresponse().getheader(PROOF) == proof
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    while process.poll() is None:
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(http.client.HTTPConnection(host, port, timeout=5)) as connection,
+        ):
+            connection.request("GET", "/login")
+            if connection.getresponse().getheader(PROOF) == proof:
+                return True
+        time.sleep(0.1)
+    return False
 
 
 def _open(folder: Path, url: str) -> None:

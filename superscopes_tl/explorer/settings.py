@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,6 @@ class Settings:
     ) -> None:
         self._view, self._model, self._on_change = view, model, on_change
         self._base = SweepConfig()
-        self._quiet = False
         view.on_change(self._prompt_changed, view.prompt)
         view.on_change(self._preset_changed, view.alpha_preset)
         view.on_change(self._alphas_changed, view.alphas)
@@ -48,7 +46,7 @@ class Settings:
         view.on_change(self._source_changed, view.template)
         view.on_change(self._follow_targets, view.target, view.target_preset)
         view.on_change(
-            self._changed,
+            lambda: on_change(False),
             view.tokens, view.layers, view.step, *view.kinds.values(), view.alphas, view.unit,
             view.target, view.fixed, view.target_preset, view.target_text, view.placeholder,
             view.scorer, view.score_on, view.generate, view.about, view.reference,
@@ -62,18 +60,14 @@ class Settings:
     @prompt.setter
     def prompt(self, text: str) -> None:
         tokens = self._tokens(text)
-        with self._quietly():
+        with self._view.quietly():
             self._view.prompt.value = text
             self._show_prompt(tokens)
-        self._changed()
+        self._on_change(False)
 
     @property
     def config(self) -> SweepConfig:
-        """What the controls show, as changes of what was set.
-
-        Raises:
-            ValueError: a text that is no list of numbers, no kind, or no placeholder.
-        """
+        """What the controls show, as changes of what was set."""
         view, base = self._view, self._base
         first, last = view.layers.value
         kinds = tuple(kind for kind, box in view.kinds.items() if box.value)
@@ -108,11 +102,11 @@ class Settings:
     @config.setter
     def config(self, config: SweepConfig) -> None:
         plan = self._checked(config)
-        with self._quietly():
+        with self._view.quietly():
             self._show(config, plan)
         self._base = config
         self._follow_targets()
-        self._changed()
+        self._on_change(False)
 
     def adopt(self, best: SweepConfig) -> None:
         """Take over the prompts and the target layer of another configuration, nothing else."""
@@ -158,98 +152,76 @@ class Settings:
         view.scorer.value = scorer
 
     def _checked(self, config: SweepConfig) -> SweepPlan:
-        """Return the sweep that `config` means, without loading its scorer: that takes seconds.
-
-        Raises:
-            ValueError, TypeError: a bad setting, or one that the controls cannot show.
-        """
+        """Return the plan of a config that can be shown; its scorer, slow to load, is left out."""
         if not isinstance(config, SweepConfig):
             raise bad_type("config", "a SweepConfig", config, "SweepConfig(alphas=3)")
         if config.target_model is not None:  # the controls have the layers of the source model
-            raise bad_value(
-                "target_model", f"the source model, {self._model.name}",
-                getattr(config.target_model, "name", config.target_model),
-                f"leave it out; {_SHOWS_ALL}",
-            )  # fmt: skip
+            other = getattr(config.target_model, "name", config.target_model)
+            raise bad_value("target_model", self._model.name, other, _SHOWS_ALL)
         as_scorer(config.scorer)
         plan = plan_sweep(self._model, self.prompt, replace(config, scorer=no_scores))
         placeholder = plan.generator.target.prompt.placeholder
         if placeholder != placeholder.strip():
-            raise bad_value(
-                "target_prompt.placeholder", "no blanks around it", repr(placeholder), _SHOWS_ALL
-            )
+            argument = "target_prompt.placeholder"
+            raise bad_value(argument, "no blanks around it", repr(placeholder), _SHOWS_ALL)
         _shown(plan)
         return plan
 
     # Changes of one control that another one follows.
 
-    def _changed(self) -> None:
-        if not self._quiet:
-            self._on_change(False)
-
     def _prompt_changed(self) -> None:
         """Show another prompt's tokens; what the old one was compared with goes with it."""
-        if not self._quiet:
-            self._view.tokens.options = [("∅", 0)]
-            tokens = self._tokens(self.prompt)
-            with self._quietly():
-                self._show_prompt(tokens)
-            self._on_change(True)
+        self._view.tokens.options = [("∅", 0)]
+        tokens = self._tokens(self.prompt)
+        with self._view.quietly():
+            self._show_prompt(tokens)
+        self._on_change(True)
 
     def _source_changed(self) -> None:
         """Show the same prompt in another template."""
-        if not self._quiet:
-            tokens = self._tokens(self.prompt)
-            position = self._same_token(tokens)
-            with self._quietly():
-                self._show_tokens(tokens)
-                self._view.tokens.value = position
-            self._on_change(True)
+        tokens = self._tokens(self.prompt)
+        position = self._same_token(tokens)
+        with self._view.quietly():
+            self._show_tokens(tokens)
+            self._view.tokens.value = position
+        self._on_change(True)
 
     def _chat_changed(self) -> None:
         """Show the same prompt with or without the chat template, with a question to match."""
         view, chat = self._view, bool(self._view.chat.value)
-        if self._quiet:
-            return
         before, now = (default_target_prompt(None, chat=c) for c in (not chat, chat))
         if view.presets.get(view.target_preset.value) == before:
-            with self._quietly():
+            with view.quietly():
                 view.target_preset.value = _name_of(now, view.presets)
             self._follow_targets()
         self._source_changed()
 
     def _preset_changed(self) -> None:
         preset = ALPHA_PRESETS.get(self._view.alpha_preset.value)
-        if preset and not self._quiet:
+        if preset:
             self._view.alphas.value = alphas_text(preset)
 
     def _alphas_changed(self) -> None:
-        if not self._quiet:
-            texts = {name: alphas_text(preset) for name, preset in ALPHA_PRESETS.items()}
-            self._view.alpha_preset.value = _name_of(self._view.alphas.value, texts)
+        texts = {name: alphas_text(preset) for name, preset in ALPHA_PRESETS.items()}
+        self._view.alpha_preset.value = _name_of(self._view.alphas.value, texts)
 
     def _follow_targets(self) -> None:
         """Enable what the chosen target layer and target prompt leave open."""
         view = self._view
         view.fixed.disabled = view.target.value != "fixed"
-        custom = view.target_preset.value == CUSTOM
+        preset = view.presets.get(view.target_preset.value)
         for control in (view.target_text, view.placeholder):
-            control.disabled = not custom
-            control.layout.display = "" if custom else "none"
-        if not custom and not self._quiet:
-            preset = view.presets[view.target_preset.value]
+            control.disabled = preset is not None
+            control.layout.display = "none" if preset else ""
+        if preset:
             view.target_text.value, view.placeholder.value = preset.text, preset.placeholder
 
     # Prompts and tokens.
 
     def _tokens(self, prompt: str) -> TokenizedText:
-        """Return a prompt's tokens in the template that the controls show.
-
-        Raises:
-            ValueError, TypeError: a bad prompt or template.
-        """
+        """Return a prompt's tokens in the template that the controls show."""
         template = self._view.template.value or "{}"
-        SweepConfig(source_template=template)
+        SweepConfig(source_template=template)  # checks it
         return tokenize(self._model, prompt, chat=bool(self._view.chat.value), template=template)
 
     def _show_prompt(self, tokens: TokenizedText) -> None:
@@ -272,40 +244,19 @@ class Settings:
         self._view.reference.disabled = isinstance(config.reference, Mapping)
 
     def _same_token(self, tokens: TokenizedText) -> int:
-        """Return where the selected token is when the prompt stands in another template.
-
-        The last one of the prompt, where the template changes how it is split.
-        """
-        view, last = self._view, len(tokens.own) - 1
+        """Return where the selected token is in another template; the last one if split anew."""
+        view, own = self._view, tokens.own
         place = view.tokens.value - view.own.start
-        same = len(view.own) == len(tokens.own) and 0 <= place <= last
-        return tokens.own.start + (place if same else last)
-
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Change controls without reacting to each change."""
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before
+        same = len(view.own) == len(own) and 0 <= place < len(own)
+        return own[place if same else -1]
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of a list with commas, semicolons or spaces between them.
-
-    Raises:
-        ValueError: something in it is no number, or there is none.
-    """
+    """Return the numbers of a list with commas, semicolons or spaces between them."""
     try:
-        numbers = tuple(float(part) for part in re.split(r"[\s,;]+", text) if part)
+        return tuple(map(float, re.split(r"[\s,;]+", text.strip(" \n\t,;"))))
     except ValueError as error:
-        raise bad_value(
-            "alphas", "numbers with commas between them", text, "write 1, 3, 6"
-        ) from error
-    if not numbers:
-        raise bad_value("alphas", "at least one number", text, "write 1, 3, 6")
-    return numbers
+        raise bad_value("alphas", "numbers, separated by commas", text, "1, 3, 6") from error
 
 
 def alphas_text(alphas: Sequence[float]) -> str:
@@ -319,11 +270,7 @@ def _name_of(value: object, presets: Mapping[str, object]) -> str:
 
 
 def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
-    """Return a plan's layers, token and target, of which the controls show one range or value.
-
-    Raises:
-        ValueError: there are more.
-    """
+    """Return a plan's range of layers, one token and one target; refuse what has more."""
     layers = tuple(dict.fromkeys(site.layer for site in plan.sites))
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if step < 1 or layers != tuple(range(layers[0], layers[-1] + 1, step)):

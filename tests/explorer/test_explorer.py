@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -194,23 +192,15 @@ def test_a_saved_result_opens_without_a_model(ran: Explorer, tmp_path: Path) -> 
         Explorer.from_result(SweepResult.from_readings([], {}))
 
 
-@pytest.mark.parametrize("suffix", [".html", ".png", ".csv", ".parquet", ".zip"])
-def test_export(ran: Explorer, tmp_path: Path, suffix: str) -> None:
-    """Each format opens again with what opens it."""
-    path, result = ran.export(tmp_path / f"out{suffix}"), ran.result
-    assert result is not None
-    if suffix == ".csv":
-        assert len(pd.read_csv(path)) == len(result)
-    elif suffix == ".parquet":
-        assert pd.read_parquet(path).equals(result.table)
-    elif suffix == ".zip":
-        assert SweepResult.load(path).table.equals(result.table)
-    elif suffix == ".png":
-        assert path.read_bytes().startswith(b"\x89PNG")
-    else:
-        page = path.read_text(encoding="utf-8")
-        assert len(page) > 1_000_000, "plotly.js is inlined"
-        assert "<script src=" not in page
+@pytest.mark.parametrize(
+    ("suffix", "opened"),
+    [(".csv", pd.read_csv), (".parquet", pd.read_parquet), (".zip", SweepResult.load)],
+)
+def test_an_exported_table_opens_again(
+    ran: Explorer, tmp_path: Path, suffix: str, opened: Any
+) -> None:
+    """Each format has every cell; pictures and pages are tested in the folder of figures."""
+    assert len(opened(ran.export(tmp_path / f"out{suffix}"))) == len(ran.result)  # type: ignore[arg-type]
 
 
 def test_the_save_button_says_where_and_what_went_wrong(
@@ -232,13 +222,6 @@ def test_the_save_button_says_where_and_what_went_wrong(
     assert {path.name for path in tmp_path.rglob("*")} == {"mine.csv", "below"}
     assert not (tmp_path.parent / "mine.csv").exists()
     assert ran.export(tmp_path / "below" / "mine.csv").is_file()
-
-
-@pytest.mark.parametrize("path", ["nowhere/mine.csv", "mine.pdf"])
-def test_export_refuses_other_places_and_suffixes(ran: Explorer, path: str) -> None:
-    """The message names the argument."""
-    with pytest.raises(ValueError, match="^path:"):
-        ran.export(path)
 
 
 def test_nothing_to_export_before_a_run(explorer: Explorer, tmp_path: Path) -> None:
@@ -268,27 +251,15 @@ def test_clicks_from_two_threads_do_not_mix(explorer: Explorer) -> None:
     assert "role='alert'" not in shows(explorer) + explorer.view.probe.value
 
 
-def test_the_first_display_is_quick_and_python_exits_cleanly() -> None:
-    """Under 2 s after the import; exiting at once, in the middle of the warm-up, is no crash."""
-    code = (
-        "import time\n"
-        "from superscopes_tl import Explorer\n"
-        "from tests.conftest import tiny_model\n"
-        "model = tiny_model('llama', 'bridge')\n"
-        "start = time.perf_counter()\n"
-        "Explorer(model)._ipython_display_()\n"
-        "print(time.perf_counter() - start)\n"
-        "Explorer(model).run()"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout.split()[-1]) < 2
+def test_the_first_display_is_quick(model: LanguageModel) -> None:
+    """Under 2 s, with a loaded model."""
+    start = time.perf_counter()
+    Explorer(model)._ipython_display_()
+    assert time.perf_counter() - start < 2
 
 
 def test_find_adopts_what_was_found(chatty: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Controls show the setting and its verdict; what it does not name stays."""
+    """An error is shown; a setting shows in the controls, and what it does not name stays."""
     config = SweepConfig(
         target_prompt=TargetPrompt("Syria: a country, x"), target_layer=2,
         source_template="Tell me about {}",
@@ -302,29 +273,20 @@ def test_find_adopts_what_was_found(chatty: LanguageModel, monkeypatch: pytest.M
         calls.append((model, made.state, made.view.run.disabled))
         with pytest.raises(ValueError, match="^run:"):
             made.run()
+        if len(calls) == 1:
+            raise RuntimeError("no <memory>")
         return found
 
     monkeypatch.setattr("superscopes_tl.explorer.explorer.kept_readability", search)
+    made.find().wait(WAIT)
+    assert "no &lt;memory&gt;" in shows(made)
+    assert (made.check, made.view.find.disabled) == (None, False)
     made.view.find.click()
     assert made.wait(WAIT)
-    assert calls == [(chatty, "finding", True)]
+    assert calls == [(chatty, "finding", True)] * 2
     shown = made.config
     assert (shown.target_layer, shown.source_template) == (2, "Tell me about {}")
     assert shown.target_prompt == config.target_prompt
     assert (shown.alphas, shown.kinds, shown.layers) == ((1, 2), ("mlp_out",), (1, 2))
     assert "readable &lt;b&gt;" in made.view.found.value
     assert (made.check, made.state, made.view.run.disabled) == (found, "idle", False)
-
-
-def test_find_shows_what_went_wrong(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error is shown as every other one, and everything can be pressed again."""
-
-    def search(model: LanguageModel, *, progress: bool) -> Readability:
-        raise RuntimeError("no <memory>")
-
-    monkeypatch.setattr("superscopes_tl.explorer.explorer.kept_readability", search)
-    explorer.find().wait(WAIT)
-    assert "role='alert'" in shows(explorer)
-    assert "no &lt;memory&gt;" in shows(explorer)
-    assert explorer.check is None
-    assert not explorer.view.find.disabled

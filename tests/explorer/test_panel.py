@@ -18,7 +18,7 @@ from superscopes_tl.explorer.cell import ControlReading, LensReading, Probe
 from superscopes_tl.explorer.live_map import SharedFigureWidget
 from superscopes_tl.figures import MARKS, Shades
 from superscopes_tl.neighbours import TokenEffect
-from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked, numbers
+from tests.explorer.conftest import PROMPT, WAIT, heatmaps, marked, numbers
 from tests.support.scorers import by_length
 
 ATTACKS = ("<script>", "<img", "<b>&</b>")
@@ -183,18 +183,10 @@ def test_undefined_shares_leave_the_score(shared: Explorer) -> None:
     shown.view.colour.value = "recovered"
     assert marked(shown, "not defined") == len(table)
     assert "◇ not defined" in shown.view.caption.value
-
-
-def test_a_map_without_any_number_opens(chatty: LanguageModel) -> None:
-    """Nothing recovered and nothing written: every cell is marked, and one is selected."""
-    made = Explorer(chatty, PROMPT, layers=(1, 2), kinds="resid_post", alphas=1, generate="none")
-    result = finished(made).result
-    assert result is not None
-    assert not result.table["written"].any()
-    table = result.table.assign(recovered=math.nan)
-    shown = Explorer.from_result(SweepResult(table, result.provenance))
+    nothing = table.assign(score=math.nan, written=False)
+    shown = Explorer.from_result(SweepResult(nothing, result.provenance))
     assert shown.view.colour.value == "recovered"
-    assert marked(shown, "not defined") == 2
+    assert marked(shown, "not defined") == len(table)
     assert shown.selection is not None
 
 
@@ -217,7 +209,7 @@ def test_text_from_outside_is_escaped(ran: Explorer) -> None:
         controls=(ControlReading("<b>&</b>", "<b>&</b>", "<img src=x>", 0.1),),
         lenses=(LensReading("<b>&</b>", (("<img src=x>", 0.5), ("\n", 0.25))),),
     )
-    probed = markup.probe(nasty, Shades())
+    probed = markup.render("probe", nasty, Shades())
     assert "<bdi>&#39;\\n&#39;</bdi></code> <small>0.25" in probed, "white space is named"
     widgets = (view.detail, view.ladder, view.code, view.pins, view.caption, view.findings)
     hover = [text for trace in heatmaps(shown) for row in trace.customdata for text in row]
