@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import site_vectors
 from superscopes_tl.errors import bad_type, bad_value, check_choice
-from superscopes_tl.files import reading
+from superscopes_tl.files import check_member, reading
 from superscopes_tl.model import LanguageModel, Site, check_layers, tokenize
 
 MAX_BYTES = 4 * 2**30
@@ -119,7 +120,7 @@ def load_vectors(
     """Return vectors of a file, in float32: `load_vectors("sae.safetensors", "W_dec", rows=[4])`.
 
     Args:
-        path: a `.safetensors` or `.npy` file; a one-dimensional array is one vector.
+        path: a `.safetensors`, `.npy` or `.npz` file; a one-dimensional array is one vector.
         name: which array; defaults to the only one of one or two dimensions.
         rows: which rows; negative numbers count from the end. Defaults to all.
 
@@ -166,13 +167,18 @@ def _opened(file: Path) -> Iterator[Mapping[str, _Array]]:
     """Open a file as its arrays by name; none is read before it is asked for."""
     from safetensors import safe_open
 
-    if (ending := file.suffix.lower()) not in (".safetensors", ".npy"):
-        raise bad_value("path", "a .safetensors or .npy file", str(file), "save it as one")
+    if (ending := file.suffix.lower()) not in (".safetensors", ".npy", ".npz"):
+        raise bad_value("path", "a .safetensors, .npy or .npz file", str(file), "save it as one")
     with contextlib.ExitStack() as stack:
         with _broken(file):
             if ending == ".npy":
                 mapped = np.load(file, mmap_mode="r", allow_pickle=False)
                 arrays = {file.stem: _Array(mapped.shape, partial(_numbers, mapped))}
+            elif ending == ".npz":
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                arrays = {
+                    i.filename.removesuffix(".npy"): _packed(archive, i) for i in archive.filelist
+                }
             else:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
                 arrays = {name: _sliced(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
@@ -184,6 +190,24 @@ def _numbers(array: np.ndarray, rows: Rows) -> Tensor:
         raise TypeError(f"numbers of type {array.dtype}")
     with np.errstate(over="ignore"):  # what overflows is infinite, which is refused
         return torch.from_numpy(array[slice(None) if rows is None else rows].astype(np.float32))
+
+
+def _packed(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Array:
+    """Return an array of an `.npz`; a compressed one cannot be read in part."""
+    # A number may have twice the bytes of float32, and the header takes some.
+    check_member(member, 2 * MAX_BYTES + 2**16)
+    with archive.open(member) as stream:
+        first = np.lib.format.read_magic(stream)[0] == 1
+        header = (
+            np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        )
+        shape = header(stream)[0]
+
+    def take(rows: Rows) -> Tensor:
+        with archive.open(member) as stream:
+            return _numbers(np.lib.format.read_array(stream, allow_pickle=False), rows)
+
+    return _Array(shape, take)
 
 
 def _sliced(piece: Any) -> _Array:

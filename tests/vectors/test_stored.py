@@ -20,13 +20,15 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     """Write arrays in the format that the path's ending names; an `.npy` holds one."""
     if path.suffix == ".safetensors":
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, **arrays)
     else:
         (array,) = arrays.values()
         np.save(path, array)
     return path
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+@pytest.mark.parametrize("ending", [".safetensors", ".npy", ".npz"])
 @pytest.mark.parametrize("rows", [None, [5, 2], [-1, 0, 0]])
 def test_every_format_gives_the_rows_asked_for(
     ending: str, rows: list[int] | None, tmp_path: Path
@@ -38,7 +40,7 @@ def test_every_format_gives_the_rows_asked_for(
     assert torch.equal(loaded, MATRIX if rows is None else MATRIX[rows])
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+@pytest.mark.parametrize("ending", [".safetensors", ".npy", ".npz"])
 def test_one_vector_is_one_row(ending: str, tmp_path: Path) -> None:
     """An array of one dimension is one vector, and row 0 is all of it."""
     path = _save(tmp_path / f"v{ending}", {"v": MATRIX[2].numpy()})
@@ -109,7 +111,7 @@ def test_a_row_with_nan_does_not_spoil_the_others(tmp_path: Path) -> None:
     assert torch.equal(load_vectors(path, rows=[5, 2]), MATRIX[[5, 2]])
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+@pytest.mark.parametrize("ending", [".safetensors", ".npy", ".npz"])
 def test_broken_files_are_refused(ending: str, tmp_path: Path) -> None:
     """A cut-off file and one of another format raise `ValueError`, whatever the reader raises."""
     path = _save(tmp_path / f"v{ending}", {"v": MATRIX.numpy()})
