@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader
 
 from superscopes_tl.engine import is_echo
 from superscopes_tl.errors import bad_type, bad_value, check_choice
@@ -243,33 +243,15 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """Return the best reading per layer and kind as an HTML table; all text is escaped."""
-        if self.table.empty or len(self.prompts) > 1:
-            return f"<p>{html.escape(repr(self))}</p>"
-        wide = self.by_layer()
-        kinds = list(wide.columns.get_level_values(0).unique())
-        head = "".join(f"<th style='text-align:left'>{html.escape(k)}</th>" for k in kinds)
-        rows = "".join(
-            f"<tr><th>{layer}</th>{''.join(_html_cell(row[kind]) for kind in kinds)}</tr>"
-            for layer, row in wide.iterrows()
-        )
-        token = html.escape(str(self.at(target_layer="all").table["token"].iloc[0]))
-        caption = f"{html.escape(repr(self))}: best reading of token <bdi>{token}</bdi> per layer"
-        lines = "".join(f"<p>Caveat: {html.escape(line)}</p>" for line in self.caveats)
-        return (
-            f"<table><caption>{caption}</caption><thead><tr><th>layer</th>{head}</tr></thead>"
-            f"<tbody>{rows}</tbody></table>{lines}"
-        )
-
-
-def _html_cell(cell: pd.Series) -> str:
-    if pd.isna(cell["alpha"]):
-        return "<td>not computed</td>"
-    score = "no description" if pd.isna(cell["score"]) else f"{cell['score']:.2f}"
-    share = "" if pd.isna(cell["recovered"]) else f", recovers {cell['recovered']:.2f}"
-    return (
-        f"<td style='text-align:left'><bdi>{html.escape(cell['description'])}</bdi> "
-        f"<small>α = {cell['alpha']:g}, {score}{share}</small></td>"
-    )
+        shown: dict[str, Any] = {"name": repr(self)}
+        if len(self.prompts) == 1:
+            wide = self.by_layer()
+            kinds = wide.columns.get_level_values(0).unique()
+            shown["layers"] = [(n, [row[kind] for kind in kinds]) for n, row in wide.iterrows()]
+            token = self.at(target_layer="all").table["token"].iloc[0]
+            shown |= {"kinds": kinds, "token": token, "caveats": self.caveats}
+        pages = Environment(loader=PackageLoader("superscopes_tl.experiment"), autoescape=True)
+        return pages.get_template("result.html").render(shown)
 
 
 def rows_at(
