@@ -34,7 +34,8 @@ test: $(VENV)/ready $(VENV_TL4)/ready browser models
 	$(MAKE) --no-print-directory check && \
 	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -n $(WORKERS) -m "not browser" && \
 	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -m browser && \
-	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -n $(WORKERS) -m transformer_lens && \
+	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -n $(WORKERS) -m "transformer_lens and not browser" && \
+	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -m "transformer_lens and browser" && \
 	{ set +x; } 2>/dev/null && echo "Every check and test passed in $$(( $$(date +%s) - started )) s."
 
 # Downloads, checks and converts what is not in the user's cache folder yet; else quick.

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = version("superscopes-tl")
 
 _HOMES = {
+    "errors": (),
     "weights": ("fetch",),
     "model": ("KINDS", "LanguageModel", "Site", "load_model"),
     "engine": (

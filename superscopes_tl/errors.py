@@ -81,7 +81,7 @@ def check_choice(argument: str, value: Choice, choices: Iterable[Choice]) -> Cho
     if value in names:
         return value
     close = difflib.get_close_matches(str(value), [str(name) for name in names], n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]!r}" if close else "pass one of them"
+    fix = f"use {close[0]!r}" if close else "pass one of them"
     raise bad_value(argument, f"one of {', '.join(map(repr, names))}", value, fix)
 
 

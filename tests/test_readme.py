@@ -54,7 +54,7 @@ def test_links_point_to_files_of_the_repository() -> None:
 def test_the_house_has_a_line_per_folder() -> None:
     """The table lists the folders of the package, all of them and no others."""
     package = ROOT / "superscopes_tl"
-    listed = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", README.split("## The house")[1], re.M)
+    listed = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", README.split("## Layout")[1], re.M)
     names = {name.rstrip("/") for line in listed for name in re.findall(r"`([\w./]+)`", line)}
     there = {path.parent.name for path in package.glob("*/__init__.py")}
     assert names == there | {path.name for path in package.glob("[a-z]*.py")}

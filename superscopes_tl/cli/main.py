@@ -19,7 +19,6 @@ from superscopes_tl.cli import demonstration, experiments, models, neighbours
 from superscopes_tl.cli.options import FastLoading, Model, command, say
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import SweepResult
-from superscopes_tl.explorer import explorer_cell, serve
 from superscopes_tl.model import DEFAULT_MODEL
 
 app = typer.Typer(
@@ -46,6 +45,8 @@ def page(
     browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
 ) -> None:
     """Serve the Explorer as a page of its own (needs the extra `app`)."""
+    from superscopes_tl.explorer import explorer_cell, serve  # widgets take a second to import
+
     if result is not None:
         SweepResult.load(result)  # a bad file is refused here, not on the page
         cell = explorer_cell(result=str(result.resolve()))

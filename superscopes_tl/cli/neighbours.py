@@ -33,7 +33,7 @@ from superscopes_tl.vectors import load_vectors
 
 
 def read_vector(
-    file: Annotated[Path, typer.Argument(help="A .safetensors or .npy file, [n d_model].")],
+    file: Annotated[Path, typer.Argument(help="A .safetensors, .npy or .npz file, [n d_model].")],
     sampling: Sampling,
     loading: Loading,
     name: Annotated[str, typer.Option(help="Which array, if the file holds several.")] = "",

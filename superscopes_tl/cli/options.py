@@ -135,7 +135,7 @@ class Cells(Sampling):
             "target_prompt": self.target(self.answer, chat=self.chat),
             "positions": parse_token(self.token),
             "target_layer": "same"
-            if self.target_layer == "same"
+            if self.target_layer.strip().lower() == "same"
             else parse_layers(self.target_layer, "--target-layer"),
             "source_template": self.source_template,
             "chat": self.chat,
@@ -224,7 +224,10 @@ def parse_token(text: str) -> Any:
     """Return the source positions: every token, an index or a substring."""
     if text == "all":
         return slice(None)
-    return int(text) if text.lstrip("-").isdecimal() else text
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def read_lines(path: Path, option: str) -> list[str]:

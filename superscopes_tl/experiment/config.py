@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -160,7 +161,9 @@ class SweepConfig:
         """
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
-            raise bad_type("settings", f"settings out of {names}", unknown, "correct the name")
+            close = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.5)
+            fix = f"use {close[0]!r}" if close else f"settings are {', '.join(names)}"
+            raise bad_type(unknown[0], "a setting of SweepConfig", settings[unknown[0]], fix)
         return replace(config or cls(), **settings)
 
     @property

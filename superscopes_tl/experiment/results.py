@@ -73,6 +73,7 @@ class SweepResult:
 
     def at(
         self,
+        *,
         position: int | None = None,
         target_layer: int | Literal["same", "all"] | None = None,
         kind: str | None = None,
@@ -121,7 +122,7 @@ class SweepResult:
             ValueError: an α or position that the sweep does not have.
         """
         column = self._by(by)
-        at = self.at(position, "all", alpha=alpha)
+        at = self.at(position=position, target_layer="all", alpha=alpha)
         chosen = at.best(by=by) if alpha is None else at.table
         order = chosen.sort_values(column, ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
@@ -157,7 +158,7 @@ class SweepResult:
         Raises:
             ValueError: the sweep has no `resid_post` at α = 1, or several target layers.
         """
-        rows = self.at(position, "all").table
+        rows = self.at(position=position, target_layer="all").table
         rows = rows[(rows["kind"] == "resid_post") & (rows["alpha"] == 1)]
         if rows.empty:
             expected = "a sweep with kind 'resid_post' and α = 1"

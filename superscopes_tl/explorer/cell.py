@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from superscopes_tl.engine import Patch, crop_description, default_target_prompt
+from superscopes_tl.engine import Patch, default_target_prompt
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import (
     COLUMNS,
@@ -111,7 +111,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     controls = {name: make_control(name, plan, [cell], [patch])[0] for name in PROBE_CONTROLS}
     generated, *others = plan.generator.generate([patch, *controls.values()])
     texts = [generation.text for generation in others]
-    descriptions = [crop_description(text) for text in texts]
+    descriptions = [generation.description for generation in others]
     scores = score_readings(plan, [cell] * len(texts), texts, descriptions)
     shares = [_recovered(plan, cell.position, control) for control in controls.values()]
     return Probe(

@@ -227,7 +227,7 @@ class Panel:
         if rows.empty or (alpha is not None and alpha not in set(rows["alpha"])):
             return markup.note("Nothing finished here yet.")
         position, into = self._drawn
-        shown = result.at(position, "all" if into == "same" else into)
+        shown = result.at(position=position, target_layer="all" if into == "same" else into)
         return markup.best(shown, self.shades, alpha)
 
     def _show_cell(self) -> None:

@@ -83,7 +83,7 @@ def save_as(
         with written_whole(target) as fresh:
             write(fresh, index=False)
         return target
-    drawn = result.at(position, target_layer)
+    drawn = result.at(position=position, target_layer=target_layer)
     value = value or ("score" if drawn.table["written"].all() else "recovered")
     if target.suffix == ".html":
         title = f"Superscopes: {result.provenance.get('prompt', '')}"
@@ -117,7 +117,7 @@ def heatmap_png(
     from matplotlib.figure import Figure
 
     into: Any = "all" if target_layer is None else target_layer
-    table = result.at(position, into).table
+    table = result.at(position=position, target_layer=into).table
     value = value or usual_value(table)
     best = table.sort_values(value, ascending=False, na_position="last", kind="stable")
     grid = Grid.of(best, x="alpha", panel="kind", panels=dict.fromkeys(table["kind"]))

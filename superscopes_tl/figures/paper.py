@@ -255,7 +255,7 @@ def _by_layer(
     result = readings.of(prompt)
     into: Any = "all" if target_layer is None else target_layer
     title = html.escape(str(result.provenance.get("prompt", "")))
-    return title, result.at(position, into).by_layer(alpha=alpha)
+    return title, result.at(position=position, target_layer=into).by_layer(alpha=alpha)
 
 
 def _no_text(cell: Mapping[Any, Any]) -> str:

@@ -65,7 +65,7 @@ def heatmap(
     Raises:
         ValueError: a token, column or target layer that the sweep does not have.
     """
-    rows = _one_mapping(result.at(position, target_layer).table, value)
+    rows = _one_mapping(result.at(position=position, target_layer=target_layer).table, value)
     return _draw(result, rows, "alpha", None, value, minus, color_range)
 
 
@@ -87,7 +87,7 @@ def layer_grid(
     Raises:
         ValueError: a kind, α, token or column that the sweep does not have.
     """
-    chosen = result.at(position, "all", kind, alpha)
+    chosen = result.at(position=position, target_layer="all", kind=kind, alpha=alpha)
     _one_mapping(chosen.table, value)
     best = chosen.best(by="recovered" if value == "recovered" else None)
     figure = _draw(result, best, "target_layer", kind, value, minus, color_range)
@@ -142,7 +142,9 @@ def curve_rows(
     target_layer: int | None,
 ) -> pd.DataFrame:
     """Return the rows that `alpha_curve` draws, α ascending; arguments as there."""
-    rows = _one_mapping(result.at(position, target_layer, kind).table, value)
+    rows = _one_mapping(
+        result.at(position=position, target_layer=target_layer, kind=kind).table, value
+    )
     rows = only(rows, "kind", rows["kind"].iloc[0])
     return only(rows, "source_layer", layers, argument="layers").sort_values("alpha")
 

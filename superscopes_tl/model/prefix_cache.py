@@ -1,6 +1,6 @@
 """The KV cache of a batch whose rows share a prefix, stored once.
 
-1. The target prompt up to the placeholder is the same in every row of a batch. Its keys and values
+1. The target prompt up to the placeholder is the same in every row of a batch. Its KV cache entries
    are stored once, as `shared`; those from the placeholder on are each row's `own`.
 2. `RowBuffer` holds both for one layer and grows in place at each step.
 3. `SharedPrefix` is what attention sees: a tensor that stands for the concatenation of both. A

@@ -68,6 +68,6 @@ def check_layers(
             raise bad_type(argument, "whole numbers", layer, fix)
         number = layer.__index__()
         if not -n_layers <= number < n_layers:
-            raise bad_value(argument, f"layers of a model with {n_layers} layers", number, fix)
+            raise bad_value(argument, f"layers from 0 to {n_layers - 1}", number, fix)
         checked[number % n_layers] = None
     return tuple(checked)

@@ -296,7 +296,7 @@ def repair_bridge(tl: Any) -> None:
     """Repair in place what TransformerLens 3.9 gets wrong and 4 does not.
 
     1. Cohere rotates neighbouring pairs of a head's numbers, the bridge the two halves. The bridge
-       can rotate pairs, if told to and given the angles in the order that it expects.
+       can rotate pairs, if configured to and given the angles in the order that it expects.
     2. Attention with linear biases (ALiBi: MPT, some Falcon) does not put its keys and values into
        the cache.
 

@@ -137,7 +137,7 @@ def load_vectors(
         # An array of one dimension is one row; numpy and safetensors would slice its numbers.
         n, width = (1, *array.shape)[-2:]
         wanted = _checked_rows(rows, n)
-        size = 4 * width * (n if wanted is None else len(wanted))
+        size = 4 * width * (n if wanted is None or array.whole else len(wanted))
         if size > MAX_BYTES:
             expected, got = (f"{n / 2**30:.1f} GiB" for n in (MAX_BYTES, size))
             raise bad_value("path", f"at most {expected} at once", got, "take some rows=[...]")
@@ -156,10 +156,11 @@ def load_vectors(
 
 @dataclass(frozen=True)
 class _Array:
-    """One array of a file: its shape, and what reads some of its rows."""
+    """One array of a file: its shape, what reads rows of it, and whether that reads all of them."""
 
     shape: tuple[int, ...]
     take: Callable[[Rows], Tensor]
+    whole: bool = False
 
 
 @contextlib.contextmanager
@@ -207,7 +208,7 @@ def _packed(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Array:
         with archive.open(member) as stream:
             return _numbers(np.lib.format.read_array(stream, allow_pickle=False), rows)
 
-    return _Array(shape, take)
+    return _Array(shape, take, whole=True)
 
 
 def _sliced(piece: Any) -> _Array:

@@ -82,7 +82,7 @@ def test_the_rightmost_token_of_each_prompt_is_selected() -> None:
     assert rows_at(GRID, alpha=9).index.tolist() == [2]
     assert rows_at(GRID, target_layer="same").index.tolist() == [1, 2, 3, 4, 5]
     assert rows_at(GRID, target_layer=1).index.tolist() == [3]
-    assert SweepResult(GRID.head(4), {"prompt": "Red"}).at(3).table.index.tolist() == [0]
+    assert SweepResult(GRID.head(4), {"prompt": "Red"}).at(position=3).table.index.tolist() == [0]
     assert rows_at(GRID[["position", "source_layer"]]).index.tolist() == [1, 2, 3]
 
 

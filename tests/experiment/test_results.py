@@ -169,9 +169,7 @@ def test_an_empty_result_says_so() -> None:
     for call in (empty.by_layer, empty.contextualization_layer):
         with pytest.raises(ValueError, match="^table: "):
             call()
-    assert empty._repr_html_() == (
-        "<p>SweepResult(0 cells of &#x27;Red Hot Chili Peppers&#x27;, mini)</p>"
-    )
+    assert html.unescape(empty._repr_html_()) == f"<p>{empty!r}</p>"
 
 
 def climb(*scores: float, **others: Any) -> list[Reading]:

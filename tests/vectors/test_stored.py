@@ -132,3 +132,5 @@ def test_too_much_at_once_is_refused_before_it_is_read(
         with pytest.raises(ValueError, match="^path: .* at once"):
             load_vectors(path)
         assert torch.equal(load_vectors(path, rows=[6, 1]), MATRIX[[6, 1]])
+    with pytest.raises(ValueError, match="^path: "):  # unpacked as a whole
+        load_vectors(_save(tmp_path / "v.npz", {"v": MATRIX.numpy()}), rows=[1])
