@@ -47,38 +47,10 @@ if TYPE_CHECKING:
 
 __version__ = version("superscopes-tl")
 
-_HOMES = {
-    "errors": (),
-    "weights": ("fetch",),
-    "model": ("KINDS", "LanguageModel", "Site", "load_model"),
-    "engine": (
-        "CHAT_PROMPT",
-        "DESCRIPTION_PROMPT",
-        "PAPER_ALPHAS",
-        "PAPER_PROMPTS",
-        "Patch",
-        "PatchedGenerator",
-        "TargetPrompt",
-        "capture",
-    ),
-    "vectors": (),
-    "scores": (),
-    "experiment": (
-        "CONTROLS",
-        "SweepConfig",
-        "SweepResult",
-        "iter_sweep",
-        "plan_sweep",
-        "read_vectors",
-        "sweep",
-    ),
-    "statistics": ("compare",),
-    "evaluation": ("evaluate", "readability"),
-    "neighbours": (),
-    "figures": ("alpha_curve", "heatmap", "write_html"),
-    "explorer": ("Explorer",),
-}
-_HOME = {name: folder for folder, names in _HOMES.items() for name in names}
+_FOLDERS = (
+    "errors", "weights", "model", "engine", "vectors", "scores", "experiment", "statistics",
+    "evaluation", "neighbours", "figures", "explorer",
+)  # fmt: skip
 
 __all__ = [
     "CHAT_PROMPT",
@@ -113,13 +85,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a folder, or the folder of a name, when it is first asked for."""
-    if name in _HOMES:
+    """Import a folder, or a name with its folder and those below it, when it is first used."""
+    if name in _FOLDERS:
         return import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for folder in _FOLDERS if name in __all__ else ():
+        if hasattr(face := import_module(f"{__name__}.{folder}"), name):
+            return getattr(face, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_HOMES]
+    return [*__all__, *_FOLDERS]

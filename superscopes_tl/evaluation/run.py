@@ -69,23 +69,8 @@ def evaluate(
     With an `executor`, other processes read the cells, on this machine or on others, and this one
     keeps the file; the table is the same but for the order of its rows. Each worker loads the model
     once and runs one task at a time: a batch, filled across prompts, or, of a run with fewer than
-    eight batches, an eighth of the cells. Use one worker per GPU, with one thread for tasks. With a
-    SLURM queue (`dask-jobqueue`), where all machines find the model under the same name:
-
-        cluster = dask_jobqueue.SLURMCluster(
-            cores=1, job_cpu=4, memory="64GB", job_extra_directives=["--gres=gpu:1"]
-        )
-        cluster.scale(jobs=8)
-        evaluate("org/name", path="run.sqlite", executor=cluster.get_client().get_executor())
-
-    Dask replaces a worker that dies and repeats its task, three times unless its setting
-    `distributed.scheduler.allowed-failures` says otherwise; its workers compute with one thread
-    unless `distributed.nanny.pre-spawn-environ` says otherwise.
-
-    For Ray, pass an object whose `submit(function, *arguments)` returns
-    `ray.remote(function).remote(*arguments).future()`; each task may run in another process, which
-    loads the model again. A model that is larger than one GPU is loaded by
-    `partial(load_model, name, backend="bridge", device_map="auto")`.
+    eight batches, an eighth of the cells. Use one worker per GPU, with one thread for tasks;
+    notebook 06 shows local processes, Dask with SLURM, and Ray.
 
     Example:
         >>> found = evaluate(load_model(), PAPER_PROMPTS[:8])  # doctest: +SKIP

@@ -340,15 +340,8 @@ def _per_layer(own: np.ndarray, others: np.ndarray, layers: Sequence[int]) -> pd
         own = others = np.full((1, len(layers)), np.nan)
         there = np.array([True])
     mine, theirs = own[there].mean(axis=0), others[there].mean(axis=0)
-    return pd.DataFrame(
-        {
-            "source_layer": list(layers),
-            "recovered": mine,
-            "others": theirs,
-            "specific": mine - theirs,
-            "worth": above_others(mine, theirs),
-        }
-    )
+    table = pd.DataFrame({"source_layer": list(layers), "recovered": mine, "others": theirs})
+    return table.assign(specific=mine - theirs, worth=above_others(mine, theirs))
 
 
 def _shares(

@@ -71,7 +71,7 @@ class Explorer:
         config: the settings to begin with; defaults to `SweepConfig()`.
         scorers: more scorers to choose from, by label.
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
-        result: a saved result to show instead of a model (`from_result`).
+        result: a saved result to show; it needs no model, and cannot run a sweep.
         **settings: fields of `SweepConfig` that change it.
     """
 
@@ -118,11 +118,6 @@ class Explorer:
         self._settings = Settings(view, loaded, self._changed)
         self.prompt = prompt
         self.config = config
-
-    @classmethod
-    def from_result(cls, result: SweepResult) -> Self:
-        """Return an Explorer of a saved result; it needs no model, and cannot run a sweep."""
-        return cls(result=result)
 
     # What the interface shows, as data.
 

@@ -102,7 +102,7 @@ def explorer_cell(*, prompt: str | None = None, result: str | None = None, **loa
     if result is not None:
         return (
             "from superscopes_tl import Explorer, SweepResult\n"
-            f"Explorer.from_result(SweepResult.load({result!r}))"
+            f"Explorer(result=SweepResult.load({result!r}))"
         )
     given = ", ".join(f"{name}={value!r}" for name, value in loading.items())
     start = f", {prompt!r}" if prompt else ""

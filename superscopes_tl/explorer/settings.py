@@ -22,7 +22,7 @@ from superscopes_tl.explorer.view import ALPHA_PRESETS, CUSTOM, View
 from superscopes_tl.model import LanguageModel, TokenizedText, tokenize
 from superscopes_tl.scores import PAPER_SCORER, as_scorer, no_scores, scorer_name
 
-_SHOWS_ALL = "sweep() takes it, and Explorer.from_result(result) shows the result"
+_SHOWS_ALL = "sweep() takes it, and Explorer(result=result) shows the result"
 
 
 class Settings:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -52,13 +52,7 @@ class SharedPrefix(Tensor):
         return torch.cat([self.shared.expand(size), self.own], dim=self.axis)
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute by parts where possible; leave the rest to `__torch_dispatch__`."""
         if func in _BY_PARTS:
             found = _BY_PARTS[func](*args, **(kwargs or {}))
@@ -68,13 +62,7 @@ class SharedPrefix(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own has no classmethod
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Compute with the materialised tensor."""
         return func(*_whole(args), **_whole(kwargs or {}))
 

@@ -125,7 +125,7 @@ def test_a_result_with_huge_scores_opens(shared: Explorer, score: float, tmp_pat
     assert shared.result is not None
     result = SweepResult(shared.result.table.copy(), shared.result.provenance)
     result.table.loc[0, "score"] = score
-    shown = Explorer.from_result(result)
+    shown = Explorer(result=result)
     low, high = value_range(result.table, "score")
     assert low < high < math.inf
     assert score == math.inf or low <= score <= high
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_is_shown(
 def test_a_saved_result_opens_without_a_model(ran: Explorer, tmp_path: Path) -> None:
     """Map, panel, code and export work; a run is refused."""
     saved = SweepResult.load(ran.export(tmp_path / "run.zip"))
-    shown = Explorer.from_result(saved)
+    shown = Explorer(result=saved)
     assert (shown.state, shown.model) == ("saved", None)
     assert "Opened without a model" in shown.view.probe.value
     assert shown.view.run.disabled
@@ -189,7 +189,7 @@ def test_a_saved_result_opens_without_a_model(ran: Explorer, tmp_path: Path) -> 
         with pytest.raises(ValueError, match="^explorer:"):
             action()
     with pytest.raises(ValueError, match="^result:"):
-        Explorer.from_result(SweepResult.from_readings([], {}))
+        Explorer(result=SweepResult.from_readings([], {}))
 
 
 @pytest.mark.parametrize(

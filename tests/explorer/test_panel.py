@@ -95,7 +95,7 @@ def test_a_saved_grid_has_cursors_for_token_and_target(
         model, PROMPT, alphas=(1, 2), positions=(1, 2), target_layer=(0, 2), scorer=by_length,
         max_new_tokens=2, progress=False,
     )  # fmt: skip
-    shown = Explorer.from_result(result)
+    shown = Explorer(result=result)
     assert shown.view.position.layout.display == shown.view.into.layout.display == ""
     shown.view.into.value = 2
     shown.view.position.value = 1
@@ -127,7 +127,7 @@ def test_the_best_cell_is_that_of_the_shown_column(best: Explorer) -> None:
     """A result opens at the cell that recovers most, with own words and shares of controls."""
     table = best.result.table  # type: ignore[union-attr]
     row = table.loc[table["recovered"].idxmax()]
-    opened = Explorer.from_result(best.result)  # type: ignore[arg-type]
+    opened = Explorer(result=best.result)  # type: ignore[arg-type]
     assert opened.selection == Cell.of(row)
     shown = opened.view.detail.value
     assert f"<bdi>{html.escape(row['own_words'])}</bdi>" in shown
@@ -170,7 +170,7 @@ def test_a_finished_run_shows_its_layer_and_its_caveats(best: Explorer) -> None:
     shown = best.view.findings.value
     assert f"layer {result.contextualization_layer().layer}" in shown
     assert shown.count("<li>") == len(result.caveats) <= 3
-    assert Explorer.from_result(result).view.findings.value == shown
+    assert Explorer(result=result).view.findings.value == shown
 
 
 def test_undefined_shares_leave_the_score(shared: Explorer) -> None:
@@ -178,13 +178,13 @@ def test_undefined_shares_leave_the_score(shared: Explorer) -> None:
     result = shared.result
     assert result is not None
     table = result.table.assign(recovered=math.nan, score=0.4, description="x")
-    shown = Explorer.from_result(SweepResult(table, result.provenance))
+    shown = Explorer(result=SweepResult(table, result.provenance))
     assert shown.view.colour.value == "score"
     shown.view.colour.value = "recovered"
     assert marked(shown, "not defined") == len(table)
     assert "◇ not defined" in shown.view.caption.value
     nothing = table.assign(score=math.nan, written=False)
-    shown = Explorer.from_result(SweepResult(nothing, result.provenance))
+    shown = Explorer(result=SweepResult(nothing, result.provenance))
     assert shown.view.colour.value == "recovered"
     assert marked(shown, "not defined") == len(table)
     assert shown.selection is not None
@@ -197,7 +197,7 @@ def test_text_from_outside_is_escaped(ran: Explorer) -> None:
         prompt="<script>alert(1)</script>", token="<b>&</b>",
     )  # fmt: skip
     provenance = {**ran.result.provenance, "prompt": "<script>alert(1)</script>"}  # type: ignore[union-attr]
-    shown = Explorer.from_result(SweepResult(table, provenance))
+    shown = Explorer(result=SweepResult(table, provenance))
     shown.pin()
     view, stages = shown.view, []
     for name in ("best", "parts"):

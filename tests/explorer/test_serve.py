@@ -114,7 +114,7 @@ def test_a_run_file_is_checked_before_it_is_served(recorded: Any, tmp_path: Path
     bad.write_text("no zip")
     run = CliRunner().invoke(app, ["app", "--result", str(bad)])
     assert run.exit_code == 2
-    assert "Explorer.from_result" in explorer_cell(result="run.zip")
+    assert "Explorer(result=" in explorer_cell(result="run.zip")
 
 
 def test_without_voila_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def pages(result: SweepResult, folder: Path) -> Iterator[Path]:
     for draw in (heatmap, alpha_curve, best_table, lambda found: decomposition(found, 5)):
         yield write_html(draw(result), folder / "figure.html", title=attack)
     yield save_as(result, folder / "all.html")
-    explorer = Explorer.from_result(result)
+    explorer = Explorer(result=result)
     explorer.select(kind="mlp_out", layer=5, alpha=3)
     explorer.pin()
     yield explorer.export(folder / "export.html")
