@@ -17,7 +17,7 @@ import superscopes_tl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "superscopes_tl"
 STOREYS = """
-    errors files hashing
+    errors files
     weights
     model
     engine

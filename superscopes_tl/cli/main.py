@@ -86,7 +86,3 @@ app.command(
     add_help_option=False,  # the benchmark has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(command(bench))
-
-
-if __name__ == "__main__":
-    app()

@@ -23,10 +23,9 @@ from superscopes_tl.errors import bad_type, bad_value, check_callable
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
 from superscopes_tl.experiment.store import Reading
-from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import Site
 from superscopes_tl.scores import score_texts
-from superscopes_tl.vectors import PlaceVectors
+from superscopes_tl.vectors import PlaceVectors, stable_hash
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,9 +40,8 @@ from superscopes_tl.experiment.cells import (
 )
 from superscopes_tl.experiment.plan import Cell, SweepPlan
 from superscopes_tl.experiment.store import Reading
-from superscopes_tl.hashing import stable_hash
 from superscopes_tl.scores import words_of
-from superscopes_tl.vectors import random_direction
+from superscopes_tl.vectors import random_direction, stable_hash
 
 SEED = 0
 """Chooses random directions, orders of dimensions and other prompts."""

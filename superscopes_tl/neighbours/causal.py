@@ -38,7 +38,6 @@ from superscopes_tl.engine import (
     site_vectors,
 )
 from superscopes_tl.errors import bad_type, bad_value, check_callable, check_count
-from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import (
     PAPER_KINDS,
     LanguageModel,
@@ -52,7 +51,14 @@ from superscopes_tl.model import (
     tokenize,
 )
 from superscopes_tl.neighbours.lenses import divergence
-from superscopes_tl.vectors import MappingFamily, PlaceVectors, RandomDirection, Scale, label
+from superscopes_tl.vectors import (
+    MappingFamily,
+    PlaceVectors,
+    RandomDirection,
+    Scale,
+    label,
+    stable_hash,
+)
 
 SITE_COLUMNS = ["prompt", "position", "token", "kind", "source_layer"]
 """The columns on which effects and readings of the same site are joined."""

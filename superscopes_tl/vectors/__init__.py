@@ -17,6 +17,7 @@ from superscopes_tl.vectors.amplify import (
     Scale,
     label,
     random_direction,
+    stable_hash,
 )
 from superscopes_tl.vectors.sources import Accumulated, Head, PlaceVectors, SourceRun, SumOf, Window
 from superscopes_tl.vectors.stored import difference_of_means, load_vectors, mlp_keys, mlp_values
@@ -54,4 +55,5 @@ __all__ = [
     "mlp_values",
     "random_direction",
     "save_maps",
+    "stable_hash",
 ]

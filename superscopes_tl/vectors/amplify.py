@@ -41,7 +41,6 @@ from torch import Tensor
 
 from superscopes_tl.engine import capture, site_vectors
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.hashing import stable_hash
 from superscopes_tl.model import LanguageModel, tokenize
 from superscopes_tl.vectors.sources import Places, SourceRun
 
@@ -99,6 +98,11 @@ def random_direction(v: Float[Tensor, "... d_model"], seed: int) -> Float[Tensor
 def label(setting: Callable[..., object]) -> str:
     """Return the display name of a mapping, source, base or write: `__name__` or the repr."""
     return getattr(setting, "__name__", None) or repr(setting)
+
+
+def stable_hash(*parts: object) -> int:
+    """Return 32 bits of the parts' `repr`, the same in every process: a seed, or a digest."""
+    return zlib.crc32(repr(parts).encode())
 
 
 PAPER_MAPPING = label(Scale())
