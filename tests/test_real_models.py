@@ -67,7 +67,7 @@ def cells(name: str) -> dict[tuple[str, int, int, float], tuple[list[int], float
     description = crop_description(tokenizer.decode(written))
     own = next(
         written[:n] for n in range(1, len(written)) if description in tokenizer.decode(written[:n])
-    )
+    )[:N_NEW]
     there = plain_hf.log_probability(hf, named, own)
     without = plain_hf.log_probability(hf, target, own)
     last = hf.config.num_hidden_layers - 1

@@ -188,7 +188,7 @@ def test_bases_and_seeds_of_one_name_family_are_told_apart(
             evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
     with pytest.raises(ValueError, match="^draw: "):
         evaluate(mini, PROMPTS[:1], **settings, draw=2)
-    with pytest.raises(TypeError, match="^settings: "):
+    with pytest.raises(TypeError, match="^layer: "):
         evaluate(mini, PROMPTS[:1], **settings, layer=2)
 
 

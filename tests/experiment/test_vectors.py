@@ -308,7 +308,7 @@ def test_a_stopped_run_keeps_what_it_has(tiny: Tiny) -> None:
         ("target_layer", {"target_layer": "same", "layers": NO_LAYER}, ValueError),
         ("controls", {"controls": "other_prompt"}, ValueError),
         ("settings", {"positions": 0}, TypeError),
-        ("settings", {"alpha": 0}, TypeError),
+        ("alpha", {"alpha": 0}, TypeError),
         ("unit", {"unit": "stream"}, ValueError),
     ],
 )
