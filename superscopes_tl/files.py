@@ -88,7 +88,9 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Mapping[s
 
 def unwritable(path: object, error: Exception) -> OSError:
     """Build the error for a file that cannot be opened or written."""
-    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    # A library's own text repeats the path, whose length would push the cause out of the message.
+    number = error.errno if isinstance(error, OSError) else None
+    cause = os.strerror(number) if number else str(error)
     wanted = "a file that can be opened and written"
     fix = "check folder, permissions, free space and other runs on this file, which is unchanged"
     return OSError(describe("path", wanted, f"{path} ({cause})", fix))

@@ -161,7 +161,7 @@ class SweepConfig:
         """
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
-            close = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.7)
             fix = f"use {close[0]!r}" if close else f"settings are {', '.join(names)}"
             raise bad_type(unknown[0], "a setting of SweepConfig", settings[unknown[0]], fix)
         return replace(config or cls(), **settings)

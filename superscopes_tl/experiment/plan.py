@@ -241,13 +241,19 @@ class SweepPlan:
             fix = "read fewer tokens at a time; evaluate(..., path=...) adds them to one file"
             raise bad_value("positions, layers, kinds, alphas", expected, got, fix)
 
-    def estimate_seconds(self) -> float:
+    def estimate_seconds(self, per_batch: float | None = None) -> float:
         """Return the expected duration of generating the texts, from one timed batch.
 
         Scoring comes on top; texts that end early save time.
+
+        Args:
+            per_batch: the seconds of a batch, where they are known; defaults to timing one.
         """
-        seconds = self.generator.seconds_per_batch(self.n_texts) if self.n_texts else 0.0
-        return seconds * math.ceil(self.n_texts / self.generator.batch_size)
+        if not self.n_texts:
+            return 0.0
+        if per_batch is None:
+            per_batch = self.generator.seconds_per_batch(self.n_texts)
+        return per_batch * math.ceil(self.n_texts / self.generator.batch_size)
 
     def provenance(self) -> dict[str, Any]:
         """Return where the result comes from, as plain data."""

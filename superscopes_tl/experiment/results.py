@@ -41,6 +41,8 @@ USUAL_RATIO = (0.1, 10.0)
 """Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
 MOST_CAVEATS = 3
 
+_PAGES = Environment(loader=PackageLoader("superscopes_tl.experiment"), autoescape=True)
+
 _SHOWN = ("description", "alpha", "score", "recovered", "target_layer", "written")
 
 
@@ -251,8 +253,7 @@ class SweepResult:
             shown["layers"] = [(n, [row[kind] for kind in kinds]) for n, row in wide.iterrows()]
             token = self.at(target_layer="all").table["token"].iloc[0]
             shown |= {"kinds": kinds, "token": token, "caveats": self.caveats}
-        pages = Environment(loader=PackageLoader("superscopes_tl.experiment"), autoescape=True)
-        return pages.get_template("result.html").render(shown)
+        return _PAGES.get_template("result.html").render(shown)
 
 
 def rows_at(

@@ -18,7 +18,6 @@ Explorer hides it.
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -315,14 +314,13 @@ class Explorer:
 
     def _warm_up(self, plan: SweepPlan) -> None:
         """Time a batch, once per target prompt and size, and complete the estimate."""
-        generator, texts = plan.generator, plan.n_texts
-        rows = min(generator.batch_size, texts)
+        generator = plan.generator
+        rows = min(generator.batch_size, plan.n_texts)
         key = (generator.target, generator.max_new_tokens, rows)
         try:
             if rows and key not in self._seconds:
                 self._seconds[key] = generator.seconds_per_batch(rows)
-            batches = math.ceil(texts / generator.batch_size)
-            estimate = cost(plan, self._seconds.get(key, 0.0) * batches)
+            estimate = cost(plan, plan.estimate_seconds(self._seconds.get(key)))
         except Exception as error:  # noqa: BLE001  # shown in its place
             estimate = f"{len(plan.cells)} cells; the warm-up failed: {error}"
         with self.view.lock:

@@ -245,7 +245,7 @@ def test_a_folder_that_is_read_only_is_named(name: str, disk: Path) -> None:
     write(path) if name != "run.sqlite" else run(path, layers=2)
     before = path.read_bytes()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(OSError, match=REFUSED.format(name)):
+    with pytest.raises(OSError, match=REFUSED.format(f"{name} .*(Read-only|readonly|unable)")):
         write(path)
     assert path.read_bytes() == before
     assert [p.name for p in disk.iterdir()] == [name]
