@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether an allocation failed; not every device has an error class of its own."""
+    """Return whether an allocation failed; not every device has an error class of its own."""
     named = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS)
     return named or isinstance(error, torch.OutOfMemoryError | MemoryError)
 

@@ -2,7 +2,7 @@
 
 1. Put the name into the prompt's text and tokenise it; names differ in length.
 2. Names of equal length share a batch, which starts from the KV cache of the target prompt up to
-   its placeholder wherever their tokens begin alike.
+   its placeholder wherever they begin with the same tokens.
 3. Generate the model's description of each name, or score a known text after it.
 """
 
@@ -25,7 +25,7 @@ LOOK_AHEAD = 16
 
 
 def name_fits(generator: PatchedGenerator, name: str) -> bool:
-    """Tell whether a name fits into the target prompt, with a text after it."""
+    """Return whether a name fits into the target prompt, with a text after it."""
     try:
         return bool(_tokens(generator, name, generator.max_new_tokens))
     except ValueError:
@@ -110,7 +110,7 @@ def _equally_long(
 
 
 def _has_prefix(generator: PatchedGenerator, row: tuple[int, ...]) -> bool:
-    """Tell whether a row begins with the tokens before the placeholder."""
+    """Return whether a row begins with the tokens before the placeholder."""
     first = generator.first
     return len(row) > first and row[:first] == generator.target.tokens.ids[:first]
 

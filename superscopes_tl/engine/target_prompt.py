@@ -131,7 +131,7 @@ class TargetPrompt:
 
 
 def _joins_others(tokens: TokenizedText, position: int, start: int, end: int) -> bool:
-    """Tell whether a token also holds visible characters outside `[start, end)`."""
+    """Return whether a token also holds visible characters outside `[start, end)`."""
     a, b = tokens.spans[position]
     outside = tokens.text[a : min(b, start)] + tokens.text[max(a, end) : b]
     return bool(outside.strip()) or position in tokens.joined
@@ -199,7 +199,7 @@ def crop_description(text: str) -> str:
 
 
 def description_is_over(text: str) -> bool:
-    """Tell whether `crop_description` returns the same however the text continues.
+    """Return whether `crop_description` returns the same however the text continues.
 
     >>> description_is_over(": American rock band, Adele")
     False
@@ -211,7 +211,7 @@ def description_is_over(text: str) -> bool:
 
 
 def is_echo(description: str, about: str) -> bool:
-    """Tell whether a description repeats the name instead of describing it.
+    """Return whether a description repeats the name instead of describing it.
 
     It does where it contains the whole name, or where half of its words of more than three letters
     are words of the name.

@@ -86,7 +86,7 @@ def evaluate(
         draws: the number of further readings of α = 1, sampled at temperature 1: the equal-budget
             baseline. Defaults to as many as give α = 1 the budget of all other α of the file, and
             to 0 with another mapping than the paper's, or unless all cells get a text.
-        executor: a `concurrent.futures.Executor`, or what acts like one, or a function that starts
+        executor: a `concurrent.futures.Executor`, one with its `submit`, or a function that starts
             one, such as `local_workers(2)`. A script that starts processes needs
             `if __name__ == "__main__":`.
         progress: whether to show a progress bar.

@@ -51,7 +51,7 @@ Loader: TypeAlias = Callable[[], Any]
 
 
 class Executor(Protocol):
-    """Calls functions elsewhere: any `concurrent.futures.Executor`, or what acts like one."""
+    """Calls functions elsewhere: any `concurrent.futures.Executor`, or one of its kind."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Return the future of one call."""

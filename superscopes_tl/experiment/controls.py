@@ -108,7 +108,7 @@ def _other_names(plan: SweepPlan, position: int) -> list[str]:
     return (found + pool * wanted)[:wanted]  # almost all have one description
 
 
-_LIKELY = "unpatched_log_probability"
+_UNPATCHED_COLUMN = "unpatched_log_probability"
 
 PATCH_CONTROLS: Mapping[str, Callable[[Part], list[Patch]]] = {
     "unpatched": _unpatched,
@@ -158,8 +158,8 @@ def add_controls(
     generator = parts[0].plan.generator
     patches = [patch for made in controls for several in made.values() for patch in several[0]]
     texts = iter(generator.generate(patches))
-    asks_likely = _LIKELY in parts[0].plan.config.controls
-    likely = iter(_unpatched_likely(generator, generations) if asks_likely else [])
+    with_unpatched = _UNPATCHED_COLUMN in parts[0].plan.config.controls
+    likely = iter(_unpatched_log_probabilities(generator, generations) if with_unpatched else [])
     rows: list[dict[str, float | str]] = []
     for part, made in zip(parts, controls, strict=True):
         columns: dict[str, Sequence[Any]] = {}
@@ -167,8 +167,8 @@ def add_controls(
             own = [next(texts) for _ in part.cells]
             columns[name] = score_generations(part, own)
             columns[f"{name}_text"] = [generation.text for generation in own]
-        if asks_likely:
-            columns[_LIKELY] = [next(likely) for _ in part.cells]
+        if with_unpatched:
+            columns[_UNPATCHED_COLUMN] = [next(likely) for _ in part.cells]
         rows += [
             {name: column[row] for name, column in columns.items()}
             for row in range(len(part.cells))
@@ -196,7 +196,7 @@ def rescored(plan: SweepPlan, readings: Sequence[Reading]) -> list[Reading]:
     return found
 
 
-def _unpatched_likely(
+def _unpatched_log_probabilities(
     generator: PatchedGenerator, generations: Sequence[Generation]
 ) -> list[float]:
     """Return the log-probability of each description without a patch, in nats per token."""

@@ -376,7 +376,7 @@ def contextualization(
         by = "recovered" if shares else "score"
     check_choice("by", by, ("recovered", "score"))
     if by == "recovered" and threshold is not None:
-        raise bad_value("threshold", "none beside by='recovered'", threshold, "use by='score'")
+        raise bad_value("threshold", "None with by='recovered'", threshold, "use by='score'")
     if (by == "score" or reads is not None) and not written:
         expected = "'recovered', as not all cells have a text"
         raise bad_value("by", expected, by, "sweep with generate='all'")

@@ -1,4 +1,4 @@
-"""The map and the selected cell of the Explorer: what is drawn when a result or a choice changes.
+"""The map and the selected cell of the Explorer: redrawn when a result or a choice changes.
 
 1. `open` lays out an empty map for the axes of a sweep; `draw` fills in a result.
 2. The colours stand for one column, "recovered" or "score": the former where it is defined, until
@@ -207,7 +207,7 @@ class Panel:
         self._view.findings.value = markup.render("findings", layer, result.caveats)
 
     def _show(self) -> None:
-        """Put on the stage what the reader asked for."""
+        """Show the view that the reader chose."""
         view, result = self._view, self.result
         if result is None or self._map is None:
             shown = [widgets.HTML(markup.note("No sweep yet. Press Run."))]

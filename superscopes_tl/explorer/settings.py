@@ -244,7 +244,7 @@ class Settings:
         self._view.reference.disabled = isinstance(config.reference, Mapping)
 
     def _same_token(self, tokens: TokenizedText) -> int:
-        """Return where the selected token is in another template; the last one if split anew."""
+        """Return where the selected token is in another template, or the last one."""
         view, own = self._view, tokens.own
         place = view.tokens.value - view.own.start
         same = len(view.own) == len(own) and 0 <= place < len(own)

@@ -12,7 +12,7 @@
    centres, unless the weights were folded when the model was loaded. `mlp_keys` returns them raw.
 2. `difference_of_means` is a steering vector.
 3. `load_vectors` reads safetensors, or numpy arrays without objects (whose reading could run code):
-   sparse-autoencoder rows, steering vectors, anything `[n d_model]`. Only the rows asked for are
+   sparse-autoencoder rows, steering vectors, anything `[n d_model]`. Only the requested rows are
    read; they must be real, finite and no more than `MAX_BYTES`.
 """
 
@@ -165,7 +165,7 @@ class _Array:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Mapping[str, _Array]]:
-    """Open a file as its arrays by name; none is read before it is asked for."""
+    """Open a file as its arrays by name; each is read on request."""
     from safetensors import safe_open
 
     if (ending := file.suffix.lower()) not in (".safetensors", ".npy", ".npz"):

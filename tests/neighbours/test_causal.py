@@ -27,7 +27,7 @@ from superscopes_tl.neighbours import (
 )
 from superscopes_tl.vectors import Head, MeanActivation, RandomDirection
 from tests.conftest import BACKENDS
-from tests.support.plain_hf import _mlp_branch, _tensor, blocks_of
+from tests.support.plain_hf import blocks_of, mlp_branch, tensor_of
 from tests.support.same import ROUNDING
 from tests.support.tiny_models import tiny_hf
 
@@ -69,7 +69,7 @@ def _written(hf: Any, writes: Writes) -> Iterator[None]:
             return (stream, *inputs[1:])
 
         def after(m: Any, i: Any, output: Any, site: Site = site, v: Any = vector) -> Any:
-            stream = _tensor(output).clone()
+            stream = tensor_of(output).clone()
             # After the middle comes the MLP of that very vector: a closed form of the block.
             new = v + _mlp_of(m, v) if site.kind == "resid_mid" else v
             stream[0, site.position] = new
@@ -78,7 +78,7 @@ def _written(hf: Any, writes: Writes) -> Iterator[None]:
         if site.kind == "resid_pre":
             handles.append(block.register_forward_pre_hook(before))
         else:
-            module = {"attn_out": _attention_branch, "mlp_out": _mlp_branch}.get(
+            module = {"attn_out": _attention_branch, "mlp_out": mlp_branch}.get(
                 site.kind, lambda block: block
             )(block)
             handles.append(module.register_forward_hook(after))

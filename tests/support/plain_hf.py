@@ -23,14 +23,14 @@ def blocks_of(hf: Any) -> Any:
     return hf.model.layers
 
 
-def _mlp_branch(block: Any) -> Any:
+def mlp_branch(block: Any) -> Any:
     """Return the module whose output is added to the residual stream as the MLP's."""
     if type(block).__name__.startswith(("Gemma2", "Gemma3")):
         return block.post_feedforward_layernorm
     return block.mlp
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -47,8 +47,8 @@ def source_vectors(hf: Any, ids: list[int], kind: str, layer: int) -> Tensor:
     """Return the activations of a kind and layer at every position, `pos d_model`."""
     block, seen = blocks_of(hf)[layer], {}
     with (
-        _hook(block, lambda m, i, o: seen.__setitem__("post", _tensor(o)[0].clone())),
-        _hook(_mlp_branch(block), lambda m, i, o: seen.__setitem__("mlp", _tensor(o)[0].clone())),
+        _hook(block, lambda m, i, o: seen.__setitem__("post", tensor_of(o)[0].clone())),
+        _hook(mlp_branch(block), lambda m, i, o: seen.__setitem__("mlp", tensor_of(o)[0].clone())),
         torch.no_grad(),
     ):
         hf(torch.tensor([ids]), use_cache=False)
@@ -63,7 +63,7 @@ def patched_logits(
     """Return the logits of every position after writing `vector` over a block's output."""
 
     def write(module: Any, inputs: Any, output: Any) -> Any:
-        patched = _tensor(output).clone()
+        patched = tensor_of(output).clone()
         patched[0, list(positions)] = vector.to(patched.dtype)
         return (patched, *output[1:]) if isinstance(output, tuple) else patched
 
@@ -106,7 +106,7 @@ def generate_cached(
         positions, vector, layer = patch
 
         def write(module: Any, inputs: Any, output: Any) -> Any:
-            patched = _tensor(output).clone()
+            patched = tensor_of(output).clone()
             patched[0, list(positions)] = vector.to(patched.dtype)
             return (patched, *output[1:]) if isinstance(output, tuple) else patched
 
