@@ -1,5 +1,6 @@
 """Many source prompts in one resumable file, and which setting reads a model best."""
 
+from superscopes_tl.evaluation.names import ALL_NAMES, NAMES_BY_KIND, SECOND_LIST
 from superscopes_tl.evaluation.run import FINE_ALPHAS, HIDDEN_STATES, MLP_OUTPUTS, evaluate, methods
 from superscopes_tl.evaluation.screening import (
     LONG_PROMPT,
@@ -15,11 +16,14 @@ from superscopes_tl.evaluation.screening import (
 from superscopes_tl.evaluation.workers import local_workers
 
 __all__ = [
+    "ALL_NAMES",
     "FINE_ALPHAS",
     "HIDDEN_STATES",
     "LONG_PROMPT",
     "MLP_OUTPUTS",
     "NAMES",
+    "NAMES_BY_KIND",
+    "SECOND_LIST",
     "SENTENCE",
     "SHORT_PROMPT",
     "Readability",
