@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from superscopes_tl import LanguageModel, load_model
+from superscopes_tl.weights import find_packaged
 from tests.support import scorers
 from tests.support.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
 
@@ -61,6 +63,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny() -> Callable[[str, str], LanguageModel]:
     """The factory of random-weight models: `tiny("llama", "bridge")`."""
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random-weight Llama and its tokenizer: a model that has a name."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_hf("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> LanguageModel:
+    """The random-weight Llama of that directory, through the faster class: 6 layers and a BOS."""
+    return load_model(llama_folder, backend="bridge", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """SmolLM2-135M-Instruct, through the faster class, for tests of what a model reads."""
+    if find_packaged("smollm2") is None:
+        pytest.skip("superscopes fetch smollm2")
+    return load_model("smollm2", backend="bridge", device="cpu")
 
 
 @pytest.fixture(scope="session")

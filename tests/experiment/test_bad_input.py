@@ -28,12 +28,6 @@ LONG = "the " * 300
 
 
 @pytest.fixture
-def llama(tiny: Callable[[str, str], LanguageModel]) -> LanguageModel:
-    """A model with 6 layers, a context of 256 tokens and every kind of activation."""
-    return tiny("llama", "bridge")
-
-
-@pytest.fixture
 def neox(tiny: Callable[[str, str], LanguageModel]) -> LanguageModel:
     """A model whose attention and MLP run in parallel: it has no `resid_mid`."""
     return tiny("neox", "bridge")
