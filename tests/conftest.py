@@ -18,7 +18,7 @@ from hypothesis import settings
 from superscopes_tl import LanguageModel, load_model
 from superscopes_tl.weights import find_packaged
 from tests.support import scorers
-from tests.support.tiny_models import hooked_gemma2, tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import hooked_gemma2, sharp_llama, tiny_hf, tiny_tokenizer
 
 # A shared machine may take any time for an example; whether it is right does not depend on it.
 settings.register_profile("patient", deadline=None, max_examples=40)
@@ -67,9 +67,9 @@ def tiny() -> Callable[[str, str], LanguageModel]:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random-weight Llama and its tokenizer: a model that has a name."""
+    """A directory with a random-weight Llama of sharp predictions, and its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_hf("llama").save_pretrained(folder)
+    sharp_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

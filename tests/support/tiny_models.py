@@ -45,6 +45,17 @@ def tiny_hf(architecture: str, seed: int = 0) -> Any:
     return random_hf(architecture, seed)
 
 
+def sharp_llama() -> Any:
+    """Return the tiny Llama with logits ten times as far apart.
+
+    Its greedy texts are the same, and a name adds whole nats to its own words.
+    """
+    model = tiny_hf("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    return model
+
+
 def random_hf(
     architecture: str,
     seed: int = 0,
