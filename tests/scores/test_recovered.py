@@ -13,14 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
+from superscopes_tl import (
+    DESCRIPTION_PROMPT,
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    TargetPrompt,
+    plan_sweep,
+    sweep,
+)
 from superscopes_tl.engine import is_echo, name_fits
 from superscopes_tl.experiment import Cell, finished_cells, make_patches
 from superscopes_tl.scores import OwnWords, own_words, words_of
 from tests.conftest import BACKENDS, tiny_model
 from tests.model.test_chat import TEMPLATES, with_template
 from tests.support import plain_hf
-from tests.support.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import ARCHITECTURES, sharp_llama, tiny_hf, tiny_tokenizer
 
 Tiny = Callable[[str, str], LanguageModel]
 SOURCE = "Red Hot Chili Peppers"
@@ -96,31 +104,47 @@ def test_the_placeholder_s_own_state_recovers_nothing(
         assert row == pytest.approx(unpatched, abs=1e-4)
 
 
-def test_own_words_are_the_greedy_text_after_the_name(mini: LanguageModel) -> None:
-    """The name takes the placeholder's place; the words end with their description."""
-    words = own_words(mini, PROMPT)
-    assert words.text == "Ancient Greek king of Macedon who conquered Persia"
-    assert mini.tokenizer.decode(list(words.token_ids)).strip(": ") == words.text
+def _ids(text: str) -> list[int]:
+    return [0, *tiny_tokenizer().encode(text, add_special_tokens=False)]
+
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    """The model of `llama` in plain Hugging Face."""
+    return sharp_llama()
+
+
+def test_own_words_are_the_greedy_text_after_the_name(llama: LanguageModel, hf: Any) -> None:
+    """The name takes the placeholder's place; tokens and nats are those of plain Hugging Face."""
+    words = own_words(llama, PROMPT, max_new_tokens=6)
+    named = _ids(DESCRIPTION_PROMPT.filled(PROMPT))
+    greedy = plain_hf.generate_cached(hf, named, None, n_new=6, eos=(1,))
+    assert list(words.token_ids) == greedy
+    assert words.text == llama.tokenizer.decode(greedy).strip(": ")
+    there = plain_hf.log_probability(hf, named, greedy)
+    without = plain_hf.log_probability(hf, _ids(DESCRIPTION_PROMPT.text), greedy)
+    assert words.plain_nats == pytest.approx(there, abs=1e-3)
+    assert words.unpatched_nats == pytest.approx(without, abs=1e-3)
     assert words.plain_nats > words.unpatched_nats
     assert not words.undefined
     assert words.recovered(words.plain_nats) == pytest.approx(1.0)
     assert words.recovered(words.unpatched_nats) == pytest.approx(0.0)
 
 
-def test_own_words_do_not_depend_on_other_names(mini: LanguageModel) -> None:
+def test_own_words_do_not_depend_on_other_names(llama: LanguageModel) -> None:
     """Names of several lengths share batches only where they are equally long."""
     names = ["Pink Floyd", PROMPT, "Titanic", "Pink Floyd"]
-    together = words_of(PatchedGenerator(mini), names)
+    together = words_of(PatchedGenerator(llama), names)
     assert [words.about for words in together] == names
     for words in together:
-        (alone,) = words_of(PatchedGenerator(mini), [words.about])
+        (alone,) = words_of(PatchedGenerator(llama), [words.about])
         assert alone.token_ids == words.token_ids
         assert alone.plain_nats == pytest.approx(words.plain_nats, abs=1e-3)
 
 
-def test_words_of_nothing_are_not_defined(mini: LanguageModel) -> None:
+def test_words_of_nothing_are_not_defined(llama: LanguageModel) -> None:
     """Without a text at a token, or where the name adds nothing to D, there is no share."""
-    (nothing,) = words_of(PatchedGenerator(mini), [""])
+    (nothing,) = words_of(PatchedGenerator(llama), [""])
     assert nothing.undefined
     assert math.isnan(nothing.recovered(-1.0))
     near = OwnWords("name", (5,), "text", -3.0, -3.9)
@@ -128,23 +152,28 @@ def test_words_of_nothing_are_not_defined(mini: LanguageModel) -> None:
     assert math.isnan(near.recovered(-3.0))
 
 
-def test_a_reference_replaces_the_own_words(mini: LanguageModel, word_overlap: Any) -> None:
+def test_a_reference_replaces_the_own_words(
+    llama: LanguageModel, hf: Any, word_overlap: Any
+) -> None:
     """A text of the user's own is scored as a continuation of the prompt, colon included."""
-    own = own_words(mini, PROMPT)
-    given_words = own_words(mini, PROMPT, reference=own.text)
-    assert given_words.given
-    assert given_words.token_ids == own.token_ids
-    assert given_words.plain_nats == pytest.approx(own.plain_nats, abs=1e-3)
-    table = sweep(mini, PROMPT, reference="English rock band", scorer=word_overlap, **FAST).table
-    assert set(table["own_words"]) == {"English rock band"}
+    fact = "English rock band"
+    words = own_words(llama, PROMPT, reference=fact)
+    assert words.given
+    ids = _ids(f"{DESCRIPTION_PROMPT.text}: {fact}")[len(_ids(DESCRIPTION_PROMPT.text)) :]
+    assert list(words.token_ids) == ids
+    named = plain_hf.log_probability(hf, _ids(DESCRIPTION_PROMPT.filled(PROMPT)), ids)
+    assert words.plain_nats == pytest.approx(named, abs=1e-3)
+    assert own_words(llama, PROMPT, reference=f": {fact}") == words
+    table = sweep(llama, PROMPT, reference=fact, scorer=word_overlap, **FAST).table
+    assert set(table["own_words"]) == {fact}
     with pytest.raises(ValueError, match=r"^reference: "):
-        own_words(mini, PROMPT, reference=" ")
+        own_words(llama, PROMPT, reference=" ")
 
 
-def test_every_cell_of_a_sweep_has_its_share(mini: LanguageModel, word_overlap: Any) -> None:
+def test_every_cell_of_a_sweep_has_its_share(llama: LanguageModel, word_overlap: Any) -> None:
     """Recovered = (L - L_0) / (L_plain - L_0), of the patch that the cell is."""
-    result = sweep(mini, PROMPT, scorer=word_overlap, **FAST)
-    table, plan, words = result.table, result.plan, own_words(mini, PROMPT)
+    result = sweep(llama, PROMPT, scorer=word_overlap, **FAST)
+    table, plan, words = result.table, result.plan, own_words(llama, PROMPT)
     assert plan is not None
     texts = [words.token_ids] * len(plan.cells)
     likely = plan.generator.log_probabilities(make_patches(plan), texts)
@@ -152,20 +181,18 @@ def test_every_cell_of_a_sweep_has_its_share(mini: LanguageModel, word_overlap: 
     assert table["recovered"].tolist() == pytest.approx(shares, abs=1e-3)
     assert set(table["own_words"]) == {words.text}
     assert table["written"].all()
-    # The bundled model reads this name's block output at layer 5, and not its MLP's.
-    at = table.set_index(["kind", "source_layer", "alpha"])["recovered"]
-    assert at["resid_post", 5, 1.0] > 0.8 > at["mlp_out", 2, 1.0]
+    assert table["recovered"].nunique() == len(table)
 
 
 @pytest.fixture(scope="module")
-def whole(mini: LanguageModel, word_overlap: Any) -> pd.DataFrame:
+def whole(llama: LanguageModel, word_overlap: Any) -> pd.DataFrame:
     """A small sweep with controls."""
     names = ("unpatched", "alpha_zero", "random_direction", "other_prompt")
-    return sweep(mini, PROMPT, controls=names, scorer=word_overlap, **FAST).table
+    return sweep(llama, PROMPT, controls=names, scorer=word_overlap, **FAST).table
 
 
 def test_controls_have_shares_and_leave_what_is_specific(
-    whole: pd.DataFrame, mini: LanguageModel, word_overlap: Any
+    whole: pd.DataFrame, llama: LanguageModel, word_overlap: Any
 ) -> None:
     """Own minus the mean over several other prompts whose own words differ."""
     table = whole
@@ -176,18 +203,18 @@ def test_controls_have_shares_and_leave_what_is_specific(
     best = table[(table["kind"] == "resid_post") & (table["source_layer"] == 5)]
     assert best["random_direction_recovered"].max() < best["recovered"].max()
     two = sweep(
-        mini, PROMPT, controls="other_prompt", others=2, scorer=word_overlap, **FAST
+        llama, PROMPT, controls="other_prompt", others=2, scorer=word_overlap, **FAST
     ).table  # fmt: skip
     assert (two["other_prompt_recovered"] != table["other_prompt_recovered"]).any()
 
 
 @pytest.mark.parametrize("generate", ["best", "none"])
 def test_only_the_best_of_each_site_is_generated(
-    generate: Any, whole: pd.DataFrame, mini: LanguageModel, word_overlap: Any
+    generate: Any, whole: pd.DataFrame, llama: LanguageModel, word_overlap: Any
 ) -> None:
     """Shares are those of the whole sweep; the α of each site that recovers most is generated."""
     settings_ = {**FAST, "generate": generate, "controls": "other_prompt"}
-    table = sweep(mini, PROMPT, scorer=word_overlap, **settings_).table
+    table = sweep(llama, PROMPT, scorer=word_overlap, **settings_).table
     assert table["recovered"].tolist() == pytest.approx(whole["recovered"].tolist(), abs=1e-3)
     assert table["specific"].tolist() == pytest.approx(whole["specific"].tolist(), abs=1e-3)
     written = table[table["written"]]
@@ -213,22 +240,22 @@ def test_what_is_finished_depends_on_what_is_to_be_generated() -> None:
     assert finished_cells(written, "all") == {high}
 
 
-def test_a_template_stands_around_the_name_alone(mini: LanguageModel, word_overlap: Any) -> None:
+def test_a_template_stands_around_the_name_alone(llama: LanguageModel, word_overlap: Any) -> None:
     """Positions, the score and the own words are those of the name, in any sentence."""
     settings_: dict[str, Any] = {"source_template": "He is {} of Macedon", "scorer": word_overlap}
-    plan = plan_sweep(mini, PROMPT, positions=(-1, "Alexander"), **settings_)
+    plan = plan_sweep(llama, PROMPT, positions=(-1, "Alexander"), **settings_)
     source = plan.source
     assert source.text == PROMPT
-    assert [source.text[a:b] for a, b in source.spans if b > a][-1].strip() == "Great"
+    assert "".join(source.text[a:b] for a, b in source.spans) == PROMPT
     last, first = (site.position for site in (plan.sites[0], plan.sites[-1]))
     assert first < last < len(source) - 1
     assert plan.about(last) == PROMPT
     assert plan.about(first) == "Alexander"
-    there = plan_sweep(mini, PROMPT, **settings_).at_prompt("Titanic")
+    there = plan_sweep(llama, PROMPT, **settings_).at_prompt("Titanic")
     assert there.about(there.sites[0].position) == "Titanic"
 
 
-def test_a_position_is_scored_against_what_it_can_know(mini: LanguageModel) -> None:
+def test_a_position_is_scored_against_what_it_can_know(llama: LanguageModel) -> None:
     """The text up to the token, unless a substring chose it or `about` says what it is."""
     seen: list[str] = []
 
@@ -237,12 +264,12 @@ def test_a_position_is_scored_against_what_it_can_know(mini: LanguageModel) -> N
         return [0.5] * len(references)
 
     quick: dict[str, Any] = {**FAST, "layers": 5, "alphas": 1, "kinds": "resid_post"}
-    table = sweep(mini, PROMPT, positions=(1, -1), scorer=scorer, **quick).table
+    table = sweep(llama, PROMPT, positions=(1, -1), scorer=scorer, **quick).table
     assert set(seen) <= {*table["about"]}
     assert table["about"].tolist()[1] == PROMPT
     assert PROMPT.startswith(table["about"].tolist()[0])
     assert len(table["about"].tolist()[0]) < len(PROMPT)
-    named = sweep(mini, PROMPT, about="a king", scorer=scorer, **quick).table
+    named = sweep(llama, PROMPT, about="a king", scorer=scorer, **quick).table
     assert set(named["about"]) == {"a king"}
 
 

@@ -261,20 +261,17 @@ def test_no_answer_is_refused(answers: Any) -> None:
         Contains(answers)
 
 
-def test_attributes_are_extracted_by_a_prompt_that_goes_on(mini: LanguageModel) -> None:
+def test_attributes_are_extracted_by_a_prompt_that_goes_on(smollm2: LanguageModel) -> None:
     """Words after the placeholder ask for one attribute (Patchscopes, section 4.2)."""
-    ask = TargetPrompt(
-        "Syria: Country in the Middle East, Samsung: South Korean company, x: English"
-    )
-    found = {
-        band: sweep(
-            mini, band, layers=[5], kinds="resid_post", alphas=1, target_prompt=ask,
-            scorer=Contains(genre), controls="other_prompt", progress=False,
-        )
-        for band, genre in {"Iron Maiden": "heavy metal", "Pink Floyd": "progressive rock"}.items()
-    }  # fmt: skip
-    for result in found.values():
+    ask = TargetPrompt("The capital of x is the city of")
+    capitals = {"France": "Paris", "Japan": "Tokyo"}
+    for country, capital in capitals.items():
+        result = sweep(
+            smollm2, country, source_template="The country of {}", layers=[10],
+            kinds="resid_post", alphas=1, target_prompt=ask, scorer=Contains(capital),
+            max_new_tokens=2, progress=False,
+        )  # fmt: skip
         assert result.table["score"].tolist() == [1.0]
-        assert result.table["other_prompt"].tolist() == [0.0]
-    scorer = found["Pink Floyd"].provenance["config"]["scorer"]
-    assert scorer == "contains 'progressive rock'"
+        assert result.provenance["config"]["scorer"] == f"contains '{capital}'"
+        others = set(capitals.values()) - {capital}
+        assert not any(other in result.table["text"][0] for other in others)
