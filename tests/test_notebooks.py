@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+from tests.support.notebooks import FOLDER, LARGEST_NOTEBOOK, PLOTLY, PNG, WIDGET, execute, tidy
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SMALLER = {
     "01_quickstart": {
-        "target_layer=INTO": "target_layer=INTO, layers=(2, 5), alphas=(1, 6)",
+        "target_layer=INTO)": "target_layer=INTO, layers=(2, 5), alphas=(1, 6))",
         "layers=(4, 8, 12)": "layers=(8,)",
         "alphas=(1, 6),\n    controls=": "alphas=(1,),\n    others=1,\n    controls=",
     },
@@ -83,27 +86,27 @@ def _mime_types(notebook: Any) -> set[str]:
     }
 
 
+def _solutions(cell: Any) -> list[Any]:
+    """Return the code of the solutions that a cell of text hides."""
+    hidden = re.findall(r"(?s)<details>.*?</details>", cell.source)
+    code = [block for text in hidden for block in re.findall(r"(?s)```python\n(.*?)```", text)]
+    return [nbformat.v4.new_code_cell(block) for block in code]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
 def test_notebooks_run(path: Path) -> None:
-    """Every cell of every notebook runs, with smaller settings, and figures come out."""
+    """Every cell and hidden solution runs, with smaller settings, and figures come out."""
     notebook = nbformat.read(path, as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     for setting in SMALLER[path.stem]:
         assert setting in code, "the notebook has another setting now: correct SMALLER"
+    notebook.cells = [part for cell in notebook.cells for part in (cell, *_solutions(cell))]
     for cell in notebook.cells:
         for setting, value in SMALLER[path.stem].items():
             cell.source = cell.source.replace(setting, value)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
-    client.execute()
-    errors = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "error"
-    ]
-    assert not errors
-    assert "application/vnd.plotly.v1+json" in _mime_types(notebook)
+    execute(notebook, timeout=300)
+    assert PLOTLY in _mime_types(notebook)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
@@ -133,7 +136,43 @@ def test_there_is_a_quickstart() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_committed_without_outputs(path: Path) -> None:
-    """Stale outputs would be numbers that no run of today printed."""
-    cells = nbformat.read(path, as_version=4).cells
-    assert all(not cell.get("outputs") for cell in cells)
+def test_committed_notebooks_show_their_outputs(path: Path) -> None:
+    """Every cell has run in order and without an error, and each figure has a picture beside it."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not any(cell.outputs for cell in cells):
+        pytest.skip("not run yet")
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert "error" not in {output.output_type for output in outputs}
+    figures = [output.data for output in outputs if PLOTLY in output.get("data", {})]
+    assert all(PNG in data for data in figures)
+    assert PNG in _mime_types(notebook)
+    assert "widgets" not in notebook.metadata
+    assert path.stat().st_size < LARGEST_NOTEBOOK
+
+
+def test_tidying_keeps_what_is_shown_and_drops_what_only_differs() -> None:
+    """A picture beside the figure; no progress, addresses, random ids, times or widget states."""
+    new = nbformat.v4.new_output
+    figure = {"data": [], "layout": {}}
+    outputs = [
+        new("stream", name="stderr", text="Caveat: one name.\n100%|####| 9/9\n"),
+        new("stream", name="stderr", text="/somewhere/library.py: UserWarning\n"),
+        new("display_data", {WIDGET: {}, "text/plain": "  0%|   | 0/9"}),
+        new("display_data", {WIDGET: {}, "text/plain": "<Explorer at 0x7f00>"}),
+        new("display_data", {PLOTLY: figure}),
+        new("display_data", {PLOTLY: {**figure, "data": ["x" * 200_000]}}),
+        new("display_data", {"text/html": "<td id=T_0a1b2_row0>"}),
+    ]
+    cell = nbformat.v4.new_code_cell(outputs=outputs, metadata={"execution": {"at": "noon"}})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}})
+    tidy(notebook, lambda figure: "a picture")
+    caveat, explorer, small, large, table = notebook.cells[0].outputs
+    assert caveat.text == "Caveat: one name.\n"
+    assert explorer.data == {"text/plain": "<Explorer>"}
+    assert small.data == {PLOTLY: figure, PNG: "a picture"}
+    assert large.data == {PNG: "a picture"}
+    assert table.data == {"text/html": "<td id=T_00_row0>"}
+    assert not notebook.cells[0].metadata
+    assert "widgets" not in notebook.metadata
