@@ -1,4 +1,4 @@
-"""Statistics of readings: null, bootstrap, Figure 3, contextualization layer, choosing α."""
+"""Statistics of readings: null, bootstrap, Figure 3, shares recovered, ℓ_c, choosing α."""
 
 from superscopes_tl.statistics.chance import (
     FEWEST_PROMPTS,
@@ -6,6 +6,8 @@ from superscopes_tl.statistics.chance import (
     bootstrap,
     corrected_hits,
     other_prompt_null,
+    q_values,
+    sign_flip_test,
 )
 from superscopes_tl.statistics.comparison import Comparison, compare
 from superscopes_tl.statistics.criterion import (
@@ -31,9 +33,11 @@ from superscopes_tl.statistics.selectors import (
     neighbour_agreement,
     rate,
 )
+from superscopes_tl.statistics.shares import MEASURES, cross_fitted, layer_shares
 
 __all__ = [
     "FEWEST_PROMPTS",
+    "MEASURES",
     "Comparison",
     "Quality",
     "Recording",
@@ -47,19 +51,23 @@ __all__ = [
     "compared_scores",
     "contextualization_layers",
     "corrected_hits",
+    "cross_fitted",
     "exact",
     "fixed_alpha",
     "largest_lift",
+    "layer_shares",
     "lowest_entropy",
     "metric_table",
     "neighbour_agreement",
     "other_prompt_null",
+    "q_values",
     "quality",
     "quality_intervals",
     "rate",
     "read_recording",
     "replay",
     "reveals_earlier",
+    "sign_flip_test",
     "token_overlap",
     "word_vectors_scorer",
 ]

@@ -6,6 +6,7 @@
    reach against r, chosen the same way from as many samples.
 3. A corrected hit is a prompt whose own score exceeds the 95th percentile of its null.
 4. `bootstrap` is the percentile bootstrap over prompts, of any statistic.
+5. `sign_flip_test` tests whether paired gains are above zero on average.
 
 An empty text scores NaN, never 0. A source prompt whose every text is empty has no score: it is no
 hit, and it enters no null. A reference with fewer than two scored others has no null, so its own
@@ -33,6 +34,8 @@ Ends = Float[np.ndarray, "*columns"]
 Statistic: TypeAlias = Callable[[Values, Weights], Resampled]
 """From the rows and how often each resample holds each row to one value per resample."""
 
+ENUMERATED = 12
+"""Up to this number of prompts `sign_flip_test` enumerates all sign patterns."""
 FEWEST_PROMPTS = 3
 """The fewest prompts with a null: it needs two others."""
 
@@ -117,6 +120,47 @@ def mean(values: Values, weights: Weights) -> Resampled:
 def total(values: Values, weights: Weights) -> Resampled:
     """Return the weighted sum of the rows."""
     return np.asarray(np.tensordot(weights, values, axes=1))
+
+
+def mean_defined(values: Values, weights: Weights) -> Resampled:
+    """Return the weighted mean of the rows per column, each over its own defined values."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # NaN where a resample holds no defined value
+        return total(np.where(there, values, 0.0), weights) / total(there * 1.0, weights)
+
+
+def sign_flip_test(
+    gains: Values, statistic: Statistic = total, *, flips: int = 10_000, seed: int = 0
+) -> Ends:
+    """Return one-sided p-values of paired gains, by flipping the signs of whole prompts.
+
+    If there is no effect, a prompt's gains are as likely as their negatives: a permutation test of
+    paired differences (Fisher 1935, "The Design of Experiments", section 21). With up to
+    `ENUMERATED` prompts all sign patterns are enumerated; else `flips` are sampled, and the
+    observed one counts among them (Phipson and Smyth 2010, "Permutation P-values Should Never Be
+    Zero").
+
+    Args:
+        gains: a row per prompt; NaN, where a prompt has none, counts as no gain.
+        statistic: of the gains and of one sign per row; large ones are evidence. A choice that was
+            made by the gains belongs into it. Defaults to the sum, which tests the mean.
+        flips: how many sign patterns are sampled.
+        seed: of the patterns, which all columns share.
+
+    Returns:
+        A p-value per value of the statistic.
+    """
+    values = np.nan_to_num(gains)
+    count = len(values)
+    exact = count <= ENUMERATED
+    if exact:
+        ups = np.arange(2**count)[:, None] >> np.arange(count) & 1
+    else:
+        ups = np.random.default_rng(seed).integers(2, size=(flips, count))
+    # Values that are equal but for rounding are ties.
+    least = statistic(values, np.ones((1, count)))[0] - 1e-9 * np.abs(values).sum()
+    extreme = (statistic(values, 2.0 * ups - 1) >= least).sum(axis=0)
+    return np.asarray(extreme / len(ups) if exact else (1 + extreme) / (1 + flips))
 
 
 def bootstrap(
