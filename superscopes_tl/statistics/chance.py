@@ -126,7 +126,8 @@ def mean_defined(values: Values, weights: Weights) -> Resampled:
     """Return the weighted mean of the rows per column, each over its own defined values."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # NaN where a resample holds no defined value
-        return total(np.where(there, values, 0.0), weights) / total(there * 1.0, weights)
+        means = total(np.where(there, values, 0.0), weights) / total(there * 1.0, weights)
+    return np.asarray(means)
 
 
 def sign_flip_test(
