@@ -246,7 +246,7 @@ class _Grid:
         if np.count_nonzero(cell >= 0) < len(rows):
             fix = "pass them one by one"
             raise bad_value("table", "one model's readings", "several of the same cell", fix)
-        has = (cell >= 0).any(axis=-1)
+        has = np.asarray((cell >= 0).any(axis=-1))
         kept = has[:, 0] if alpha is None else has.all(axis=1)
         sites = [site for site, keep in zip(sites, kept, strict=True) if keep]
         return cls(rows, sites, [1.0, *amplified], prompts, cell[kept])
