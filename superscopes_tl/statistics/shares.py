@@ -247,9 +247,8 @@ class _Grid:
             fix = "pass them one by one"
             raise bad_value("table", "one model's readings", "several of the same cell", fix)
         has = np.asarray((cell >= 0).any(axis=-1))
-        kept = has[:, 0] if alpha is None else has.all(axis=1)
-        sites = [site for site, keep in zip(sites, kept, strict=True) if keep]
-        return cls(rows, sites, [1.0, *amplified], prompts, cell[kept])
+        kept = np.flatnonzero(has[:, 0] & (has.all(axis=1) | (alpha is None)))
+        return cls(rows, [sites[i] for i in kept], [1.0, *amplified], prompts, cell[kept])
 
     @cached_property
     def has(self) -> Has:
