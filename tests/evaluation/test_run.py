@@ -45,21 +45,21 @@ def settings(word_overlap: Any) -> dict[str, Any]:
     """A small experiment."""
     return {
         "layers": (5, 2), "alphas": (1, 3, 9), "max_new_tokens": 4, "scorer": word_overlap,
-        "progress": False, "draws": 0,
+        "progress": False, "draws": 0, "target_prompt": "A band of rock is x",
     }  # fmt: skip
 
 
 def test_readings_equal_those_of_single_sweeps(
-    mini: LanguageModel, settings: dict[str, Any]
+    llama: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """Batches across prompts change nothing but the speed, for controls too."""
     settings.pop("draws")  # a sweep has none
     asked = ("unpatched", "random_direction", "unpatched_log_probability")
-    table = evaluate(mini, PROMPTS, batch_size=7, draws=0, controls=asked, **settings).table
+    table = evaluate(llama, PROMPTS, batch_size=7, draws=0, controls=asked, **settings).table
     for prompt in PROMPTS:
         own = table[table["prompt"] == prompt].reset_index(drop=True)
         alone = sweep(
-            mini, prompt, kinds="mlp_out", target_layer="same", score_on="text",
+            llama, prompt, kinds="mlp_out", target_layer="same", score_on="text",
             controls=asked, **settings,
         ).table  # fmt: skip
         exact = ["text", "description", "alpha", "source_layer", "target_layer", "score"]
@@ -68,15 +68,15 @@ def test_readings_equal_those_of_single_sweeps(
 
 
 def test_controls_of_several_prompts_share_a_batch(
-    mini: LanguageModel, settings: dict[str, Any], generated: list[int]
+    llama: LanguageModel, settings: dict[str, Any], generated: list[int]
 ) -> None:
     """Three prompts with six cells each: one run for the cells, one for their controls."""
-    evaluate(mini, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
+    evaluate(llama, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
     assert generated == [18, 36]
 
 
 def test_a_finished_cell_is_never_computed_twice(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path, generated: list[int]
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path, generated: list[int]
 ) -> None:
     """A second call computes what is new: nothing, or one more layer, α, prompt or mapping."""
     path = tmp_path / "run.sqlite"
@@ -85,12 +85,12 @@ def test_a_finished_cell_is_never_computed_twice(
         (0, PROMPTS[:2], {}),
         (8, PROMPTS[:2], {"alphas": (1, 6, 12)}),
         (6, PROMPTS, {}),
-        (9, PROMPTS, {"layers": (5, 7)}),
+        (9, PROMPTS, {"layers": (5, 3)}),
         (18, PROMPTS, {"base": ResidMid()}),
         (12, PROMPTS, {"draws": 2}),
     ):
         generated.clear()
-        evaluate(mini, prompts, path, **{**settings, **extra})
+        evaluate(llama, prompts, path, **{**settings, **extra})
         assert sum(generated) == expected
     table = SweepResult.load(path).table
     assert len(table) == 65
@@ -98,7 +98,7 @@ def test_a_finished_cell_is_never_computed_twice(
 
 
 def test_a_broken_run_keeps_its_finished_batches(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Stopped in the third batch, two are in the file; the next call does the rest."""
     path, calls, plain = tmp_path / "run.sqlite", iter(range(99)), settings["scorer"]
@@ -111,20 +111,20 @@ def test_a_broken_run_keeps_its_finished_batches(
     stopping.__name__ = stopping.__qualname__ = plain.__name__  # the file knows it by its name
     asked = {**settings, "batch_size": 5}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(mini, PROMPTS, path, **{**asked, "scorer": stopping})
+        evaluate(llama, PROMPTS, path, **{**asked, "scorer": stopping})
     assert len(SweepResult.load(path)) == 10
-    whole = evaluate(mini, PROMPTS, path, **asked).table
-    fresh = evaluate(mini, PROMPTS, **settings).table
+    whole = evaluate(llama, PROMPTS, path, **asked).table
+    fresh = evaluate(llama, PROMPTS, **settings).table
     key = ["prompt", "source_layer", "alpha"]
     kept = whole.sort_values(key)["text"].tolist()
     assert kept == fresh.sort_values(key)["text"].tolist()
 
 
 def test_methods_name_the_parts_that_are_compared(
-    mini: LanguageModel, settings: dict[str, Any]
+    llama: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """α = 1 is Patchscopes, other α Superscopes; samples, mappings and controls have their own."""
-    found = evaluate(mini, PROMPTS[:2], controls=CONTROLS, **{**settings, "draws": None})
+    found = evaluate(llama, PROMPTS[:2], controls=CONTROLS, **{**settings, "draws": None})
     parts = methods(found)
     sizes = {name: len(part) for name, part in parts.items()}
     assert sizes == {
@@ -139,30 +139,30 @@ def test_methods_name_the_parts_that_are_compared(
 
 
 def test_another_experiment_is_refused(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """What must not differ within a file is named, with both values; the file is left alone."""
     path = tmp_path / "run.sqlite"
-    evaluate(mini, PROMPTS[:1], path, **settings)
+    evaluate(llama, PROMPTS[:1], path, **settings)
     before = path.read_bytes()
     for extra, name in (
         ({"max_new_tokens": 9}, "max_new_tokens"), ({"target_prompt": "x means"}, "text"),
         ({"controls": "unpatched"}, "controls"),
-        ({"target_model": replace(mini, name="other")}, "fingerprint"),
+        ({"target_model": replace(llama, name="other")}, "fingerprint"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^path: .*{name}"):
-            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+            evaluate(llama, PROMPTS[:1], path, **{**settings, **extra})
     assert path.read_bytes() == before
 
 
 def test_bad_prompts_are_refused_before_any_work(
-    mini: LanguageModel, settings: dict[str, Any]
+    llama: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """One text is a sweep's, none is nothing, and an empty one has no token."""
     bad: Any
     for bad in ("Pearl Jam", (), ("Pearl Jam", "")):
         with pytest.raises((ValueError, TypeError), match="^prompts?: "):
-            evaluate(mini, bad, **settings)
+            evaluate(llama, bad, **settings)
 
 
 def test_the_paper_s_prompts_are_the_default() -> None:
@@ -172,12 +172,12 @@ def test_the_paper_s_prompts_are_the_default() -> None:
 
 
 def test_bases_and_seeds_of_one_name_family_are_told_apart(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Means of other texts are other bases; functions without a name cannot go into a file."""
     path = tmp_path / "run.sqlite"
     for texts in (("Pink Floyd", "Titanic"), ("Star Wars", "Will Smith")):
-        found = evaluate(mini, PROMPTS[:1], path, base=MeanActivation(texts), **settings)
+        found = evaluate(llama, PROMPTS[:1], path, base=MeanActivation(texts), **settings)
     assert found.table["mapping"].nunique() == 2
     assert len(found) == 12
     for extra in (
@@ -185,48 +185,48 @@ def test_bases_and_seeds_of_one_name_family_are_told_apart(
         {"scorer": lambda references, candidates: [0.5 for _ in candidates]},
     ):
         with pytest.raises(ValueError, match="^mapping, base or scorer: "):
-            evaluate(mini, PROMPTS[:1], path, **{**settings, **extra})
+            evaluate(llama, PROMPTS[:1], path, **{**settings, **extra})
     with pytest.raises(ValueError, match="^draw: "):
-        evaluate(mini, PROMPTS[:1], **settings, draw=2)
+        evaluate(llama, PROMPTS[:1], **settings, draw=2)
     with pytest.raises(TypeError, match="^layer: "):
-        evaluate(mini, PROMPTS[:1], **settings, layer=2)
+        evaluate(llama, PROMPTS[:1], **settings, layer=2)
 
 
 def test_random_directions_differ_between_prompts_and_not_between_batches(
-    mini: LanguageModel, settings: dict[str, Any]
+    llama: LanguageModel, settings: dict[str, Any]
 ) -> None:
     """As a mapping, too: a null over prompts needs another vector for each of them."""
     asked = {**settings, "mapping": RandomDirection(1), "alphas": 9}
-    wide = evaluate(mini, PROMPTS, **asked).table
-    narrow = evaluate(mini, PROMPTS, **{**asked, "layers": 2}).table
+    wide = evaluate(llama, PROMPTS, **asked).table
+    narrow = evaluate(llama, PROMPTS, **{**asked, "layers": 2}).table
     at_2 = wide[wide["source_layer"] == 2]
     assert_same_readings(at_2, narrow, ["text"])
     assert at_2["text"].nunique() == 3
 
 
 def test_methods_have_equal_budgets_or_say_so(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """α = 1 is no try of another mapping; the samples match the α of the whole file."""
     path, budget = tmp_path / "run.sqlite", {**settings, "draws": None}
-    evaluate(mini, PROMPTS, path, **budget)
-    found = evaluate(mini, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})
-    evaluate(mini, PROMPTS, path, base=ResidMid(), **budget)
+    evaluate(llama, PROMPTS, path, **budget)
+    found = evaluate(llama, PROMPTS, path, **{**budget, "alphas": (1, 3, 6, 12)})
+    evaluate(llama, PROMPTS, path, base=ResidMid(), **budget)
     cells = {name: len(part) / 6 for name, part in methods(found).items()}
     assert cells == {"Patchscopes": 1, "Superscopes": 4, "Patchscopes, equal budget": 4}
     cells = {name: len(part) / 6 for name, part in methods(SweepResult.load(path)).items()}
     assert cells["Superscopes, Scale(), from ResidMid()"] == 2
-    fewer = evaluate(mini, PROMPTS, **{**settings, "alphas": (1, 3, 6, 9, 12), "draws": 1})
+    fewer = evaluate(llama, PROMPTS, **{**settings, "alphas": (1, 3, 6, 9, 12), "draws": 1})
     assert len(methods(fewer)["Patchscopes, 2 readings"]) == 12
 
 
 def test_two_target_layers_in_a_file_are_not_counted_together(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """They would be two tries of one method: one of them has to be chosen."""
     path = tmp_path / "run.sqlite"
-    evaluate(mini, PROMPTS, path, **settings)
-    both = evaluate(mini, PROMPTS, path, target_layer=0, positions=(-2, -1), **settings)
+    evaluate(llama, PROMPTS, path, **settings)
+    both = evaluate(llama, PROMPTS, path, target_layer=0, positions=(-2, -1), **settings)
     with pytest.raises(ValueError, match="^target_layer: "):
         methods(both)
     for target in ("same", 0):
@@ -237,11 +237,11 @@ def test_two_target_layers_in_a_file_are_not_counted_together(
 
 
 def test_what_a_killed_writer_left_is_undone_on_loading(
-    mini: LanguageModel, settings: dict[str, Any], tmp_path: Path
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """A journal beside the file belongs to a batch that was never finished."""
     path, copy = tmp_path / "run.sqlite", tmp_path / "copy.sqlite"
-    evaluate(mini, PROMPTS[:1], path, **settings)
+    evaluate(llama, PROMPTS[:1], path, **settings)
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("PRAGMA cache_size = 1")
     database.execute("BEGIN")

@@ -166,7 +166,7 @@ def test_a_table_that_is_packed_without_bound_is_refused(tmp_path: Path) -> None
     "text",
     [
         b"[" * 200_000, header(provenance={"seconds": np.nan}), b"9" * 10_000,
-        header(provenance={"model": "mini"}), header(provenance={"config": [1]}),
+        header(provenance={"model": "tiny"}), header(provenance={"config": [1]}),
         header(provenance={"tokens": {"labels": 3}}), b" " * (files.MAX_JSON_BYTES + 1),
     ],
     ids=range(7),
@@ -247,14 +247,14 @@ LOADERS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_pipe_is_not_waited_for(name: str, mini: LanguageModel, tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(name: str, llama: LanguageModel, tmp_path: Path) -> None:
     """Neither a pipe nor a device has an end: they are not opened."""
     os.mkfifo(tmp_path / name)
     said: list[str] = []
 
     def load() -> None:
         with pytest.raises(ValueError, match="path: expected") as raised:
-            LOADERS[name](tmp_path / name, mini)
+            LOADERS[name](tmp_path / name, llama)
         said.append(str(raised.value))
 
     thread = threading.Thread(target=load, daemon=True)
@@ -277,12 +277,12 @@ def test_a_pipe_is_not_waited_for(name: str, mini: LanguageModel, tmp_path: Path
     ids=range(5),
 )
 def test_headers_that_no_tensors_have_are_refused(
-    name: str, head: bytes, mini: LanguageModel, tmp_path: Path
+    name: str, head: bytes, llama: LanguageModel, tmp_path: Path
 ) -> None:
     """Longer than the file, nested without end, of shapes that are not there, or of nothing."""
     (tmp_path / name).write_bytes(head + b"\0" * 8)
     with pytest.raises(ValueError, match="(path|name): expected"):
-        LOADERS[name](tmp_path / name, mini)
+        LOADERS[name](tmp_path / name, llama)
 
 
 def spoil(whole: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from superscopes_tl import SweepConfig, SweepResult, evaluate, load_model
+from superscopes_tl import LanguageModel, SweepConfig, SweepResult, evaluate, load_model
 from superscopes_tl.evaluation import local_workers
 from superscopes_tl.evaluation.workers import RemoteReader, Share, as_loader, kept_under, portions
 from superscopes_tl.experiment import Cell, EvaluationFile
@@ -29,12 +29,9 @@ KEY = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping", 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(llama_folder: Path) -> str:
     """A directory with a random model."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_hf("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
+    return str(llama_folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def settings() -> dict[str, Any]:
     """A small experiment."""
     return {
         "layers": [5, 2], "alphas": (1, 3, 9), "max_new_tokens": 6, "scorer": workers.letters,
-        "progress": False,
+        "target_prompt": "A band of rock is x", "progress": False,
     }  # fmt: skip
 
 
@@ -191,7 +188,7 @@ def test_a_notebook_s_function_is_asked_again_for_every_run() -> None:
     load.__module__, load.__qualname__ = "__main__", "load"
     assert kept_under(load, "one") != kept_under(load, "two")
     assert kept_under(partial(load, 3), "one") != kept_under(partial(load, 3), "two")
-    fixed = partial(load_model, "mini")
+    fixed = partial(load_model, "smollm2")
     assert kept_under(fixed, "one") == kept_under(fixed, "two")
 
 
@@ -227,17 +224,19 @@ def test_an_executor_that_breaks_is_named(folder: str, settings: dict[str, Any])
         local_workers(0)
 
 
-def test_a_model_of_this_process_alone_is_refused(settings: dict[str, Any]) -> None:
+def test_a_model_of_this_process_alone_is_refused(folder: str, settings: dict[str, Any]) -> None:
     """The message says what every worker could load."""
     mine = load_model(tiny_hf("llama"), tiny_tokenizer(), backend="bridge")
     for model in (mine, tiny_hf("llama"), lambda: mine, 3):
         with Here() as here, pytest.raises(ValueError, match="^model: "):
             evaluate(model, PROMPTS, executor=here, **settings)
     with Here() as here, pytest.raises(ValueError, match="^target_model: "):
-        evaluate("mini", PROMPTS, executor=here, **settings, target_model=mine)
+        evaluate(folder, PROMPTS, executor=here, **settings, target_model=mine)
 
 
-def test_a_model_knows_how_it_is_loaded_again(folder: str, monkeypatch: Any) -> None:
+def test_a_model_knows_how_it_is_loaded_again(
+    folder: str, smollm2: LanguageModel, monkeypatch: Any
+) -> None:
     """A directory by its full path, with the options; a name as it is; nothing of one's own."""
     monkeypatch.chdir(Path(folder).parent)
     model = load_model(Path(folder).name, backend="bridge", device="cpu", dtype="bfloat16")
@@ -245,7 +244,8 @@ def test_a_model_knows_how_it_is_loaded_again(folder: str, monkeypatch: Any) -> 
     again = as_loader(model)()
     assert again is not model
     assert again.provenance() == model.provenance()
-    assert load_model("mini", backend="bridge").origin.args == ("mini",)  # type: ignore[union-attr]
+    assert smollm2.origin is not None
+    assert smollm2.origin.args == ("smollm2",)
     assert load_model(folder, tiny_tokenizer(), backend="bridge").origin is None
 
 
