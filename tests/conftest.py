@@ -67,7 +67,7 @@ def tiny() -> Callable[[str, str], LanguageModel]:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random-weight Llama of sharp predictions, and its tokenizer."""
+    """A directory with a random-weight Llama of sharp predictions and its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     sharp_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -125,11 +125,11 @@ def test_a_sweep_that_breaks_off_saves_what_it_has(
     code: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    mini: LanguageModel,
+    llama: LanguageModel,
     word_overlap: Any,
 ) -> None:
     """Exit code 130 for an interrupt, as a shell expects, and the finished cells in the file."""
-    partial = sweep(mini, "Pearl Jam", layers=2, scorer=word_overlap, progress=False)
+    partial = sweep(llama, "Pearl Jam", layers=2, scorer=word_overlap, progress=False)
 
     def stopped(*args: Any, **kwargs: Any) -> SweepResult:
         raise error("stopped after 18 of 99 cells", partial)
@@ -186,18 +186,18 @@ def test_hits_and_misses_of_amplification_are_both_listed() -> None:
     assert "said at 6" in shown
 
 
-def test_the_demo_shows_what_it_promises(mini: LanguageModel, tmp_path: Path) -> None:
+def test_the_demo_shows_what_it_promises(llama: LanguageModel, tmp_path: Path) -> None:
     """The model, its own words, a table per name, hits and misses, a page, run files."""
     screen = io.StringIO()
     config = replace(
         CONFIG, chat=False, source_template="{}", layers=(5,), alphas=(1.0, 6.0), max_new_tokens=5,
     )  # fmt: skip
     names = ("Alexander the Great", "Titanic")
-    page = run_demo(mini, tmp_path, names, Console(file=screen, width=160), config)
+    page = run_demo(llama, tmp_path, names, Console(file=screen, width=160), config)
     shown = " ".join(screen.getvalue().split())
     assert "LanguageModel('mini'" in shown
     for name in names:
-        assert f"{name} · the model's own words: '{own_words(mini, name).text[:20]}" in shown
+        assert f"{name} · the model's own words: '{own_words(llama, name).text[:20]}" in shown
     assert "MLP outputs that are not read at α = 1" in shown
     assert "Mean over 2 names" in shown
     assert "Found: " in shown

@@ -21,10 +21,10 @@ FAST = [
 
 
 @pytest.fixture(scope="module")
-def file(mini: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arrays: feed-forward values of the bundled model, and one vector."""
     path = tmp_path_factory.mktemp("vectors") / "mlp.safetensors"
-    values = mlp_values(mini, 5)[:9]
+    values = mlp_values(llama, 5)[:9]
     save_file({"values": values.contiguous(), "one": values[0].clone()}, path)
     return path
 
@@ -33,14 +33,14 @@ def _run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["read-vector", *map(str, arguments)])
 
 
-def test_rows_of_a_file_are_read_and_saved(file: Path, mini: LanguageModel, tmp_path: Path) -> None:
+def test_rows_of_a_file_are_read_and_saved(file: Path, llama: LanguageModel, tmp_path: Path) -> None:
     """The run file holds what `read_vectors` returns, named after array and row."""
     out = tmp_path / "run.zip"
     run = _run(file, "--name", "values", "--rows", "7,2", "--out", out, *FAST)
     assert run.exit_code == 0, run.output
     table = SweepResult.load(out).table
     expected = read_vectors(
-        mini, mlp_values(mini, 5)[[7, 2]], names=["values 7", "values 2"], alphas=1,
+        llama, mlp_values(llama, 5)[[7, 2]], names=["values 7", "values 2"], alphas=1,
         max_new_tokens=8, controls="random_direction", progress=False,
     ).table  # fmt: skip
     assert table.equals(expected)

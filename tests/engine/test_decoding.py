@@ -12,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, sweep
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, load_model, sweep
 from superscopes_tl.engine import crop_description, description_is_over, generate_named
 from superscopes_tl.engine.decoding import Batch, decode, guide
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings, same_text
 from tests.support.spies import spied
-from tests.support.tiny_models import tiny_hf
+from tests.support.tiny_models import sharp_llama, tiny_hf, tiny_tokenizer
 
 TARGET = TargetPrompt("Syria: Country in the Middle East, x")
 N_NEW = 6
@@ -145,9 +145,9 @@ def test_samples_of_a_sweep_are_reproducible_and_named(tiny: Tiny, word_overlap:
     assert first.provenance["config"]["decoding"] == "sampled at temperature 1, 2"
 
 
-def test_a_generation_knows_how_many_tokens_its_description_takes(mini: LanguageModel) -> None:
+def test_a_generation_knows_how_many_tokens_its_description_takes(llama: LanguageModel) -> None:
     """The tokens counted hold the description, and one token fewer does not."""
-    generator = PatchedGenerator(mini)
+    generator = PatchedGenerator(llama)
     found = [generator.unpatched(), *generate_named(generator, ["Pearl Jam", "Titanic"])]
     for generation in found:
         ids, length = generation.token_ids, generation.n_description_tokens
@@ -156,14 +156,18 @@ def test_a_generation_knows_how_many_tokens_its_description_takes(mini: Language
         assert generation.description not in generator.text_of(ids[: length - 1])
 
 
-def test_texts_that_end_with_their_description_change_no_result(mini: LanguageModel) -> None:
+def test_texts_that_end_with_their_description_change_no_result() -> None:
     """Readings, scores and flags are those of whole texts; the shorter ones are their start."""
+    hf = sharp_llama()
+    with torch.no_grad():  # a model that often ends its line
+        hf.lm_head.weight[tiny_tokenizer().convert_tokens_to_ids("Ċ")] *= 4
+    model = load_model(hf, tiny_tokenizer(), backend="bridge")
     settings: dict[str, Any] = {
         "layers": (5, 2), "kinds": ("mlp_out", "resid_post"), "progress": False,
         "scorer": lambda references, candidates: [len(text) for text in candidates],
     }  # fmt: skip
-    short = sweep(mini, "Alexander the Great", **settings).table
-    whole = sweep(mini, "Alexander the Great", score_on="text", **settings).table
+    short = sweep(model, "Red Hot", **settings).table
+    whole = sweep(model, "Red Hot", score_on="text", **settings).table
     same = ["position", "kind", "source_layer", "alpha", "description", "few_shot_copy"]
     assert_same_readings(short, whole, same)
     lengths = whole["description"].str.len().replace(0, float("nan"))
@@ -173,10 +177,10 @@ def test_texts_that_end_with_their_description_change_no_result(mini: LanguageMo
     pairs = list(zip(short["text"], whole["text"], strict=True))
     assert all(full.startswith(text) for text, full in pairs)
     ended = [text for text, full in pairs if text != full]
-    assert len(ended) > len(pairs) / 2
+    assert len(ended) >= len(pairs) / 2
     for text in ended:
         assert description_is_over(text)
-        assert text.endswith(":"), "and not a token later"
+        assert not description_is_over(text[:-1]), "and not a token later"
 
 
 @given(text=st.text(alphabet=":,\n ab", max_size=30), more=st.text(alphabet=":,\n ab", max_size=30))

@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from superscopes_tl import (
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    TargetPrompt,
-    capture,
-    load_model,
-    sweep,
-)
+from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, capture, sweep
 from superscopes_tl.engine import NEAR_TIE
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
@@ -166,15 +158,6 @@ def test_any_batch_size_gives_the_same_table(
     other = sweep(tiny("qwen2", backend), SOURCE, batch_size=batch_size, **settings).table
     exact = ["kind", "source_layer", "target_layer", "alpha", "text", "description", "score"]
     assert_same_readings(one, other, exact)
-
-
-@pytest.mark.skipif(len(BACKENDS) < 2, reason="this TransformerLens has TransformerBridge alone")
-def test_both_classes_read_the_bundled_model_equally(word_overlap: Any) -> None:
-    """HookedTransformer and TransformerBridge generate the same texts on the bundled model."""
-    models = [load_model("mini", backend=backend, device="cpu") for backend in BACKENDS]
-    settings: dict[str, Any] = {"layers": (7, 0), "scorer": word_overlap, "progress": False}
-    tables = [sweep(model, "Alexander the Great", **settings).table for model in models]
-    assert_same_readings(*tables, ["text"])
 
 
 def test_a_near_tie_is_recorded_in_the_margin(tiny: Tiny) -> None:

@@ -84,12 +84,12 @@ def test_every_way_to_write_is_what_plain_hugging_face_computes(
     assert len({tuple(row.tolist()) for row in found}) == len(patches)
 
 
-def test_the_next_token_is_the_first_of_the_text(mini: LanguageModel) -> None:
+def test_the_next_token_is_the_first_of_the_text(llama: LanguageModel) -> None:
     """Greedy generation begins with the most likely next token, guided rows included."""
-    generator = PatchedGenerator(mini, max_new_tokens=2, batch_size=2)
+    generator = PatchedGenerator(llama, max_new_tokens=2, batch_size=2)
     torch.manual_seed(1)
     patches = [
-        Patch(torch.randn(mini.d_model) * k, layer, guidance=w)
+        Patch(torch.randn(llama.d_model) * k, layer, guidance=w)
         for k, layer, w in ((4, 5, 1.0), (9, 2, 3.0), (2, 0, 0.5))
     ]
     likely = generator.next_token(patches)

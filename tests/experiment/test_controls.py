@@ -35,16 +35,16 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def controlled(mini: LanguageModel, word_overlap: Any) -> SweepResult:
+def controlled(llama: LanguageModel, word_overlap: Any) -> SweepResult:
     """A small sweep with every control."""
-    return sweep(mini, PROMPT, controls=CONTROLS, scorer=word_overlap, progress=False, **SETTINGS)
+    return sweep(llama, PROMPT, controls=CONTROLS, scorer=word_overlap, progress=False, **SETTINGS)
 
 
 def test_controls_are_columns_beside_the_same_readings(
-    controlled: SweepResult, mini: LanguageModel, word_overlap: Any
+    controlled: SweepResult, llama: LanguageModel, word_overlap: Any
 ) -> None:
     """A score and a text per control, and the readings are those of a sweep without controls."""
-    plain = sweep(mini, PROMPT, scorer=word_overlap, progress=False, **SETTINGS).table
+    plain = sweep(llama, PROMPT, scorer=word_overlap, progress=False, **SETTINGS).table
     assert list(controlled.table["text"]) == list(plain["text"])
     for name in CONTROLS[:-1]:
         for row in controlled.table.to_dict("records"):
@@ -56,27 +56,27 @@ def test_controls_are_columns_beside_the_same_readings(
 
 
 def test_unpatched_and_alpha_zero_have_one_text(
-    controlled: SweepResult, mini: LanguageModel
+    controlled: SweepResult, llama: LanguageModel
 ) -> None:
     """One text for all cells, without a patch; α = 0 patches zeros, as the paper's α·v does."""
-    generator = PatchedGenerator(mini, until=description_is_over)
+    generator = PatchedGenerator(llama, until=description_is_over)
     assert set(controlled.table["unpatched_text"]) == {generator.unpatched().text}
-    (zero,) = generator.generate([Patch(torch.zeros(mini.d_model), 0)])
+    (zero,) = generator.generate([Patch(torch.zeros(llama.d_model), 0)])
     assert set(controlled.table["alpha_zero_text"]) == {zero.text}
 
 
-def test_alpha_zero_with_a_base_is_the_base(mini: LanguageModel, word_overlap: Any) -> None:
+def test_alpha_zero_with_a_base_is_the_base(llama: LanguageModel, word_overlap: Any) -> None:
     """f(v) = b + 0·(v − b) is b, one vector per layer."""
     base = MeanActivation(PAPER_PROMPTS[:3])
-    plan = plan_sweep(mini, PROMPT, base=base, scorer=word_overlap, **SETTINGS)
+    plan = plan_sweep(llama, PROMPT, base=base, scorer=word_overlap, **SETTINGS)
     zero = make_control("alpha_zero", plan, plan.cells, make_patches(plan))
     places = [cell.place for cell in plan.cells]
     torch.testing.assert_close(torch.stack([p.vector for p in zero]), base(plan, places))
 
 
-def test_random_and_shuffled_vectors_keep_the_norm(mini: LanguageModel, word_overlap: Any) -> None:
+def test_random_and_shuffled_vectors_keep_the_norm(llama: LanguageModel, word_overlap: Any) -> None:
     """Equal length; the shuffled one has the same numbers; neither points where v does."""
-    plan = plan_sweep(mini, PROMPT, scorer=word_overlap, **SETTINGS)
+    plan = plan_sweep(llama, PROMPT, scorer=word_overlap, **SETTINGS)
     patches = make_patches(plan)
     for name in ("random_direction", "shuffled_dimensions"):
         made = make_control(name, plan, plan.cells, patches)
@@ -93,10 +93,10 @@ def test_random_and_shuffled_vectors_keep_the_norm(mini: LanguageModel, word_ove
 
 
 def test_other_prompt_is_the_vector_of_another_prompt(
-    mini: LanguageModel, word_overlap: Any
+    llama: LanguageModel, word_overlap: Any
 ) -> None:
     """The same kind, layer and α at the last token of one other prompt, the same for all cells."""
-    plan = plan_sweep(mini, PROMPT, scorer=word_overlap, **SETTINGS)
+    plan = plan_sweep(llama, PROMPT, scorer=word_overlap, **SETTINGS)
     made = make_control("other_prompt", plan, plan.cells, make_patches(plan))
     found = []
     for prompt in OTHER_PROMPTS:
@@ -110,21 +110,21 @@ def test_other_prompt_is_the_vector_of_another_prompt(
 
 
 def test_unpatched_log_probability_is_that_of_the_description(
-    controlled: SweepResult, mini: LanguageModel
+    controlled: SweepResult, llama: LanguageModel
 ) -> None:
     """The description after the unpatched prompt is less likely than after the patched one."""
     rows = controlled.table[controlled.table["description"] != ""]
     assert (rows["unpatched_log_probability"] < 0).all()
     lift = rows["log_probability"] - rows["unpatched_log_probability"]
     assert lift.mean() > 0.5
-    own = PatchedGenerator(mini).unpatched()
-    zero = Patch(torch.zeros(mini.d_model), None)
-    likely = PatchedGenerator(mini).log_probabilities([zero], [own.token_ids])[0]
+    own = PatchedGenerator(llama).unpatched()
+    zero = Patch(torch.zeros(llama.d_model), None)
+    likely = PatchedGenerator(llama).log_probabilities([zero], [own.token_ids])[0]
     assert likely == pytest.approx(own.log_probabilities, abs=1e-4)
 
 
 def test_rescored_judges_controls_too(
-    controlled: SweepResult, mini: LanguageModel, word_overlap: Any
+    controlled: SweepResult, llama: LanguageModel, word_overlap: Any
 ) -> None:
     """Another scorer's numbers everywhere, without a new text."""
 
@@ -132,8 +132,8 @@ def test_rescored_judges_controls_too(
         return [float(len(text)) for text in candidates]
 
     config = SweepConfig(**SETTINGS, controls=("unpatched", "other_prompt"), scorer=word_overlap)
-    plan = plan_sweep(mini, PROMPT, config)
-    readings = list(iter_sweep(mini, PROMPT, config, progress=False))
+    plan = plan_sweep(llama, PROMPT, config)
+    readings = list(iter_sweep(llama, PROMPT, config, progress=False))
     for reading in rescored(plan.with_settings(scorer=length), readings):
         if reading.description:
             assert reading.score == len(reading.description)

@@ -34,30 +34,30 @@ def test_a_midpoint_lies_between(a: float, b: float) -> None:
 
 
 def test_refinement_adds_cells_near_the_best_and_computes_none_twice(
-    mini: LanguageModel, word_overlap: Any
+    llama: LanguageModel, word_overlap: Any
 ) -> None:
     """Two rounds: no duplicate, no site reads worse, and new cells equal a direct sweep's."""
     settings: dict[str, Any] = {
         "layers": (5, 2), "kinds": "mlp_out", "alphas": (1, 3, 9), "max_new_tokens": 12,
         "scorer": word_overlap,
     }  # fmt: skip
-    coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
+    coarse = sweep(llama, "Pearl Jam", progress=False, **settings)
     fine = refine(coarse, progress=False)
     assert not fine.table.duplicated(["source_layer", "alpha"]).any()
     assert len(coarse) < len(fine) <= len(coarse) + 2 * 2 * 2
     assert (fine.best()["score"] >= coarse.best()["score"]).all()
     row = fine.table.iloc[-1]
     direct = sweep(
-        mini, "Pearl Jam", progress=False,
+        llama, "Pearl Jam", progress=False,
         **{**settings, "layers": int(row["source_layer"]), "alphas": float(row["alpha"])},
     )  # fmt: skip
     assert_same_readings(direct.table, fine.table.tail(1), ["text"])
 
 
-def test_what_cannot_be_refined(mini: LanguageModel, word_overlap: Any) -> None:
+def test_what_cannot_be_refined(llama: LanguageModel, word_overlap: Any) -> None:
     """One α has no neighbour; a loaded result has no plan, another plan has other cells."""
     result = sweep(
-        mini, "Pearl Jam", layers=5, kinds="mlp_out", alphas=3, max_new_tokens=3,
+        llama, "Pearl Jam", layers=5, kinds="mlp_out", alphas=3, max_new_tokens=3,
         scorer=word_overlap, progress=False,
     )  # fmt: skip
     pd.testing.assert_frame_equal(refine(result, progress=False).table, result.table)
@@ -70,13 +70,13 @@ def test_what_cannot_be_refined(mini: LanguageModel, word_overlap: Any) -> None:
         refine(result, rounds=0)
 
 
-def test_refinement_ends_where_four_digits_end(mini: LanguageModel, word_overlap: Any) -> None:
+def test_refinement_ends_where_four_digits_end(llama: LanguageModel, word_overlap: Any) -> None:
     """Many rounds add no cell twice, and the provenance names every α of the table."""
     settings: dict[str, Any] = {
         "layers": 5, "kinds": "mlp_out", "alphas": (1, 1.01), "max_new_tokens": 2,
         "scorer": word_overlap,
     }  # fmt: skip
-    coarse = sweep(mini, "Pearl Jam", progress=False, **settings)
+    coarse = sweep(llama, "Pearl Jam", progress=False, **settings)
     fine = refine(coarse, rounds=12, progress=False)
     assert not fine.table["alpha"].duplicated().any()
     assert fine.provenance["config"]["alphas"] == sorted(fine.table["alpha"])

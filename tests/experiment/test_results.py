@@ -55,7 +55,7 @@ def test_the_table_has_a_row_per_reading_in_the_given_order() -> None:
         ("resid_post", 2, 1.0),
         ("resid_post", 2, 3.0),
     ]
-    assert repr(LADDER) == "SweepResult(12 cells of 'Red Hot Chili Peppers', mini)"
+    assert repr(LADDER) == "SweepResult(12 cells of 'Red Hot Chili Peppers', a-model)"
 
 
 def test_best_takes_the_highest_score_of_every_site() -> None:

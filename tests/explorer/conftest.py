@@ -86,11 +86,11 @@ def ran(shared: Explorer) -> Explorer:
 
 
 @pytest.fixture(scope="session")
-def best_written(mini: LanguageModel, word_overlap: Any) -> Explorer:
-    """An Explorer of the bundled model that generated the best α of each site."""
+def best_written(llama: LanguageModel, word_overlap: Any) -> Explorer:
+    """An Explorer that generated the best α of each site."""
     return finished(
         Explorer(
-            mini, "Red Hot Chili Peppers", layers=(3, 6), kinds=("mlp_out", "resid_post"),
+            llama, "Red Hot Chili Peppers", layers=(3, 5), kinds=("mlp_out", "resid_post"),
             alphas=(1, 6), generate="best", controls=("other_prompt", "random_direction"),
             scorer=word_overlap, max_new_tokens=4,
         )

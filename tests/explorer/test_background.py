@@ -182,10 +182,10 @@ def test_everything_is_handed_over_once_and_the_end_comes_last(model: LanguageMo
     assert (events[0], events[-1], events.count("end")) == ("plan", "end", 1)
 
 
-def test_progress_counts_texts_separately(mini: LanguageModel) -> None:
+def test_progress_counts_texts_separately(llama: LanguageModel) -> None:
     """With the best α of each site, cells and texts have counts of their own."""
-    best = {"layers": (3, 6), "kinds": "resid_post", "alphas": (1, 6), "generate": "best"}
-    progress = run(mini, **best, max_new_tokens=2).progress
+    best = {"layers": (3, 5), "kinds": "resid_post", "alphas": (1, 6), "generate": "best"}
+    progress = run(llama, **best, max_new_tokens=2).progress
     assert (progress.done, progress.total, progress.written, progress.to_write) == (4, 4, 2, 2)
     progress = Progress(done=60, total=100, reused=20, seconds=4.0)
     assert str(progress) == "60 of 100 cells · 10 cells/s · about 4 s left"

@@ -98,16 +98,16 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
 @pytest.mark.parametrize("mapping", [Scale(), RandomDirection(3)], ids=str)
 @pytest.mark.parametrize("target_layer", [4, "same"])
 def test_the_code_reads_the_same_cell(
-    mini: LanguageModel, mapping: Any, target_layer: Any, word_overlap: Any
+    llama: LanguageModel, mapping: Any, target_layer: Any, word_overlap: Any
 ) -> None:
     """Layers out of order, any mapping of the package, a late target: the text is the same."""
     result = sweep(
-        mini, "Alexander the Great", layers=(5, 2), kinds=("mlp_out", "resid_post"), alphas=(1, 6),
+        llama, "Alexander the Great", layers=(5, 2), kinds=("mlp_out", "resid_post"), alphas=(1, 6),
         target_layer=target_layer, mapping=mapping, generate="all", max_new_tokens=5,
         unit="residual" if target_layer == 4 else "vector", scorer=word_overlap, progress=False,
     )  # fmt: skip
     row = result.table.iloc[6]
-    code = first_code(result, 6)
+    code = first_code(result, 6, result.plan)
     again = read_again(code)
     assert again["text"] == row["text"], code
     assert again["recovered"] == pytest.approx(row["recovered"], abs=1e-3, nan_ok=True)
@@ -163,11 +163,11 @@ def test_no_code_comes_out_of_a_file(model: LanguageModel, label: str) -> None:
 
 
 def test_the_code_says_what_a_provenance_cannot_hold(model: LanguageModel) -> None:
-    """Models that are not the bundled one may need their path; half precision is not exact."""
+    """Models that are not packaged ones may need their path; half precision is not exact."""
     result = sweep(
         model, PROMPT, layers=1, alphas=2, scorer=by_length, max_new_tokens=2, progress=False
     )
-    result.provenance["model"] |= {"name": "mini"}
+    result.provenance["model"] |= {"name": "smollm2"}
     assert "# load_model" not in first_code(result)
     result.provenance["model"] |= {"name": "my-llama", "dtype": "bfloat16"}
     code = first_code(result)
@@ -208,11 +208,11 @@ def test_the_code_of_a_local_model_runs_as_it_stands(
     assert "# load_model: pass the path" in saved
 
 
-def test_the_code_keeps_how_the_model_was_loaded(mini: LanguageModel) -> None:
+def test_the_code_keeps_how_the_model_was_loaded(llama: LanguageModel) -> None:
     """A file of a folder and the dtype are in it, an access token is not."""
-    origin: Any = mini.origin
+    origin: Any = llama.origin
     options = {**origin.keywords, "gguf_file": "a.gguf", "token": "secret"}
-    model = replace(mini, origin=type(origin)(origin.func, "some/name", **options))
+    model = replace(llama, origin=type(origin)(origin.func, "some/name", **options))
     settings: dict[str, Any] = {"layers": 3, "alphas": 1, "generate": "none"}
     plan = plan_sweep(model, PROMPT, **settings)
     result = sweep(model, PROMPT, progress=False, **settings)
@@ -220,5 +220,5 @@ def test_the_code_keeps_how_the_model_was_loaded(mini: LanguageModel) -> None:
     assert "load_model('some/name', backend='bridge'" in code
     assert "gguf_file='a.gguf'" in code
     assert "secret" not in code
-    memory = replace(plan, model=replace(mini, origin=None))
+    memory = replace(plan, model=replace(llama, origin=None))
     assert "built in memory" in first_code(result, plan=memory)

@@ -63,7 +63,7 @@ def test_the_map_has_a_panel_per_kind_in_the_order_of_the_sweep() -> None:
     assert figure.layout.yaxis.title.text == "source layer"
     assert figure.layout.yaxis2.title.text is None
     assert figure.layout.yaxis2.matches == "y"
-    assert figure.layout.title.text == "Red Hot Chili Peppers · mini · token <b>·token6</b>"
+    assert figure.layout.title.text == "Red Hot Chili Peppers · a-model · token <b>·token6</b>"
 
 
 @given(
@@ -252,7 +252,7 @@ def test_the_curve_has_a_line_per_layer_from_low_to_high_alpha() -> None:
     assert figure.layout.xaxis.title.text == "α"
     assert figure.layout.yaxis.title.text == "score"
     assert figure.layout.title.text == (
-        "Red Hot Chili Peppers · mini · resid_post of token <b>·token6</b>"
+        "Red Hot Chili Peppers · a-model · resid_post of token <b>·token6</b>"
     )
     assert figure.data[1].customdata[1].startswith("<b>resid_post 5 x 3</b>")
     assert figure.data[0].line.color != figure.data[1].line.color

@@ -269,14 +269,14 @@ def test_a_template_that_changes_a_text_is_refused(
         tokenize(chat_model(HAND, template), "Red Hot", chat=True, answer=answer)
 
 
-def test_a_model_without_a_template_is_refused(mini: LanguageModel) -> None:
+def test_a_model_without_a_template_is_refused(llama: LanguageModel) -> None:
     """The bundled model is no chat model, and says so before anything is run."""
     with pytest.raises(ValueError, match="^chat:"):
-        plan_sweep(mini, SOURCE, chat=True)
+        plan_sweep(llama, SOURCE, chat=True)
     with pytest.raises(ValueError, match="^chat:"):
-        PatchedGenerator(mini, chat=True)
+        PatchedGenerator(llama, chat=True)
     with pytest.raises(TypeError, match="^chat:"):
-        plan_sweep(mini, SOURCE, chat="yes")
+        plan_sweep(llama, SOURCE, chat="yes")
 
 
 def test_an_answer_needs_the_template() -> None:

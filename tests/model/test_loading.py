@@ -55,31 +55,31 @@ def lens_logits(model: LanguageModel) -> torch.Tensor:
         return model.tl(torch.tensor([[0, 100, 200, 300]]))
 
 
-def test_the_bundled_model_is_described_by_its_own_files(mini: LanguageModel) -> None:
+def test_the_bundled_model_is_described_by_its_own_files(llama: LanguageModel) -> None:
     """The sizes are those of the shipped config, and every kind of activation is there."""
     config = json.loads((MODEL_DIR / "config.json").read_text())
     generation = json.loads((MODEL_DIR / "generation_config.json").read_text())
     layers, width = config["num_hidden_layers"], config["hidden_size"]
-    assert mini.name == "mini"
-    assert (mini.n_layers, mini.d_model) == (layers, width)
-    assert mini.n_ctx == config["max_position_embeddings"]
-    assert mini.bos_token_id == config["bos_token_id"]
-    assert mini.eos_token_ids == (config["eos_token_id"],)
-    assert mini.max_new_tokens == generation["max_new_tokens"]
-    assert mini.kinds == KINDS
-    assert mini.dtype == torch.float32
-    assert mini.device == torch.device("cpu")
-    assert repr(mini) == f"LanguageModel('mini': {layers} layers x {width}, bridge, float32, cpu)"
+    assert llama.name == "mini"
+    assert (llama.n_layers, llama.d_model) == (layers, width)
+    assert llama.n_ctx == config["max_position_embeddings"]
+    assert llama.bos_token_id == config["bos_token_id"]
+    assert llama.eos_token_ids == (config["eos_token_id"],)
+    assert llama.max_new_tokens == generation["max_new_tokens"]
+    assert llama.kinds == KINDS
+    assert llama.dtype == torch.float32
+    assert llama.device == torch.device("cpu")
+    assert repr(llama) == f"LanguageModel('mini': {layers} layers x {width}, bridge, float32, cpu)"
 
 
 @pytest.mark.parametrize("as_type", [str, Path])
 def test_the_bundled_model_by_its_directory_is_the_same(
-    mini: LanguageModel, as_type: Callable[[Path], Any]
+    llama: LanguageModel, as_type: Callable[[Path], Any]
 ) -> None:
     """The name and the path of the bundled model lead to the same weights."""
     model = load_model(as_type(MODEL_DIR), backend="bridge", device="cpu")
     assert model.name == "mini"
-    assert model.fingerprint == mini.fingerprint
+    assert model.fingerprint == llama.fingerprint
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,13 +173,13 @@ def test_load_options_of_a_loaded_model_are_refused(
         load_model(*given[form], **options)
 
 
-def test_a_language_model_is_returned_as_it_is(mini: LanguageModel) -> None:
+def test_a_language_model_is_returned_as_it_is(llama: LanguageModel) -> None:
     """Without other arguments, which would have no effect."""
-    assert load_model(mini) is mini
+    assert load_model(llama) is llama
     with pytest.raises(ValueError, match="^prepend_bos:"):
-        load_model(mini, prepend_bos=False)
+        load_model(llama, prepend_bos=False)
     with pytest.raises(ValueError, match="^tokenizer:"):
-        load_model(mini, tiny_tokenizer())
+        load_model(llama, tiny_tokenizer())
 
 
 def make_lens(backend: str, saved: Path) -> Any:
@@ -348,16 +348,16 @@ def test_the_fingerprint_is_that_of_the_weights(parameter: str | None, tiny: Tin
         assert (changed == tiny("llama", backend).fingerprint) is (parameter is None)
 
 
-def test_provenance_is_plain_data_that_names_versions(mini: LanguageModel) -> None:
+def test_provenance_is_plain_data_that_names_versions(llama: LanguageModel) -> None:
     """What a reader needs to get the same model again survives JSON."""
-    provenance = mini.provenance()
+    provenance = llama.provenance()
     assert json.loads(json.dumps(provenance)) == provenance
     assert provenance["name"] == "mini"
     assert provenance["backend"] == "bridge"
     assert provenance["weight_processing"] == "none"
     assert provenance["device"] == "cpu"
     assert provenance["torch"] == torch.__version__
-    assert (provenance["n_layers"], provenance["d_model"]) == (mini.n_layers, mini.d_model)
+    assert (provenance["n_layers"], provenance["d_model"]) == (llama.n_layers, llama.d_model)
     assert {"transformer_lens", "transformers", "fingerprint", "revision"} <= set(provenance)
 
 

@@ -12,7 +12,7 @@ from superscopes_tl import SweepResult
 from superscopes_tl.experiment import Reading
 
 NAN = math.nan
-PROVENANCE = {"model": {"name": "mini"}, "prompt": "Red Hot Chili Peppers"}
+PROVENANCE = {"model": {"name": "a-model"}, "prompt": "Red Hot Chili Peppers"}
 
 
 def reading(
