@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,35 @@ from superscopes_tl import LanguageModel, SweepResult, read_vectors
 from superscopes_tl.cli.main import app
 from superscopes_tl.vectors import mlp_values
 
-FAST = [
-    "--model", "mini", "--backend", "bridge", "--device", "cpu", "--alphas", "1",
-    "--max-new-tokens", "8",
-]  # fmt: skip
+FAST = ["--backend", "bridge", "--device", "cpu", "--alphas", "1", "--max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
 def file(llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arrays: feed-forward values of the bundled model, and one vector."""
+    """Two arrays: feed-forward values of a model, and one vector."""
     path = tmp_path_factory.mktemp("vectors") / "mlp.safetensors"
     values = mlp_values(llama, 5)[:9]
     save_file({"values": values.contiguous(), "one": values[0].clone()}, path)
     return path
 
 
-def _run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, ["read-vector", *map(str, arguments)])
+@pytest.fixture
+def read_vector(llama_folder: Path) -> Callable[..., Any]:
+    """Run the command on the random Llama."""
+
+    def run(*arguments: Any) -> Any:
+        asked = ["read-vector", "--model", llama_folder, *FAST, *arguments]
+        return CliRunner().invoke(app, list(map(str, asked)))
+
+    return run
 
 
-def test_rows_of_a_file_are_read_and_saved(file: Path, llama: LanguageModel, tmp_path: Path) -> None:
+def test_rows_of_a_file_are_read_and_saved(
+    file: Path, llama: LanguageModel, tmp_path: Path, read_vector: Callable[..., Any]
+) -> None:
     """The run file holds what `read_vectors` returns, named after array and row."""
     out = tmp_path / "run.zip"
-    run = _run(file, "--name", "values", "--rows", "7,2", "--out", out, *FAST)
+    run = read_vector(file, "--name", "values", "--rows", "7,2", "--out", out)
     assert run.exit_code == 0, run.output
     table = SweepResult.load(out).table
     expected = read_vectors(
@@ -51,9 +58,11 @@ def test_rows_of_a_file_are_read_and_saved(file: Path, llama: LanguageModel, tmp
     assert "score" not in run.output
 
 
-def test_a_score_is_shown_where_there_is_a_reference(file: Path) -> None:
+def test_a_score_is_shown_where_there_is_a_reference(
+    file: Path, read_vector: Callable[..., Any]
+) -> None:
     """Without controls their column is not there; with a reference the score is."""
-    run = _run(file, "--name", "one", "--reference", "rock band", "--controls", "", *FAST)
+    run = read_vector(file, "--name", "one", "--reference", "rock band", "--controls", "")
     assert run.exit_code == 0, run.output
     assert "score" in run.output
     assert "random direction" not in run.output
@@ -70,16 +79,20 @@ def test_a_score_is_shown_where_there_is_a_reference(file: Path) -> None:
         (["--name", "one", "--out", "no/such/run.zip"], "--out"),
     ],
 )
-def test_bad_input_ends_with_2(file: Path, arguments: list[str], argument: str) -> None:
+def test_bad_input_ends_with_2(
+    file: Path, arguments: list[str], argument: str, read_vector: Callable[..., Any]
+) -> None:
     """The message says what was expected."""
-    run = _run(file, *FAST, *arguments)
+    run = read_vector(file, *arguments)
     assert run.exit_code == 2
     assert f"Error: {argument}: expected " in " ".join(run.output.split())
 
 
-def test_a_vector_of_another_model_ends_with_2(tmp_path: Path) -> None:
+def test_a_vector_of_another_model_ends_with_2(
+    tmp_path: Path, read_vector: Callable[..., Any]
+) -> None:
     """Its width does not fit."""
     save_file({"v": torch.ones(5, 7)}, tmp_path / "v.safetensors")
-    run = _run(tmp_path / "v.safetensors", *FAST)
+    run = read_vector(tmp_path / "v.safetensors")
     assert run.exit_code == 2
     assert "Error: vectors: expected " in " ".join(run.output.split())

@@ -270,7 +270,7 @@ def test_a_template_that_changes_a_text_is_refused(
 
 
 def test_a_model_without_a_template_is_refused(llama: LanguageModel) -> None:
-    """The bundled model is no chat model, and says so before anything is run."""
+    """A model that is no chat model says so before anything is run."""
     with pytest.raises(ValueError, match="^chat:"):
         plan_sweep(llama, SOURCE, chat=True)
     with pytest.raises(ValueError, match="^chat:"):

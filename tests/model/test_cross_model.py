@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from superscopes_tl import LanguageModel, TargetPrompt, capture, load_model, plan_sweep, sweep
 from superscopes_tl.engine import NEAR_TIE
-from superscopes_tl.mini.twin import random_rotation, rotated_llama
 from superscopes_tl.neighbours import PATCHED, next_tokens
 from superscopes_tl.vectors import Mapped, fit_affine
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
+from tests.support.rotated import random_rotation, rotated_llama
 from tests.support.same import assert_same_readings
 from tests.support.tiny_models import random_hf, tiny_hf, tiny_tokenizer
 

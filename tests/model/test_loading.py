@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from superscopes_tl import KINDS, LanguageModel, capture, load_model, plan_sweep
 from superscopes_tl.errors import ModelLoadError
-from superscopes_tl.mini import MODEL_DIR
 from tests.conftest import BACKENDS
-from tests.support.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import ARCHITECTURES, sharp_llama, tiny_hf, tiny_tokenizer
 
 needs_hooked = pytest.mark.skipif(
     "hooked" not in BACKENDS, reason="this TransformerLens has no HookedTransformer"
@@ -28,19 +27,10 @@ needs_hooked = pytest.mark.skipif(
 Tiny = Callable[[str, str], LanguageModel]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face directory with a tiny Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "saved-model"
-    tiny_hf("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def directory(saved: Path, tmp_path: Path) -> Path:
+def directory(llama_folder: Path, tmp_path: Path) -> Path:
     """A copy of that directory which a test may spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
+    return Path(shutil.copytree(llama_folder, tmp_path / "copy"))
 
 
 def hf_logits(hf: Any) -> torch.Tensor:
@@ -55,46 +45,42 @@ def lens_logits(model: LanguageModel) -> torch.Tensor:
         return model.tl(torch.tensor([[0, 100, 200, 300]]))
 
 
-def test_the_bundled_model_is_described_by_its_own_files(llama: LanguageModel) -> None:
-    """The sizes are those of the shipped config, and every kind of activation is there."""
-    config = json.loads((MODEL_DIR / "config.json").read_text())
-    generation = json.loads((MODEL_DIR / "generation_config.json").read_text())
+def test_a_model_is_described_by_its_own_files(llama_folder: Path, llama: LanguageModel) -> None:
+    """The sizes are those of the saved config, and every kind of activation is there."""
+    config = json.loads((llama_folder / "config.json").read_text())
     layers, width = config["num_hidden_layers"], config["hidden_size"]
-    assert llama.name == "mini"
+    assert llama.name == "tiny-llama"
     assert (llama.n_layers, llama.d_model) == (layers, width)
     assert llama.n_ctx == config["max_position_embeddings"]
     assert llama.bos_token_id == config["bos_token_id"]
     assert llama.eos_token_ids == (config["eos_token_id"],)
-    assert llama.max_new_tokens == generation["max_new_tokens"]
     assert llama.kinds == KINDS
     assert llama.dtype == torch.float32
     assert llama.device == torch.device("cpu")
-    assert repr(llama) == f"LanguageModel('mini': {layers} layers x {width}, bridge, float32, cpu)"
+    expected = f"LanguageModel('tiny-llama': {layers} layers x {width}, bridge, float32, cpu)"
+    assert repr(llama) == expected
 
 
-@pytest.mark.parametrize("as_type", [str, Path])
-def test_the_bundled_model_by_its_directory_is_the_same(
-    llama: LanguageModel, as_type: Callable[[Path], Any]
+def test_the_default_is_smollm2_and_has_to_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name and the path of the bundled model lead to the same weights."""
-    model = load_model(as_type(MODEL_DIR), backend="bridge", device="cpu")
-    assert model.name == "mini"
-    assert model.fingerprint == llama.fingerprint
+    """Where it is not, the error names the command that brings it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=r"^model: .*superscopes fetch smollm2"):
+        load_model()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_directory_is_loaded_with_its_own_weights_and_tokenizer(
-    saved: Path, backend: Any
+    llama_folder: Path, backend: Any
 ) -> None:
     """A saved model computes what it computed before it was saved."""
-    model = load_model(saved, backend=backend, device="cpu")
-    assert model.name == "saved-model"
+    model = load_model(llama_folder, backend=backend, device="cpu")
+    assert model.name == "tiny-llama"
     assert model.decoder.name == backend
     assert (model.n_layers, model.d_model, model.n_ctx) == (6, 32, 256)
     assert len(model.tokenizer) == len(tiny_tokenizer())
-    torch.testing.assert_close(
-        lens_logits(model), hf_logits(tiny_hf("llama")), atol=1e-3, rtol=1e-3
-    )
+    torch.testing.assert_close(lens_logits(model), hf_logits(sharp_llama()), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -182,15 +168,15 @@ def test_a_language_model_is_returned_as_it_is(llama: LanguageModel) -> None:
         load_model(llama, tiny_tokenizer())
 
 
-def make_lens(backend: str, saved: Path) -> Any:
+def make_lens(backend: str, llama_folder: Path) -> Any:
     """Return a TransformerLens object that the package has not seen."""
     if backend == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
         return TransformerBridge.boot_transformers(
-            str(saved),
+            str(llama_folder),
             hf_model=tiny_hf("llama"),
-            tokenizer=AutoTokenizer.from_pretrained(saved),
+            tokenizer=AutoTokenizer.from_pretrained(llama_folder),
             device="cpu",
         )
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -214,9 +200,9 @@ def make_lens(backend: str, saved: Path) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # these objects are the user's, made by TransformerLens
 @pytest.mark.parametrize("backend", ["bridge", pytest.param("hooked", marks=needs_hooked)])
-def test_a_transformer_lens_object_is_used_as_it_is(backend: str, saved: Path) -> None:
+def test_a_transformer_lens_object_is_used_as_it_is(backend: str, llama_folder: Path) -> None:
     """The object that was handed in computes, and nobody copies or converts it."""
-    lens = make_lens(backend, saved)
+    lens = make_lens(backend, llama_folder)
     model = load_model(lens, tiny_tokenizer())
     assert model.tl is lens
     assert model.decoder.name == backend
@@ -234,9 +220,9 @@ def test_a_transformer_lens_object_is_used_as_it_is(backend: str, saved: Path) -
 
 @needs_hooked
 @pytest.mark.parametrize("prepends", [True, False])
-def test_a_hooked_transformer_decides_about_the_bos(prepends: bool, saved: Path) -> None:
+def test_a_hooked_transformer_decides_about_the_bos(prepends: bool, llama_folder: Path) -> None:
     """A TransformerLens object's own setting holds unless the argument overrules it."""
-    lens = make_lens("hooked", saved)
+    lens = make_lens("hooked", llama_folder)
     with pytest.raises(ModelLoadError, match="^tokenizer:"):
         load_model(lens)
     lens.cfg.default_prepend_bos = prepends
@@ -274,16 +260,13 @@ def test_the_bos_policy_is_recorded(
 
 def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
     """A BOS token that the tokenizer has but does not use is not used here either."""
-    state = json.loads((MODEL_DIR / "tokenizer.json").read_text(encoding="utf-8"))
-    state["post_processor"] = None
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    plain = copy.deepcopy(tiny_tokenizer())
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
     )
-    assert load_model("mini", plain, backend="bridge", device="cpu").bos_token_id is None
-    assert (
-        load_model("mini", plain, backend="bridge", device="cpu", prepend_bos=True).bos_token_id
-        == 0
-    )
+    hf = tiny_hf("llama")
+    assert load_model(hf, plain, backend="bridge").bos_token_id is None
+    assert load_model(hf, plain, backend="bridge", prepend_bos=True).bos_token_id == 0
 
 
 @pytest.mark.parametrize(
@@ -315,9 +298,9 @@ def test_a_bos_that_the_tokenizer_does_not_have_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_the_dtype_is_obeyed_and_recorded(backend: Any, dtype: Any) -> None:
+def test_the_dtype_is_obeyed_and_recorded(backend: Any, dtype: Any, llama_folder: Path) -> None:
     """A half-precision model has half-precision weights and vectors, and its result says so."""
-    model = load_model("mini", backend=backend, dtype=dtype, device="cpu")
+    model = load_model(llama_folder, backend=backend, dtype=dtype, device="cpu")
     assert model.dtype == torch.bfloat16
     assert {p.dtype for p in model.tl.parameters()} == {torch.bfloat16}
     assert model.provenance()["dtype"] == "bfloat16"
@@ -325,10 +308,10 @@ def test_the_dtype_is_obeyed_and_recorded(backend: Any, dtype: Any) -> None:
     assert seen["resid_post", 5].dtype == torch.bfloat16
 
 
-def test_float32_is_the_default_whatever_the_file_holds(saved: Path, tmp_path: Path) -> None:
+def test_float32_is_the_default_whatever_the_file_holds(llama_folder: Path, tmp_path: Path) -> None:
     """Weights that are stored in half precision are still computed with in float32."""
     folder = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float16).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float16).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     model = load_model(folder, tiny_tokenizer(), backend="bridge", device="cpu")
     assert model.provenance()["dtype"] == "float32"
@@ -352,7 +335,7 @@ def test_provenance_is_plain_data_that_names_versions(llama: LanguageModel) -> N
     """What a reader needs to get the same model again survives JSON."""
     provenance = llama.provenance()
     assert json.loads(json.dumps(provenance)) == provenance
-    assert provenance["name"] == "mini"
+    assert provenance["name"] == "tiny-llama"
     assert provenance["backend"] == "bridge"
     assert provenance["weight_processing"] == "none"
     assert provenance["device"] == "cpu"
@@ -424,4 +407,4 @@ def test_a_model_in_training_mode_is_read_without_dropout() -> None:
 def test_a_device_beside_a_device_map_is_refused() -> None:
     """Two answers to one question are an error, not a silent choice."""
     with pytest.raises(ValueError, match="^device:"):
-        load_model("mini", device="cpu", device_map="auto")
+        load_model("smollm2", device="cpu", device_map="auto")

@@ -219,7 +219,7 @@ def test_byte_level_spans_slice_the_text_without_gaps(text: str) -> None:
 
 
 @given(text=st.text(min_size=1, max_size=40).filter(str.strip))
-def test_every_text_starts_with_the_bundled_bos_once(llama: LanguageModel, text: str) -> None:
+def test_every_text_starts_with_the_bos_once(llama: LanguageModel, text: str) -> None:
     """A tokenizer that adds a BOS itself still leads to one, whatever the text."""
     assert llama.tokenizer("Red")["input_ids"][0] == llama.bos_token_id
     tokens = check_invariants(llama, text)

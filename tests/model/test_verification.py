@@ -368,7 +368,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
 def test_options_of_older_releases_are_not_ignored(option: str, value: Any, word: str) -> None:
     """Each is answered with what has taken its place."""
     with pytest.raises(ValueError, match=word) as error:
-        load_model("mini", backend="bridge", **{option: value})
+        load_model("smollm2", backend="bridge", **{option: value})
     assert_refused(error, option)
 
 
