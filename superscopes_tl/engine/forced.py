@@ -6,6 +6,9 @@
 3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
    placeholder (`patch`); they are on the model during this one forward pass.
 4. The tokens of a known text are appended to the prompt, so the same pass scores all of them.
+5. Rows with the same text are equal below the layers at which they are patched. There one row
+   stands for all of them, and the batch grows on its way up (`growing_hooks`). Only the positions
+   that predict the text are unembedded, a few at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from superscopes_tl.engine.decoding import Batch, guide, guided_rows
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
-from superscopes_tl.engine.patch import Patch, patch_hooks
+from superscopes_tl.engine.patch import Patch, growing_hooks, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.model import Hook, LanguageModel, check_layers, hook_name
@@ -34,6 +37,10 @@ CHAT_NEW_TOKENS = 24
 """An answer in a conversation is a sentence: the paper's 10 tokens would cut it."""
 MOST_LOGITS = 2**26
 """How many logits a teacher-forced pass may hold at a time: 256 MB of them."""
+CHUNK_LOGITS = 2**25
+"""How many logits of a growing batch are computed at a time."""
+FEWEST_GROWING = 4
+"""The fewest patches with one text that are worth a pass of their own."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -138,10 +145,22 @@ class PatchedPrompt:
         pairs = list(zip(patches, texts, strict=True))
         keys = [(patch.key, tuple(text)) for patch, text in pairs]
         distinct = dict(zip(keys, pairs, strict=True))
-        longest = max([1, *map(len, texts)])
+        of_text: dict[tuple[int, ...], list[Any]] = {}
+        for key in distinct:
+            of_text.setdefault(key[1], []).append(key)
+        found: dict[Any, list[float]] = {}
+        rest = []
+        for text, several in of_text.items():
+            grown = [key for key in several if distinct[key][0].guidance == 1 and text]
+            if not self.model.decoder.grows or len(grown) < FEWEST_GROWING:
+                grown = []
+            rest += [key for key in several if key not in grown]
+            batches = self.in_batches(partial(self._score_growing, text), [distinct[k][0] for k in grown])
+            found |= zip(grown, chain(*batches), strict=True)
+        longest = max([1, *(len(key[1]) for key in rest)])
         rows = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
-        batches = self.in_batches(self._score_batch, list(distinct.values()), rows)
-        found = dict(zip(distinct, chain(*batches), strict=True))
+        batches = self.in_batches(self._score_batch, [distinct[key] for key in rest], rows)
+        found |= zip(rest, chain(*batches), strict=True)
         return [found[key] for key in keys]
 
     def check(self, patches: Sequence[Patch]) -> None:
@@ -239,8 +258,37 @@ class PatchedPrompt:
             with self.model.hooks(self.hooks(rows)):
                 logits = self.model.decoder.logits(tokens, cache, longest)
             logits = guide(logits, weights)
-            likely = logits.gather(2, ids[:, :, None])[..., 0] - logits.logsumexp(dim=-1)
+            # Several times as fast as the difference to `logsumexp`.
+            likely = logits.log_softmax(dim=-1).gather(2, ids[:, :, None])[..., 0]
         return [row[: len(text)] for row, text in zip(likely.tolist(), texts, strict=True)]
+
+    def _score_growing(self, text: Sequence[int], patches: Sequence[Patch]) -> list[list[float]]:
+        """Score one text after some patches, in a batch that grows from layer to layer."""
+        model, ids = self.model, torch.tensor([text], device=self.model.device)
+        places = [position - self.first for position in self.target.positions]
+        hooks, row_of = growing_hooks(model, patches, places)
+        last: list[Tensor] = []
+
+        def take(
+            activation: Float[Tensor, "batch pos d_model"], hook: Any
+        ) -> Float[Tensor, "1 pos d_model"]:
+            last.append(activation[:, -len(text) :])
+            return activation[:1]  # the model's own unembedding is not needed
+
+        hooks.append((hook_name("resid_post", model.n_layers - 1), take))
+        with model.lock, torch.no_grad():
+            with model.hooks(hooks):
+                tokens = torch.cat([self.tail(1), ids[:, :-1]], dim=1)
+                model.decoder.logits(tokens, self.cache(1, len(text)), 1)
+            states = last[0].flatten(0, 1)
+            wanted = ids.expand(len(last[0]), -1).flatten()
+            size = max(1, CHUNK_LOGITS // model.tl.cfg.d_vocab)
+            likely = [
+                model.decoder.unembed(part[None])[0].log_softmax(-1).gather(1, token[:, None])
+                for part, token in zip(states.split(size), wanted.split(size), strict=True)
+            ]
+        table = torch.cat(likely).view(-1, len(text)).tolist()
+        return [table[row] for row in row_of]
 
 
 def _default_new_tokens(model: LanguageModel, *, chat: bool) -> int:

@@ -5,15 +5,20 @@
 2. `patch_hooks` makes one hook per *distinct* layer of a batch: it writes each row's vector over
    the block output (`hook_resid_post`) at the placeholder's tokens, so that the rows of a batch
    may be patched at different layers, and one row at several.
-3. `write_hooks` is the one place where vectors are written; `runs` uses it for every kind.
-4. Vectors are cast to the model's dtype here, and refused where it cannot hold them.
+3. Below the first layer at which it is patched, a row of a prompt is like every other. With
+   `growing_hooks` the batch is one row there, and grows on its way up: the hook on a block output
+   returns a larger batch, with the rows that are patched at that layer.
+4. `write_hooks` is the one place where vectors are written; `runs` uses it for every kind.
+5. Vectors are cast to the model's dtype here, and refused where it cannot hold them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,6 +95,36 @@ def patch_hooks(
             keep=torch.tensor([patches[row].keep for row in rows])[:, None, None],
         )
     ]
+
+
+def growing_hooks(
+    model: LanguageModel, patches: Sequence[Patch], positions: Sequence[int]
+) -> tuple[list[tuple[str, Hook]], list[int]]:
+    """Return the hooks under which one unpatched row becomes a batch, and each patch's row in it.
+
+    Row 0 is the unpatched one, and that of every patch without a layer.
+
+    Raises:
+        ValueError: as `patch_hooks`.
+    """
+    layers = [[layer % model.n_layers for layer in patch.layers] for patch in patches]
+    order = sorted((n for n, own in enumerate(layers) if own), key=lambda n: min(layers[n]))
+    row_of = {number: row for row, number in enumerate(order, start=1)}
+    nothing = Patch(torch.zeros(model.d_model), None)
+    rows = [nothing, *(patches[number] for number in order)]
+    hooks = []
+    for layer, count in sorted(Counter(min(layers[number]) for number in order).items()):
+        hooks.append((hook_name("resid_post", layer), partial(_append_rows, count=count)))
+    return [*hooks, *patch_hooks(model, rows, positions)], [
+        row_of.get(number, 0) for number in range(len(patches))
+    ]
+
+
+def _append_rows(
+    activation: Float[Tensor, "batch pos d_model"], hook: Any, count: int
+) -> Float[Tensor, "grown pos d_model"]:
+    """Append copies of the unpatched row."""
+    return torch.cat([activation, activation[:1].expand(count, -1, -1)])
 
 
 def write_hooks(

@@ -34,10 +34,12 @@ class Decoder(Protocol):
     Attributes:
         name: "hooked" or "bridge".
         unembeds: whether final norm and W_U turn the last block's output into the logits.
+        grows: whether a hook on a block's output may return more rows than it is given.
     """
 
     name: str
     unembeds: bool
+    grows: bool
 
     def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         """Return the KV cache of `tokens`, of which there may be none."""
@@ -71,7 +73,7 @@ class HookedDecoder:
 
     def __init__(self, tl: Any) -> None:
         self._tl = tl
-        self.unembeds = True
+        self.unembeds, self.grows = True, False
 
     def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -200,7 +202,7 @@ class BridgeDecoder:
 
     def __init__(self, tl: Any) -> None:
         self._tl = tl
-        self.unembeds = True
+        self.unembeds, self.grows = True, False
         accepted = inspect.signature(type(tl.original_model).forward).parameters
         self._can_keep_few = "logits_to_keep" in accepted
 

@@ -161,7 +161,7 @@ _BY_PARTS: dict[Any, Callable[..., Any]] = {
 
 
 class RowBuffer:
-    """Keys and values of one layer, preallocated.
+    """Keys and values of one layer, allocated at the first step, for as many rows as it has.
 
     Args:
         shared: keys and values of the prefix.
@@ -171,11 +171,9 @@ class RowBuffer:
 
     def __init__(self, shared: tuple[Tensor, Tensor], batch: int, room: int) -> None:
         self.shared = shared
+        self._room = room
         self._added = 0
-        # Never read before it is written.
-        self._own = tuple(
-            part.new_empty((batch, part.shape[1], room, part.shape[3])) for part in shared
-        )
+        self._own = tuple(part[:, :, :0].expand(batch, -1, -1, -1) for part in shared)
 
     @property
     def length(self) -> int:
@@ -187,7 +185,10 @@ class RowBuffer:
     ) -> tuple[SharedPrefix, SharedPrefix]:
         """Append the keys and values of a step, and return all keys and all values."""
         end = self._added + keys.shape[2]
-        assert end <= self._own[0].shape[2], "more tokens than preallocated"
+        assert end <= self._room, "more tokens than there is room for"
+        if not self._added:  # never read before it is written; the batch may have grown since
+            size = (keys.shape[0], keys.shape[1], self._room, keys.shape[3])
+            self._own = tuple(part.new_empty(size) for part in self.shared)
         for buffer, new in zip(self._own, (keys, values), strict=True):
             buffer[:, :, self._added : end] = new
         self._added = end

@@ -13,6 +13,8 @@ vector, or lose the KV cache, without an error. Two such defects of the bridge a
 4. The recorded activations must add up: `resid_mid = resid_pre + attn_out` and
    `resid_post = resid_mid + mlp_out`. A kind that does not is not offered; `Verified.absent` says
    why. If the last block's output does not unembed to the logits, the model offers no unembedding.
+5. A hook on the first block's output appends a row. Where the model takes that, and computes for
+   both rows what it does for one, a batch may grow on its way up (`Decoder.grows`).
 
 The distance between logits is the root mean square of their difference over the vocabulary,
 relative to that of the logits themselves, both centred per position (a common shift changes no
@@ -131,6 +133,7 @@ def verify(tl: Any, given: Probe) -> Verified:
         kinds, absent = _offered(found, tl.cfg.n_layers, dtype)
         last = found["resid_post", tl.cfg.n_layers - 1]
         decoder.unembeds = _unembeds(decoder, last, full[:, -_RECORDED:], allowed)
+        decoder.grows = decoder.unembeds and _grows(tl, decoder, given.tokens)
     return Verified(decoder, kinds, absent)
 
 
@@ -141,6 +144,27 @@ def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) 
     except Exception:  # noqa: BLE001  # a module that the wrapper lacks
         return False
     return got.shape == expected.shape and distance(expected, got) <= allowed
+
+
+def _grows(tl: Any, decoder: Decoder, tokens: Tensor) -> bool:
+    """Whether a row that is appended after the first block passes the others like its original."""
+    start, rest = _prefix(tokens.shape[1]), tokens[:1, _prefix(tokens.shape[1]) :]
+
+    def append(value: Tensor, hook: object) -> Tensor:
+        return torch.cat([value, value])
+
+    point, level = tl.hook_dict[hook_name("resid_post", 0)], tl.context_level + 1
+    prefix = decoder.prefill(tokens[:1, :start])
+    alone = decoder.step(rest, decoder.expand(prefix, 1, rest.shape[1])).cpu()
+    try:
+        point.add_hook(append, level=level)
+        both = decoder.step(rest, decoder.expand(prefix, 1, rest.shape[1])).cpu()
+    except Exception:  # noqa: BLE001  # whatever the library raises
+        return False
+    finally:
+        point.remove_hooks(level=level)
+    allowed = tolerance(next(iter(tl.parameters())).dtype, cached=True)
+    return len(both) == 2 and distance(alone.expand_as(both), both) <= allowed
 
 
 @contextlib.contextmanager
