@@ -2,6 +2,7 @@
 
 from superscopes_tl.engine.activations import Activations, capture, site_vectors
 from superscopes_tl.engine.decoding import Generation
+from superscopes_tl.engine.forced import Precision
 from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator
 from superscopes_tl.engine.memory import bytes_per_row, free_bytes
 from superscopes_tl.engine.named import generate_named, name_fits, named_log_probabilities
@@ -33,6 +34,7 @@ __all__ = [
     "Generation",
     "Patch",
     "PatchedGenerator",
+    "Precision",
     "Row",
     "Run",
     "TargetPrompt",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from superscopes_tl.engine.decoding import LIVE_SHARE, Generation, decode
-from superscopes_tl.engine.forced import PatchedPrompt
+from superscopes_tl.engine.forced import PatchedPrompt, Precision
 from superscopes_tl.engine.patch import Patch
 from superscopes_tl.engine.target_prompt import DESCRIPTION_PROMPT, TargetPrompt
 from superscopes_tl.model import LanguageModel
@@ -39,6 +39,7 @@ class PatchedGenerator(PatchedPrompt):
         max_new_tokens: as in `PatchedPrompt`.
         batch_size: as in `PatchedPrompt`.
         chat: as in `PatchedPrompt`.
+        precision: as in `PatchedPrompt`; texts are generated in the model's own dtype.
         until: whether a text so far is finished, and then ends there; it must stay true as the
             text grows. Without it, texts end with an end-of-text token or at the longest length.
         live_share: a batch is compacted when fewer of its rows than this are still generating; 0
@@ -53,12 +54,14 @@ class PatchedGenerator(PatchedPrompt):
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
         chat: bool = False,
+        precision: Precision = "highest",
         until: Callable[[str], bool] | None = None,
         live_share: float = LIVE_SHARE,
     ) -> None:
         super().__init__(
-            model, target_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat
-        )
+            model, target_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat,
+            precision=precision,
+        )  # fmt: skip
         self.until, self.live_share = until, live_share
 
     def generate(self, patches: Sequence[Patch]) -> list[Generation]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypeAlias, get_args
 
-from superscopes_tl.engine import PAPER_ALPHAS, TargetPrompt, default_target_prompt
+from superscopes_tl.engine import PAPER_ALPHAS, Precision, TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_type, bad_value, check_callable, check_choice, check_count
 from superscopes_tl.model import (
     PAPER_KINDS,
@@ -93,6 +93,10 @@ class SweepConfig:
             model's own (`PatchedPrompt`).
         generate: which cells to generate: "all"; "best", of each site and target layer the α that
             recovers most; or "none", which gives `recovered` alone, in the time of a few texts.
+        precision: "high" computes `recovered` with matrix products in bfloat16, which takes about
+            0.6 of the time on a CPU; against the "highest" (float32) the shares of SmolLM2-135M
+            and Gemma-3-270M differ by 0.004 (median) and 0.03 (99th percentile). Texts are always
+            generated in the model's own dtype.
         batch_size: rows per batch; defaults to what fits into memory.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_on: score the cropped "description", or as the paper did the whole "text". Texts end
@@ -121,6 +125,7 @@ class SweepConfig:
     others: int = 3
     max_new_tokens: int | None = None
     generate: Generate = "all"
+    precision: Precision = "highest"
     batch_size: int | None = None
     scorer: Scorer | str | None = None
     score_on: ScoreOn = "description"
@@ -189,7 +194,13 @@ class SweepConfig:
                 check_text(text, "reference")
 
 
-_CHOICES = {"score_on": ScoreOn, "unit": Unit, "guide": Guide, "generate": Generate}
+_CHOICES = {
+    "score_on": ScoreOn,
+    "unit": Unit,
+    "guide": Guide,
+    "generate": Generate,
+    "precision": Precision,
+}
 _CALLABLES = {
     "mapping": "a callable from α to a mapping function",
     "vectors": "a callable from a plan and its places to vectors",

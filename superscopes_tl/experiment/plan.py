@@ -299,7 +299,7 @@ class SweepPlan:
 
 _NAMED = ("mapping", "vectors", "base", "write")
 _PLAIN = ("unit", "guide", "chat", "source_template", "about", "generate", "draw", "others",
-          "score_on")  # fmt: skip
+          "precision", "score_on")  # fmt: skip
 """Settings that a provenance records by their names, and as they are."""
 
 
@@ -354,6 +354,7 @@ def plan_sweep(
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             chat=config.chat,
+            precision=config.precision,
             until=description_is_over if config.score_on == "description" else None,
         ),
         config=replace(config, target_layer=into if into == "same" else numbers, scorer=scorer),

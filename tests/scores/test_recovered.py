@@ -66,6 +66,40 @@ def test_known_texts_are_as_likely_as_in_one_whole_pass(
         assert sum(found[3]) == pytest.approx(plain_hf.log_probability(hf, ids, [8]), abs=1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_growing_batch_scores_a_text_like_one_pass_per_patch(
+    architecture: str, backend: str, tiny: Tiny
+) -> None:
+    """Patches at several layers, at one layer several times, at two layers at once, and at none."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    torch.manual_seed(2)
+    text, layers = [7, 40, 5, 6], [5, 2, (2, 4), 5, 0, -1, None]
+    for target in (TARGET, SEVERAL):
+        generator = PatchedGenerator(model, target)
+        ids, positions = list(generator.target.tokens.ids), generator.target.positions
+        patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in layers]
+        found = generator.log_probabilities(patches, [text] * len(patches))
+        alone = [generator.log_probabilities([patch], [text])[0] for patch in patches]
+        for number, patch in enumerate(patches):
+            assert found[number] == pytest.approx(alone[number], abs=1e-3)
+            if isinstance(patch.target_layer, int):
+                place = (positions, patch.vector, patch.target_layer % model.n_layers)
+                expected = plain_hf.log_probability(hf, ids, text, place)
+                assert sum(found[number]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_high_precision_differs_little_and_leaves_texts_alone(smollm2: LanguageModel) -> None:
+    """Shares differ as stated, and generated texts not at all."""
+    settings: dict[str, Any] = {**FAST, "layers": (12, 3), "kinds": "resid_post"}
+    exact, fast = (
+        sweep(smollm2, SOURCE, precision=p, **settings).table for p in ("highest", "high")
+    )
+    off = (exact["recovered"] - fast["recovered"]).abs()
+    assert 0 < off.max() < 0.05
+    assert exact["text"].equals(fast["text"])
+
+
 @given(
     layer=st.integers(0, 5),
     texts=st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=6), min_size=1, max_size=5),
