@@ -6,13 +6,22 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from superscopes_tl import LanguageModel, Site, capture, load_model, sweep
+from superscopes_tl import (
+    DESCRIPTION_PROMPT,
+    LanguageModel,
+    Site,
+    TargetPrompt,
+    capture,
+    load_model,
+    sweep,
+)
 from superscopes_tl.engine import Run
 from superscopes_tl.model import tokenize
 from superscopes_tl.neighbours import (
@@ -25,6 +34,7 @@ from superscopes_tl.neighbours import (
     causal_effects,
     causal_trace,
 )
+from superscopes_tl.scores import Contains
 from superscopes_tl.vectors import Head, MeanActivation, RandomDirection
 from tests.conftest import BACKENDS
 from tests.support.plain_hf import blocks_of, mlp_branch, tensor_of
@@ -326,19 +336,21 @@ def test_sites_cost_a_batch_not_a_loop(
     assert [n for n in rows if n > 1] == [2 * len(whole)] * 2  # one step per followed token
 
 
-def test_a_text_can_be_the_continuation(mini: LanguageModel) -> None:
+def test_a_text_can_be_the_continuation(llama: LanguageModel) -> None:
     """The model's own greedy tokens given as a text are the same question."""
     asked: dict[str, Any] = {"kinds": "resid_post", "layers": (5, 2)}
-    own = causal_effects(mini, PROMPT, continuation=6, **asked)
+    prompt = DESCRIPTION_PROMPT.filled("Titanic")
+    own = causal_effects(llama, prompt, continuation=6, **asked)
     text = own["continuation"][0]
-    assert text.startswith(":")
-    same = causal_effects(mini, PROMPT, continuation=text, **asked)
+    assert text.isascii()
+    assert len(tokenize(llama, prompt + text)) == len(tokenize(llama, prompt)) + 6
+    same = causal_effects(llama, prompt, continuation=text, **asked)
     pd.testing.assert_frame_equal(own, same, atol=ROUNDING, rtol=ROUNDING)
 
 
-def test_a_bfloat16_model_is_patched_too() -> None:
+def test_a_bfloat16_model_is_patched_too(llama_folder: Path) -> None:
     """Effects are computed in float32 from the model's own logits."""
-    model = load_model("mini", backend="bridge", device="cpu", dtype="bfloat16")
+    model = load_model(llama_folder, backend="bridge", device="cpu", dtype="bfloat16")
     table = causal_effects(model, PROMPT, kinds=model.kinds, layers=(5, 2))
     assert table["kl"].between(0, 50).all()
     same = causal_effects(model, PROMPT, layers=(5, 2), replacement=Amplified(1))
@@ -413,13 +425,13 @@ def test_a_corruption_that_does_not_fit_is_refused(
         causal_trace(tiny("llama", "bridge"), PROMPT, corruption=corruption())
 
 
-def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: Any) -> None:
+def test_effects_stand_beside_the_readings(llama: LanguageModel, word_overlap: Any) -> None:
     """Every best reading gets the effect of its own site; unknown sites have none."""
     result = sweep(
-        mini, PROMPT, layers=(5, 2), alphas=(1, 3), max_new_tokens=3, scorer=word_overlap,
+        llama, PROMPT, layers=(5, 2), alphas=(1, 3), max_new_tokens=3, scorer=word_overlap,
         progress=False,
     )  # fmt: skip
-    effects = causal_effects(mini, PROMPT, kinds=("mlp_out", "resid_post"), layers=(5, 2))
+    effects = causal_effects(llama, PROMPT, kinds=("mlp_out", "resid_post"), layers=(5, 2))
     both = beside(result.best(), effects)
     assert both["description"].tolist() == result.best()["description"].tolist()
     assert both["token"].tolist() == result.best()["token"].tolist()
@@ -434,23 +446,24 @@ def test_effects_stand_beside_the_readings(mini: LanguageModel, word_overlap: An
         beside(result.best(), effects.drop(columns="kind"))
 
 
-def test_the_mini_model_uses_the_vector_that_reads_right(mini: LanguageModel) -> None:
-    """The MLP output of layer 4 restores the description that is read there at α = 3.
+def test_smollm2_uses_the_vector_that_reads_right(smollm2: LanguageModel) -> None:
+    """Where a country's block output is read as its capital, it restores that answer.
 
-    That of layer 1, which has another reading, and a random direction hardly do.
+    Twelve layers later it is read as nothing and restores nothing; a random direction of equal
+    norm does not restore it either.
     """
-    name, answer = "Saturday Night Live", " American sketch comedy show"
-    prompt = f"Syria: Country in the Middle East, {name}:"
-    asked: dict[str, Any] = {"positions": name, "kinds": "mlp_out", "layers": (4, 1)}
-    used = causal_trace(mini, prompt, corruption=Noise(name), continuation=answer, **asked)
+    name, answer = "France", " Paris"
+    prompt = "The capital of France is the city of"
+    asked: dict[str, Any] = {"positions": name, "kinds": "resid_post", "layers": (24, 12)}
+    used = causal_trace(
+        smollm2, prompt, corruption=Noise(name, draws=3), continuation=answer, **asked
+    )
     said = sweep(
-        mini, prompt, alphas=3, scorer=lambda references, candidates: [1.0] * len(candidates),
-        target_layer=0, progress=False, **asked,
+        smollm2, prompt, alphas=1, scorer=Contains("Paris"), max_new_tokens=2, progress=False,
+        target_prompt=TargetPrompt("The capital of x is the city of"), **asked,
     )  # fmt: skip
     both = beside(said.best(), used).set_index("source_layer")
-    right = both["description"].str.startswith(answer.strip())
-    assert right[4]
-    assert not right[1]
-    assert both["restored"][4] > 0.7
-    assert both["restored"][1] < 0.3
-    assert both["control_effect"][4] < 0.2 * both["effect"][4]
+    assert both["score"].to_dict() == {12: 1.0, 24: 0.0}
+    assert both["restored"][12] > 0.9
+    assert both["restored"][24] < 0.2
+    assert both["control_effect"][12] < 0.4 * both["effect"][12]

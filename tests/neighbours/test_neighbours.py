@@ -16,25 +16,26 @@ from superscopes_tl.cli.main import app
 from superscopes_tl.neighbours import NEIGHBOURS, causal_effects, side_by_side
 from superscopes_tl.neighbours.methods import OWN_TOKENS
 from superscopes_tl.vectors import Add, fit_affine
+from tests.support.scorers import letters
 
 PROMPT = "Red Hot Chili Peppers"
 Tiny = Callable[[str, str], LanguageModel]
 
 
 @pytest.fixture(scope="module")
-def table(mini: LanguageModel) -> pd.DataFrame:
-    """All methods at one site of the bundled model."""
-    return side_by_side(mini, PROMPT, layer=5, progress=False)
+def table(llama: LanguageModel) -> pd.DataFrame:
+    """All methods at one site."""
+    return side_by_side(llama, PROMPT, layer=5, scorer=letters, max_new_tokens=5, progress=False)
 
 
 @pytest.mark.parametrize("method", ["Patchscopes", "SelfIE, five placeholders", "SelfIE, added"])
 def test_a_method_is_the_sweep_with_its_settings(
-    method: str, mini: LanguageModel, table: pd.DataFrame
+    method: str, llama: LanguageModel, table: pd.DataFrame
 ) -> None:
     """A row is the best reading of a sweep of its own, and its control the best of as many."""
     alone = sweep(
-        mini, PROMPT, layers=5, kinds="mlp_out", controls="random_direction", progress=False,
-        **NEIGHBOURS[method],
+        llama, PROMPT, layers=5, kinds="mlp_out", controls="random_direction", scorer=letters,
+        max_new_tokens=5, progress=False, **NEIGHBOURS[method],
     )  # fmt: skip
     best = alone.best().iloc[0]
     row = table[table["method"] == method].iloc[0]
@@ -44,7 +45,7 @@ def test_a_method_is_the_sweep_with_its_settings(
     assert row["tries"] == len(alone)
 
 
-def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFrame) -> None:
+def test_every_method_has_a_row_in_order(llama: LanguageModel, table: pd.DataFrame) -> None:
     """First the methods, then lenses with likely tokens instead of a score, then the ablation."""
     assert table["method"].tolist() == [
         *NEIGHBOURS, "logit lens", "logit lens, random direction", "ablated in its own run"
@@ -52,7 +53,7 @@ def test_every_method_has_a_row_in_order(mini: LanguageModel, table: pd.DataFram
     lens = table[table["method"] == "logit lens"].iloc[0]
     assert lens[["alpha", "target_layer", "score", "control", "tries"]].isna().all()
     effects = causal_effects(
-        mini, PROMPT, kinds="mlp_out", layers=5, continuation=OWN_TOKENS
+        llama, PROMPT, kinds="mlp_out", layers=5, continuation=OWN_TOKENS
     ).iloc[0]  # fmt: skip
     assert f"{effects['effect']:+.2g} nats per token" in table["description"].iloc[-1]
     assert f"{effects['control_effect']:+.2g} with a random change" in table["description"].iloc[-1]
@@ -103,39 +104,39 @@ def test_a_target_prompt_is_read_once_for_all_its_methods(
     assert found["tries"].tolist()[:6] == [1, 6, 6, 6, 1, 6]
 
 
-def test_an_affine_map_is_one_more_method(mini: LanguageModel) -> None:
+def test_an_affine_map_is_one_more_method(llama: LanguageModel) -> None:
     """Maps fitted from the site's layer are read as a method of their own."""
-    maps = fit_affine(mini, ["Red Hot Chili Peppers", "Back to the Future"], [(5, 2)])
+    maps = fit_affine(llama, ["Red Hot Chili Peppers", "Back to the Future"], [(5, 2)])
     found = side_by_side(
-        mini, PROMPT, layer=5, kind="resid_post", maps=maps,
-        methods={"Patchscopes": {"alphas": 1}}, progress=False,
+        llama, PROMPT, layer=5, kind="resid_post", maps=maps,
+        methods={"Patchscopes": {"alphas": 1}}, scorer=letters, max_new_tokens=3, progress=False,
     )  # fmt: skip
     assert found["method"].tolist()[:2] == ["Patchscopes", "affine map"]
     assert found["target_layer"].tolist()[:2] == [5, 2]
 
 
-def test_settings_of_the_site_are_refused(mini: LanguageModel) -> None:
+def test_settings_of_the_site_are_refused(llama: LanguageModel) -> None:
     """Methods cannot change the site or the control."""
     with pytest.raises(ValueError, match="settings: "):
-        side_by_side(mini, PROMPT, layer=5, layers=[5, 2])
+        side_by_side(llama, PROMPT, layer=5, layers=[5, 2])
     with pytest.raises(ValueError, match="mine: "):
-        side_by_side(mini, PROMPT, layer=5, methods={"mine": {"controls": ()}})
+        side_by_side(llama, PROMPT, layer=5, methods={"mine": {"controls": ()}})
     with pytest.raises(ValueError, match="methods: "):
-        side_by_side(mini, PROMPT, layer=5, methods={})
+        side_by_side(llama, PROMPT, layer=5, methods={})
     several: Any = (5, 2)
     with pytest.raises(TypeError, match="layer: "):
-        side_by_side(mini, PROMPT, layer=several)
+        side_by_side(llama, PROMPT, layer=several)
 
 
 def test_the_command_prints_the_table_and_writes_the_page(
-    tmp_path: Path, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama_folder: Path, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`superscopes side-by-side` shows every method; a bad kind is refused by name."""
-    page = tmp_path / "site.html"
+    page, folder = tmp_path / "site.html", str(llama_folder)
     with monkeypatch.context() as patched:
         made = create_autospec(side_by_side, return_value=table)
         patched.setattr("superscopes_tl.cli.neighbours.read_side_by_side", made)
-        asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--token", "Pearl", "--model", "mini"]
+        asked = ["side-by-side", "Pearl Jam", "--layer", "5", "--token", "Pearl", "--model", folder]
         run = CliRunner().invoke(app, [*asked, "--html", str(page)])
     assert run.exit_code == 0, run.output
     assert made.call_args.args[1:] == ("Pearl Jam",)
