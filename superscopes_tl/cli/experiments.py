@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import pandas as pd
 import typer
@@ -32,23 +32,39 @@ from superscopes_tl.cli.options import (
 from superscopes_tl.engine import PAPER_PROMPTS
 from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.evaluation import (
+    ALL_NAMES,
     HIDDEN_STATES,
     MLP_OUTPUTS,
+    SECOND_LIST,
     kept_readability,
+    layer_ranges,
     local_workers,
     methods,
 )
 from superscopes_tl.evaluation import evaluate as run_evaluate
 from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
 from superscopes_tl.experiment import sweep as run_sweep
-from superscopes_tl.figures import earlier_table, figure_3, heatmap, layer_grid, write_html
+from superscopes_tl.figures import (
+    earlier_table,
+    figure_3,
+    heatmap,
+    layer_grid,
+    share_curves,
+    write_html,
+)
 from superscopes_tl.files import written_whole
-from superscopes_tl.model import DEFAULT_MODEL
+from superscopes_tl.model import DEFAULT_MODEL, LanguageModel
 from superscopes_tl.scores import PAPER_THRESHOLD
-from superscopes_tl.statistics import FEWEST_PROMPTS, compare, reveals_earlier
+from superscopes_tl.statistics import FEWEST_PROMPTS, compare, layer_shares, reveals_earlier
 from superscopes_tl.statistics import replay as run_replay
+from superscopes_tl.vectors import PAPER_MAPPING
 
 SECTIONS = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}
+LISTS = {"paper": PAPER_PROMPTS, "names": SECOND_LIST, "all-names": ALL_NAMES}
+CHECKED = ("target_prompt", "chat", "target_layer", "source_template")
+"""The settings that `check` chooses."""
+
+Auto: TypeAlias = Annotated[bool, typer.Option("--auto", help="Use what `check` finds best.")]
 
 
 def sweep(
@@ -57,7 +73,7 @@ def sweep(
     model: Model = DEFAULT_MODEL,
     cells: Cells,
     loading: Loading,
-    auto: Annotated[bool, typer.Option("--auto", help="Use what `check` finds best.")] = False,
+    auto: Auto = False,
     about: Annotated[str, typer.Option(help="Scored against; default: the source prompt.")] = "",
     reference: Annotated[str, typer.Option(help="A fact, in place of the model's own words.")] = "",
     controls: Controls = "",
@@ -74,14 +90,10 @@ def sweep(
         "controls": parse_names(controls),
     }
     SweepConfig.of(None, settings)  # before the model is loaded
-    chosen = ("target_prompt", "answer", "chat", "target_layer", "source_template")
-    if auto and any(getattr(cells, name) != getattr(Cells, name) for name in chosen):
-        raise bad_value("--auto", f"none of {', '.join(chosen)} with it", "both", "leave one out")
+    _check_auto(cells, auto=auto)
     loaded = loading.load(model)
     if auto:
-        check = kept_readability(loaded)
-        say(check.verdict)
-        settings |= {name: getattr(check.config, name) for name in chosen if name != "answer"}
+        settings |= _checked(loaded)
     try:
         result = run_sweep(loaded, prompt, **settings)
     except (SweepInterrupted, SweepError) as stopped:
@@ -105,12 +117,15 @@ def evaluate(
     *,
     model: Model = DEFAULT_MODEL,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="A text file, one source prompt per line. Defaults to the paper's 48."),
-    ] = None,
+        str,
+        typer.Option(
+            help="The 'paper' 48, 60 'names' of 20 kinds, 'all-names' (120), or a file of lines."
+        ),
+    ] = "paper",
     section: Annotated[str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states).")] = "4.1",
     cells: Cells,
     loading: Loading,
+    auto: Auto = False,
     draws: Annotated[
         int | None,
         typer.Option(help="Sampled readings at α = 1. Defaults to the budget of all other α."),
@@ -126,15 +141,21 @@ def evaluate(
     check_folders(out=out, html=html)
     config = SECTIONS[check_choice("--section", section, SECTIONS)]
     settings = {**cells.settings(), "controls": parse_names(controls)}
+    several = LISTS[prompts] if prompts in LISTS else read_lines(Path(prompts), "--prompts")
+    _check_auto(cells, auto=auto)
+    loaded: Any = partial(loading.load, model)
+    if auto:
+        settings |= _checked(checked := loaded())
+        loaded = checked if workers is None else loaded
     into = settings["target_layer"]
-    if into != "same":
+    if isinstance(into, list):
         if len(into) != 1:
             expected = "'same' or one layer"
             raise bad_value("--target-layer", expected, cells.target_layer, "run twice")
         into = settings["target_layer"] = into[0]
     found = run_evaluate(
-        partial(loading.load, model),
-        PAPER_PROMPTS if prompts is None else read_lines(prompts, "--prompts"),
+        loaded,
+        several,
         out,
         config,
         draws=draws,
@@ -169,6 +190,20 @@ def replay(
     if html:
         title = f"Recorded generations: {baseline.stem}, {amplified.stem}"
         say(f"Figure 3: {write_html(figure_3(comparison, title=title), html, title=title)}")
+
+
+def _check_auto(cells: Cells, *, auto: bool) -> None:
+    """Raise if `--auto` stands beside a setting that it chooses."""
+    if auto and any(getattr(cells, name) != getattr(Cells, name) for name in (*CHECKED, "answer")):
+        expected = f"none of {', '.join((*CHECKED, 'answer'))} with it"
+        raise bad_value("--auto", expected, "both", "leave one out")
+
+
+def _checked(model: LanguageModel) -> dict[str, Any]:
+    """Print the verdict of `check` on a model, and return the settings that it found."""
+    check = kept_readability(model)
+    say(check.verdict)
+    return {name: getattr(check.config, name) for name in CHECKED}
 
 
 def _several(result: Any) -> bool:
@@ -234,8 +269,7 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
         cells = evaluation.table[evaluation.table["kind"] == kind]
         cells = cells[(cells["draw"] == 0) & cells["recovered"].notna()]
         if len(cells):
-            title = f"{kind} of {model}: mean share of own words recovered"
-            OUTPUT.print(share_table(cells, title))
+            figures += _print_shares(cells, target, f"{kind} of {model}")
         if not evaluation.table["written"].all():
             continue  # counts over selected cells would be biased
         parts = methods(evaluation, kind=kind, target_layer=target)
@@ -253,6 +287,68 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
         if kind == "resid_post":
             figures += _print_early(pd.concat([parts["Patchscopes"], parts["Superscopes"]]))
     return figures
+
+
+def _print_shares(cells: pd.DataFrame, target: Any, what: str) -> list[Any]:
+    """Print what each layer recovers, per mapping, and what holds; return the figures."""
+    plain = (cells["mapping"] == PAPER_MAPPING) & (cells["alpha"] == 1)
+    if "other_prompt_recovered" not in cells or not plain.any():
+        OUTPUT.print(share_table(cells, f"{what}: mean share of own words recovered"))
+        say("--controls other_prompt and α = 1 in --alphas tell what is specific, and what is won.")
+        return []
+    figures = []
+    for mapping in dict.fromkeys(cells["mapping"]):
+        shares = layer_shares(cells, mapping=mapping, target_layer=target)
+        title = what if mapping == PAPER_MAPPING else f"{what}, {mapping}"
+        OUTPUT.print(_layer_table(shares, title))
+        say(f"{title}: {_what_holds(shares)}")
+        figures.append(share_curves(shares, title=title))
+    return figures
+
+
+def _layer_table(shares: pd.DataFrame, title: str) -> Table:
+    """Return the means and tests of `layer_shares`."""
+    measures = {
+        "α = 1": "plain", "amplified": "amplified", "others": "other_prompt",
+        "random": "random_direction", "above others": "above_others", "gain": "gain",
+        "nats": "gain_nats",
+    }  # fmt: skip
+    rows = [
+        [
+            row["source_layer"], row["prompts"], f"{row['alpha']:g}",
+            *(_share_with_interval(row, name) for name in measures.values()),
+            f"{row['p']:.2g}", f"{row['q']:.2g}",
+        ]
+        for row in shares.to_dict("records")
+    ]  # fmt: skip
+    headers = ("layer", "prompts", "α", *measures, "p", "q")
+    caption = (
+        "Mean share of own words recovered [95 % interval over prompts]; α chosen on other prompts;"
+        " gain: amplified minus α = 1, each above other prompts' vectors; q: over layers."
+    )
+    return table_of(title, headers, rows, caption)
+
+
+def _what_holds(shares: pd.DataFrame) -> str:
+    """Return in a sentence where amplification beats α = 1, and where it does not."""
+    among, sure = shares["source_layer"], shares[shares["holds"]]
+    claim = "than α = 1, above other prompts' vectors"
+    if sure.empty:
+        smallest = "" if shares["q"].isna().all() else f" (smallest q: {shares['q'].min():.2g})"
+        return f"at none of {len(shares)} layers does amplification recover more {claim}{smallest}."
+    top = sure.nlargest(1, "gain").to_dict("records")[0]
+    left = len(shares) - len(sure)
+    rest = f"; at the other {left} it is not shown to" if left else ""
+    gain = f"{_share_with_interval(top, 'gain')}, {top['gain_nats']:.1f} nats"
+    return (
+        f"amplification recovers more {claim}, at {layer_ranges(sure['source_layer'], among=among)}"
+        f" (q ≤ 0.05){rest}; most at layer {top['source_layer']}: a gain of {gain}, "
+        f"at α = {top['alpha']:g}."
+    )
+
+
+def _share_with_interval(row: dict[Any, Any], name: str) -> str:
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 
 def share_table(table: pd.DataFrame, title: str) -> Table:

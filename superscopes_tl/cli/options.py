@@ -118,6 +118,10 @@ class Cells(Sampling):
     source_template: Annotated[str, typer.Option(help="Such as 'Tell me about {}'.")] = "{}"
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
     answer: Annotated[str, typer.Option(help="With --chat: the answer begins so, 'It is'.")] = ""
+    unit: Annotated[
+        str, typer.Option(help="α = 1 is the 'vector' as it is, or the norm of the 'residual'.")
+    ] = "vector"
+    others: Annotated[int, typer.Option(help="Vectors that the control other_prompt averages.")] = 3
     generate: Annotated[str, typer.Option(help="all, best (one α per site) or none.")] = "all"
     score_on: ScoreOn = ""
 
@@ -140,6 +144,8 @@ class Cells(Sampling):
             "source_template": self.source_template,
             "chat": self.chat,
             "generate": self.generate,
+            "unit": self.unit,
+            "others": self.others,
         }
 
 

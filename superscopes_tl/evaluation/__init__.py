@@ -11,6 +11,7 @@ from superscopes_tl.evaluation.screening import (
     best_config,
     keep,
     kept_readability,
+    layer_ranges,
     readability,
 )
 from superscopes_tl.evaluation.workers import local_workers
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "keep",
     "kept_readability",
+    "layer_ranges",
     "local_workers",
     "methods",
     "readability",

@@ -415,7 +415,7 @@ def _verdict(
             f"{model.name}: not readable in the settings tried: {at_best}, over {named} names."
         )
     strong = sure[sure["specific"] >= sure["specific"].max() / 2]
-    where = _ranges(strong["source_layer"], among=table["source_layer"])
+    where = layer_ranges(strong["source_layer"], among=table["source_layer"])
     verdict = (
         f"{model.name}: readable: {where} recover "
         f"{strong['recovered'].mean():.2f} of the model's own words, other names' vectors "
@@ -432,7 +432,7 @@ def _verdict(
     return True, verdict
 
 
-def _ranges(layers: Iterable[int], *, among: Iterable[int]) -> str:
+def layer_ranges(layers: Iterable[int], *, among: Iterable[int]) -> str:
     """Return layer numbers as ranges of those that were measured, such as `layers 3 to 9, 12`."""
     chosen = set(map(int, layers))
     runs: list[list[int]] = [[]]

@@ -11,6 +11,7 @@ from superscopes_tl.experiment.results import (
     SweepResult,
     contextualization,
     rows_at,
+    worth_recovered,
 )
 from superscopes_tl.experiment.run import (
     SweepError,
@@ -59,4 +60,5 @@ __all__ = [
     "run_plans",
     "score_readings",
     "sweep",
+    "worth_recovered",
 ]

@@ -386,10 +386,7 @@ def contextualization(
     elif by == "score":
         worth, least = rows["score"], PAPER_THRESHOLD if threshold is None else threshold
     else:
-        worth = rows["recovered"]
-        if "other_prompt_recovered" in rows:
-            worth = above_others(worth, rows["other_prompt_recovered"])
-        least = worth.max() / 2 if worth.max() >= LEAST_RECOVERED else math.inf
+        worth, least = worth_recovered(rows)
     hits = rows[worth >= least]
     nearest = rows.loc[[worth.idxmax()]] if worth.notna().any() else rows.head(1)
     row = (hits if len(hits) else nearest).iloc[0]
@@ -406,6 +403,17 @@ def contextualization(
         own_words=str(row["own_words"]),
         echo=bool(row["echo"]),
     )
+
+
+def worth_recovered(rows: pd.DataFrame) -> tuple[pd.Series[float], float]:
+    """Return the shares recovered, above others' where these are there, and the least that reads.
+
+    That is half of the best one; infinite if even the best one is under `LEAST_RECOVERED`.
+    """
+    worth = rows["recovered"]
+    if "other_prompt_recovered" in rows:
+        worth = above_others(worth, rows["other_prompt_recovered"])
+    return worth, worth.max() / 2 if worth.max() >= LEAST_RECOVERED else math.inf
 
 
 def caveats(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from superscopes_tl.figures.paper import (
     figure_5,
     figure_6,
 )
+from superscopes_tl.figures.shares import share_curves, share_panels
 from superscopes_tl.figures.statistics import (
     amplifier_dots,
     earlier_table,
@@ -87,6 +88,8 @@ __all__ = [
     "roc_curve",
     "save_as",
     "selector_dots",
+    "share_curves",
+    "share_panels",
     "side_by_side_table",
     "usual_value",
     "value_range",

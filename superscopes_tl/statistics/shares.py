@@ -40,6 +40,7 @@ from superscopes_tl.statistics.chance import (
     sign_flip_test,
     total,
 )
+from superscopes_tl.statistics.comparison import DISCOVERY
 from superscopes_tl.vectors import PAPER_MAPPING
 
 Target: TypeAlias = int | Literal["same", "all"] | None
@@ -136,7 +137,9 @@ def layer_shares(
 
         each with the ends `_low` and `_high` of its bootstrap interval (NaN with one prompt); then
         `alpha`, the median of the chosen ones (1 also stands for plain), `p` of the one-sided test
-        that the mean gain is above 0, and `q`, corrected over the rows of a kind.
+        that the mean gain is above 0, `q`, corrected over the rows of a kind, and `holds`, whether
+        amplification beats α = 1 and specifically: q is at most 0.05, and the interval of
+        `above_others` is above 0.
 
     Raises:
         ValueError: as `cross_fitted`, or an α that the mapping does not have.
@@ -169,7 +172,9 @@ def layer_shares(
             statistic = partial(_fitted_total, has=has, fold=fold)
         p = sign_flip_test(gains, statistic, flips=resamples, seed=seed)
         p = np.where(rows["prompts"] > 0, p, np.nan)
-        parts.append(rows.assign(p=p, q=q_values(p)))
+        q = q_values(p)
+        holds = (q <= DISCOVERY) & (rows["above_others_low"] > 0)
+        parts.append(rows.assign(p=p, q=q, holds=holds))
     return pd.concat(parts, ignore_index=True)
 
 

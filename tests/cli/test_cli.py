@@ -18,9 +18,10 @@ from superscopes_tl import PAPER_PROMPTS, LanguageModel, SweepResult, sweep
 from superscopes_tl.cli.demonstration import CONFIG, read_share, rescue_table, run_demo
 from superscopes_tl.cli.main import app
 from superscopes_tl.cli.options import parse_layers, parse_numbers
-from superscopes_tl.experiment import SweepError, SweepInterrupted
+from superscopes_tl.evaluation import SECOND_LIST
+from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
 from superscopes_tl.scores import own_words
-from superscopes_tl.statistics import reveals_earlier
+from superscopes_tl.statistics import layer_shares, reveals_earlier
 
 FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-tokens", "6"]
 
@@ -253,6 +254,55 @@ def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path, use: l
     again = SweepResult.load(out).table
     assert len(again) == len(table)
     assert again.groupby(["prompt", "source_layer"])["written"].sum().eq(1).all()
+
+
+def test_evaluate_prints_what_each_layer_recovers_and_what_holds(
+    tmp_path: Path, use: list[str]
+) -> None:
+    """A table per kind and unit with intervals and tests, a sentence, and curves on the page."""
+    prompts, out, page = (tmp_path / name for name in ("prompts.txt", "run.sqlite", "run.html"))
+    prompts.write_text("Pearl Jam\nAlexander the Great\nTitanic\n", encoding="utf-8")
+    command = ["evaluate", *use, "--prompts", str(prompts), "--layers", "5,2", "--target", "0",
+               "--kinds", "mlp_out", "--controls", "other_prompt,random_direction",
+               "--others", "2", "--generate", "none", "--out", str(out)]  # fmt: skip
+    first = run(*command, "--alphas", "1,9")
+    assert first.exit_code == 0, first.output
+    done = run(*command, "--alphas", "0.5,4", "--unit", "residual", "--html", str(page))
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.output.split())
+    assert shown.count("2 layers") == 2  # one sentence for each unit; so few prompts show nothing
+    assert f"{use[1].rpartition('/')[2]}, Scale(), in residual norms: at none of 2 layers" in shown
+    found = layer_shares(SweepResult.load(out).table, target_layer=0)
+    for row in found.to_dict("records"):
+        assert f"{row['plain']:.2f} [{row['plain_low']:.2f}," in shown
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
+
+
+def test_evaluate_uses_lists_of_the_package_and_what_check_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: list[str]
+) -> None:
+    """`--prompts names` and `--auto` reach `evaluate`; `--auto` excludes what it chooses."""
+    passed: dict[str, Any] = {}
+
+    def caught(model: Any, prompts: Any, *arguments: Any, **settings: Any) -> Any:
+        passed.update(settings, model=model, prompts=prompts)
+        raise ValueError("enough")
+
+    class Check:
+        verdict = "readable"
+        config = SweepConfig(target_layer=0, source_template="Say {}")
+
+    monkeypatch.setattr("superscopes_tl.cli.experiments.run_evaluate", caught)
+    monkeypatch.setattr("superscopes_tl.cli.experiments.kept_readability", lambda model: Check)
+    out = ["--out", str(tmp_path / "run.sqlite")]
+    done = run("evaluate", *use, "--prompts", "names", "--auto", *out)
+    assert "readable" in done.output
+    assert passed["prompts"] == SECOND_LIST
+    assert (passed["target_layer"], passed["source_template"]) == (0, "Say {}")
+    assert isinstance(passed["model"], LanguageModel)
+    both = run("evaluate", *use, "--auto", "--target", "0", *out)
+    assert both.exit_code == 2
+    assert "--auto" in both.output
 
 
 def test_workers_get_a_loader_that_can_be_sent_and_an_executor(

@@ -127,6 +127,51 @@ def test_table_3_shows_amplified_hidden_states() -> None:
     assert stricter[["source_layer", "alpha"]].to_numpy().tolist() == [[1, -9.0], [2, 9.0]]
 
 
+def shares(prompt: str, layer: int, alpha: float, own: float, other: float, **more: Any) -> Any:
+    """Return a cell that recovers a share, its text not generated."""
+    return cell(
+        prompt, layer, alpha, math.nan, "", recovered=own, other_prompt_recovered=other,
+        plain_nats=-5.0, unpatched_nats=-15.0, written=False, **more,
+    )  # fmt: skip
+
+
+def test_shares_alone_say_what_amplification_reads_earlier() -> None:
+    """A row per prompt: ℓ_c at α = 1, and the first layer at the α that is best for the others."""
+    rows = []
+    for prompt, first in (("A", 2), ("B", 1), ("C", 9)):
+        for layer in range(4):
+            resolved = 0.8 if layer >= first else 0.1
+            rows += [shares(prompt, layer, 1, resolved, -2.0), shares(prompt, layer, 9, 0.0, 0.0)]
+            own = {"A": 0.6, "B": 0.3, "C": 0.6}[prompt] if layer else 0.0
+            rows += [
+                shares(prompt, layer, 1, 0.0, 0.0, kind="mlp_out"),
+                shares(prompt, layer, 3, own, 0.1, kind="mlp_out"),
+                shares(prompt, layer, 9, 0.9 if prompt == "A" else -1, 0.0, kind="mlp_out"),
+            ]
+    table = table_of(*rows)
+    found = reveals_earlier(table, "mlp_out", by="recovered").set_index("prompt")
+    assert found["contextualization_layer"].to_dict() == {"A": 2, "B": 1, "C": None}
+    # A's own numbers would choose 9; B needs 0.4, half of its best block output; C is never read.
+    assert found["source_layer"].to_dict() == {"A": 1, "B": None, "C": None}
+    assert found["earlier"].to_dict() == {"A": True, "B": False, "C": False}
+    read = found.loc["A"]
+    assert (read["alpha"], read["recovered"], read["other_prompt_recovered"]) == (3, 0.6, 0.1)
+    assert read["recovered_at_contextualization"] == 0.8
+    assert read["other_prompt_recovered_at_contextualization"] == -2.0
+    assert (
+        found[["hidden_state", "at_alpha_1", "reading", "at_contextualization"]]
+        .isna()
+        .all(axis=None)
+    )
+    assert found["token"].eq("·Live").all()
+    assert "not computed" in str(earlier_table(found.reset_index()).data[0].cells["values"])
+    texts = table.assign(written=True, description="text")
+    again = reveals_earlier(texts, "mlp_out", by="recovered").set_index("prompt")
+    assert again.loc["A", ["hidden_state", "reading", "at_contextualization"]].eq("text").all()
+    with pytest.raises(ValueError, match="^kind: "):
+        reveals_earlier(table[table["kind"] == "resid_post"], "mlp_out", by="recovered")
+
+
 def test_a_prompt_that_is_never_resolved_has_no_before() -> None:
     """Without ℓ_c a prompt is left out, however well an α reads it."""
     table = table_of(cell(SHOW, 1, 1, 0.1), cell(SHOW, 1, 9, 0.9))
