@@ -15,9 +15,12 @@ from tests.support.notebooks import FOLDER, LARGEST_NOTEBOOK, PLOTLY, PNG, WIDGE
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SMALLER = {
     "01_quickstart": {
-        "target_layer=INTO)": "target_layer=INTO, layers=(2, 5), alphas=(1, 6))",
-        "layers=(4, 8, 12)": "layers=(8,)",
-        "alphas=(1, 6),\n    controls=": "alphas=(1,),\n    others=1,\n    controls=",
+        "range(0, model.n_layers, 4)": "range(0, 10, 4)",
+        "alphas=(1, 3, 6),": "alphas=(1,),",
+        "alphas=(1, 3, 6, 9)": "alphas=(1,)",
+        "layers=(0, 1, 2, 3, 4, 5, 6, 8, 10, 12)": "layers=(0, 8)",
+        "layers=(7, 8, 9)": "layers=(8,)",
+        "others=2": "others=1",
     },
     "02_paper_figures": {
         "BATCH_SIZE = 256": "NAMES = NAMES[:2]\nBATCH_SIZE = 256",
