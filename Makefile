@@ -5,7 +5,7 @@
 # make notebooks run all notebooks in full and keep their outputs; NOTEBOOKS=01_quickstart: one
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
-# make bench     cells per second beside other ways, on the bundled model
+# make bench     cells per second beside other ways, on a small random model
 # make picture   draw the README's pictures anew
 # make clean     remove what the above made
 
@@ -66,7 +66,7 @@ app: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/superscopes app
 
 bench: $(VENV)/ready
-	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks --size mini
+	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks --size small
 
 picture: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture

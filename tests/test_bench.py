@@ -204,7 +204,7 @@ def test_the_command_measures_and_writes_both_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table has all ways, the JSON its promised form, the page the figure."""
-    monkeypatch.setitem(SIZES, "mini", ENDLESS)
+    monkeypatch.setitem(SIZES, "small", ENDLESS)
     monkeypatch.setattr(OUTPUT, "width", 160)  # else names are wrapped
     numbers, page = tmp_path / "bench.json", tmp_path / "bench.html"
     done = CliRunner().invoke(app, ["--rounds", "1", "--json", str(numbers), "--html", str(page)])
@@ -219,7 +219,7 @@ def test_the_command_measures_and_writes_both_files(
     for row in found["rows"]:
         assert set(row) == {"name", "cells_per_second", "ratio"}
         assert row["ratio"] == pytest.approx(row["cells_per_second"] / first)
-    assert (found["size"], found["dtype"], found["rounds"]) == ("mini", "float32", 1)
+    assert (found["size"], found["dtype"], found["rounds"]) == ("small", "float32", 1)
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert set(found["versions"]) == {"torch", "transformers", "transformer_lens"}
@@ -250,7 +250,7 @@ def test_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_figure_has_a_bar_per_way() -> None:
     """With its rate and ratio, and the limit of arithmetic as a line."""
     report = Report(
-        "mini", "a model", {"one": 2.0, "limit": 8.0}, "limit", Roofline(1e9, 3e10), "float32",
+        "small", "a model", {"one": 2.0, "limit": 8.0}, "limit", Roofline(1e9, 3e10), "float32",
         "cpu", 1, 5, 64, 10**9, 1.0,
     )  # fmt: skip
     figure = rate_figure(report)

@@ -121,12 +121,14 @@ def test_notebooks_run(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
-def test_the_explorer_leaves_a_picture_in_the_notebook() -> None:
+def test_the_explorer_leaves_a_picture_in_the_notebook(llama_folder: Path) -> None:
     """Beside the widget stands a PNG, brought up to date when the sweep ends; no warnings."""
     cells = [
+        "from pathlib import Path\n"
         "from superscopes_tl import Explorer, load_model, SweepConfig\n"
         "config = SweepConfig(layers=(0, 1), alphas=(1, 3), max_new_tokens=4)\n"
-        "explorer = Explorer(load_model('mini', backend='bridge'), 'Will Smith', config)\n"
+        f"model = load_model(Path({str(llama_folder)!r}), backend='bridge')\n"
+        "explorer = Explorer(model, 'Will Smith', config)\n"
         "explorer",
         "assert explorer.run().wait(240) and explorer.state == 'done', explorer.error",
     ]

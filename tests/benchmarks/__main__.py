@@ -13,8 +13,8 @@ from tests.benchmarks.report import show
 
 def bench(
     size: Annotated[
-        str, typer.Option(help="mini (bundled), gpt2 or 1b, these with random weights.")
-    ] = "mini",
+        str, typer.Option(help="small, gpt2 or 1b, all with random weights.")
+    ] = "small",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 5,
     threads: Annotated[

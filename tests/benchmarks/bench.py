@@ -6,7 +6,7 @@
 3. Hold the rates against each other and against what arithmetic alone would allow (`roofline`,
    `report`).
 
-    superscopes bench --size mini
+    superscopes bench --size small
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Bench:
 
 
 def run_bench(
-    size: str = "mini",
+    size: str = "small",
     *,
     dtype: str = "float32",
     rounds: int = 5,

@@ -1,8 +1,8 @@
-"""The models of the benchmark: the bundled one, and two of larger sizes with random weights.
+"""The models of the benchmark: three sizes with random weights.
 
-1. A `Size` builds one Hugging Face model. Random weights come from a fixed seed, and larger
-   than a fresh model's, so that patches change what is written.
-2. A model with random weights has no end of text: each of its cells takes the same work.
+1. A `Size` builds one Hugging Face model. Its weights come from a fixed seed, and are larger than a
+   fresh model's, so that patches change what is written.
+2. It has no end of text: each of its cells takes the same work.
 3. `over_the_same_weights` gives every way that wraps a model a module of its own. The weights are
    in memory once, and no way runs through another one's hooks.
 """
@@ -12,14 +12,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from superscopes_tl import DESCRIPTION_PROMPT, PAPER_PROMPTS
 from superscopes_tl.errors import bad_value
-from superscopes_tl.mini import MODEL_DIR
 from superscopes_tl.weights import quiet
+
+VOCABULARY = 1280
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,6 @@ class Size:
     slow: int
 
 
-def bundled(dtype: torch.dtype) -> Any:
-    """Return the bundled model, with its own longest text and end of text."""
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype).eval()
-
-
 def with_random_weights(config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
     """Return a model of a shape, with weights from a seed and no end of text."""
     with torch.random.fork_rng(devices=[]), quiet():
@@ -56,6 +54,17 @@ def with_random_weights(config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
                 parameter.mul_(2.0)  # a fresh model writes almost the same whatever is patched
     hf.generation_config.eos_token_id = None
     return hf
+
+
+def _small_llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=704,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+    )
 
 
 def _llama_1b() -> LlamaConfig:
@@ -71,7 +80,12 @@ def _llama_1b() -> LlamaConfig:
 
 
 SIZES = {
-    "mini": Size("the bundled model", bundled, 128, 6),
+    "small": Size(
+        "a Llama of 6 million parameters, random weights",
+        lambda dtype: with_random_weights(_small_llama(), dtype),
+        128,
+        6,
+    ),
     "gpt2": Size(
         "GPT-2 small, random weights",
         lambda dtype: with_random_weights(GPT2Config(), dtype),
@@ -92,14 +106,30 @@ def size_of(name: str) -> Size:
     """
     if name not in SIZES:
         raise bad_value(
-            "size", expected=f"one of {', '.join(SIZES)}", got=name, fix="start with mini"
+            "size", expected=f"one of {', '.join(SIZES)}", got=name, fix="start with small"
         )
     return SIZES[name]
 
 
+@cache
 def tokenizer() -> Any:
-    """Return the bundled model's tokenizer, which models with random weights are given too."""
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
+    """Return a tokenizer to which most words of the prompts are one token, as to a real model's."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator([DESCRIPTION_PROMPT.text, *PAPER_PROMPTS] * 3, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def over_the_same_weights(hf: Any) -> Any:

@@ -41,6 +41,7 @@ pytestmark = [
 
 SHOW = """\
 import time
+from pathlib import Path
 from superscopes_tl import Explorer, SweepConfig, load_model
 def words(references, candidates):
     return [len(candidate) / 100 for candidate in candidates]
@@ -48,7 +49,7 @@ def slow(references, candidates):
     time.sleep(0.5)
     return words(references, candidates)
 explorer = Explorer(
-    load_model("mini", backend="bridge"), "Red Hot Chili Peppers",
+    load_model(Path({model!r}), backend="bridge"), "Red Hot Chili Peppers",
     SweepConfig(layers=range(6), alphas=(1, 3, 9), batch_size=18, scorer=words),
     scorers=dict(slow=slow),
 )
@@ -82,10 +83,16 @@ SHAPES = """() => document.querySelector('.ssx-map .js-plotly-plot').layout.shap
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def show(llama_folder: Path) -> str:
+    """The cell that shows an Explorer."""
+    return SHOW.format(model=str(llama_folder))
+
+
+@pytest.fixture(scope="module")
+def server(show: str) -> Iterator[Server]:
     """JupyterLab with the notebook that most of these tests look at."""
     with lab() as running:
-        running.write("explorer.ipynb", [SHOW])
+        running.write("explorer.ipynb", [show])
         yield running
 
 
@@ -277,9 +284,9 @@ def test_cancel_stops_a_running_sweep(page: Any) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="not installed: voila")
-def test_the_app_serves_the_same_explorer(running: Any, tmp_path: Path) -> None:
+def test_the_app_serves_the_same_explorer(running: Any, show: str, tmp_path: Path) -> None:
     """A login without the token; with it a sweep runs, is read and saved; nothing is left."""
-    command = [sys.executable, "-c", APP.format(cell=SHOW), "{port}", "{token}"]
+    command = [sys.executable, "-c", APP.format(cell=show), "{port}", "{token}"]
     with serve(command, temporary=tmp_path) as app, new_page(running) as opened:
         opened.goto(app.url)
         assert urlsplit(opened.url).path == "/login"

@@ -22,10 +22,10 @@ from tests.support.browser import (
 )
 
 IMAGES = Path(__file__).parent.parent.parent / "notebooks" / "images"
-PROMPT = "Red Hot Chili Peppers"
+PROMPT = "Albert Einstein"
 SHOW = f"""\
 from superscopes_tl import Explorer, load_model
-explorer = Explorer(load_model("mini", backend="bridge"), {PROMPT!r}, target_layer=0)
+explorer = Explorer(load_model(backend="bridge"), {PROMPT!r}, generate="best")
 explorer"""
 RUN = """\
 explorer.run().wait()
@@ -52,7 +52,7 @@ def draw_heatmap(playwright: Any) -> None:
     """The figure that `heatmap` returns."""
     result = sweep(
         load_model(backend="bridge", device="cpu"),
-        "Albert Einstein",
+        PROMPT,
         kinds=("mlp_out", "resid_post"),
         alphas=(1, 2, 3, 6, 9, 15),
         source_template="Tell me about {}",
