@@ -89,12 +89,6 @@ def smollm2() -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def mini() -> LanguageModel:
-    """The bundled model, through the faster class."""
-    return load_model("mini", backend="bridge", device="cpu")
-
-
-@pytest.fixture(scope="session")
 def word_overlap() -> Any:
     """A cheap scorer."""
     return scorers.word_overlap

@@ -28,7 +28,6 @@ STOREYS = """
     neighbours
     figures
     explorer
-    mini
     cli
 """
 STOREY = {name: i for i, line in enumerate(STOREYS.split("\n")) for name in line.split()}
@@ -71,7 +70,7 @@ def test_imports_point_one_way_and_through_the_faces(path: Path) -> None:
 def test_folders_have_few_rooms_and_a_face_that_no_room_shadows(folder: Path) -> None:
     """At most nine rooms; every name of the face exists, and none is also a room of the folder."""
     rooms = {p.stem for p in folder.glob("*.py")} - {"__init__"}
-    assert folder.name == "mini" or len(rooms) <= 9
+    assert len(rooms) <= 9
     face = importlib.import_module(f"{PACKAGE.name}.{folder.name}")
     assert face.__doc__
     names = set(getattr(face, "__all__", ()))

@@ -27,15 +27,8 @@ from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.evaluation import NAMES, keep, readability
 from superscopes_tl.figures import readability_curve, write_html
 from superscopes_tl.files import written_whole
-from superscopes_tl.mini import measured
 from superscopes_tl.model import DEFAULT_MODEL, load_model
-from superscopes_tl.weights import (
-    BUNDLED_MODEL,
-    PACKAGED,
-    find_packaged,
-    megabytes,
-    remove_packaged,
-)
+from superscopes_tl.weights import PACKAGED, find_packaged, megabytes, remove_packaged
 from superscopes_tl.weights import fetch as fetch_model
 
 _OTHERS = (
@@ -134,9 +127,5 @@ def _show(name: str) -> None:
     OUTPUT.print(repr(loaded), style="bold", markup=False)
     for fact, value in facts.items():
         if fact not in ("name", "n_layers", "d_model"):
-            OUTPUT.print(f"{fact:<22}{value}", markup=False)
-    if loaded.name == BUNDLED_MODEL:
-        OUTPUT.print("\nMeasured (exact readings; python -m superscopes_tl.mini.report):")
-        for fact, value in measured().items():
             OUTPUT.print(f"{fact:<22}{value}", markup=False)
     OUTPUT.print(_OTHERS)

@@ -30,8 +30,7 @@ OUTPUT = Console(emoji=False)
 ERRORS = Console(stderr=True, emoji=False)
 
 Model: TypeAlias = Annotated[
-    str,
-    typer.Option(help="'mini' (bundled), a fetched model, a directory, a GGUF file, a hub name."),
+    str, typer.Option(help="A fetched model such as smollm2, a directory, a GGUF file, a hub name.")
 ]
 Controls: TypeAlias = Annotated[str, typer.Option(help="Such as random_direction,other_prompt.")]
 RunFile: TypeAlias = Annotated[Path | None, typer.Option(help="Save to this run file (.zip).")]

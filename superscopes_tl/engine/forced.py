@@ -56,8 +56,7 @@ class PatchedPrompt:
         model: the target model, from `load_model`.
         target_prompt: the prompt with the placeholder; `target` holds its tokens and positions.
         max_new_tokens: the longest text; defaults to the model's own if it states one of at most
-            64 (`generation_config.json`, as the bundled model does), else to the paper's 10, with
-            `chat` to 24.
+            64 in `generation_config.json`, else to the paper's 10, with `chat` to 24.
         batch_size: rows per batch, halved when memory runs out; defaults to 64 to 1,024 rows by
             the model's size, fewer where memory is short.
         chat: whether the target prompt is a user's message in the model's chat template.

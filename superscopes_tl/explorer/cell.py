@@ -42,7 +42,7 @@ from superscopes_tl.neighbours import (
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.vectors import PAPER_MAPPING
 from superscopes_tl.vectors import __all__ as values
-from superscopes_tl.weights import BUNDLED_MODEL, PACKAGED
+from superscopes_tl.weights import PACKAGED
 
 PROBE_CONTROLS = {"unpatched": "unpatched", "random_direction": "random direction of equal norm"}
 """The controls that are generated for the selected cell, with their labels."""
@@ -278,7 +278,7 @@ def _model_notes(model: dict[str, Any], live: LanguageModel | None) -> list[str]
     notes = []
     if live is not None and live.origin is None:
         notes.append("# load_model: this model was built in memory; pass the object itself")
-    elif live is None and model.get("name") not in (BUNDLED_MODEL, *PACKAGED):
+    elif live is None and model.get("name") not in PACKAGED:
         notes.append("# load_model: pass the path if the model came from a folder, and a revision")
     if model.get("dtype", "float32") != "float32":
         notes.append("# in half precision another batch size may change the text")

@@ -39,7 +39,6 @@ from superscopes_tl.model.verification import (
     verify,
 )
 from superscopes_tl.weights import (
-    BUNDLED_MODEL,
     PACKAGED,
     Pretrained,
     absolute,
@@ -76,11 +75,11 @@ def load_model(
     """Return `model` as a `LanguageModel`.
 
     Args:
-        model: a packaged model (`"smollm2"`, `"gemma-3-270m"`, after `superscopes fetch`), `"mini"`
-            (the bundled model), a hub name, a local Hugging Face directory, a GGUF file or a folder
-            with one, a `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal language
-            model (with its `tokenizer`; the bridge wraps it in place), or a `LanguageModel`, which
-            is returned unchanged.
+        model: a packaged model (`"smollm2"`, the default, or `"gemma-3-270m"`, after
+            `superscopes fetch`), a hub name, a local Hugging Face directory, a GGUF file or a
+            folder with one, a `HookedTransformer`, a `TransformerBridge`, a Hugging Face causal
+            language model (with its `tokenizer`; the bridge wraps it in place), or a
+            `LanguageModel`, which is returned unchanged.
         tokenizer: required with a Hugging Face model; replaces the tokenizer of any other.
         backend: the TransformerLens class. `"auto"` prefers `HookedTransformer` where it is
             installed and can hold the model; `"bridge"` is faster.
@@ -121,7 +120,7 @@ def load_model(
         options = {"dtype": dtype, "device": device, "prepend_bos": prepend_bos, **from_pretrained}
         origin = partial(load_model, absolute(model), backend=backend, check=check, **options)
     weights_dtype, place = _dtype(dtype), device_of(device)
-    with quiet(bars=isinstance(model, str) and model not in (BUNDLED_MODEL, *PACKAGED)):
+    with quiet(bars=isinstance(model, str) and model not in PACKAGED):
         if isinstance(model, str | Path):
             found = load_pretrained(model, tokenizer, weights_dtype, place, from_pretrained)
         else:

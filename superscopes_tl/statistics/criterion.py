@@ -134,7 +134,7 @@ def exact(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
 
     Args:
         table: readings of one or many prompts.
-        facts: what each prompt means; see `mini.facts.load_facts` for the bundled model.
+        facts: what each prompt means.
 
     Raises:
         ValueError: a prompt without a fact.

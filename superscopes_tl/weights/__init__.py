@@ -10,7 +10,6 @@ from superscopes_tl.weights.packaged import (
     remove_packaged,
 )
 from superscopes_tl.weights.pretrained import (
-    BUNDLED_MODEL,
     Pretrained,
     absolute,
     check_hugging_face,
@@ -18,7 +17,6 @@ from superscopes_tl.weights.pretrained import (
 )
 
 __all__ = [
-    "BUNDLED_MODEL",
     "PACKAGED",
     "PackagedModel",
     "Pretrained",

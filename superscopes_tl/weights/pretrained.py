@@ -1,7 +1,7 @@
 """Load a pretrained Hugging Face model by name or path.
 
-1. `"mini"` is the bundled model; a packaged name is a fetched folder (`packaged`); a GGUF file is
-   located and checked (`gguf`); anything else is a directory or a hub name.
+1. A packaged name is a fetched folder (`packaged`); a GGUF file is located and checked (`gguf`);
+   anything else is a directory or a hub name.
 2. transformers loads tokenizer and weights. A parameter that the checkpoint lacks is an error:
    transformers would initialise it at random.
 3. `check_hugging_face`: a decoder-only causal language model with its weights in memory.
@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from superscopes_tl.errors import bad_model, brief
 from superscopes_tl.weights.gguf import forget_quantization, locate_gguf
 from superscopes_tl.weights.packaged import PACKAGED, fetched, recorded_provenance
 
-BUNDLED_MODEL = "mini"
-
-_MINI = Path(str(resources.files("superscopes_tl") / "mini" / "model"))
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     "sentencepiece.bpe.model",
@@ -50,7 +46,7 @@ def absolute(model: str | Path) -> str:
     """Return a model's name as it reads from any working folder: local paths in full."""
     path = Path(model)
     is_local = path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
-    return str(path.resolve()) if is_local and str(model) != BUNDLED_MODEL else str(model)
+    return str(path.resolve()) if is_local else str(model)
 
 
 def load_pretrained(
@@ -63,7 +59,7 @@ def load_pretrained(
     """Load model and tokenizer with transformers.
 
     Args:
-        model: a packaged model, the bundled one, a directory, a GGUF file or a hub name.
+        model: a packaged model, a directory, a GGUF file or a hub name.
         tokenizer: replaces the model's own, if given.
         dtype: of the weights.
         device: to move the weights to, unless `options` or their quantization place them.
@@ -75,18 +71,18 @@ def load_pretrained(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, facts = _MINI if str(model) == BUNDLED_MODEL else Path(model), None
+    path, facts = Path(model), None
     shared = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     if str(model) in PACKAGED and not path.is_dir():
         path = fetched(str(model))
         facts = recorded_provenance(path)
-    where = str(path if path == _MINI or facts else model)
+    where = str(path if facts else model)
     gguf = locate_gguf(where, options.get("gguf_file"), shared)
     if gguf:
         source, name, facts = gguf.source, gguf.name, gguf.provenance()
         options, shared = ({**o, "gguf_file": gguf.file} for o in (options, shared))
     elif where.strip() and path.is_dir():
-        source, name = str(path), BUNDLED_MODEL if path == _MINI else path.name
+        source, name = str(path), path.name
         _check_directory(path, needs_tokenizer=tokenizer is None)
     else:
         source = name = where
