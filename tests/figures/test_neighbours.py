@@ -111,10 +111,10 @@ def test_a_grid_of_next_tokens_leaves_out_what_was_not_computed() -> None:
 
 
 @pytest.fixture(scope="module")
-def effects(mini: LanguageModel) -> pd.DataFrame:
+def effects(llama: LanguageModel) -> pd.DataFrame:
     """Two kinds, two layers, two tokens."""
     return causal_effects(
-        mini,
+        llama,
         "Syria: Country, Pearl Jam",
         kinds=("mlp_out", "resid_post"),
         layers=(5, 2),

@@ -28,7 +28,8 @@ SETTINGS: dict[str, Any] = {
     "layers": (5, 2),
     "alphas": (1, 3, 9),
     "kinds": ("resid_mid", "mlp_out", "resid_post"),
-    "max_new_tokens": 8,
+    "max_new_tokens": 5,
+    "target_prompt": "A band of rock is x",
     "target_layer": 0,
     "progress": False,
 }
@@ -118,15 +119,17 @@ def test_every_rung_of_the_ladder_says_what_was_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def swept(mini: LanguageModel, word_overlap: Any) -> SweepResult:
+def swept(llama: LanguageModel, word_overlap: Any) -> SweepResult:
     """One prompt."""
-    return sweep(mini, PROMPTS[0], scorer=word_overlap, **SETTINGS)
+    return sweep(llama, PROMPTS[0], scorer=word_overlap, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def evaluated(mini: LanguageModel, word_overlap: Any) -> SweepResult:
+def evaluated(llama: LanguageModel, word_overlap: Any) -> SweepResult:
     """Four prompts."""
-    return evaluate(mini, PROMPTS, draws=1, scorer=word_overlap, score_on="description", **SETTINGS)
+    return evaluate(
+        llama, PROMPTS, draws=1, scorer=word_overlap, score_on="description", **SETTINGS
+    )
 
 
 def test_figures_of_an_evaluation_are_those_of_the_prompt_s_own_sweep(
@@ -156,7 +159,7 @@ def test_figure_3_compares_an_evaluation_of_one_kind(evaluated: SweepResult) -> 
         figure_3(every)
     mlp = SweepResult(every.table[every.table["kind"] == "mlp_out"], every.provenance)
     figure = figure_3(mlp)
-    same = figure_3(compare(methods(mlp), score_on="description"), title="mini")
+    same = figure_3(compare(methods(mlp), score_on="description"), title="tiny-llama")
     assert figure.to_json() == same.to_json()
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     names = {"Patchscopes", "Superscopes", "Patchscopes, equal budget"}

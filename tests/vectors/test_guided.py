@@ -51,17 +51,17 @@ def test_bases_by_hand(architecture: str, tiny: Any, word_overlap: Any) -> None:
 
 @pytest.mark.parametrize("target_layer", [0, "same"])
 def test_residual_units_make_the_norm_ratio_alpha(
-    target_layer: Any, mini: LanguageModel, word_overlap: Any
+    target_layer: Any, llama: LanguageModel, word_overlap: Any
 ) -> None:
     """`unit="residual"`: α = 1 is as long as what it replaces, at every target layer."""
     table = sweep(
-        mini, PROMPT, layers=(7, 2), alphas=(0.5, 1, 4), target_layer=target_layer,
+        llama, PROMPT, layers=(5, 2), alphas=(0.5, 1, 4), target_layer=target_layer,
         unit="residual", max_new_tokens=3, scorer=word_overlap, progress=False,
     ).table  # fmt: skip
     assert table["norm_ratio"].tolist() == pytest.approx(table["alpha"].tolist(), rel=1e-4)
 
 
-def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) -> None:
+def test_the_table_names_how_alpha_acts(llama: LanguageModel, word_overlap: Any) -> None:
     """Rows of different settings can be told apart in one table."""
     settings: dict[str, Any] = {
         "layers": 5, "kinds": "mlp_out", "alphas": 3, "scorer": word_overlap,
@@ -75,7 +75,7 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
         ({"write": Add()}, "Scale(), by Add()"),
         ({"write": Both(Add(), AtLayers(5, 2))}, "Scale(), by Both(Add(), AtLayers(5, 2))"),
     ):
-        assert plan_sweep(mini, PROMPT, **settings, **extra).mapping_name == name
+        assert plan_sweep(llama, PROMPT, **settings, **extra).mapping_name == name
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_the_table_names_how_alpha_acts(mini: LanguageModel, word_overlap: Any) 
     ids=lambda extra: next(iter(extra)),
 )  # fmt: skip
 def test_the_code_of_a_cell_reads_it_again(
-    extra: dict[str, Any], mini: LanguageModel, capsys: pytest.CaptureFixture[str]
+    extra: dict[str, Any], llama: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The Python that the Explorer shows prints the same text for every amplifier."""
     result = sweep(
-        mini, PROMPT, layers=7, kinds="mlp_out", alphas=3, max_new_tokens=5, scorer=no_scores,
+        llama, PROMPT, layers=5, kinds="mlp_out", alphas=3, max_new_tokens=5, scorer=no_scores,
         progress=False, **extra,
     )  # fmt: skip
     row = result.table.iloc[0]
@@ -118,7 +118,7 @@ def test_a_base_of_another_shape_is_refused(tiny: Any, word_overlap: Any) -> Non
         make_patches(plan)
 
 
-def test_a_mean_needs_several_texts(mini: LanguageModel) -> None:
+def test_a_mean_needs_several_texts() -> None:
     """One text has no mean; a string is no list of texts."""
     for texts in (("Pearl Jam",), "Pearl Jam"):
         with pytest.raises(ValueError, match="^texts: "):

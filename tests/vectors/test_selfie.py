@@ -176,7 +176,8 @@ def test_what_a_sweep_cannot_write_is_refused(tiny: Tiny) -> None:
         _table(model, Interpolate(), 2, guide="logits")
 
 
-def test_the_prompt_has_five_placeholders(mini: LanguageModel) -> None:
-    """On the bundled model too each of them is a token of its own."""
-    assert len(SELFIE_PROMPT.locate(mini, 20).positions) == 5
+@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_the_prompt_has_five_placeholders(name: str, request: pytest.FixtureRequest) -> None:
+    """Each of them is a token of its own, with SmolLM2's real tokenizer too."""
+    assert len(SELFIE_PROMPT.locate(request.getfixturevalue(name), 20).positions) == 5
     assert SELFIE_PROMPT.few_shot_names == ("Portugal", "Frida Kahlo", "Toyota")

@@ -163,20 +163,20 @@ def test_a_source_runs_the_prompt_once(tiny: Tiny, monkeypatch: pytest.MonkeyPat
         assert len(runs) == 1
 
 
-def test_sources_in_a_sweep_name_themselves(mini: LanguageModel, word_overlap: Any) -> None:
+def test_sources_in_a_sweep_name_themselves(llama: LanguageModel, word_overlap: Any) -> None:
     """The table's mapping tells heads apart, and what is patched is α times the source's vector."""
     asked: dict[str, Any] = {
         "kinds": "attn_out", "layers": (5, 2), "alphas": (1, 3), "scorer": word_overlap,
     }  # fmt: skip
     parts = [
-        sweep(mini, PROMPT, vectors=Head(h), max_new_tokens=2, progress=False, **asked)
+        sweep(llama, PROMPT, vectors=Head(h), max_new_tokens=2, progress=False, **asked)
         for h in (0, 3)
     ]
     both = SweepResult(pd.concat([part.table for part in parts]), parts[0].provenance)
     assert list(both.table["mapping"].unique()) == ["Scale(), of Head(0)", "Scale(), of Head(3)"]
     assert len(both.best()) == 4
     for source in (Head(0, 3), Window(2), Accumulated(), SumOf([Site("mlp_out", 5, -1)])):
-        plan = plan_sweep(mini, PROMPT, vectors=source, target_layer=(0, 7), **asked)
+        plan = plan_sweep(llama, PROMPT, vectors=source, target_layer=(0, 4), **asked)
         own = source(plan, [(site, 0) for site in plan.sites])
         by_site = dict(zip(plan.sites, own, strict=True))
         for cell, patch in zip(plan.cells, make_patches(plan), strict=True):
