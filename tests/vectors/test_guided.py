@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,9 +86,14 @@ def test_the_table_names_how_alpha_acts(llama: LanguageModel, word_overlap: Any)
     ids=lambda extra: next(iter(extra)),
 )  # fmt: skip
 def test_the_code_of_a_cell_reads_it_again(
-    extra: dict[str, Any], llama: LanguageModel, capsys: pytest.CaptureFixture[str]
+    extra: dict[str, Any],
+    llama: LanguageModel,
+    llama_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The Python that the Explorer shows prints the same text for every amplifier."""
+    monkeypatch.chdir(llama_folder.parent)  # where the model's name is that of its folder
     result = sweep(
         llama, PROMPT, layers=5, kinds="mlp_out", alphas=3, max_new_tokens=5, scorer=no_scores,
         progress=False, **extra,
