@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -106,16 +107,14 @@ def _rows(shares: pd.DataFrame, kind: str | None) -> pd.DataFrame:
 
 
 def _notes(rows: pd.DataFrame, low: float) -> list[str]:
-    """Return what was measured, and which curves leave the picture at the bottom, how far."""
+    """Return what was measured, and how far the lowest curve is below the picture."""
     least, most = rows["prompts"].min(), rows["prompts"].max()
     count = f"{most}" if least == most else f"{least} to {most}"
     lines = [f"{rows['kind'].iloc[0]}, {count} prompts, 95 % intervals"]
     below = {label: rows[name].min() for name, (label, _, _) in CURVES.items()}
-    lines += [
-        f"below the picture: {label}, down to \N{MINUS SIGN}{-share:.1f}"
-        for label, share in below.items()
-        if share < low
-    ]
+    label, share = min(below.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+    if share < low:
+        lines.append(f"below the picture: {label}, down to \N{MINUS SIGN}{-share:.1f}")
     return [f"<sup>{html.escape(line)}</sup>" for line in lines]
 
 
