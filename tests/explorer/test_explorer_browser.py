@@ -5,6 +5,7 @@ Waits are for states and elements, never for time.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def test_a_click_on_a_cell_shows_its_text(page: Any) -> None:
     hover = page.locator(".ssx-map .hoverlayer .hovertext").text_content()
     text = detail(page, "resid_post/3/3").locator("blockquote").inner_text()
     assert text
-    assert text[:40] in hover
+    assert text[:40] in html.unescape(hover)
     page.wait_for_selector(".ssx-probe [data-probe='done']")
     assert "unpatched" in page.locator(".ssx-probe").inner_text()
     assert page.locator(".ssx-text span").count() > 3
