@@ -6,7 +6,8 @@
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
 # make bench     cells per second beside other ways, on a small random model
-# make picture   draw the README's pictures anew
+# make picture   draw the README's pictures of one name anew
+# make figures   draw the README's pictures of results from the files in notebooks/results
 # make clean     remove what the above made
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture figures clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -70,6 +71,9 @@ bench: $(VENV)/ready
 
 picture: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
+
+figures: $(VENV)/ready browser
+	$(OFFLINE) $(VENV)/bin/python -m tests.support.result_figures
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,65 @@
+"""Draw README's pictures of results anew, from the result files alone.
+
+python -m tests.support.result_figures        (needs a Chromium or Chrome on the PATH)
+
+1. `figure_3`: what MLP outputs recover per layer of two models, over the paper's 48 prompts.
+2. `headline`: the same for SmolLM2 in its chat form, over 120 names, at an α fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from superscopes_tl import SweepResult
+from superscopes_tl.figures import share_curves, share_panels
+from superscopes_tl.statistics import layer_shares
+from tests.support.notebooks import FOLDER, drawing
+
+IMAGES, RESULTS = FOLDER / "images", FOLDER / "results"
+MODELS = {"gemma-3-270m_paper": "Gemma-3-270M", "smollm2_paper": "SmolLM2-135M-Instruct"}
+LAYER, ALPHA = 8, 6.0
+"""Of the claim, fixed before the names were read."""
+
+
+def table(name: str) -> pd.DataFrame:
+    """Return the readings of a result file."""
+    return SweepResult.load(RESULTS / f"{name}.zip").table
+
+
+def confirmed(chat: pd.DataFrame) -> dict[str, float]:
+    """Return the shares of the confirming test, patched into layer 0 as the claim was found."""
+    rows = chat[chat["source_layer"] == LAYER]
+    (found,) = layer_shares(rows, alpha=ALPHA, target_layer=0).to_dict("records")
+    return {str(name): value for name, value in found.items()}
+
+
+def figures() -> dict[str, go.Figure]:
+    """Return every picture whose result files are there, by its name."""
+    there = {name: title for name, title in MODELS.items() if (RESULTS / f"{name}.zip").is_file()}
+    panels = {title: layer_shares(table(name)) for name, title in there.items()}
+    found = {"figure_3": share_panels(panels, "mlp_out")}
+    chat = table("smollm2_chat")
+    same = chat[chat["target_layer"] == chat["source_layer"]]
+    same = same[same["alpha"].isin((1, ALPHA))]
+    if same["source_layer"].nunique() > 1:
+        title = f"SmolLM2-135M-Instruct in its chat form, α = {ALPHA:g}"
+        found["headline"] = share_curves(layer_shares(same, alpha=ALPHA), title=title)
+    return found
+
+
+def main() -> None:
+    """Draw them."""
+    with drawing() as draw:
+        for name, figure in figures().items():
+            path = Path(IMAGES / f"{name}.png")
+            path.write_bytes(base64.b64decode(draw(json.loads(figure.to_json()))))
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
