@@ -3,7 +3,7 @@
     python notebooks/judging.py sample FOLDER      cells.csv, and blind.csv without any score
     python notebooks/judging.py join FOLDER        notebooks/results/judgements.csv
 
-1. Read 24 names of many kinds in both models: MLP outputs and block outputs of every third layer,
+1. Read 12 names of many kinds in both models: MLP outputs and block outputs of every third layer,
    α = 1, 3, 6, with the paper's target prompt.
 2. Sample ten cells of each fifth of `recovered` (below 0, to 0.25, to 0.5, to 0.75, above), per
    model, by a seed; shuffle them.
@@ -37,7 +37,7 @@ COLUMNS = ["model", "prompt", "kind", "source_layer", "alpha", "own_words", "des
 def sample(folder: Path) -> None:
     """Write the sampled cells with and without their scores."""
     chosen = random.Random(0)
-    names = [*chosen.sample(PAPER_PROMPTS, 8), *chosen.sample(SECOND_LIST, 16)]
+    names = [*chosen.sample(PAPER_PROMPTS, 4), *chosen.sample(SECOND_LIST, 8)]
     table = pd.concat([_cells(name, names) for name in MODELS], ignore_index=True)
     scorer = SentenceEmbeddingScorer()
     table["own_similarity"] = scorer(list(table["own_words"]), list(table["description"]))
