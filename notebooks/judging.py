@@ -62,10 +62,11 @@ def _cells(name: str, prompts: Sequence[str]) -> pd.DataFrame:
     shares = shares[shares["recovered"].notna()]
     fifth = pd.cut(shares["recovered"], BINS)
     # A few more than needed: some have no text.
-    some = shares.groupby(fifth, observed=True).sample(PER_BIN + 4, random_state=0)
+    some = shares.sample(frac=1, random_state=0)
+    some = some.groupby(fifth[some.index], observed=True).head(PER_BIN + 4)
     found = []
     for row in some.itertuples():
-        cell = Cell(row.kind, row.source_layer, row.position, row.target_layer, row.alpha)
+        cell = Cell.of(row)
         text = plans[row.prompt].with_settings(generate="all", controls=()).only([cell])
         read = text.run(progress=False).table
         found.append(read.assign(specific=row.specific, fifth=str(fifth[row.Index])))

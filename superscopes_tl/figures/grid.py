@@ -16,6 +16,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import pandas as pd
@@ -24,6 +25,9 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from superscopes_tl.errors import bad_value, check_choice
+
+escape = partial(html.escape, quote=False)
+"""Makes any text safe in a figure, where quotation marks need no escape."""
 
 COLOR_SCALE = "cividis"
 METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -178,7 +182,7 @@ def draw(
         shared_yaxes=True,
         horizontal_spacing=0.02,
         vertical_spacing=0.12 / down,
-        subplot_titles=[TITLES.get(panel, html.escape(str(panel))) for panel in grid.panels],
+        subplot_titles=[TITLES.get(panel, escape(str(panel))) for panel in grid.panels],
     )
     explained: set[str] = set()  # the legend names each mark once
     for number, panel in enumerate(grid.panels):
@@ -267,7 +271,7 @@ def draw_table(
     figure = go.Figure(
         go.Table(
             columnwidth=list(widths),
-            header={"values": [html.escape(name) for name in columns], "align": "left"},
+            header={"values": [escape(name) for name in columns], "align": "left"},
             cells={"values": list(columns.values()), "align": "left"},
         )
     )
@@ -315,7 +319,7 @@ def method_style(rank: int) -> tuple[str, str]:
 
 def text_lines(text: object, width: int, *, empty: str = "–") -> str:
     """Return text escaped, in lines of at most `width` characters."""
-    return "<br>".join(map(html.escape, textwrap.wrap(str(text), width))) or empty
+    return "<br>".join(map(escape, textwrap.wrap(str(text), width))) or empty
 
 
 def only(rows: pd.DataFrame, column: str, wanted: Any, *, argument: str = "") -> pd.DataFrame:

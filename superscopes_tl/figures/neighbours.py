@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,6 +27,7 @@ from superscopes_tl.figures.grid import (
     check_numeric,
     draw,
     draw_table,
+    escape,
     finite,
     interval,
     method_style,
@@ -74,15 +74,15 @@ def lens_heatmap(
         raise bad_value("table", "rows of one prompt", prompts, "draw one prompt at a time")
     if x == "position":
         rows = only(table, "kind", table["kind"].iloc[0] if kind is None else kind)
-        what = html.escape(str(rows["kind"].iloc[0]))
+        what = escape(str(rows["kind"].iloc[0]))
     else:
         rows = only(table, "position", table["position"].max() if position is None else position)
-        what = f"token <b>{html.escape(str(rows['token'].iloc[0]))}</b>"
+        what = f"token <b>{escape(str(rows['token'].iloc[0]))}</b>"
     rows = only(rows.sort_values("rank", kind="stable"), "lens", lenses)
     rows = rows if controls else rows[~rows["control"]]
     site = ["lens", "control", "kind", "position", "source_layer"]
     tokens = [
-        f"{probability:.3f}  {html.escape(repr(token))}"
+        f"{probability:.3f}  {escape(repr(token))}"
         for probability, token in zip(rows["probability"], rows["top_token"], strict=True)
     ]
     hover = rows.assign(tokens=tokens).groupby(site)["tokens"].agg("<br>".join).reset_index()
@@ -93,10 +93,10 @@ def lens_heatmap(
         grid,
         "probability",
         lambda row: f"{_site(row)}<br>{row['tokens']}",
-        title=f"{html.escape(prompts[0][:60])} · {what} · most likely next token",
+        title=f"{escape(prompts[0][:60])} · {what} · most likely next token",
         x_title="token" if x == "position" else "kind",
         color_range=(0, 1),
-        text=lambda row: html.escape(_short(str(row["top_token"]))),
+        text=lambda row: escape(_short(str(row["top_token"]))),
         labels=_tokens(first) if x == "position" else None,
         stacked=x == "position",  # many tokens are wide
         cell_width=64,
@@ -106,7 +106,7 @@ def lens_heatmap(
 def _tokens(rows: pd.DataFrame) -> list[str]:
     """Return the tokens of a table, in the order of their positions."""
     tokens = dict(zip(rows["position"], rows["token"], strict=True))
-    return [html.escape(str(tokens[position])) for position in sorted(tokens)]
+    return [escape(str(tokens[position])) for position in sorted(tokens)]
 
 
 def _short(token: str) -> str:
@@ -117,7 +117,7 @@ def _short(token: str) -> str:
 
 def _site(row: Row) -> str:
     place = f"{row['kind']} of layer {row['source_layer']}, token {row['token']}"
-    return html.escape(place)
+    return escape(place)
 
 
 def lens_kl_curve(table: pd.DataFrame) -> go.Figure:
@@ -133,7 +133,7 @@ def lens_kl_curve(table: pd.DataFrame) -> go.Figure:
         figure.add_scatter(
             x=line["source_layer"].tolist(),
             y=[finite(value) for value in line["kl"]],
-            name=html.escape(f"{label}, {at['kind']}" if len(kinds) > 1 else label),
+            name=escape(f"{label}, {at['kind']}" if len(kinds) > 1 else label),
             mode="lines+markers",
             line={"color": colors[at["lens"]], "dash": "dash" if at["control"] else "solid"},
             marker_symbol=SYMBOLS[kinds.index(at["kind"]) % len(SYMBOLS)],
@@ -206,7 +206,7 @@ def _effect_title(rows: pd.DataFrame, x: str) -> str:
     first = rows.iloc[0]
     ablated = "replacement" in rows
     done = f"replaced by {first['replacement']}" if ablated else f"restored ({first['corruption']})"
-    at = f" · token <b>{html.escape(str(first['token']))}</b>" if x == "kind" else ""
+    at = f" · token <b>{escape(str(first['token']))}</b>" if x == "kind" else ""
     text = text_lines(f"{first['prompt']} →{first['continuation']}", 50)
     return f"{text}{at}<br><sub>{text_lines(done, 70)}</sub>"
 
@@ -245,7 +245,7 @@ def next_token_curve(
             x=line["source_layer"].tolist(),
             y=[finite(v) for v in line[value]],
             error_y=interval(line[value], line[f"{value}_low"], line[f"{value}_high"]),
-            name=html.escape(method.replace("_", " ")),
+            name=escape(method.replace("_", " ")),
             mode="lines+markers",
             line_color=color,
             marker_symbol=symbol,
@@ -281,7 +281,7 @@ def next_token_grid(
         Grid.of(rows, x="target_layer"),
         value,
         _next_hover,
-        title=f"{_next_title(found, rows)} · {html.escape(method)}",
+        title=f"{_next_title(found, rows)} · {escape(method)}",
         x_title="target layer",
         name=_MEASURES[value],
     )
@@ -307,7 +307,7 @@ def _several(column: str, there: pd.Series) -> ValueError:
 
 
 def _next_hover(row: Row) -> str:
-    where = f"{html.escape(row['kind'])} of layer {row['source_layer']}"
+    where = f"{escape(row['kind'])} of layer {row['source_layer']}"
     if row["method"] != LOGIT_LENS:
         where += f" → layer {row['target_layer']}, α = {row['alpha']:g}"
     numbers = []
@@ -315,13 +315,13 @@ def _next_hover(row: Row) -> str:
         low, high = finite(row[f"{name}_low"]), row[f"{name}_high"]
         ends = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         numbers.append(f"{title} {row[name]:.3f}{ends}")
-    method = html.escape(row["method"].replace("_", " "))
+    method = escape(row["method"].replace("_", " "))
     return "<br>".join([f"<b>{method}</b>", where, *numbers, f"{row['prompts']} prompts"])
 
 
 def _next_title(found: NextTokens, rows: pd.DataFrame) -> str:
-    model = html.escape(str(found.provenance.get("model", {}).get("name", "unknown model")))
-    return f"next token · {model} · {html.escape(str(rows['kind'].iloc[0]))}"
+    model = escape(str(found.provenance.get("model", {}).get("name", "unknown model")))
+    return f"next token · {model} · {escape(str(rows['kind'].iloc[0]))}"
 
 
 def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
@@ -341,16 +341,16 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
         f"α = {row['alpha']:g}"
         for i, row in zip(number, table.to_dict("records"), strict=True)
     ]
-    prompts = html.escape(", ".join(dict.fromkeys(table["prompt"])))
+    prompts = escape(", ".join(dict.fromkeys(table["prompt"])))
     figure = draw(
-        Grid.of(table.assign(cell=[html.escape(cell) for cell in cells]), x="step", y="cell"),
+        Grid.of(table.assign(cell=[escape(cell) for cell in cells]), x="step", y="cell"),
         "relevancy",
-        lambda row: f"{html.escape(row['generated_token'])}<br>{row['relevancy']:.2f}",
+        lambda row: f"{escape(row['generated_token'])}<br>{row['relevancy']:.2f}",
         title=f"{prompts} · p(token | patched) − p(token | unpatched)",
         x_title="token of the text",
         y_title="",
         color_range=(-1, 1),
-        text=lambda row: html.escape(row["generated_token"]),
+        text=lambda row: escape(row["generated_token"]),
         cell_width=56,
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -380,4 +380,4 @@ def side_by_side_table(table: pd.DataFrame, *, title: str = "One site, all metho
         name: [text_lines(cell, 60, empty="") for cell in cells]
         for name, cells in cells_of(table).items()
     }
-    return draw_table(columns, [220, 390, 50, 50, 50, 50, 70], html.escape(title))
+    return draw_table(columns, [220, 390, 50, 50, 50, 50, 70], escape(title))

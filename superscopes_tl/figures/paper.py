@@ -12,7 +12,6 @@ An evaluation holds several prompts: choose one with `prompt`.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from superscopes_tl.experiment import SweepResult
 from superscopes_tl.figures.grid import (
     HOVER,
     draw_table,
+    escape,
     finite,
     interval,
     method_style,
@@ -161,7 +161,7 @@ def figure_3(counted: Comparison | SweepResult, *, title: str = "") -> go.Figure
     figure.update_xaxes(title_text="source layer", dtick=1)
     figure.update_yaxes(title_text="prompts", rangemode="tozero", col=1)
     return figure.update_layout(
-        title="<br>".join(html.escape(line) for line in (title, what) if line),
+        title="<br>".join(escape(line) for line in (title, what) if line),
         template="plotly_white",
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.01, "yref": "container"},
         margin_b=110,
@@ -172,7 +172,7 @@ def figure_3(counted: Comparison | SweepResult, *, title: str = "") -> go.Figure
 
 def _count_lines(rows: pd.DataFrame, count: str, chance: str, rank: int) -> list[go.Scatter]:
     """Return one method's counts with their intervals, and its dashed chance level."""
-    name = html.escape(str(rows["method"].iloc[0]))
+    name = escape(str(rows["method"].iloc[0]))
     color, symbol = method_style(rank)
     layers = rows["source_layer"].tolist()
     return [
@@ -254,7 +254,7 @@ def _by_layer(
     """Return the escaped prompt, and its `SweepResult.by_layer` at one token."""
     result = readings.of(prompt)
     into: Any = "all" if target_layer is None else target_layer
-    title = html.escape(str(result.provenance.get("prompt", "")))
+    title = escape(str(result.provenance.get("prompt", "")))
     return title, result.at(position=position, target_layer=into).by_layer(alpha=alpha)
 
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.figures.grid import METHOD_COLORS, finite, only
+from superscopes_tl.figures.grid import METHOD_COLORS, escape, finite, only
 
 CURVES: Mapping[str, tuple[str, str, str]] = {
     "plain": ("unamplified (α = 1)", METHOD_COLORS[0], "solid"),
@@ -65,7 +64,7 @@ def share_panels(
     parts = {name: _rows(table, kind) for name, table in shares.items()}
     low, high = _range(parts.values())
     heads = [
-        "<br>".join([*([html.escape(name)] if name else []), *_notes(rows, low)])
+        "<br>".join([*([escape(name)] if name else []), *_notes(rows, low)])
         for name, rows in parts.items()
     ]
     figure = make_subplots(
@@ -84,7 +83,7 @@ def share_panels(
     figure.update_yaxes(range=[low, high])
     figure.update_yaxes(title_text="share of the model's own words recovered", col=1)
     return figure.update_layout(
-        title=html.escape(title),
+        title=escape(title),
         template="plotly_white",
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.01, "yref": "container"},
         margin={"t": 140 if title else 95, "b": 120},
@@ -115,7 +114,7 @@ def _notes(rows: pd.DataFrame, low: float) -> list[str]:
     label, share = min(below.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     if share < low:
         lines.append(f"below the picture: {label}, down to \N{MINUS SIGN}{-share:.1f}")
-    return [f"<sup>{html.escape(line)}</sup>" for line in lines]
+    return [f"<sup>{escape(line)}</sup>" for line in lines]
 
 
 def _curve(
@@ -159,7 +158,7 @@ def _hover(row: Mapping[Any, Any], name: str, label: str) -> str:
             f"{row['gain_nats']:.1f} nats",
             f"p = {row['p']:.2g}, q = {row['q']:.2g}",
         ]
-    return "<br>".join(map(html.escape, lines))
+    return "<br>".join(map(escape, lines))
 
 
 def _stars(rows: pd.DataFrame) -> go.Scatter:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Readability
-from superscopes_tl.figures.grid import draw_table, finite, interval, shades, text_lines
+from superscopes_tl.figures.grid import draw_table, escape, finite, interval, shades, text_lines
 from superscopes_tl.statistics import Quality
 
 
@@ -46,7 +45,7 @@ def earlier_table(found: pd.DataFrame) -> go.Figure:
         cells = [prompt, row["token"], layer, row["at_contextualization"]]
         rows.append([*map(_lines, cells), *[""] * (len(head) - 4)])
     columns = {name: [row[column] for row in rows] for column, name in enumerate(head)}
-    title = f"{html.escape(kind)} read before the contextualization layer ℓ_c"
+    title = f"{escape(kind)} read before the contextualization layer ℓ_c"
     return draw_table(
         columns, [130, 80, 70, *[220] * (len(head) - 3)], title if rows else f"{title}: no layer"
     )
@@ -61,7 +60,7 @@ def selector_dots(rates: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     figure.add_scatter(
         x=[finite(share) for share in rates["share"]],
-        y=[html.escape(str(name)) for name in rates.index],
+        y=[escape(str(name)) for name in rates.index],
         mode="markers",
         marker={"size": 11, "color": shades(1, last=0.2)[0]},
         error_x=interval(rates["share"], rates["low"], rates["high"]),
@@ -76,7 +75,7 @@ def selector_dots(rates: pd.DataFrame) -> go.Figure:
 def amplifier_dots(found: pd.DataFrame) -> go.Figure:
     """Draw the shares of prompts in `selectors.amplifiers`, with their 95 % intervals."""
     names = [
-        f"{html.escape(str(name))} ({readings:.3g} readings)"
+        f"{escape(str(name))} ({readings:.3g} readings)"
         for name, readings in found["readings"].items()
     ]
     forms = (
@@ -123,7 +122,7 @@ def roc_curve(qualities: Mapping[str, Quality]) -> go.Figure:
         figure.add_scatter(
             x=found.fpr,
             y=found.tpr,
-            name=f"{html.escape(name)} ({label})",
+            name=f"{escape(name)} ({label})",
             mode="lines",
             line={"color": color},
             legendgroup=name,

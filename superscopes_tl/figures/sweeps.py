@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from superscopes_tl.figures.grid import (
     Row,
     check_numeric,
     draw,
+    escape,
     finite,
     only,
     shades,
@@ -246,7 +246,7 @@ def hover_text(row: Row) -> str:
     nothing = "(no description)" if row["written"] else "(not written out)"
     return (
         f"<b>{text_lines(row['description'], 60, empty=nothing)}</b><br>"
-        f"{html.escape(row['kind'])} of layer {row['source_layer']} → layer "
+        f"{escape(row['kind'])} of layer {row['source_layer']} → layer "
         f"{row['target_layer']}, α = {row['alpha']:g}<br>"
         f"{' · '.join(parts)}<br>"
         f"<i>{text_lines(row['text'], 60, empty='')}</i>"
@@ -257,5 +257,5 @@ def site_title(result: SweepResult, rows: pd.DataFrame, what: str = "") -> str:
     """Return a title that names prompt, model and token of some rows of a result."""
     model = result.provenance.get("model", {}).get("name", "unknown model")
     prompt = textwrap.shorten(str(result.provenance.get("prompt", "")), 60, placeholder=" …")
-    place = f"{html.escape(what)}token <b>{html.escape(str(rows['token'].iloc[0]))}</b>"
-    return f"{html.escape(prompt)} · {html.escape(str(model))} · {place}"
+    place = f"{escape(what)}token <b>{escape(str(rows['token'].iloc[0]))}</b>"
+    return f"{escape(prompt)} · {escape(str(model))} · {place}"
