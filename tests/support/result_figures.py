@@ -3,7 +3,8 @@
 python -m tests.support.result_figures        (needs a Chromium or Chrome on the PATH)
 
 1. `figure_3`: what MLP outputs recover per layer of two models, over the paper's 48 prompts.
-2. `headline`: the same for SmolLM2 in its chat form, over 120 names, at an α fixed beforehand.
+2. `headline`: the same over α, of SmolLM2 in its chat form, for the layer that was fixed
+   beforehand, over 120 names; `headline_layers`: over layers, for the α that was fixed beforehand.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import plotly.graph_objects as go
 
 from superscopes_tl import SweepResult
 from superscopes_tl.figures import share_curves, share_panels
+from superscopes_tl.figures.grid import interval
+from superscopes_tl.figures.shares import CURVES
 from superscopes_tl.statistics import layer_shares
 from tests.support.notebooks import FOLDER, drawing
 
@@ -24,6 +27,11 @@ IMAGES, RESULTS = FOLDER / "images", FOLDER / "results"
 MODELS = {"gemma-3-270m_paper": "Gemma-3-270M", "smollm2_paper": "SmolLM2-135M-Instruct"}
 LAYER, ALPHA = 8, 6.0
 """Of the claim, fixed before the names were read."""
+LABELS = {
+    "amplified": "the name's own vector",
+    "other_prompt": "six other names' vectors",
+    "random_direction": "random directions",
+}
 
 
 def table(name: str) -> pd.DataFrame:
@@ -38,17 +46,42 @@ def confirmed(chat: pd.DataFrame) -> dict[str, float]:
     return {str(name): value for name, value in found.items()}
 
 
+def over_alpha(rows: pd.DataFrame) -> go.Figure:
+    """Draw what one layer's MLP output recovers over α, patched into layer 0."""
+    alphas = sorted(rows.loc[rows["target_layer"] == 0, "alpha"].unique())
+    found = pd.concat([layer_shares(rows, alpha=alpha, target_layer=0) for alpha in alphas])
+    figure = go.Figure()
+    for name, (_, color, dash) in list(CURVES.items())[1:]:
+        figure.add_scatter(
+            x=alphas,
+            y=found[name],
+            name=LABELS[name],
+            line={"color": color, "dash": dash},
+            error_y=interval(found[name], found[f"{name}_low"], found[f"{name}_high"]),
+        )
+    return figure.update_layout(
+        title=f"SmolLM2-135M-Instruct, chat form: mlp_out of layer {LAYER}, "
+        f"{found['prompts'].max()} names, 95 % intervals",
+        template="plotly_white",
+        xaxis_title="α",
+        yaxis_title="share of the model's own words recovered",
+        height=420,
+        width=860,
+    )
+
+
 def figures() -> dict[str, go.Figure]:
     """Return every picture whose result files are there, by its name."""
     there = {name: title for name, title in MODELS.items() if (RESULTS / f"{name}.zip").is_file()}
     panels = {title: layer_shares(table(name)) for name, title in there.items()}
     found = {"figure_3": share_panels(panels, "mlp_out")}
     chat = table("smollm2_chat")
+    found["headline"] = over_alpha(chat[chat["source_layer"] == LAYER])
     same = chat[chat["target_layer"] == chat["source_layer"]]
     same = same[same["alpha"].isin((1, ALPHA))]
     if same["source_layer"].nunique() > 1:
         title = f"SmolLM2-135M-Instruct in its chat form, α = {ALPHA:g}"
-        found["headline"] = share_curves(layer_shares(same, alpha=ALPHA), title=title)
+        found["headline_layers"] = share_curves(layer_shares(same, alpha=ALPHA), title=title)
     return found
 
 
