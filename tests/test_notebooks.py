@@ -24,11 +24,10 @@ SMALLER = {
     },
     "02_paper_figures": {
         '("Diana, Princess of Wales", "Red Hot Chili Peppers")': '("Pink Floyd",) * 2',
-        "LAYERS = range(12)": "LAYERS = (3, 6)",
+        "LAYERS = range(12)": "LAYERS = range(2)",
         "COUNTED = range(1, 8)": "COUNTED = (3,)",
         "SHOWN = 5": "SHOWN = 1",
         "MODELS = tuple(name for name in PANELS if name in results)": 'MODELS = ("smollm2_paper",)',
-        "alphas=(-3, 0, 1, 3, 10, 100)": "alphas=(0, 1, 10)",
     },
     "03_why_amplification_works": {
         "NAMES_BY_KIND.values()]": "NAMES_BY_KIND.values()][:2]",
@@ -51,7 +50,7 @@ SMALLER = {
         "300, replace": "40, replace",
         "(ALL_NAMES, 20, replace": "(ALL_NAMES, 2, replace",
         "ALL_NAMES[::15]": "ALL_NAMES[::60]",
-        "in ways.items()": "in list(ways.items())[3:5]",
+        "in ways.items()": "in list(ways.items())[4:5]",
         "PAPER_PROMPTS[::2])": "PAPER_PROMPTS[::24])",
         "CHAT, alphas=(1, 3, 6, 12)": "CHAT, alphas=(1, 6)",
         "(0.5, 1, 2, 4)": "(1,)",
