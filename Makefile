@@ -7,6 +7,7 @@
 # make app       serve the Explorer as a page of its own
 # make bench     cells per second beside other ways, on a small random model
 # make picture   draw the README's pictures of one name anew
+# make results   measure the files in notebooks/results anew: hours; stop it, and it resumes
 # make figures   draw the README's pictures of results from the files in notebooks/results
 # make clean     remove what the above made
 
@@ -24,7 +25,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture figures clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -71,6 +72,9 @@ bench: $(VENV)/ready
 
 picture: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
+
+results: models
+	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py
 
 figures: $(VENV)/ready browser
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.result_figures
