@@ -74,7 +74,7 @@ picture: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
 
 results: models
-	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py
+	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py $(RESULTS)
 
 figures: $(VENV)/ready browser
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.result_figures

@@ -77,11 +77,10 @@ def figures() -> dict[str, go.Figure]:
     found = {"figure_3": share_panels(panels, "mlp_out")}
     chat = table("smollm2_chat")
     found["headline"] = over_alpha(chat[chat["source_layer"] == LAYER])
-    same = chat[chat["target_layer"] == chat["source_layer"]]
-    same = same[same["alpha"].isin((1, ALPHA))]
-    if same["source_layer"].nunique() > 1:
+    if (RESULTS / "smollm2_chat_layers.zip").is_file():
         title = f"SmolLM2-135M-Instruct in its chat form, α = {ALPHA:g}"
-        found["headline_layers"] = share_curves(layer_shares(same, alpha=ALPHA), title=title)
+        every = layer_shares(table("smollm2_chat_layers"), alpha=ALPHA)
+        found["headline_layers"] = share_curves(every, title=title)
     return found
 
 
