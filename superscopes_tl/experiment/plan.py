@@ -299,7 +299,7 @@ class SweepPlan:
 
 _NAMED = ("mapping", "vectors", "base", "write")
 _PLAIN = ("unit", "guide", "chat", "source_template", "about", "generate", "draw", "others",
-          "precision", "score_on")  # fmt: skip
+          "precision", "score_against", "score_on")  # fmt: skip
 """Settings that a provenance records by their names, and as they are."""
 
 

@@ -146,8 +146,8 @@ _CONSTANT = {
     "model": _WEIGHTS,
     "target_model": _WEIGHTS,
     "target_prompt": ("text", "placeholder", "answer"),
-    "config": ("max_new_tokens", "scorer", "score_on", "controls", "chat", "source_template",
-               "others", "precision", "reference"),
+    "config": ("max_new_tokens", "scorer", "score_on", "score_against", "controls", "chat",
+               "source_template", "others", "precision", "reference"),
 }  # fmt: skip
 """The fixed settings of an evaluation, by part of its provenance."""
 

@@ -124,12 +124,12 @@ class CellStore:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, tuple[Scorer, str]]]] = {}
+        self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]] = {}
 
     def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return the finished cells of `plan`, scored by its scorer."""
         kept, cells = self._of(plan), self.cells(plan)
-        scored = (plan.scorer, plan.config.score_on)
+        scored = (plan.scorer, plan.config.score_on, plan.config.score_against)
         others = [kept[cell][0] for cell in cells if kept[cell][1] != scored]
         if others:
             self.add(plan, rescored(plan, others))
@@ -143,10 +143,10 @@ class CellStore:
 
     def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
         """Keep finished readings of `plan`."""
-        scored = (plan.scorer, plan.config.score_on)
+        scored = (plan.scorer, plan.config.score_on, plan.config.score_against)
         self._of(plan).update({Cell.of(reading): (reading, scored) for reading in readings})
 
-    def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, tuple[Scorer, str]]]:
+    def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]:
         return self._kept.setdefault(_text_key(plan), {})
 
 

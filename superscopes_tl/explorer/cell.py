@@ -173,8 +173,9 @@ def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> 
     if other := provenance.get("target_model"):
         notes += _model_notes(other, target)
         settings["target_model"] = _Verbatim(_load(other, target))
-    if config.get("score_on", "description") != "description":
-        settings["score_on"] = config["score_on"]
+    for name, default in (("score_on", "description"), ("score_against", "prompt")):
+        if config.get(name, default) != default:
+            settings[name] = config[name]
     if config.get("generate") != "none" and config.get("scorer", PAPER_SCORER) != PAPER_SCORER:
         notes.append(f"# scorer={config['scorer']!r}: pass your own to get its scores")
     prompt = {"TargetPrompt"} if "target_prompt" in settings else set()

@@ -275,3 +275,23 @@ def test_attributes_are_extracted_by_a_prompt_that_goes_on(smollm2: LanguageMode
         assert result.provenance["config"]["scorer"] == f"contains '{capital}'"
         others = set(capitals.values()) - {capital}
         assert not any(other in result.table["text"][0] for other in others)
+
+
+def test_a_reading_is_scored_against_the_own_words_of_its_token(llama: LanguageModel) -> None:
+    """Each text and each control's text, and a text about nothing has no score."""
+    seen: list[tuple[str, str]] = []
+
+    def scorer(references: Sequence[str], texts: Sequence[str]) -> list[float]:
+        seen.extend(zip(references, texts, strict=True))
+        return [float(len(reference)) for reference in references]
+
+    result = sweep(
+        llama, "Alexander the Great", layers=(5, 2), kinds="resid_post", alphas=(1, 3),
+        score_against="own words", scorer=scorer, controls="random_direction", progress=False,
+    )  # fmt: skip
+    words = result.table["own_words"].iloc[0]
+    there = result.table[result.table["description"].str.strip() != ""]
+    assert words
+    assert (there["score"] == len(words)).all()
+    assert {words} == {reference for reference, _ in seen[2:]}
+    assert result.provenance["config"]["score_against"] == "own words"
