@@ -59,7 +59,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         PAPER_PROMPTS,
         [
             {"kinds": "mlp_out", "alphas": FEW},
-            {"kinds": "resid_post", "alphas": FEW[:2]},
+            {"kinds": "resid_post", "alphas": FEW[:2], "layers": range(12)},
             {**SECTION_41, "alphas": FEW},
             {"kinds": KINDS},
             {"kinds": "mlp_out", "unit": "residual", "alphas": GRID},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 
-from superscopes_tl.statistics import layer_shares
+from superscopes_tl.statistics import layer_shares, quality, quality_intervals
 from tests.support.notebooks import FOLDER
-from tests.support.result_figures import MODELS, RESULTS, confirmed, table
+from tests.support.result_figures import ALPHA, MODELS, RESULTS, confirmed, table
 
 
 def _shown(notebook: str) -> str:
@@ -39,3 +40,46 @@ def test_figure_3_is_what_the_notebook_shows(name: str) -> None:
     first = f"{name} mlp_out: holds at {holds.sum()} of {len(shares)} layers {layers}"
     gain = f"largest gain {top['gain']:.2f} ({top['gain_low']:.2f} to {top['gain_high']:.2f})"
     assert f"{first}\n    {gain}" in shown
+
+
+README = (FOLDER.parent / "README.md").read_text("utf-8")
+
+
+def test_the_readme_states_the_confirming_test() -> None:
+    """Shares, gain, nats and p of the claim that was fixed beforehand."""
+    found = confirmed(table("smollm2_chat"))
+    (row,) = (line for line in README.splitlines() if line.startswith("| One claim fixed"))
+    share = f"{found['amplified']:.2f} of the own words ({_ends(found, 'amplified')})"
+    gain = f"{found['gain']:.2f} ({_ends(found, 'gain')}), {found['gain_nats']:.1f} nats"
+    for stated in (share, gain, f"{found['plain']:.2f} at α = 1", f"{found['other_prompt']:.2f}."):
+        assert stated in row
+
+
+def test_the_readme_states_what_all_layers_show() -> None:
+    """The layers of the chat form at which α = 6 holds, and those of the paper's prompt."""
+    every = layer_shares(table("smollm2_chat_layers"), alpha=ALPHA)
+    held = every[every["holds"]]
+    assert (
+        f"holds at layer {held['source_layer'].item()} alone (q = {held['q'].item():.3f})" in README
+    )
+    for name, count in (("smollm2_paper", 30), ("gemma-3-270m_paper", 18)):
+        cells = table(name)
+        shares = layer_shares(cells[cells["kind"] == "mlp_out"])
+        assert len(shares) == count
+        assert not shares["holds"].any()
+    assert "at none of SmolLM2's 30 layers, and none of Gemma's 18" in README
+
+
+def test_the_readme_states_how_scores_agree_with_judged_readings() -> None:
+    """AUROC of three scores, with intervals."""
+    judged = pd.read_csv(RESULTS / "judgements.csv")
+    right = judged["judge_1"] == 1
+    for name in ("own_similarity", "recovered", "score"):
+        low, high = quality_intervals(right, judged[name], judged["prompt"], resamples=2000).loc[
+            "auc"
+        ]
+        assert f"{quality(right, judged[name]).auc:.2f} ({low:.2f} to {high:.2f})" in README
+
+
+def _ends(found: dict[str, float], name: str) -> str:
+    return f"{found[f'{name}_low']:.2f} to {found[f'{name}_high']:.2f}"
