@@ -73,7 +73,11 @@ def share_panels(
     explained: set[str | None] = {None}  # the legend names each curve once, and no band
     for column, rows in enumerate(parts.values(), start=1):
         drawn = [name for name in CURVES if rows[name].notna().any()]
-        traces = [trace for name in drawn for trace in _curve(rows, name, *CURVES[name])]
+        traces = [
+            trace
+            for name in drawn
+            for trace in _curve(rows, name, _label(rows, name), *CURVES[name][1:])
+        ]
         for trace in (*traces, _stars(rows)):
             trace.showlegend = trace.name not in explained
             explained.add(trace.name)
@@ -110,11 +114,19 @@ def _notes(rows: pd.DataFrame, low: float) -> list[str]:
     least, most = rows["prompts"].min(), rows["prompts"].max()
     count = f"{most}" if least == most else f"{least} to {most}"
     lines = [f"{rows['kind'].iloc[0]}, {count} prompts, 95 % intervals"]
-    below = {label: rows[name].min() for name, (label, _, _) in CURVES.items()}
+    below = {_label(rows, name): rows[name].min() for name in CURVES}
     label, share = min(below.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     if share < low:
         lines.append(f"below the picture: {label}, down to \N{MINUS SIGN}{-share:.1f}")
     return [f"<sup>{escape(line)}</sup>" for line in lines]
+
+
+def _label(rows: pd.DataFrame, name: str) -> str:
+    """Return the name of a curve; one α for all layers is stated."""
+    alphas = rows["alpha"].unique()
+    if name == "amplified" and len(alphas) == 1:
+        return f"amplified (α = {alphas[0]:g})"
+    return CURVES[name][0]
 
 
 def _curve(

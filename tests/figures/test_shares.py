@@ -15,7 +15,7 @@ from superscopes_tl.statistics import MEASURES
 def table(**columns: list[float]) -> pd.DataFrame:
     """Return a `layer_shares` of three layers in which only the second holds."""
     found = pd.DataFrame({"kind": "mlp_out", "source_layer": [2, 0, 1], "target_layer": 0})
-    found = found.assign(prompts=48, alpha=6.0, p=0.01, q=0.02, holds=[False, False, True])
+    found = found.assign(prompts=48, alpha=[6.0, 3.0, 6.0], p=0.01, q=0.02, holds=[False, False, True])
     for name in MEASURES:
         means = pd.Series(columns.get(name, [0.3, 0.1, 0.2]))
         found[name] = means
@@ -40,6 +40,11 @@ def test_four_curves_their_bands_and_a_star() -> None:
     assert (star.x, star.y) == ((1,), (pytest.approx(0.75),))
     assert "a &lt;b&gt;" in figure.layout.annotations[0].text
     assert "q = 0.02" in line(figure, "amplified, ").customdata[0]
+
+
+def test_one_alpha_for_all_layers_is_named() -> None:
+    """The legend does not speak of a choice where α was fixed."""
+    assert line(share_curves(table().assign(alpha=6.0)), "amplified (α = 6)").x == (0, 1, 2)
 
 
 def test_curves_far_below_zero_leave_the_picture_with_a_note() -> None:
