@@ -267,7 +267,8 @@ def test_evaluate_prints_what_each_layer_recovers_and_what_holds(
                "--others", "2", "--generate", "none", "--out", str(out)]  # fmt: skip
     first = run(*command, "--alphas", "1,9")
     assert first.exit_code == 0, first.output
-    done = run(*command, "--alphas", "0.5,4", "--unit", "residual", "--html", str(page))
+    more = [*command, "--alphas", "0.5,4", "--unit", "residual", "--html", str(page)]
+    done = CliRunner().invoke(app, more, env={"COLUMNS": "400"})  # no cell is wrapped
     assert done.exit_code == 0, done.output
     shown = " ".join(done.output.split())
     assert shown.count("2 layers") == 2  # one sentence for each unit; so few prompts show nothing

@@ -15,7 +15,9 @@ from superscopes_tl.statistics import MEASURES
 def table(**columns: list[float]) -> pd.DataFrame:
     """Return a `layer_shares` of three layers in which only the second holds."""
     found = pd.DataFrame({"kind": "mlp_out", "source_layer": [2, 0, 1], "target_layer": 0})
-    found = found.assign(prompts=48, alpha=[6.0, 3.0, 6.0], p=0.01, q=0.02, holds=[False, False, True])
+    found = found.assign(
+        prompts=48, alpha=[6.0, 3.0, 6.0], p=0.01, q=0.02, holds=[False, False, True]
+    )
     for name in MEASURES:
         means = pd.Series(columns.get(name, [0.3, 0.1, 0.2]))
         found[name] = means

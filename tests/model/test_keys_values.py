@@ -99,7 +99,7 @@ def test_a_full_buffer_takes_no_more() -> None:
     new = torch.ones(4, 2, 1, 5)
     buffer.append(new, new)
     buffer.append(new, new)
-    with pytest.raises(AssertionError, match="preallocated"):
+    with pytest.raises(AssertionError, match="room"):
         buffer.append(new, new)
 
 

@@ -336,15 +336,14 @@ def test_sites_cost_a_batch_not_a_loop(
     assert [n for n in rows if n > 1] == [2 * len(whole)] * 2  # one step per followed token
 
 
-def test_a_text_can_be_the_continuation(llama: LanguageModel) -> None:
+def test_a_text_can_be_the_continuation(smollm2: LanguageModel) -> None:
     """The model's own greedy tokens given as a text are the same question."""
     asked: dict[str, Any] = {"kinds": "resid_post", "layers": (5, 2)}
     prompt = DESCRIPTION_PROMPT.filled("Titanic")
-    own = causal_effects(llama, prompt, continuation=6, **asked)
+    own = causal_effects(smollm2, prompt, continuation=6, **asked)
     text = own["continuation"][0]
-    assert text.isascii()
-    assert len(tokenize(llama, prompt + text)) == len(tokenize(llama, prompt)) + 6
-    same = causal_effects(llama, prompt, continuation=text, **asked)
+    assert len(tokenize(smollm2, prompt + text)) == len(tokenize(smollm2, prompt)) + 6
+    same = causal_effects(smollm2, prompt, continuation=text, **asked)
     pd.testing.assert_frame_equal(own, same, atol=ROUNDING, rtol=ROUNDING)
 
 

@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent.parent.parent / "notebooks"
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LARGEST_JSON = 200_000
-LARGEST_NOTEBOOK = 1_500_000
+LARGEST_NOTEBOOK = 1_800_000
 TIMEOUT = 1800
 """Seconds for one cell."""
 _DRAW = """([data, layout]) => Plotly.toImage(
