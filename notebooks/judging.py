@@ -1,4 +1,4 @@
-"""Sample readings to be judged by hand, and put the judgements beside the scores.
+"""Sample readings to be judged one by one, and put the judgements beside the scores.
 
     python notebooks/judging.py sample FOLDER      cells.csv, and blind.csv without any score
     python notebooks/judging.py join FOLDER        notebooks/results/judgements.csv

@@ -6,7 +6,7 @@ from superscopes_tl.engine.forced import Precision
 from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator
 from superscopes_tl.engine.memory import bytes_per_row, free_bytes
 from superscopes_tl.engine.named import generate_named, name_fits, named_log_probabilities
-from superscopes_tl.engine.patch import Patch
+from superscopes_tl.engine.patch import Patch, no_patch
 from superscopes_tl.engine.runs import Row, Run, continuation_ids, follow_continuation
 from superscopes_tl.engine.target_prompt import (
     CHAT_PROMPT,
@@ -50,5 +50,6 @@ __all__ = [
     "is_echo",
     "name_fits",
     "named_log_probabilities",
+    "no_patch",
     "site_vectors",
 ]

@@ -59,6 +59,14 @@ class Generation:
     n_description_tokens: int = 0
 
 
+def token_log_probabilities(
+    logits: Float[Tensor, "*pos vocab"], ids: Int[Tensor, "*pos"]
+) -> Float[Tensor, "*pos"]:
+    """Return the log-probability, in nats, of a given token at each position."""
+    # `log_softmax` is several times as fast as the difference to `logsumexp` on a CPU.
+    return logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
 class TokenTable:
     """The tokens of a batch, a row per text and a column per step; -1 after the end of a text.
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.engine.decoding import Batch, guide, guided_rows
+from superscopes_tl.engine.decoding import Batch, guide, guided_rows, token_log_probabilities
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
 from superscopes_tl.engine.patch import Patch, growing_hooks, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
@@ -99,14 +99,19 @@ class PatchedPrompt:
         return self.target.positions[0]
 
     @property
+    def places(self) -> list[int]:
+        """The placeholder's tokens, counted from the first token that is run."""
+        return [position - self.first for position in self.target.positions]
+
+    @property
     def row_length(self) -> int:
         """The most tokens that a row caches for itself: from the placeholder on."""
         return len(self.target.tokens) - self.first + self.max_new_tokens
 
     @cached_property
     def prefix(self) -> Any:
-        """The KV cache of the tokens before the placeholder, of one row."""
-        with torch.no_grad():
+        """The KV cache of the tokens before the placeholder, of one row, in the model's dtype."""
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             return self.model.decoder.prefill(self._tokens[:, : self.first])
 
     @cached_property
@@ -189,8 +194,7 @@ class PatchedPrompt:
 
     def hooks(self, rows: Sequence[Patch]) -> list[tuple[str, Hook]]:
         """Return the hooks that patch the rows of a batch at the placeholder's tokens."""
-        places = [position - self.first for position in self.target.positions]
-        return patch_hooks(self.model, rows, places)
+        return patch_hooks(self.model, rows, self.places)
 
     def cache(self, rows: int, new: int = 0) -> Any:
         """Return a cache of `rows` rows that hold the prompt up to the placeholder.
@@ -261,24 +265,20 @@ class PatchedPrompt:
             cache = self.cache(len(rows), longest)
             with self.model.hooks(self.hooks(rows)):
                 logits = self.model.decoder.logits(tokens, cache, longest)
-            logits = guide(logits, weights)
-            # Several times as fast as the difference to `logsumexp`.
-            likely = logits.log_softmax(dim=-1).gather(2, ids[:, :, None])[..., 0]
+            likely = token_log_probabilities(guide(logits, weights), ids)
         return [row[: len(text)] for row, text in zip(likely.tolist(), texts, strict=True)]
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
         """Hold the model, without gradients and in the precision of known texts."""
         device, high = self.model.device.type, self.precision == "high"
-        self.prefix  # noqa: B018  # generation starts from it as well: in the model's own dtype
         with self.model.lock, torch.no_grad(), torch.autocast(device, torch.bfloat16, high):
             yield
 
     def _score_growing(self, text: Sequence[int], patches: Sequence[Patch]) -> list[list[float]]:
         """Score one text after some patches, in a batch that grows from layer to layer."""
         model, ids = self.model, torch.tensor([text], device=self.model.device)
-        places = [position - self.first for position in self.target.positions]
-        hooks, row_of = growing_hooks(model, patches, places)
+        hooks, row_of = growing_hooks(model, patches, self.places)
         last: list[Tensor] = []
 
         def take(
@@ -288,18 +288,18 @@ class PatchedPrompt:
             return activation[:1]  # the model's own unembedding is not needed
 
         hooks.append((hook_name("resid_post", model.n_layers - 1), take))
+        tokens = torch.cat([self.tail(1), ids[:, :-1]], dim=1)
         with self._scoring():
+            cache = self.cache(1, len(text))
             with model.hooks(hooks):
-                tokens = torch.cat([self.tail(1), ids[:, :-1]], dim=1)
-                model.decoder.logits(tokens, self.cache(1, len(text)), 1)
+                model.decoder.logits(tokens, cache, 1)
             states = last[0].flatten(0, 1)
             wanted = ids.expand(len(last[0]), -1).flatten()
             size = max(1, CHUNK_LOGITS // model.tl.cfg.d_vocab)
+            parts = zip(torch.split(states, size), torch.split(wanted, size), strict=True)
             likely = [
-                model.decoder.unembed(part[None])[0].log_softmax(-1).gather(1, token[:, None])
-                for part, token in zip(
-                    torch.split(states, size), torch.split(wanted, size), strict=True
-                )
+                token_log_probabilities(model.decoder.unembed(part[None])[0], token)
+                for part, token in parts
             ]
         table = torch.cat(likely).view(-1, len(text)).tolist()
         return [table[row] for row in row_of]

@@ -22,7 +22,7 @@ import torch
 
 from superscopes_tl.engine.decoding import LIVE_SHARE, Generation, decode
 from superscopes_tl.engine.forced import PatchedPrompt, Precision
-from superscopes_tl.engine.patch import Patch
+from superscopes_tl.engine.patch import Patch, no_patch
 from superscopes_tl.engine.target_prompt import DESCRIPTION_PROMPT, TargetPrompt
 from superscopes_tl.model import LanguageModel
 
@@ -82,7 +82,7 @@ class PatchedGenerator(PatchedPrompt):
 
     def unpatched(self) -> Generation:
         """Return what the model generates when nothing is patched: the simplest control."""
-        return self.generate([Patch(torch.zeros(self.model.d_model), None)])[0]
+        return self.generate([no_patch(self.model)])[0]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text."""

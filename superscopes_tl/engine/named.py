@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from superscopes_tl.engine.decoding import Batch, Generation, decode
+from superscopes_tl.engine.decoding import Batch, Generation, decode, token_log_probabilities
 from superscopes_tl.engine.generation import PatchedGenerator
 from superscopes_tl.engine.target_prompt import description_is_over
 from superscopes_tl.model import tokenize
@@ -79,8 +79,8 @@ def named_log_probabilities(
             cache, ids = _start(generator, [row], new=len(text))
             wanted = torch.tensor([text], device=model.device)
             read = torch.cat([ids, wanted[:, :-1]], dim=1)
-            likely = model.decoder.logits(read, cache, len(text)).log_softmax(dim=-1)
-        found.append(likely.gather(2, wanted[:, :, None])[0, :, 0].tolist())
+            likely = token_log_probabilities(model.decoder.logits(read, cache, len(text)), wanted)
+        found.append(likely[0].tolist())
     return found
 
 

@@ -70,6 +70,11 @@ class Patch:
         return float(self.vector.norm(dim=-1).mean())
 
 
+def no_patch(model: LanguageModel) -> Patch:
+    """Return what leaves a row unpatched."""
+    return Patch(torch.zeros(model.d_model), None)
+
+
 def patch_hooks(
     model: LanguageModel, patches: Sequence[Patch], positions: Sequence[int]
 ) -> list[tuple[str, Hook]]:
@@ -110,8 +115,7 @@ def growing_hooks(
     layers = [[layer % model.n_layers for layer in patch.layers] for patch in patches]
     order = sorted((n for n, own in enumerate(layers) if own), key=lambda n: min(layers[n]))
     row_of = {number: row for row, number in enumerate(order, start=1)}
-    nothing = Patch(torch.zeros(model.d_model), None)
-    rows = [nothing, *(patches[number] for number in order)]
+    rows = [no_patch(model), *(patches[number] for number in order)]
     hooks = []
     for layer, count in sorted(Counter(min(layers[number]) for number in order).items()):
         hooks.append((hook_name("resid_post", layer), partial(_append_rows, count=count)))

@@ -198,16 +198,9 @@ def score_generations(part: Part, generations: Sequence[Generation]) -> list[flo
 def score_readings(
     plan: SweepPlan, cells: Sequence[Cell], texts: Sequence[str], descriptions: Sequence[str]
 ) -> list[float]:
-    """Score the texts of some cells, whole or cropped, against what each is about.
-
-    Where the model has no own words, a text that is scored against them has no score.
-    """
+    """Score the texts of some cells, whole or cropped, against what each is about."""
     judged = descriptions if plan.config.score_on == "description" else texts
     references = {cell.position: plan.about(cell.position) for cell in cells}
     if plan.config.score_against == "own words":
         references = {at: words.text for at, words in plan.own_words(references).items()}
-    judged = [
-        text if references[cell.position].strip() else ""
-        for cell, text in zip(cells, judged, strict=True)
-    ]
     return score_texts(plan.scorer, [references[cell.position] for cell in cells], judged)

@@ -101,7 +101,7 @@ class SweepConfig:
         batch_size: rows per batch; defaults to what fits into memory.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_against: what the score compares a reading with: the "prompt" itself, as in the
-            paper, or the model's "own words" about it, which agree better with hand judgements
+            paper, or the model's "own words" about it, which agree better with judged readings
             (notebook 04).
         score_on: score the cropped "description", or as the paper did the whole "text". Texts end
             where their description does, unless they are scored whole.

@@ -30,6 +30,7 @@ from superscopes_tl.engine import (
     Patch,
     PatchedGenerator,
     crop_description,
+    no_patch,
 )
 from superscopes_tl.experiment.cells import (
     Part,
@@ -201,7 +202,7 @@ def _unpatched_log_probabilities(
 ) -> list[float]:
     """Return the log-probability of each description without a patch, in nats per token."""
     texts = [g.token_ids[: g.n_description_tokens] for g in generations]
-    unpatched = [Patch(torch.zeros(generator.model.d_model), None)] * len(texts)
+    unpatched = [no_patch(generator.model)] * len(texts)
     return [mean(likely) for likely in generator.log_probabilities(unpatched, texts)]
 
 

@@ -133,7 +133,7 @@ def verify(tl: Any, given: Probe) -> Verified:
         kinds, absent = _offered(found, tl.cfg.n_layers, dtype)
         last = found["resid_post", tl.cfg.n_layers - 1]
         decoder.unembeds = _unembeds(decoder, last, full[:, -_RECORDED:], allowed)
-        decoder.grows = decoder.unembeds and _grows(tl, decoder, given.tokens)
+        decoder.grows = decoder.unembeds and _grows(tl, decoder, given.tokens, full)
     return Verified(decoder, kinds, absent)
 
 
@@ -146,25 +146,25 @@ def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) 
     return got.shape == expected.shape and distance(expected, got) <= allowed
 
 
-def _grows(tl: Any, decoder: Decoder, tokens: Tensor) -> bool:
+def _grows(tl: Any, decoder: Decoder, tokens: Tensor, full: Tensor) -> bool:
     """Whether a row that is appended after the first block passes the others like its original."""
-    start, rest = _prefix(tokens.shape[1]), tokens[:1, _prefix(tokens.shape[1]) :]
+    start = _prefix(tokens.shape[1])
+    rest = tokens[:1, start:]
 
     def append(value: Tensor, hook: object) -> Tensor:
         return torch.cat([value, value])
 
     point, level = tl.hook_dict[hook_name("resid_post", 0)], tl.context_level + 1
-    prefix = decoder.prefill(tokens[:1, :start])
-    alone = decoder.step(rest, decoder.expand(prefix, 1, rest.shape[1])).cpu()
+    cache = decoder.expand(decoder.prefill(tokens[:1, :start]), 1, rest.shape[1])
     try:
         point.add_hook(append, level=level)
-        both = decoder.step(rest, decoder.expand(prefix, 1, rest.shape[1])).cpu()
+        both = decoder.step(rest, cache).cpu()
     except Exception:  # noqa: BLE001  # whatever the library raises
         return False
     finally:
         point.remove_hooks(level=level)
     allowed = tolerance(next(iter(tl.parameters())).dtype, cached=True)
-    return len(both) == 2 and distance(alone.expand_as(both), both) <= allowed
+    return len(both) == 2 and distance(full[:1, -1].expand_as(both), both) <= allowed
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ _COLUMNS = ["prompt", "position", "token", *CELL, "own", "predicted", "hit", "su
 _ROWS = 256
 """Sites unembedded together: each has a number per vocabulary token."""
 
-_OF_TEXTS = ("scorer", "score_on", "draw", "max_new_tokens")
+_OF_TEXTS = ("scorer", "score_on", "score_against", "precision", "draw", "max_new_tokens")
 """Settings of whole texts, which do not apply to a single token."""
 
 _Predictions: TypeAlias = tuple[Int[Tensor, " places"], Float[Tensor, " places"]]

@@ -194,17 +194,20 @@ def no_scores(references: Sequence[str], candidates: Sequence[str]) -> list[floa
 def score_texts(
     scorer: Scorer, reference: str | Sequence[str], texts: Sequence[str]
 ) -> list[float]:
-    """Score every text against one reference, or each against its own; empty texts are NaN.
+    """Score every text against one reference, or each against its own.
+
+    An empty text, or one without a reference (a model may have no own words), is NaN.
 
     Raises:
         ValueError: the scorer returned a wrong number of scores, or an infinite one.
     """
     references = [reference] * len(texts) if isinstance(reference, str) else reference
-    there = [i for i, text in enumerate(texts) if text.strip()]
+    pairs = zip(references, texts, strict=True)
+    there = [i for i, (about, text) in enumerate(pairs) if about.strip() and text.strip()]
     scores = [math.nan] * len(texts)
     if there:
-        pairs = [references[i] for i in there], [texts[i] for i in there]
-        found = [float(s) for s in scorer(*pairs)]
+        known, judged = [references[i] for i in there], [texts[i] for i in there]
+        found = [float(score) for score in scorer(known, judged)]
         if len(found) != len(there):
             expected = f"{len(there)} scores for as many texts"
             got, fix = f"{len(found)} scores", "return one number per pair"

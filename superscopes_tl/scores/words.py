@@ -24,10 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from superscopes_tl.engine import (
-    Patch,
     PatchedGenerator,
     TargetPrompt,
     crop_description,
@@ -35,6 +33,7 @@ from superscopes_tl.engine import (
     generate_named,
     name_fits,
     named_log_probabilities,
+    no_patch,
 )
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model import (
@@ -177,7 +176,7 @@ def words_of(
         found = _generated(generator, there)
     else:
         found = _referenced(generator, there, reference)
-    nothing = Patch(torch.zeros(generator.model.d_model), None)
+    nothing = no_patch(generator.model)
     texts = [words.token_ids for words in found]
     unpatched = generator.log_probabilities([nothing] * len(texts), texts)
     for words, likely in zip(found, unpatched, strict=True):

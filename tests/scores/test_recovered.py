@@ -44,6 +44,18 @@ FAST: dict[str, Any] = {
 }
 
 
+def _plain(
+    hf: Any, generator: PatchedGenerator, text: list[int], patch: Patch | None = None
+) -> float:
+    """Return log p(text) after the target prompt by plain Hugging Face, patched at one layer."""
+    ids, place = list(generator.target.tokens.ids), None
+    if patch is not None:
+        assert isinstance(patch.target_layer, int)
+        layer = patch.target_layer % generator.model.n_layers
+        place = (generator.target.positions, patch.vector, layer)
+    return plain_hf.log_probability(hf, ids, text, place)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_known_texts_are_as_likely_as_in_one_whole_pass(
@@ -54,16 +66,13 @@ def test_known_texts_are_as_likely_as_in_one_whole_pass(
     torch.manual_seed(1)
     for target in (TARGET, SEVERAL):
         generator = PatchedGenerator(model, target)
-        ids, positions = list(generator.target.tokens.ids), generator.target.positions
         patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in (5, 2, 0)]
         texts = [[7, 40, 5, 6, 90], [9], [31, 30]]
         found = generator.log_probabilities([*patches, Patch(torch.zeros(32), None)], [*texts, [8]])
         for patch, text, likely in zip(patches, texts, found, strict=False):
-            place = (positions, patch.vector, patch.target_layer)
-            expected = plain_hf.log_probability(hf, ids, text, place)
-            assert sum(likely) == pytest.approx(expected, abs=1e-3)
+            assert sum(likely) == pytest.approx(_plain(hf, generator, text, patch), abs=1e-3)
             assert len(likely) == len(text)
-        assert sum(found[3]) == pytest.approx(plain_hf.log_probability(hf, ids, [8]), abs=1e-3)
+        assert sum(found[3]) == pytest.approx(_plain(hf, generator, [8]), abs=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,18 +83,17 @@ def test_a_growing_batch_scores_a_text_like_one_pass_per_patch(
     """Patches at several layers, at one layer several times, at two layers at once, and at none."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     torch.manual_seed(2)
+    assert model.decoder.grows
     text, layers = [7, 40, 5, 6], [5, 2, (2, 4), 5, 0, -1, None]
     for target in (TARGET, SEVERAL):
         generator = PatchedGenerator(model, target)
-        ids, positions = list(generator.target.tokens.ids), generator.target.positions
         patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in layers]
         found = generator.log_probabilities(patches, [text] * len(patches))
         alone = [generator.log_probabilities([patch], [text])[0] for patch in patches]
         for number, patch in enumerate(patches):
             assert found[number] == pytest.approx(alone[number], abs=1e-3)
             if isinstance(patch.target_layer, int):
-                place = (positions, patch.vector, patch.target_layer % model.n_layers)
-                expected = plain_hf.log_probability(hf, ids, text, place)
+                expected = _plain(hf, generator, text, patch)
                 assert sum(found[number]) == pytest.approx(expected, abs=1e-3)
 
 
