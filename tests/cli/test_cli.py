@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from superscopes_tl import PAPER_PROMPTS, LanguageModel, SweepResult, sweep
 from superscopes_tl.cli.demonstration import CONFIG, read_share, rescue_table, run_demo
 from superscopes_tl.cli.main import app
-from superscopes_tl.cli.options import parse_layers, parse_numbers
+from superscopes_tl.cli.options import ERRORS, OUTPUT, parse_layers, parse_numbers
 from superscopes_tl.evaluation import SECOND_LIST
 from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
 from superscopes_tl.scores import own_words
@@ -29,6 +29,13 @@ FAST = ["--layers", "5,2", "--alphas", "1,3", "--backend", "bridge", "--max-new-
 def run(*arguments: str) -> Any:
     """Run the command as a user would."""
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cell of a table is wrapped, whatever the terminal in which the tests run."""
+    for console in (OUTPUT, ERRORS):
+        monkeypatch.setattr(console, "width", 160)
 
 
 @pytest.fixture
@@ -274,8 +281,8 @@ def test_evaluate_prints_what_each_layer_recovers_and_what_holds(
     assert f"{use[1].rpartition('/')[2]}, Scale(), in residual norms: at none of 2 layers" in shown
     found = layer_shares(SweepResult.load(out).table, target_layer=0)
     for row in found.to_dict("records"):
-        for number in (f"{row['plain']:.2f}", f"[{row['plain_low']:.2f},"):
-            assert number in shown  # a cell of the table may be wrapped between them
+        interval = f"[{row['plain_low']:.2f}, {row['plain_high']:.2f}]"
+        assert f"{row['plain']:.2f} {interval}" in shown
     assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
 
 
