@@ -35,7 +35,7 @@ def run(*arguments: str) -> Any:
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cell of a table is wrapped, whatever the terminal in which the tests run."""
     for console in (OUTPUT, ERRORS):
-        monkeypatch.setattr(console, "width", 160)
+        monkeypatch.setattr(console, "width", 240)
 
 
 @pytest.fixture
