@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from superscopes_tl.engine.target_prompt import crop_description
+from superscopes_tl.model import Decoder
 
 LIVE_SHARE = 0.75
 """The batch is compacted when fewer of its rows than this are still generating."""
@@ -32,6 +33,10 @@ CHECK_EVERY = 4
 """How many steps lie between two checks whether the texts are finished."""
 CHUNK = 2**18
 """How many logits a CPU processes together: as many as stay in its cache."""
+UNEMBEDDED, UNEMBEDDED_ROWS = {"cpu": 2**21}, 2048
+"""How many logits of known texts a device makes at a time, and of how many positions."""
+MOST_UNEMBEDDED = 2**26
+"""The same on another device."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,31 @@ def token_log_probabilities(
     """Return the log-probability, in nats, of a given token at each position."""
     # `log_softmax` is several times as fast as the difference to `logsumexp` on a CPU.
     return logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
+def unembedded_log_probabilities(
+    decoder: Decoder, residual: Float[Tensor, "pos d_model"], ids: Int[Tensor, " pos"]
+) -> Float[Tensor, " pos"]:
+    """Return the same from the last block's outputs, without all logits at a time.
+
+    A part of the vocabulary is unembedded for many positions and is used while it is in cache.
+    """
+    size = UNEMBEDDED_ROWS
+    parts = zip(torch.split(residual, size), torch.split(ids, size), strict=True)
+    return torch.cat([_unembedded_some(decoder, *part) for part in parts])
+
+
+def _unembedded_some(decoder: Decoder, residual: Tensor, ids: Tensor) -> Tensor:
+    highest = torch.full((len(ids), 1), -1e30, device=ids.device)
+    total, chosen, start = torch.zeros_like(highest), torch.zeros_like(highest), 0
+    size = max(1, UNEMBEDDED.get(ids.device.type, MOST_UNEMBEDDED) // len(ids))
+    for logits in decoder.unembed_parts(residual, size):
+        rows = ((ids >= start) & (ids < start + logits.shape[1])).nonzero()[:, 0]
+        chosen[rows, 0] = logits[rows, ids[rows] - start]
+        new = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))  # propagates NaN
+        total = total * (highest - new).exp() + (logits - new).exp_().sum(dim=-1, keepdim=True)
+        highest, start = new, start + logits.shape[1]
+    return (chosen - highest - total.log())[:, 0]
 
 
 class TokenTable:

@@ -7,15 +7,17 @@
    placeholder (`patch`); they are on the model during this one forward pass.
 4. The tokens of a known text are appended to the prompt, so the same pass scores all of them.
 5. Rows with the same text are equal below the layers at which they are patched. There one row
-   stands for all of them, and the batch grows on its way up (`growing_hooks`). Only the positions
-   that predict the text are unembedded, a few at a time.
+   stands for all of them, and the batch grows on its way up (`growing_hooks`); texts of equal
+   length share a batch. Only the positions that predict a text are unembedded, and a part of the
+   vocabulary at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
@@ -25,12 +27,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from superscopes_tl.engine.decoding import Batch, guide, guided_rows, token_log_probabilities
+from superscopes_tl.engine.decoding import (
+    Batch,
+    guide,
+    guided_rows,
+    token_log_probabilities,
+    unembedded_log_probabilities,
+)
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
 from superscopes_tl.engine.patch import Patch, growing_hooks, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model import Hook, LanguageModel, check_layers, hook_name
+from superscopes_tl.model import Hook, LanguageModel, check_layers, first_block_input, hook_name
 
 LONGEST_DEFAULT = 64
 """A model whose own default is longer than this means conversations, not descriptions."""
@@ -38,10 +46,10 @@ CHAT_NEW_TOKENS = 24
 """An answer in a conversation is a sentence: the paper's 10 tokens would cut it."""
 MOST_LOGITS = 2**26
 """How many logits a teacher-forced pass may hold at a time: 256 MB of them."""
-CHUNK_LOGITS = 2**25
-"""How many logits of a growing batch are computed at a time."""
-FEWEST_GROWING = 4
-"""The fewest patches with one text that are worth a pass of their own."""
+FEWEST_GROWING = 2
+"""The fewest patches with one text for which an unpatched row is worth its time."""
+GROWN = 2
+"""Rows of a growing batch are there for half of the layers: so many times more may be taken."""
 
 Precision = Literal["highest", "high"]
 
@@ -61,7 +69,7 @@ class PatchedPrompt:
             the model's size, fewer where memory is short.
         chat: whether the target prompt is a user's message in the model's chat template.
         precision: of the matrix products that score known texts: "highest" is the model's own
-            dtype, "high" bfloat16. In float32 models "high" takes about 0.6 of the time.
+            dtype; "high" is bfloat16, where the device has units for it (`multiplies_bfloat16`).
 
     Raises:
         ValueError: `max_new_tokens` or `batch_size` out of range, or a target prompt that does not
@@ -155,20 +163,15 @@ class PatchedPrompt:
         pairs = list(zip(patches, texts, strict=True))
         keys = [(patch.key, tuple(text)) for patch, text in pairs]
         distinct = dict(zip(keys, pairs, strict=True))
-        texts_of: dict[tuple[int, ...], list[Any]] = {}
-        for key, (patch, _) in distinct.items():
-            if key[1] and patch.guidance == 1 and self.model.decoder.grows:
-                texts_of.setdefault(key[1], []).append(key)
         found: dict[Any, list[float]] = {}
-        for text, several in texts_of.items():
-            if len(several) >= FEWEST_GROWING:
-                score = partial(self._score_growing, text)
-                batches = self.in_batches(score, [distinct[key][0] for key in several])
-                found |= zip(several, chain(*batches), strict=True)
+        for several in self._growing(distinct):
+            pairs = [distinct[key] for key in several]
+            batches = self.in_batches(self._score_growing, pairs, scale=GROWN)
+            found |= zip(several, chain(*batches), strict=True)
         rest = [key for key in distinct if key not in found]
         longest = max([1, *(len(key[1]) for key in rest)])
         rows = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
-        batches = self.in_batches(self._score_batch, [distinct[key] for key in rest], rows)
+        batches = self.in_batches(self._score_batch, [distinct[key] for key in rest], most=rows)
         found |= zip(rest, chain(*batches), strict=True)
         return [found[key] for key in keys]
 
@@ -213,31 +216,35 @@ class PatchedPrompt:
         return self.model.decoder.step(tokens, cache).float()
 
     def in_batches(
-        self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T], most: int | None = None
+        self,
+        work: Callable[[Sequence[T]], list[U]],
+        rows: Sequence[T],
+        *,
+        most: int = sys.maxsize,
+        scale: int = 1,
     ) -> Iterator[list[U]]:
-        """Yield the results of `work` batch by batch, at most `most` rows at a time."""
+        """Yield the results of `work` for up to `scale` batch sizes, but at most `most` rows."""
         start = 0
         while start < len(rows):
-            size = self.batch_size if most is None else min(self.batch_size, most)
-            batch = rows[start : start + size]
-            found = self.unless_out_of_memory(partial(work, batch), batch)
+            batch = rows[start : start + min(scale * self.batch_size, most)]
+            found = self.unless_out_of_memory(partial(work, batch), batch, scale)
             if found is not None:
                 yield found
                 start += len(batch)
 
-    def unless_out_of_memory(self, work: Callable[[], T], batch: Sized) -> T | None:
+    def unless_out_of_memory(self, work: Callable[[], T], batch: Sized, scale: int = 1) -> T | None:
         """Return the result, or `None` after halving the batch size for another try."""
         try:
             return work()
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            if len(batch) == 1:
+            if len(batch) <= scale:
                 raise MemoryError(
                     f"batch_size: out of memory even at batch_size=1 ({self.model.name}). "
                     "Fix: a shorter target prompt, fewer max_new_tokens or a smaller model."
                 ) from error
-            self.batch_size = len(batch) // 2
+            self.batch_size = max(1, len(batch) // (2 * scale))
         free_memory()  # outside the handler, whose traceback keeps the failed batch's tensors
         return None
 
@@ -271,38 +278,65 @@ class PatchedPrompt:
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
         """Hold the model, without gradients and in the precision of known texts."""
-        device, high = self.model.device.type, self.precision == "high"
-        with self.model.lock, torch.no_grad(), torch.autocast(device, torch.bfloat16, high):
+        device = self.model.device.type
+        fast = self.precision == "high" and multiplies_bfloat16(device)
+        with self.model.lock, torch.no_grad(), torch.autocast(device, torch.bfloat16, fast):
             yield
 
-    def _score_growing(self, text: Sequence[int], patches: Sequence[Patch]) -> list[list[float]]:
-        """Score one text after some patches, in a batch that grows from layer to layer."""
-        model, ids = self.model, torch.tensor([text], device=self.model.device)
-        hooks, row_of = growing_hooks(model, patches, self.places)
+    def _growing(self, pairs: Mapping[Any, tuple[Patch, Sequence[int]]]) -> Iterable[list[Any]]:
+        """Return the pairs that are to grow from unpatched rows, by the length of their texts."""
+        together: dict[tuple[int, ...], list[Any]] = {}
+        if self.model.decoder.grows:
+            for key, (patch, text) in pairs.items():
+                if text and patch.guidance == 1:
+                    together.setdefault(tuple(text), []).append(key)
+        by_length: dict[int, list[Any]] = {}
+        for text, several in together.items():
+            if len(several) >= FEWEST_GROWING:
+                by_length.setdefault(len(text), []).extend(several)
+        return by_length.values()
+
+    def _score_growing(self, pairs: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
+        """Score texts of equal length in a batch that grows from a row for each text."""
+        model, decoder = self.model, self.model.decoder
+        patches, texts = zip(*pairs, strict=True)
+        distinct = list(dict.fromkeys(map(tuple, texts)))
+        origins = [distinct.index(tuple(text)) for text in texts]
+        hooks, rows = growing_hooks(model, patches, origins, self.places)
+        ids = torch.tensor(distinct, device=model.device)
         last: list[Tensor] = []
 
         def take(
             activation: Float[Tensor, "batch pos d_model"], hook: Any
         ) -> Float[Tensor, "1 pos d_model"]:
-            last.append(activation[:, -len(text) :])
+            last.append(activation[rows, -ids.shape[1] :])
             return activation[:1]  # the model's own unembedding is not needed
 
         hooks.append((hook_name("resid_post", model.n_layers - 1), take))
-        tokens = torch.cat([self.tail(1), ids[:, :-1]], dim=1)
+        tokens = torch.cat([self.tail(len(ids)), ids[:, :-1]], dim=1)
         with self._scoring():
-            cache = self.cache(1, len(text))
+            if len(ids) > 1:  # a mask for one row is right for any number of rows
+                run = partial(decoder.logits, tokens, self.cache(len(ids), ids.shape[1]), 1)
+                embedded = first_block_input(model.tl, run)
+                hooks.append((hook_name("resid_pre", 0), lambda activation, hook: embedded))
+            cache = self.cache(1, ids.shape[1])
             with model.hooks(hooks):
-                model.decoder.logits(tokens, cache, 1)
-            states = last[0].flatten(0, 1)
-            wanted = ids.expand(len(last[0]), -1).flatten()
-            size = max(1, CHUNK_LOGITS // model.tl.cfg.d_vocab)
-            parts = zip(torch.split(states, size), torch.split(wanted, size), strict=True)
-            likely = [
-                token_log_probabilities(model.decoder.unembed(part[None])[0], token)
-                for part, token in parts
-            ]
-        table = torch.cat(likely).view(-1, len(text)).tolist()
-        return [table[row] for row in row_of]
+                decoder.logits(tokens[:1], cache, 1)
+            likely = unembedded_log_probabilities(
+                decoder, last[0].flatten(0, 1), ids[origins].flatten()
+            )
+        found: list[list[float]] = likely.view(len(pairs), -1).tolist()
+        return found
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Return whether a type of device has units for matrix products in bfloat16.
+
+    A CPU without them takes several times as long as in float32.
+    """
+    # torch offers no public way to ask a CPU.
+    of_cpu = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return any(has() for has in of_cpu) if device == "cpu" else True
 
 
 def _default_new_tokens(model: LanguageModel, *, chat: bool) -> int:

@@ -6,8 +6,8 @@
    the block output (`hook_resid_post`) at the placeholder's tokens, so that the rows of a batch
    may be patched at different layers, and one row at several.
 3. Below the first layer at which it is patched, a row of a prompt is like every other. With
-   `growing_hooks` the batch is one row there, and grows on its way up: the hook on a block output
-   returns a larger batch, with the rows that are patched at that layer.
+   `growing_hooks` they are one row there, and the batch grows on its way up: the hook on a block
+   output returns a larger batch, with the rows that are patched at that layer.
 4. `write_hooks` is the one place where vectors are written; `runs` uses it for every kind.
 5. Vectors are cast to the model's dtype here, and refused where it cannot hold them.
 """
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,32 +102,42 @@ def patch_hooks(
 
 
 def growing_hooks(
-    model: LanguageModel, patches: Sequence[Patch], positions: Sequence[int]
+    model: LanguageModel, patches: Sequence[Patch], origins: Sequence[int], positions: Sequence[int]
 ) -> tuple[list[tuple[str, Hook]], list[int]]:
-    """Return the hooks under which one unpatched row becomes a batch, and each patch's row in it.
+    """Return the hooks under which unpatched rows become a batch, and each patch's row in it.
 
-    Row 0 is the unpatched one, and that of every patch without a layer.
+    Args:
+        model: the target model.
+        patches: of the rows that are added.
+        origins: the unpatched row, from 0, that each patch changes; a patch without a layer is
+            that row itself.
+        positions: as in `patch_hooks`.
 
     Raises:
         ValueError: as `patch_hooks`.
     """
     layers = [[layer % model.n_layers for layer in patch.layers] for patch in patches]
     order = sorted((n for n, own in enumerate(layers) if own), key=lambda n: min(layers[n]))
-    row_of = {number: row for row, number in enumerate(order, start=1)}
-    rows = [no_patch(model), *(patches[number] for number in order)]
-    hooks = []
-    for layer, count in sorted(Counter(min(layers[number]) for number in order).items()):
-        hooks.append((hook_name("resid_post", layer), partial(_append_rows, count=count)))
+    unpatched = 1 + max(origins)
+    row_of = {number: row for row, number in enumerate(order, start=unpatched)}
+    added: dict[int, list[int]] = {}
+    for number in order:
+        added.setdefault(min(layers[number]), []).append(origins[number])
+    hooks: list[tuple[str, Hook]] = [
+        (hook_name("resid_post", layer), partial(_append_rows, origins=torch.tensor(rows)))
+        for layer, rows in added.items()
+    ]
+    rows = [*[no_patch(model)] * unpatched, *(patches[number] for number in order)]
     return [*hooks, *patch_hooks(model, rows, positions)], [
-        row_of.get(number, 0) for number in range(len(patches))
+        row_of.get(number, origin) for number, origin in enumerate(origins)
     ]
 
 
 def _append_rows(
-    activation: Float[Tensor, "batch pos d_model"], hook: Any, count: int
+    activation: Float[Tensor, "batch pos d_model"], hook: Any, origins: Int[Tensor, " added"]
 ) -> Float[Tensor, "grown pos d_model"]:
-    """Append copies of the unpatched row."""
-    return torch.cat([activation, activation[:1].expand(count, -1, -1)])
+    """Append copies of unpatched rows."""
+    return torch.cat([activation, activation[origins.to(activation.device)]])
 
 
 def write_hooks(

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from superscopes_tl.engine import Patch
+from superscopes_tl.engine import GROWN, Patch
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.experiment.cells import Part, make_patches, read, unwritten
 from superscopes_tl.experiment.config import SweepConfig
@@ -195,11 +195,11 @@ def _work(plan: SweepPlan) -> list[Work]:
     return [(plan, *work) for work in zip(plan.cells, make_patches(plan), strict=True)]
 
 
-def _batches(work: Iterable[Work]) -> Iterator[list[Part]]:
-    """Yield full batches, the cells of each plan together."""
+def _batches(work: Iterable[Work], scale: int = 1) -> Iterator[list[Part]]:
+    """Yield full batches of `scale` batch sizes, the cells of each plan together."""
     items = iter(work)
     for first in items:
-        batch = [first, *islice(items, first[0].generator.batch_size - 1)]
+        batch = [first, *islice(items, scale * first[0].generator.batch_size - 1)]
         parts = []
         for plan, group in groupby(batch, key=lambda item: item[0]):
             _, cells, patches = zip(*group, strict=True)
@@ -222,7 +222,7 @@ def _map(plan: SweepPlan) -> Iterator[list[Reading]]:
     """Yield the shares recovered of all cells, then the best cell of each site with its text."""
     work = _work(plan)
     there: list[Reading] = []
-    for parts in _batches(work):
+    for parts in _batches(work, GROWN):
         empty = [reading for part in parts for reading in unwritten(part)]
         found = add_recovered(parts, [control_patches(part) for part in parts], empty)
         there += found

@@ -1,6 +1,7 @@
 """The language model: loading, tokens, positions, hook points, and decoding with a KV cache."""
 
 from superscopes_tl.model.chat import check_answer
+from superscopes_tl.model.decoder import Decoder, first_block_input
 from superscopes_tl.model.language_model import Hook, LanguageModel
 from superscopes_tl.model.load import DEFAULT_MODEL, device_of, load_model
 from superscopes_tl.model.sites import KINDS, PAPER_KINDS, HookKind, Site, check_layers, hook_name
@@ -20,6 +21,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "KINDS",
     "PAPER_KINDS",
+    "Decoder",
     "Hook",
     "HookKind",
     "LanguageModel",
@@ -33,6 +35,7 @@ __all__ = [
     "check_text",
     "covering",
     "device_of",
+    "first_block_input",
     "hook_name",
     "load_model",
     "named_positions",

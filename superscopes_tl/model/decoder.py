@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model.prefix_cache import Prefix, RowBuffer, SharedPrefix
+from superscopes_tl.model.sites import hook_name
 
 
 class Decoder(Protocol):
@@ -34,7 +35,8 @@ class Decoder(Protocol):
     Attributes:
         name: "hooked" or "bridge".
         unembeds: whether final norm and W_U turn the last block's output into the logits.
-        grows: whether a hook on a block's output may return more rows than it is given.
+        grows: whether a hook on a block's output, or on the first one's input, may return more
+            rows than it is given.
     """
 
     name: str
@@ -64,6 +66,11 @@ class Decoder(Protocol):
         Raises:
             ValueError: these do not make the model's logits.
         """
+
+    def unembed_parts(
+        self, residual: Float[Tensor, "... d_model"], size: int
+    ) -> Iterator[Float[Tensor, "... part"]]:
+        """Yield the logits of `unembed` for `size` tokens of the vocabulary at a time."""
 
 
 class HookedDecoder:
@@ -109,15 +116,22 @@ class HookedDecoder:
         return self.unembed(self._run(tokens, cache)[:, -last:])
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        (logits,) = self.unembed_parts(residual, self._tl.unembed.W_U.shape[1])
+        return logits
+
+    def unembed_parts(
+        self, residual: Float[Tensor, "... d_model"], size: int
+    ) -> Iterator[Float[Tensor, "... part"]]:
         cfg, last = self._tl.cfg, self._tl.unembed
         residual = residual.to(last.W_U)
         if cfg.normalization_type is not None:
             residual = self._tl.ln_final(residual)
-        logits: Tensor = residual @ last.W_U + last.b_U
         cap = cfg.output_logits_soft_cap
-        if cap is not None and cap > 0:
-            logits = cap * torch.tanh(logits / cap)
-        return logits.float()
+        for part in _parts(last.W_U.shape[1], size):
+            logits: Tensor = residual @ last.W_U[:, part] + last.b_U[part]
+            if cap is not None and cap > 0:
+                logits = cap * torch.tanh(logits / cap)
+            yield logits.float()
 
     def _run(self, tokens: Tensor, cache: Any) -> Tensor:
         """Return the last block's output.
@@ -243,10 +257,18 @@ class BridgeDecoder:
             expected = "one with logits made by a final norm and W_U of the last block's output"
             fix = "read this model by patching, or use another one for its logits"
             raise bad_value("model", expected, type(tl.original_model).__name__, fix)
-        logits: Tensor = tl.unembed(tl.ln_final(residual.to(tl.unembed.W_U)))
-        # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
-        transformed: Tensor = tl.adapter.apply_output_logits_transform(logits)
-        return transformed.float()
+        (logits,) = self.unembed_parts(residual, tl.unembed.W_U.shape[1])
+        return logits
+
+    def unembed_parts(
+        self, residual: Float[Tensor, "... d_model"], size: int
+    ) -> Iterator[Float[Tensor, "... part"]]:
+        tl, last = self._tl, self._tl.unembed
+        normed = tl.ln_final(residual.to(last.W_U))
+        for part in _parts(last.W_U.shape[1], size):
+            logits = normed @ last.W_U[:, part] + last.b_U[part]
+            # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
+            yield tl.adapter.apply_output_logits_transform(logits).float()
 
 
 @cache
@@ -272,6 +294,38 @@ def _layer_class() -> Any:
             return self.rows.length
 
     return SharedPrefixLayer
+
+
+class _StopError(Exception):
+    """Ends a forward pass."""
+
+
+def first_block_input(tl: Any, run: Callable[[], Any]) -> Float[Tensor, "batch pos d_model"]:
+    """Return the first block's input in a forward pass, which ends there.
+
+    Raises:
+        KeyError: no such hook point.
+    """
+    found: list[Tensor] = []
+
+    def stop(value: Tensor, hook: object) -> None:
+        found.append(value)
+        raise _StopError
+
+    point, level = tl.hook_dict[hook_name("resid_pre", 0)], tl.context_level + 1
+    try:
+        point.add_hook(stop, level=level)
+        with contextlib.suppress(_StopError):
+            run()
+    finally:
+        point.remove_hooks(level=level)
+    return found[0]
+
+
+def _parts(whole: int, size: int) -> Iterator[slice]:
+    """Yield slices of `size`, the last one as long as there is left."""
+    for start in range(0, whole, size):
+        yield slice(start, start + size)
 
 
 def decoder_for(tl: Any) -> Decoder:

@@ -13,8 +13,9 @@ vector, or lose the KV cache, without an error. Two such defects of the bridge a
 4. The recorded activations must add up: `resid_mid = resid_pre + attn_out` and
    `resid_post = resid_mid + mlp_out`. A kind that does not is not offered; `Verified.absent` says
    why. If the last block's output does not unembed to the logits, the model offers no unembedding.
-5. A hook on the first block's output appends a row. Where the model takes that, and computes for
-   both rows what it does for one, a batch may grow on its way up (`Decoder.grows`).
+5. A hook on the first block's output appends a row, one on its input two. Where the model takes
+   that, and computes for both rows what it does for each, a batch may grow on its way up
+   (`Decoder.grows`).
 
 The distance between logits is the root mean square of their difference over the vocabulary,
 relative to that of the logits themselves, both centred per position (a common shift changes no
@@ -24,7 +25,7 @@ probability). The worst position counts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -34,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import reason
-from superscopes_tl.model.decoder import Decoder, decoder_for
+from superscopes_tl.model.decoder import Decoder, decoder_for, first_block_input
 from superscopes_tl.model.sites import KINDS, HookKind, hook_name
 
 Place: TypeAlias = tuple[HookKind, int]
@@ -147,24 +148,31 @@ def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) 
 
 
 def _grows(tl: Any, decoder: Decoder, tokens: Tensor, full: Tensor) -> bool:
-    """Whether a row that is appended after the first block passes the others like its original."""
+    """Whether rows that are put in before the first block, or after it, pass the others."""
     start = _prefix(tokens.shape[1])
-    rest = tokens[:1, start:]
+    rest, prefix = tokens[:, start:], decoder.prefill(tokens[:1, :start])
 
-    def append(value: Tensor, hook: object) -> Tensor:
-        return torch.cat([value, value])
+    def replaced(kind: HookKind, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run one row, with an activation of the first block replaced by more rows."""
+        point, level = tl.hook_dict[hook_name(kind, 0)], tl.context_level + 1
+        try:
+            point.add_hook(lambda value, hook: rows(value), level=level)
+            return decoder.step(rest[:1], decoder.expand(prefix, 1, rest.shape[1])).cpu()
+        finally:
+            point.remove_hooks(level=level)
 
-    point, level = tl.hook_dict[hook_name("resid_post", 0)], tl.context_level + 1
-    cache = decoder.expand(decoder.prefill(tokens[:1, :start]), 1, rest.shape[1])
+    allowed = tolerance(next(iter(tl.parameters())).dtype, cached=True)
     try:
-        point.add_hook(append, level=level)
-        both = decoder.step(rest, cache).cpu()
+        cache = decoder.expand(prefix, 2, rest.shape[1])
+        embedded = first_block_input(tl, lambda: decoder.step(rest, cache))
+        before = replaced("resid_pre", lambda value: embedded)
+        after = replaced("resid_post", lambda value: torch.cat([value, value]))
     except Exception:  # noqa: BLE001  # whatever the library raises
         return False
-    finally:
-        point.remove_hooks(level=level)
-    allowed = tolerance(next(iter(tl.parameters())).dtype, cached=True)
-    return len(both) == 2 and distance(full[:1, -1].expand_as(both), both) <= allowed
+    return all(
+        len(got) == 2 and distance(wanted.expand_as(got), got) <= allowed
+        for wanted, got in ((full[:, -1], before), (full[:1, -1], after))
+    )
 
 
 @contextlib.contextmanager

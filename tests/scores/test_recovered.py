@@ -97,14 +97,41 @@ def test_a_growing_batch_scores_a_text_like_one_pass_per_patch(
                 assert sum(found[number]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_high_precision_differs_little_and_leaves_texts_alone(smollm2: LanguageModel) -> None:
-    """Shares differ as stated, and generated texts not at all."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_of_one_length_grow_in_one_batch(
+    architecture: str, backend: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each text's rows grow from its own; a text of another length and a lone one are apart."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    torch.manual_seed(3)
+    three = [[7, 40, 5], [9, 8, 7], [30, 31, 40]]
+    texts = [*three, *three, three[1], [6], [6], [8, 9]]
+    patches = [Patch(torch.randn(32) * 4, layer) for layer in (5, 2, 0, 2, None, 5, 3, 1, 4, 2)]
+    generator, sizes = PatchedGenerator(model, TARGET), []
+    grow = generator._score_growing
+    monkeypatch.setattr(
+        generator, "_score_growing", lambda pairs: [sizes.append(len(pairs)), grow(pairs)][1]
+    )
+    found = generator.log_probabilities(patches, texts)
+    assert sizes == [7, 2]
+    for patch, text, likely in zip(patches, texts, found, strict=True):
+        expected = _plain(hf, generator, text, patch if patch.layers else None)
+        assert sum(likely) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_high_precision_differs_little_and_leaves_texts_alone(
+    smollm2: LanguageModel, monkeypatch: pytest.MonkeyPatch, *, units: bool
+) -> None:
+    """Shares differ as stated where the device has units for bfloat16, and texts nowhere."""
+    monkeypatch.setattr("superscopes_tl.engine.forced.multiplies_bfloat16", lambda device: units)
     settings: dict[str, Any] = {**FAST, "layers": (12, 3), "kinds": "resid_post"}
     exact, fast = (
         sweep(smollm2, SOURCE, precision=p, **settings).table for p in ("highest", "high")
     )
     off = (exact["recovered"] - fast["recovered"]).abs()
-    assert 0 < off.max() < 0.05
+    assert 0 < off.max() < 0.05 if units else off.max() == 0
     assert exact["text"].equals(fast["text"])
 
 
