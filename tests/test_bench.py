@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from superscopes_tl import PatchedGenerator, load_model
+from superscopes_tl import PAPER_ALPHAS, PatchedGenerator, load_model, sweep
 from superscopes_tl.cli.main import app as superscopes
 from superscopes_tl.cli.options import OUTPUT
-from tests.benchmarks import bench, measure
+from tests.benchmarks import bench, maps, measure, roofline
 from tests.benchmarks.__main__ import app
-from tests.benchmarks.limit import Limit
-from tests.benchmarks.measure import Way
+from tests.benchmarks.measure import Job, Row, Way
 from tests.benchmarks.report import Report, rate_figure
-from tests.benchmarks.roofline import Roofline, flop_of_cell, flop_per_second, shape_of
+from tests.benchmarks.roofline import (
+    Roofline,
+    flop_of_cell,
+    flop_of_score,
+    flop_per_second,
+    shape_of,
+)
 from tests.benchmarks.sizes import (
     SIZES,
     Size,
@@ -32,9 +39,10 @@ from tests.benchmarks.sizes import (
     weight_bytes,
     with_random_weights,
 )
+from tests.benchmarks.ways import Limit
 from tests.benchmarks.work import make_cells, spread
 from tests.conftest import BACKENDS
-from tests.support.tiny_models import tiny_hf, tiny_tokenizer
+from tests.support.tiny_models import sharp_llama, tiny_hf, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = Size("a tiny model", lambda dtype: tiny_hf("llama").to(dtype), 30, 3)
@@ -50,10 +58,31 @@ CONFIG = LlamaConfig(
 ENDLESS = Size("no end of text", lambda dtype: with_random_weights(CONFIG, dtype), 8, 2)
 
 
+class Lengths:
+    """Stands in for the sentence encoder: texts as long as the prompt are most similar to it."""
+
+    def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+        angles = np.array([len(text) / 100 for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No encoder is loaded, and a product is timed for a moment."""
+    monkeypatch.setattr(maps, "paper_encoder", Lengths)
+    monkeypatch.setattr(roofline, "SECONDS", 0.002)
+
+
 @pytest.fixture(autouse=True)
 def without_nnterp(monkeypatch: pytest.MonkeyPatch) -> None:
     """It puts methods on every object of the process while it runs; see its own test."""
     monkeypatch.setitem(sys.modules, "nnterp", None)
+
+
+def bridged(hf: Any) -> PatchedGenerator:
+    """The engine on a module of its own around a model's weights."""
+    model = load_model(over_the_same_weights(hf), tiny_tokenizer(), backend="bridge")
+    return PatchedGenerator(model)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -180,6 +209,78 @@ def test_the_arithmetic_is_counted_as_torch_counts_it(architecture: str) -> None
     assert 0 <= rotary <= 0.001 * counter.get_total_flops()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_arithmetic_of_the_map_is_counted_as_torch_counts_it(architecture: str) -> None:
+    """Each cell's blocks above its patch, and those of the one row that all of them share."""
+    hf = tiny_hf(architecture)
+    generator = bridged(hf)
+    made = maps.make_map(generator)
+    with FlopCounterMode(display=False) as counter:
+        maps.scores(generator, made.cells, made.words)
+    shape, (first,) = shape_of(hf), generator.target.positions
+    tail, words = len(generator.target.tokens) - first, len(made.words.token_ids)
+    assert len(made.cells) < generator.batch_size
+    shared = flop_of_score(shape, -1, first, tail, words) + 2 * shape.head  # its own next token
+    rest = counter.get_total_flops() - sum(maps.flop_of_map(hf, generator, made)) - shared
+    assert 0 <= rest <= 0.001 * counter.get_total_flops()  # the rotary embedding
+
+
+def test_scoring_after_the_last_block_takes_the_unembedding_alone() -> None:
+    """By hand: a block per layer above the patch, for each token that is read."""
+    shape = shape_of(tiny_hf("llama"))
+    assert flop_of_score(shape, 5, prefix=10, tail=2, words=3) == 2 * shape.head * 3
+    below = flop_of_score(shape, 3, prefix=10, tail=2, words=3) - 2 * shape.head * 3
+    assert below == 2 * (2 * shape.body * 4 + 4 * shape.attention * 4 * 14) // 6
+
+
+def test_the_map_is_of_every_layer_kind_and_alpha(tiny_bench: bench.Bench) -> None:
+    """Into the layer that is read; the log-probabilities are those of a pass per cell."""
+    made, model = tiny_bench.map, tiny_bench.generator.model
+    assert len(made.sites) == 3 * model.n_layers
+    assert len(made.cells) == len(PAPER_ALPHAS) * len(made.sites)
+    for number, cell in enumerate(made.cells):
+        site = made.sites[number // len(PAPER_ALPHAS)]
+        assert (cell.layer, cell.target_layer) == (site.layer, site.layer)
+        assert cell.alpha == PAPER_ALPHAS[number % len(PAPER_ALPHAS)]
+    one_by_one = [maps.scores(tiny_bench.generator, [c], made.words)[0] for c in made.cells[::7]]
+    assert made.nats[::7] == pytest.approx(one_by_one, abs=1e-3)
+    assert made.words.token_ids
+    assert made.memory >= 0
+
+
+def test_the_best_readings_are_those_of_a_sweep() -> None:
+    """The same α and, up to the end of the description, the same text for every site."""
+    made = bench.prepare(sharp_llama(), tiny_tokenizer(), TINY)
+    assert not made.map.words.undefined
+    found = maps.best_readings(made.generator.model, made.map.cells)
+    (site, *_) = made.map.sites
+    table = sweep(
+        made.generator.model, maps.PROMPT, positions=site.position, generate="best",
+        scorer=lambda references, texts: [0.0 for _ in texts], score_on="text", progress=False,
+    ).table  # fmt: skip
+    best = table[table["written"]].set_index(["kind", "source_layer"])
+    assert len(found) == len(best) == len(made.sites)
+    for site, (alpha, text) in zip(made.sites, found, strict=True):
+        row = best.loc[(site.kind, site.layer)]
+        assert (alpha, text.text) == (row["alpha"], row["text"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_reference_chooses_among_the_same_alphas(architecture: str) -> None:
+    """Of all texts of a site, those that our engine writes too, the most similar one."""
+    hf, step = tiny_hf(architecture), len(PAPER_ALPHAS)
+    generator = bridged(hf)
+    cells = maps.make_map(generator).cells[step : 3 * step]
+    found = maps.reference_readings(hf, generator, cells, Lengths())
+    assert len(found) == 2
+    written = generator.generate([cell.patch for cell in cells])
+    for start, (alpha, text) in zip((0, step), found, strict=True):
+        texts = [generation.text for generation in written[start : start + step]]
+        there = [abs(len(text) - len(maps.PROMPT)) if text.strip() else 10**9 for text in texts]
+        best = int(np.argmin(there))
+        assert (alpha, text) == (PAPER_ALPHAS[best], texts[best])
+
+
 def test_a_cell_that_chooses_one_token_reads_the_prompt_alone() -> None:
     """By hand: 2·(body·tail + head) and, per pair of tokens, 4 per number of a head."""
     shape = shape_of(tiny_hf("llama"))
@@ -210,20 +311,26 @@ def test_the_command_measures_and_writes_both_files(
     done = CliRunner().invoke(app, ["--rounds", "1", "--json", str(numbers), "--html", str(page)])
     assert done.exit_code == 0, done.output
     found = json.loads(numbers.read_text(encoding="utf-8"))
-    names = [row["name"] for row in found["rows"]]
+    rows = {row["name"]: row for row in found["rows"]}
+    names = [name for name in rows if name != maps.HIGH]
     assert names[0] == bench.ONE_BY_ONE
-    assert names[-2:] == [bench.BRIDGE, bench.LIMIT]
+    mapped = [maps.WRITTEN, maps.MAP, maps.REFERENCE, maps.READING]
+    assert names[-6:] == [bench.BRIDGE, bench.LIMIT, *mapped]
     assert all(name in done.output for name in names)
-    assert found["rows"][0]["ratio"] == 1
-    first = found["rows"][0]["cells_per_second"]
-    for row in found["rows"]:
-        assert set(row) == {"name", "cells_per_second", "ratio"}
-        assert row["ratio"] == pytest.approx(row["cells_per_second"] / first)
+    for row in rows.values():
+        columns = {"name", "cells_per_second", "ratio", "against", "share_of_arithmetic"}
+        assert set(row) == columns
+        other = rows[row["against"]]
+        assert row["ratio"] == pytest.approx(row["cells_per_second"] / other["cells_per_second"])
+        assert 0 < row["share_of_arithmetic"] < 10
+    held = {bench.BRIDGE: names[0], maps.MAP: maps.WRITTEN, maps.READING: maps.REFERENCE}
+    assert all(rows[name]["against"] == other for name, other in held.items())
     assert (found["size"], found["dtype"], found["rounds"]) == ("small", "float32", 1)
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert set(found["versions"]) == {"torch", "transformers", "transformer_lens"}
     assert found["peak_memory_bytes"] > 10**8
+    assert found["map_memory_bytes"] >= 0
     roof = found["roofline"]
     assert roof["cells_per_second"] == pytest.approx(
         roof["flop_per_second"] / roof["flop_per_cell"]
@@ -234,29 +341,74 @@ def test_the_command_measures_and_writes_both_files(
     assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
 
 
+def test_a_real_model_is_measured_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own tokenizer; without an encoder the reference's way is left out, with a note."""
+
+    def absent() -> Any:
+        raise OSError("no such model")
+
+    tiny_hf("llama").save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(maps, "paper_encoder", absent)
+    report = bench.run_bench(model=str(tmp_path / "tiny"), rounds=1)
+    assert report.title == "tiny (0 million parameters)"
+    assert report.equal == 1
+    rows = {row.name: row for row in report.rows}
+    assert maps.REFERENCE not in rows
+    assert rows[maps.READING].ratio == 1
+    assert any(f"{maps.REFERENCE} is left out" in note for note in report.notes)
+
+
 def test_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the fastest nor a disturbed round; and ways take turns."""
+    """Neither the fastest nor a disturbed round; ways take turns; ratios are within a round."""
     moments = iter([0.0, 1.0, 1.0, 3.0, 3.0, 3.25, 4.0, 54.0, 54.0, 56.0, 56.0, 58.0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(moments))
     calls: list[str] = []
 
-    def way(name: str) -> Way:
-        return Way(name, lambda cells: calls.append(name) or [], [Any, Any])  # type: ignore[list-item]
+    def job(name: str) -> Job:
+        return Job(name, lambda: calls.append(name), 2, 3.0, "a", torch.float32)
 
-    assert measure.cells_per_second([way("a"), way("b")], 3) == {"a": 2.0, "b": 1.0}
+    speeds = iter([20.0, 40.0, 60.0] * 3)
+    (a, b), speed = measure.in_rounds([job("a"), job("b")], 3, lambda dtype: next(speeds))
+    assert (a.rate, b.rate) == (2.0, 1.0)
+    assert (a.ratio, b.ratio) == (1.0, 0.5)
+    # The speed beside a job is the mean of those before and after it.
+    assert (a.share, b.share) == (2 * 3 / 30, 1 * 3 / 50)
+    assert speed == 50
     assert calls == ["a", "b"] * 3
 
 
+def test_the_memory_of_some_work_is_what_it_takes_at_most() -> None:
+    """Also where it is given back before the end."""
+
+    def work() -> None:
+        taken = torch.ones(5 * 10**7)  # 200 MB
+        time.sleep(0.2)
+        del taken
+
+    found = measure.memory_above(torch.device("cpu"), work)
+    assert 1.5e8 < found < 4e8
+
+
 def test_the_figure_has_a_bar_per_way() -> None:
-    """With its rate and ratio, and the limit of arithmetic as a line."""
+    """With its rate and ratio; the limit of arithmetic is a line beside those that write cells."""
+    rows = [
+        Row("one", 2.0, 1.0, 0.1, "one"),
+        Row("limit", 8.0, 4.0, 0.4, "one"),
+        Row("best", 3.0, 1.5, 0.2, "other", "sites"),
+    ]
     report = Report(
-        "small", "a model", {"one": 2.0, "limit": 8.0}, "limit", Roofline(1e9, 3e10), "float32",
-        "cpu", 1, 5, 64, 10**9, 1.0,
+        "small", "a model", rows, "limit", Roofline(1e9, 3e10), "float32",
+        "cpu", 1, 5, 64, 10**9, 10**8, 1.0,
     )  # fmt: skip
     figure = rate_figure(report)
-    assert list(figure.data[0].x) == [2.0, 8.0]
-    assert list(figure.data[0].text) == ["2 (1.0x)", "8 (4.0x)"]
-    assert figure.layout.shapes[0].x0 == 30
+    assert list(figure.data[0].x) == [2.0, 8.0, 3.0]
+    assert list(figure.data[0].y) == ["one", "limit", "best (sites)"]
+    assert list(figure.data[0].text) == ["2 (1.0x)", "8 (4.0x)", "3 (1.5x)"]
+    (line,) = figure.layout.shapes
+    assert (line.x0, line.y0, line.y1) == (30, -0.5, 1.5)
     assert ", 1 thread, median of 5 rounds" in figure.layout.title.text
 
 
@@ -286,6 +438,8 @@ def test_the_shipped_command_runs_the_benchmark_of_the_clone(
     ("arguments", "argument"),
     [
         (["--size", "7b"], "size"),
+        (["--model", "no-such-model"], "model"),
+        (["--model", "smollm2", "--size", "gpt2"], "model"),
         (["--dtype", "int8"], "dtype"),
         (["--rounds", "0"], "rounds"),
         (["--threads", "0"], "threads"),

@@ -13,8 +13,11 @@ from tests.benchmarks.report import show
 
 def bench(
     size: Annotated[
-        str, typer.Option(help="small, gpt2 or 1b, all with random weights.")
-    ] = "small",
+        str, typer.Option(help="small (the default), gpt2 or 1b, all with random weights.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="In place of a size: a fetched model, a hub name or a folder.")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 5,
     threads: Annotated[
@@ -28,7 +31,9 @@ def bench(
 ) -> None:
     """Measure cells per second against other ways to compute the same cells."""
     check_folders(json=json, html=html)
-    report = run_bench(size, dtype=dtype, rounds=rounds, threads=threads, device=device or None)
+    report = run_bench(
+        size, model=model, dtype=dtype, rounds=rounds, threads=threads, device=device or None
+    )
     for file in show(report, OUTPUT, json=json, html=html):
         OUTPUT.print(f"Written: {file}", markup=False)
 

@@ -1,19 +1,23 @@
 """Cells per second of the engine beside the other ways to compute the same cells.
 
-1. Build one Hugging Face model (`sizes`) and the ways around it (`ways`, `limit`). A way that
-   cannot be had is left out, and a note says why.
-2. Compare what they write, then time them in turns (`measure`), on the same cells (`work`).
-3. Hold the rates against each other and against what arithmetic alone would allow (`roofline`,
-   `report`).
+1. Build or load one Hugging Face model (`sizes`) and the ways around it (`ways`). A way that cannot
+   be had is left out, and a note says why.
+2. Compare what they write on the same cells (`work`).
+3. Compute the map of what is recovered, and the best readings, in two ways each (`maps`).
+4. Time all of them in turns (`measure`), and hold the rates against each other and against what
+   arithmetic alone would allow (`roofline`, `report`).
 
     superscopes bench --size small
+    superscopes bench --model smollm2
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,14 +25,21 @@ import torch
 
 from superscopes_tl import LanguageModel, PatchedGenerator, load_model
 from superscopes_tl.engine import NEAR_TIE
-from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.errors import ModelLoadError, bad_value, brief, check_count
 from superscopes_tl.model import device_of
-from tests.benchmarks import measure, ways
-from tests.benchmarks.limit import fastest
-from tests.benchmarks.measure import Way
+from tests.benchmarks import maps, measure, ways
+from tests.benchmarks.maps import Map, make_map
+from tests.benchmarks.measure import Job, Texts, Way
 from tests.benchmarks.report import Report, show
-from tests.benchmarks.roofline import roofline
-from tests.benchmarks.sizes import Size, over_the_same_weights, size_of, tokenizer, weight_bytes
+from tests.benchmarks.roofline import Roofline, flop_per_second, shape_of
+from tests.benchmarks.sizes import (
+    Size,
+    over_the_same_weights,
+    pretrained,
+    size_of,
+    tokenizer,
+    weight_bytes,
+)
 from tests.benchmarks.work import Cell, make_cells, spread
 
 ONE_BY_ONE = "Hugging Face generate, one cell at a time"
@@ -46,16 +57,18 @@ COPIES = 2.5
 
 @dataclass(frozen=True)
 class Bench:
-    """The ways of one model, and why others are absent."""
+    """The ways of one model, why others are absent, and its map."""
 
     generator: PatchedGenerator
     ways: Sequence[Way]
     notes: Sequence[str]
+    map: Map
 
 
 def run_bench(
-    size: str = "small",
+    size: str = "",
     *,
+    model: str = "",
     dtype: str = "float32",
     rounds: int = 5,
     threads: int | None = None,
@@ -64,17 +77,20 @@ def run_bench(
     """Measure every way on a model.
 
     Args:
-        size: a name of `sizes.SIZES`.
+        size: a name of `sizes.SIZES`; defaults to small.
+        model: in place of a size, a real model, as `load_model` takes its name or folder.
         dtype: float32 or bfloat16.
         rounds: of which the median counts.
         threads: CPU threads; defaults to torch's choice.
         device: where to run; defaults to the best available.
 
     Raises:
-        ValueError: a bad setting.
+        ValueError: a bad setting, or a model that cannot be loaded.
         RuntimeError: in float32, two ways write different texts.
     """
-    chosen = size_of(size)
+    if size and model:
+        raise bad_value("model", f"none beside size={size}", model, "pass one of the two")
+    chosen = None if model else size_of(size or "small")
     if dtype not in ("float32", "bfloat16"):
         raise bad_value(
             "dtype", expected="float32 or bfloat16", got=dtype, fix="leave it out for float32"
@@ -82,41 +98,54 @@ def run_bench(
     check_count("rounds", rounds, least=1, fix="5 is the default")
     if threads is not None:
         torch.set_num_threads(check_count("threads", threads, least=1, fix="leave it out"))
-    place = device_of(device)
-    hf = chosen.build(getattr(torch, dtype)).to(place)
-    return measured(size, chosen, hf, rounds)
+    place, numbers = device_of(device), getattr(torch, dtype)
+    if chosen is None:
+        chosen, hf, tokens = pretrained(model, numbers, place)
+    else:
+        hf, tokens = chosen.build(numbers).to(place), tokenizer()
+    return measured(model or size or "small", chosen, hf, tokens, rounds)
 
 
-def measured(name: str, size: Size, hf: Any, rounds: int) -> Report:
+def measured(name: str, size: Size, hf: Any, tokens: Any, rounds: int) -> Report:
     """Compare and time the ways around a model, and return what came of it."""
-    bench = prepare(hf, tokenizer(), size)
+    bench = prepare(hf, tokens, size)
     texts = measure.write_all(bench.ways)
     if hf.dtype == torch.float32:
         measure.check_equal(texts, lambda cell: _margin(bench.generator, cell), NEAR_TIE)
-    generator = bench.generator
-    (first,) = generator.target.positions
+    generator, notes, shape = bench.generator, list(bench.notes), shape_of(hf)
+    jobs = [
+        *_jobs(bench, texts, hf),
+        *maps.map_jobs(hf, generator, bench.map, notes),
+        *maps.reading_jobs(hf, generator, bench.map, size.slow, notes),
+    ]
+    rows, speed = measure.in_rounds(
+        jobs, rounds, lambda dtype: flop_per_second(shape, generator.batch_size, dtype, hf.device)
+    )
     return Report(
         size=name,
         title=size.title,
-        rates=measure.cells_per_second(bench.ways, rounds),
+        rows=rows,
         limit=LIMIT,
-        roofline=roofline(
-            hf,
-            prefix=first,
-            tail=len(generator.target.tokens) - first,
-            # A text that ends early chose its end too.
-            lengths=[min(len(ids) + 1, generator.max_new_tokens) for ids in texts[BRIDGE].values()],
-            rows=generator.batch_size,
-        ),
+        roofline=Roofline(next(job.flop for job in jobs if job.name == BRIDGE), speed),
         dtype=str(hf.dtype).removeprefix("torch."),
         device=hf.device.type,
         threads=torch.get_num_threads(),
         rounds=rounds,
         batch_size=generator.batch_size,
         peak_memory=measure.peak_memory(hf.device),
+        map_memory=bench.map.memory,
         equal=measure.share_equal(texts),
-        notes=bench.notes,
+        notes=notes,
     )
+
+
+def _jobs(bench: Bench, texts: Texts, hf: Any) -> Iterator[Job]:
+    """Yield each way as a job; it is held against the first."""
+    for way in bench.ways:
+        written = list(texts[way.name].values())
+        flop = maps.flop_of_texts(hf, bench.generator, way.cells, written, shared=False)
+        work, mean = partial(way.run, way.cells), statistics.fmean(flop)
+        yield Job(way.name, work, len(way.cells), mean, bench.ways[0].name, hf.dtype)
 
 
 def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
@@ -124,9 +153,18 @@ def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
     notes: list[str] = []
     bridge = _load(hf, tokens, "bridge")
     generator = PatchedGenerator(bridge)
+    if len(generator.target.positions) != 1:
+        got, fix = generator.target.tokens.numbered(), "choose another model"
+        raise bad_value("model", "one to which the placeholder is one token", got, fix)
+    made = make_map(generator)  # first: its memory is told from that of nothing else
     cells = make_cells(bridge, size.cells)
     few = spread(cells, size.slow)
-    hooked = None if (absent := _why_not_hooked(hf)) else _load(hf, tokens, "hooked")
+    hooked = None
+    if not (absent := _why_not_hooked(hf)):
+        try:
+            hooked = _load(hf, tokens, "hooked")
+        except ModelLoadError as error:
+            absent = brief(error)
     found = [Way(ONE_BY_ONE, ways.one_generate_per_cell(hf, generator), few)]
     if hooked is None:
         notes += [f"{name} is left out: {absent}" for name in (HOOKED_ONE_BY_ONE, HOOKED)]
@@ -137,10 +175,10 @@ def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
     if hooked is not None:
         found.append(Way(HOOKED, ways.engine(PatchedGenerator(hooked)), cells))
     found.append(Way(BRIDGE, ways.engine(generator), cells))
-    bound = fastest(hf, generator, cells)
+    bound = ways.fastest(hf, generator, cells)
     found.append(Way(LIMIT, bound.run, cells))
     notes.append(f"Rows per batch: {generator.batch_size}; of the limit, {bound.rows}.")
-    return Bench(generator, found, notes)
+    return Bench(generator, found, [*notes, *maps.notes_of(made)], made)
 
 
 def _load(hf: Any, tokens: Any, backend: Any) -> LanguageModel:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from superscopes_tl import write_html
 from superscopes_tl.files import written_whole
+from tests.benchmarks.measure import Row
 from tests.benchmarks.roofline import Roofline
 
 LIBRARIES = ("torch", "transformers", "transformer_lens")
@@ -26,9 +29,9 @@ class Report:
     """The result of one run.
 
     Attributes:
-        size: the name of the model's size.
+        size: the name of the model or of its size.
         title: what the model is.
-        rates: cells per second of each way; the first is what the others are held against.
+        rows: what was measured of each way; those that write cells out come first.
         limit: the name of the way that is the limit.
         roofline: what arithmetic alone would allow.
         dtype: number type of the weights.
@@ -37,13 +40,14 @@ class Report:
         rounds: of which the median counts.
         batch_size: cells per batch.
         peak_memory: bytes.
+        map_memory: bytes that the map takes at most above the loaded model.
         equal: the share of compared texts that are equal.
         notes: which ways are absent, and why.
     """
 
     size: str
     title: str
-    rates: dict[str, float]
+    rows: Sequence[Row]
     limit: str
     roofline: Roofline
     dtype: str
@@ -52,14 +56,14 @@ class Report:
     rounds: int
     batch_size: int
     peak_memory: int
+    map_memory: int
     equal: float
     notes: Sequence[str] = ()
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """Each way's rate over the first one's."""
-        first = next(iter(self.rates.values()))
-        return {name: rate / first for name, rate in self.rates.items()}
+    def groups(self) -> list[list[Row]]:
+        """The rows, those that are held against the same one together."""
+        return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.against)]
 
     @property
     def setting(self) -> str:
@@ -72,8 +76,14 @@ class Report:
         """Return it as plain data."""
         return {
             "rows": [
-                {"name": name, "cells_per_second": rate, "ratio": self.ratios[name]}
-                for name, rate in self.rates.items()
+                {
+                    "name": row.name,
+                    "cells_per_second": row.rate,
+                    "ratio": row.ratio,
+                    "against": row.against,
+                    "share_of_arithmetic": row.share,
+                }
+                for row in self.rows
             ],
             "size": self.size,
             "dtype": self.dtype,
@@ -83,6 +93,7 @@ class Report:
             "batch_size": self.batch_size,
             "versions": {name: version(name) for name in LIBRARIES},
             "peak_memory_bytes": self.peak_memory,
+            "map_memory_bytes": self.map_memory,
             "roofline": {
                 "flop_per_cell": self.roofline.flop_per_cell,
                 "flop_per_second": self.roofline.flop_per_second,
@@ -94,25 +105,33 @@ class Report:
 
 
 def table_of(report: Report) -> Table:
-    """Return the ways as a table; the last row is what arithmetic alone would allow."""
+    """Return the ways as a table; below those of the first group what arithmetic would allow."""
     table = Table(title=escape(report.setting))
     table.add_column("way", overflow="fold")
-    for header in ("cells/s", "ratio", "of the limit", "of the arithmetic"):
+    for header in ("per second", "ratio", "of the limit", "of the arithmetic"):
         table.add_column(header, justify="right")
-    bound, limit = report.roofline.cells_per_second, report.rates[report.limit]
-    rows = {**report.rates, "arithmetic alone": bound}
-    first = next(iter(report.rates.values()))
-    for name, rate in rows.items():
-        if name == "arithmetic alone":
-            table.add_section()
-        table.add_row(
-            escape(name),
-            f"{rate:.3g}" if rate < 100 else f"{rate:.0f}",
-            f"{rate / first:.1f}x",
-            f"{rate / limit:.0%}",
-            f"{rate / bound:.1%}",
-        )
+    (limit,) = (row.rate for row in report.rows if row.name == report.limit)
+    for group in report.groups:
+        writes = group[0].against == report.rows[0].name
+        for row in group:
+            table.add_row(
+                escape(row.name),
+                f"{_short(row.rate)} {row.unit}",
+                f"{row.ratio:.1f}x",
+                f"{row.rate / limit:.0%}" if writes else "",
+                f"{row.share:.1%}",
+            )
+        if writes:
+            bound = report.roofline.cells_per_second
+            table.add_row(
+                "arithmetic alone", f"{_short(bound)} cells", "", f"{bound / limit:.0%}", "100.0%"
+            )
+        table.add_section()
     return table
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
 
 
 def lines_of(report: Report) -> list[str]:
@@ -129,26 +148,32 @@ def lines_of(report: Report) -> list[str]:
 
 
 def rate_figure(report: Report) -> go.Figure:
-    """Draw cells per second as bars, with a line at what arithmetic alone would allow."""
-    names = list(report.rates)
+    """Draw the rates as bars, with a line at what arithmetic alone would allow the first group."""
+    colors = {"cells": "#4c78a8", "sites": "#e8a33d"}
     bars = go.Bar(
-        x=list(report.rates.values()),
-        y=names,
+        x=[row.rate for row in report.rows],
+        y=[f"{row.name} (sites)" if row.unit == "sites" else row.name for row in report.rows],
         orientation="h",
-        text=[f"{rate:.3g} ({report.ratios[name]:.1f}x)" for name, rate in report.rates.items()],
-        marker_color=["#888888" if name == report.limit else "#4c78a8" for name in names],
-        hovertemplate="%{y}: %{x:.3g} cells/s<extra></extra>",
+        text=[f"{_short(row.rate)} ({row.ratio:.1f}x)" for row in report.rows],
+        marker_color=[
+            "#888888" if row.name == report.limit else colors[row.unit] for row in report.rows
+        ],
+        hovertemplate="%{y}: %{x:.3g} per second<extra></extra>",
     )
     figure = go.Figure(bars)
-    figure.add_vline(
-        x=report.roofline.cells_per_second, line_dash="dash", annotation_text="arithmetic alone"
+    bound, low, high = report.roofline.cells_per_second, -0.5, len(report.groups[0]) - 0.5
+    figure.add_shape(
+        type="line", x0=bound, x1=bound, y0=low, y1=high, line={"dash": "dash", "width": 1}
+    )
+    figure.add_annotation(
+        x=math.log10(bound), y=low, text="arithmetic alone", showarrow=False, yanchor="bottom"
     )
     figure.update_layout(
         template="plotly_white",
         title=report.setting,
-        xaxis={"title": "cells per second", "type": "log"},
+        xaxis={"title": "cells per second; of the best readings, sites", "type": "log"},
         yaxis={"autorange": "reversed", "automargin": True},
-        height=140 + 50 * len(names),
+        height=140 + 50 * len(report.rows),
     )
     return figure
 

@@ -2,7 +2,8 @@
 
 1. Count the floating-point operations of a cell: two per weight of each matrix and token, two per
    number in the products of queries with keys and of patterns with values. The target prompt up to
-   the placeholder is computed once for all cells, and not counted.
+   the placeholder is computed once for all cells, and not counted; where known words are scored,
+   nor are the blocks up to the patch.
 2. Time a matrix product of the model's own size: a batch's rows through the MLP's first matrix.
 3. Cells per second = operations per second / operations per cell.
 """
@@ -11,16 +12,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-SECONDS = 0.05
+SECONDS = 0.03
 """How long one of the timed repetitions of a matrix product is to take."""
-REPETITIONS = 7
+REPETITIONS = 5
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Shape:
         attention: n_layers · n_heads · d_head.
         d_model: width of the residual stream.
         d_mlp: width of the MLP.
+        n_layers: number of blocks, all of the same width.
     """
 
     body: int
@@ -40,6 +41,7 @@ class Shape:
     attention: int
     d_model: int
     d_mlp: int
+    n_layers: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def shape_of(hf: Any) -> Shape:
         attention=config.num_hidden_layers * config.num_attention_heads * d_head,
         d_model=config.hidden_size,
         d_mlp=d_mlp or 4 * config.hidden_size,
+        n_layers=config.num_hidden_layers,
     )
 
 
@@ -94,6 +97,23 @@ def flop_of_cell(shape: Shape, prefix: int, tail: int, new: int) -> int:
     pairs = tail * (prefix + tail) + sum(prefix + tail + i for i in range(1, new))
     tokens = tail + new - 1
     return 2 * shape.body * tokens + 2 * shape.head * new + 4 * shape.attention * pairs
+
+
+def flop_of_score(shape: Shape, layer: int, prefix: int, tail: int, words: int) -> int:
+    """Return the floating-point operations of scoring known words after one patch.
+
+    Only the blocks above the patch differ from cell to cell.
+
+    Args:
+        shape: of the model.
+        layer: whose output is patched; -1 counts every block.
+        prefix: tokens before the placeholder, which are computed already.
+        tail: the prompt's other tokens.
+        words: known tokens. The last one is not read.
+    """
+    tokens, above = tail + words - 1, shape.n_layers - 1 - layer
+    blocks = 2 * shape.body * tokens + 4 * shape.attention * tokens * (prefix + tokens)
+    return above * blocks // shape.n_layers + 2 * shape.head * words
 
 
 def flop_per_second(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -123,18 +143,3 @@ def _seconds(states: torch.Tensor, weight: torch.Tensor, times: int) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def roofline(hf: Any, *, prefix: int, tail: int, lengths: Sequence[int], rows: int) -> Roofline:
-    """Return the estimate for a model.
-
-    Args:
-        hf: the Hugging Face model.
-        prefix: tokens before the placeholder.
-        tail: the prompt's other tokens.
-        lengths: how many tokens each cell chooses.
-        rows: cells per batch.
-    """
-    shape = shape_of(hf)
-    flop = statistics.fmean(flop_of_cell(shape, prefix, tail, new) for new in lengths)
-    return Roofline(flop, flop_per_second(shape, rows, hf.dtype, hf.device))

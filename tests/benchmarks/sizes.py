@@ -1,9 +1,10 @@
-"""The models of the benchmark: three sizes with random weights.
+"""The models of the benchmark: three sizes with random weights, or a real one.
 
 1. A `Size` builds one Hugging Face model. Its weights come from a fixed seed, and are larger than a
    fresh model's, so that patches change what is written.
 2. It has no end of text: each of its cells takes the same work.
-3. `over_the_same_weights` gives every way that wraps a model a module of its own. The weights are
+3. `pretrained` loads a real model with its tokenizer; its texts may end early.
+4. `over_the_same_weights` gives every way that wraps a model a module of its own. The weights are
    in memory once, and no way runs through another one's hooks.
 """
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from superscopes_tl import DESCRIPTION_PROMPT, PAPER_PROMPTS
 from superscopes_tl.errors import bad_value
-from superscopes_tl.weights import quiet
+from superscopes_tl.weights import load_pretrained, quiet
 
 VOCABULARY = 1280
 
@@ -109,6 +110,29 @@ def size_of(name: str) -> Size:
             "size", expected=f"one of {', '.join(SIZES)}", got=name, fix="start with small"
         )
     return SIZES[name]
+
+
+SMALL_WEIGHTS = 5 * 10**8
+"""A real model with at most so many weights takes as many cells as GPT-2."""
+
+
+def pretrained(model: str, dtype: torch.dtype, device: torch.device) -> tuple[Size, Any, Any]:
+    """Return a real model as a size, the Hugging Face model itself, and its tokenizer.
+
+    Raises:
+        ModelLoadError: it cannot be loaded.
+    """
+    with quiet():
+        # As it is used without the package: with the attention that transformers chooses.
+        found = load_pretrained(model, None, dtype, device, {"attn_implementation": None})
+    weights = sum(p.numel() for p in found.model.parameters())
+    like = SIZES["gpt2" if weights <= SMALL_WEIGHTS else "1b"]
+    title = f"{found.name} ({weights / 1e6:.0f} million parameters)"
+    return (
+        Size(title, lambda dtype: found.model, like.cells, like.slow),
+        found.model,
+        (found.tokenizer),
+    )
 
 
 @cache

@@ -13,12 +13,15 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from superscopes_tl import PAPER_ALPHAS, PAPER_PROMPTS, LanguageModel, Patch, capture
 from superscopes_tl.model import tokenize
 from superscopes_tl.vectors import Scale
+
+T = TypeVar("T")
 
 PROMPTS = 4
 LAYERS = 8
@@ -65,8 +68,8 @@ def make_cells(model: LanguageModel, count: int) -> list[Cell]:
     return (cells[:first] + others)[:count]
 
 
-def spread(cells: Sequence[Cell], count: int) -> list[Cell]:
-    """Return `count` of the cells, evenly spread."""
+def spread(cells: Sequence[T], count: int) -> list[T]:
+    """Return `count` of the cells or sites, evenly spread."""
     at = torch.linspace(0, len(cells) - 1, min(count, len(cells))).round().long().tolist()
     return [cells[i] for i in at]
 
