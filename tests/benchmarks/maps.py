@@ -20,15 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from superscopes_tl import (
-    PAPER_ALPHAS,
-    PAPER_PROMPTS,
-    LanguageModel,
-    Patch,
-    PatchedGenerator,
-    engine,
-)
+from superscopes_tl import PAPER_ALPHAS, PAPER_PROMPTS, LanguageModel, Patch, PatchedGenerator
 from superscopes_tl.engine import Generation, site_vectors
+from superscopes_tl.engine.forced import multiplies_bfloat16
 from superscopes_tl.errors import brief
 from superscopes_tl.model import PAPER_KINDS, Site, tokenize
 from superscopes_tl.scores import (
@@ -160,7 +154,7 @@ def map_jobs(hf: Any, generator: PatchedGenerator, made: Map, notes: list[str]) 
     scored = statistics.fmean(flop_of_map(hf, generator, made))
     score = partial(scores, generator, cells, made.words)
     yield Job(MAP, score, len(cells), scored, WRITTEN, hf.dtype)
-    if hf.dtype == torch.float32 and multiplies_bfloat16(hf.device):
+    if hf.dtype == torch.float32 and multiplies_bfloat16(hf.device.type):
         high = PatchedGenerator(generator.model, precision="high")
         score = partial(scores, high, cells, made.words)
         notes += _errors(made, score())
@@ -220,12 +214,6 @@ def flop_of_texts(
         for cell, ids in zip(cells, written, strict=True)
     ]
     return [flop_of_cell(shape, first, tail, new) for new in lengths]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    known = getattr(engine.forced, "multiplies_bfloat16", None)
-    return known is not None and bool(known(device))
 
 
 def notes_of(made: Map) -> list[str]:
