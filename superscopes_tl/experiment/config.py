@@ -94,10 +94,11 @@ class SweepConfig:
             model's own (`PatchedPrompt`).
         generate: which cells to generate: "all"; "best", of each site and target layer the α that
             recovers most; or "none", which gives `recovered` alone, in the time of a few texts.
-        precision: "high" computes `recovered` with matrix products in bfloat16, which takes about
-            0.6 of the time on a CPU; against the "highest" (float32) the shares of SmolLM2-135M
-            and Gemma-3-270M differ by 0.004 (median) and 0.03 (99th percentile). Texts are always
-            generated in the model's own dtype.
+        precision: "high" computes `recovered` with matrix products in bfloat16 where the device
+            has units for it (a GPU, a CPU with AMX or AVX512-BF16), and elsewhere as "highest",
+            in the model's own dtype. Against float32 the shares of SmolLM2-135M and Gemma-3-270M
+            differ by 0.004 (median) and 0.03 (99th percentile). Texts are always generated in the
+            model's own dtype.
         batch_size: rows per batch; defaults to what fits into memory.
         scorer: `None` for the paper's, a SentenceTransformer name or path, or a callable.
         score_against: what the score compares a reading with: the "prompt" itself, as in the

@@ -15,6 +15,7 @@ All rows have the same length, so neither padding nor attention masks are needed
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -210,13 +211,17 @@ def _each_key_rotated_once(tl: Any) -> Iterator[None]:
 
 
 class BridgeDecoder:
-    """Decoding on a `TransformerBridge`."""
+    """Decoding on a `TransformerBridge`, and where there is no hook on it, on the bare model.
+
+    The bridge computes norms and attention in Python, so that each step of them has a hook point.
+    """
 
     name = "bridge"
 
     def __init__(self, tl: Any) -> None:
         self._tl = tl
         self.unembeds, self.grows = True, False
+        self._plain: Any = None
         accepted = inspect.signature(type(tl.original_model).forward).parameters
         self._can_keep_few = "logits_to_keep" in accepted
 
@@ -247,9 +252,31 @@ class BridgeDecoder:
     def logits(
         self, tokens: Int[Tensor, "batch pos"], cache: Any, last: int
     ) -> Float[Tensor, "batch last vocab"]:
-        few = {"logits_to_keep": last} if self._can_keep_few else {}
-        logits: Tensor = self._tl(tokens, past_key_values=cache, use_cache=True, **few)
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if self._can_keep_few:
+            options["logits_to_keep"] = last
+        if self._plain is not None and self._hooks() == self._no_hooks:
+            logits: Tensor = self._plain(tokens, **options).logits
+        else:
+            logits = self._tl(tokens, **options)
         return logits[:, -last:].float()
+
+    def without_hooks(self, plain: Any) -> None:
+        """Run passes without hooks on a Hugging Face model with the same parameters."""
+        self._plain = plain
+        self._modules = list(self._tl.modules())
+        self._no_hooks = self._hooks()
+
+    def _hooks(self) -> tuple[bool, int]:
+        """Return what tells whether the user changed the bridge: its mode, and its hooks."""
+        found = 0
+        for module in self._modules:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                if hooks:
+                    point = hasattr(module, "add_hook")
+                    # The libraries put hooks of their own on the modules below.
+                    found += sum(point or not _of_library(hook) for hook in hooks.values())
+        return bool(getattr(self._tl, "compatibility_mode", False)), found
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         tl = self._tl
@@ -326,6 +353,31 @@ def _parts(whole: int, size: int) -> Iterator[slice]:
     """Yield slices of `size`, the last one as long as there is left."""
     for start in range(0, whole, size):
         yield slice(start, start + size)
+
+
+def _of_library(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(("transformer_lens", "transformers"))
+
+
+def bare_twin(hf: Any) -> Any:
+    """Return a second Hugging Face model on the same parameters; the bridge takes the first.
+
+    Its attention is computed in parts, as `prefix_cache` needs it, and GPT-2's activation in one
+    operation instead of eight. Returns `None` where the model cannot be copied.
+    """
+    from transformers.activations import NewGELUActivation
+
+    shared = {id(tensor): tensor for tensor in [*hf.parameters(), *hf.buffers()]}
+    try:
+        twin = copy.deepcopy(hf, shared)
+        twin.set_attn_implementation("eager")
+    except Exception:  # noqa: BLE001  # whatever a model's own code raises
+        return None
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+    return twin
 
 
 def decoder_for(tl: Any) -> Decoder:

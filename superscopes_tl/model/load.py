@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from superscopes_tl.errors import bad_model, bad_value, brief, check_choice, reason
+from superscopes_tl.model.decoder import bare_twin
 from superscopes_tl.model.language_model import LanguageModel, weight_fingerprint
 from superscopes_tl.model.verification import (
     TOKENS,
@@ -256,13 +257,14 @@ def _convert(
                 expected = "a model that HookedTransformer can hold"
                 raise bad_model("backend", expected, name, fix) from error
             _LOG.info("%s: TransformerBridge, because %s", name, reason(error))
+    twin = bare_twin(hf) if given else None
     try:
         tl = _bridge(hf, tokenizer)
     except Exception as error:  # an unsupported architecture or configuration
         expected = f"an architecture that TransformerLens {version('transformer-lens')} supports"
         fix = f"load another model, or install a newer release ({brief(reason(error))})"
         raise bad_model("model", expected, display, fix) from error
-    return tl, _verified(tl, given, display) if given else unverified(tl)
+    return tl, _verified(tl, given, display, twin) if given else unverified(tl)
 
 
 def _own_logits(hf: Any, tokenizer: Any, display: str) -> Probe:
@@ -276,10 +278,10 @@ def _own_logits(hf: Any, tokenizer: Any, display: str) -> Probe:
         raise bad_model("model", expected, display, fix) from error
 
 
-def _verified(tl: Any, given: Probe, display: str) -> Verified:
+def _verified(tl: Any, given: Probe, display: str, twin: Any = None) -> Verified:
     """Return what `verify` does, with a `ModelLoadError` that names the model."""
     try:
-        return verify(tl, given)
+        return verify(tl, given, twin)
     except ValueError as error:
         expected = "the same logits in TransformerLens, with and without a cached prompt"
         got = f"{display}: {brief(error, 130)}"

@@ -16,6 +16,7 @@ vector, or lose the KV cache, without an error. Two such defects of the bridge a
 5. A hook on the first block's output appends a row, one on its input two. Where the model takes
    that, and computes for both rows what it does for each, a batch may grow on its way up
    (`Decoder.grows`).
+6. Step 3 is repeated on the Hugging Face model itself, which then runs what needs no hooks.
 
 The distance between logits is the root mean square of their difference over the vocabulary,
 relative to that of the logits themselves, both centred per position (a common shift changes no
@@ -25,6 +26,7 @@ probability). The worst position counts.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -35,7 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import reason
-from superscopes_tl.model.decoder import Decoder, decoder_for, first_block_input
+from superscopes_tl.model.decoder import BridgeDecoder, Decoder, decoder_for, first_block_input
 from superscopes_tl.model.sites import KINDS, HookKind, hook_name
 
 Place: TypeAlias = tuple[HookKind, int]
@@ -116,8 +118,13 @@ def unverified(tl: Any) -> Verified:
     return Verified(decoder_for(tl), kinds)
 
 
-def verify(tl: Any, given: Probe) -> Verified:
+def verify(tl: Any, given: Probe, twin: Any = None) -> Verified:
     """Check that a TransformerLens object computes what it should, and what its hooks show.
+
+    Args:
+        tl: a `HookedTransformer` or `TransformerBridge`.
+        given: tokens, and the logits that they should have.
+        twin: a Hugging Face model with a bridge's parameters (`bare_twin`), if any.
 
     Raises:
         ValueError: states in one clause which logits differ, and by how much.
@@ -135,7 +142,21 @@ def verify(tl: Any, given: Probe) -> Verified:
         last = found["resid_post", tl.cfg.n_layers - 1]
         decoder.unembeds = _unembeds(decoder, last, full[:, -_RECORDED:], allowed)
         decoder.grows = decoder.unembeds and _grows(tl, decoder, given.tokens, full)
+        if twin is not None:
+            decoder = _with_twin(decoder, twin, given.tokens, expected)
     return Verified(decoder, kinds, absent)
+
+
+def _with_twin(decoder: Decoder, twin: Any, tokens: Tensor, expected: Tensor) -> Decoder:
+    """Return the decoder, with a twin for passes without hooks if it computes the same."""
+    faster = copy.copy(decoder)
+    assert isinstance(faster, BridgeDecoder)
+    faster.without_hooks(twin)
+    try:
+        _check_cached(faster, tokens, expected, tolerance(twin.dtype, cached=True))
+    except Exception:  # noqa: BLE001  # whatever a model's own code raises
+        return decoder
+    return faster
 
 
 def _unembeds(decoder: Decoder, last: Tensor, expected: Tensor, allowed: float) -> bool:

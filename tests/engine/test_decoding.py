@@ -13,8 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, load_model, sweep
-from superscopes_tl.engine import crop_description, description_is_over, generate_named
-from superscopes_tl.engine.decoding import Batch, decode, guide
+from superscopes_tl.engine import crop_description, decoding, description_is_over, generate_named
+from superscopes_tl.engine.decoding import (
+    BLOCK,
+    Batch,
+    decode,
+    guide,
+    token_log_probabilities,
+    unembedded_log_probabilities,
+)
 from tests.conftest import BACKENDS
 from tests.support import plain_hf
 from tests.support.same import assert_same_readings, same_text
@@ -88,6 +95,61 @@ def test_guide_mixes_the_rows_that_have_a_twin_alone(w: float, seed: int) -> Non
     torch.testing.assert_close(mixed[0], logits[0])
     guided = logits[1] if w == 1 else logits[2] + w * (logits[1] - logits[2])
     torch.testing.assert_close(mixed[1], guided)
+
+
+@given(
+    n_vocab=st.sampled_from([2, 300, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK - 1, 1000]),
+    seed=st.integers(0, 2**32 - 1),
+    ties=st.booleans(),
+    masked=st.booleans(),
+)
+def test_the_two_best_are_those_of_a_sorted_row(
+    n_vocab: int, seed: int, *, ties: bool, masked: bool
+) -> None:
+    """With equal logits the first counts; with masked ones entropy and probability are finite."""
+    made = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, n_vocab, generator=made) * 8
+    if ties:
+        logits = (logits / 8).round()
+    if masked:
+        logits[torch.rand(4, n_vocab, generator=made) < 0.5] = -torch.inf
+        logits[:, -1] = 1.0
+    found = decoding._choose(logits, logits)
+    best = logits.sort(dim=-1, descending=True).values
+    assert torch.equal(found.tokens, logits.argmax(dim=-1))
+    assert torch.equal(found.margins, best[:, 0] - best[:, 1])
+    logs = logits.double().log_softmax(dim=-1)
+    entropies = -(logs.exp() * logs.clamp_min(-1e9)).sum(dim=-1)
+    assert torch.allclose(found.entropies.double(), entropies, atol=1e-4)
+    assert torch.allclose(found.log_probabilities.double(), logs.amax(dim=-1), atol=1e-4)
+
+
+def test_logits_that_overflow_have_no_margin() -> None:
+    """Neither NaN nor infinity is a choice."""
+    logits = torch.randn(3, 4 * BLOCK)
+    logits[0, 700], logits[1, 3] = torch.nan, torch.inf
+    assert torch.isnan(decoding._choose(logits, logits).margins).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 7, 10**6])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_part_of_the_vocabulary_at_a_time_gives_the_same(
+    architecture: str, backend: str, size: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft caps and biases included; NaN stays NaN."""
+    decoder = tiny(architecture, backend).decoder
+    residual = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([0, 1, 5, 299, 7, 7, 100, 2, 3])
+    monkeypatch.setattr(decoding, "UNEMBEDDED_ROWS", 4)
+    monkeypatch.setattr(decoding, "UNEMBEDDED", {"cpu": size * 4})
+    with torch.no_grad():
+        wanted = token_log_probabilities(decoder.unembed(residual), ids)
+        found = unembedded_log_probabilities(decoder, residual, ids)
+        residual[3] = torch.nan
+        broken = unembedded_log_probabilities(decoder, residual, ids)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert torch.isnan(broken).nonzero()[:, 0].tolist() == [3]
 
 
 def test_entropies_and_log_probabilities_equal_plain_hugging_face(tiny: Tiny) -> None:
