@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,15 @@ def test_the_map_is_of_every_layer_kind_and_alpha(tiny_bench: bench.Bench) -> No
     assert made.memory >= 0
 
 
+def test_what_stands_in_for_own_words_is_as_long_as_a_real_models() -> None:
+    """A random model has none about the prompt; the note says so."""
+    model = load_model(ENDLESS.build(torch.float32), tokenizer(), backend="bridge")
+    made = maps.make_map(PatchedGenerator(replace(model, eos_token_ids=())))
+    assert made.words.given
+    assert len(made.words.token_ids) == 4
+    assert maps.notes_of(made)[0].startswith("What stands in for own words about 'Pink Floyd'")
+
+
 def test_the_best_readings_are_those_of_a_sweep() -> None:
     """The same α and the same text for every site."""
     model = bridged(sharp_llama()).model
@@ -408,8 +418,8 @@ def test_the_figure_has_a_bar_per_way() -> None:
     )  # fmt: skip
     figure = rate_figure(report)
     assert list(figure.data[0].x) == [2.0, 8.0, 3.0]
-    assert list(figure.data[0].y) == ["one", "limit", "best (sites)"]
-    assert list(figure.data[0].text) == ["2 (1.0x)", "8 (4.0x)", "3 (1.5x)"]
+    assert list(figure.data[0].y) == ["one", "limit", "best (sites/s)"]
+    assert list(figure.data[0].text) == ["2 (1.0x, 10%)", "8 (4.0x, 40%)", "3 (1.5x, 20%)"]
     (line,) = figure.layout.shapes
     assert (line.x0, line.y0, line.y1) == (30, -0.5, 1.5)
     assert ", 1 thread, median of 5 rounds" in figure.layout.title.text

@@ -48,8 +48,9 @@ REFERENCE = "best reading per site, the reference's way"
 READING = "best reading per site"
 
 PROMPT = PAPER_PROMPTS[0]
-STAND_IN = "British rock band"
-"""Takes the place of the own words where a model has none, as one with random weights may."""
+STAND_IN = "Country in the"
+"""Takes the place of the own words where a model has none, as most with random weights: as many
+tokens as a real model's words, four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ def make_map(generator: PatchedGenerator) -> Map:
 def own_words(generator: PatchedGenerator) -> OwnWords:
     """Return the model's own words about the prompt, or what stands in for them."""
     (found,) = words_of(generator, [PROMPT])
-    if not found.token_ids:
+    if found.undefined:
         (found,) = words_of(generator, [PROMPT], STAND_IN)
     return found
 
@@ -220,8 +221,9 @@ def notes_of(made: Map) -> list[str]:
     """Return what is to be said about a map."""
     words = made.words
     return [
-        f"The own words about {words.about!r}, {words.text!r} ({len(words.token_ids)} tokens), are "
-        f"found in {made.seconds:.2f} s; {READING} includes this, {MAP} does not.",
+        f"{'What stands in for own' if words.given else 'The own'} words about {words.about!r}, "
+        f"{words.text!r} ({len(words.token_ids)} tokens), took {made.seconds:.2f} s; {READING} "
+        f"includes this, {MAP} does not.",
         f"Peak memory of the map above the loaded model: {made.memory / 1e9:.2f} GB, "
         f"{len(made.cells)} cells.",
     ]

@@ -70,7 +70,8 @@ class Report:
         """What was measured where, in a line."""
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         where = threads if self.device == "cpu" else self.device
-        return f"{self.title}, {self.dtype}, {where}, median of {self.rounds} rounds"
+        rounds = "one round" if self.rounds == 1 else f"median of {self.rounds} rounds"
+        return f"{self.title}, {self.dtype}, {where}, {rounds}"
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -152,9 +153,9 @@ def rate_figure(report: Report) -> go.Figure:
     colors = {"cells": "#4c78a8", "sites": "#e8a33d"}
     bars = go.Bar(
         x=[row.rate for row in report.rows],
-        y=[f"{row.name} (sites)" if row.unit == "sites" else row.name for row in report.rows],
+        y=[f"{row.name} (sites/s)" if row.unit == "sites" else row.name for row in report.rows],
         orientation="h",
-        text=[f"{_short(row.rate)} ({row.ratio:.1f}x)" for row in report.rows],
+        text=[f"{_short(row.rate)} ({row.ratio:.1f}x, {row.share:.0%})" for row in report.rows],
         marker_color=[
             "#888888" if row.name == report.limit else colors[row.unit] for row in report.rows
         ],
@@ -171,7 +172,10 @@ def rate_figure(report: Report) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         title=report.setting,
-        xaxis={"title": "cells per second; of the best readings, sites", "type": "log"},
+        xaxis={
+            "title": "cells per second, or sites/s (ratio, share of the arithmetic)",
+            "type": "log",
+        },
         yaxis={"autorange": "reversed", "automargin": True},
         height=140 + 50 * len(report.rows),
     )
