@@ -25,7 +25,7 @@ import torch
 
 from superscopes_tl import LanguageModel, PatchedGenerator, load_model
 from superscopes_tl.engine import NEAR_TIE
-from superscopes_tl.errors import ModelLoadError, bad_value, brief, check_count
+from superscopes_tl.errors import ModelLoadError, bad_value, brief, check_count, reason
 from superscopes_tl.model import device_of
 from tests.benchmarks import maps, measure, ways
 from tests.benchmarks.maps import Map, make_map
@@ -164,7 +164,8 @@ def prepare(hf: Any, tokens: Any, size: Size) -> Bench:
         try:
             hooked = _load(hf, tokens, "hooked")
         except ModelLoadError as error:
-            absent = brief(error)
+            cause = error.__cause__
+            absent = brief(reason(cause if isinstance(cause, Exception) else error))
     found = [Way(ONE_BY_ONE, ways.one_generate_per_cell(hf, generator), few)]
     if hooked is None:
         notes += [f"{name} is left out: {absent}" for name in (HOOKED_ONE_BY_ONE, HOOKED)]
