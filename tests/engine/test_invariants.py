@@ -6,6 +6,7 @@ only where no token was a near tie.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.vectors import Scale
 from tests.conftest import BACKENDS
+from tests.support import plain_hf
 from tests.support.hooks import hooks_on
 from tests.support.same import same_text
 from tests.support.scorers import half
@@ -60,13 +62,19 @@ by_chance = settings(
 
 
 @cache
+def plain(chosen: tuple[str, int, tuple[int, int], str]) -> Any:
+    """Return a Hugging Face model of random weights."""
+    architecture, n_layers, (width, heads), _ = chosen
+    return random_hf(architecture, n_layers=n_layers, width=width, heads=heads)
+
+
+@cache
 def small(chosen: tuple[str, int, tuple[int, int], str]) -> LanguageModel:
-    """Return a model of random weights."""
-    architecture, n_layers, (width, heads), backend = chosen
+    """Return the same model for the package."""
+    architecture, *_, backend = chosen
     if architecture == "gemma2" and backend == "hooked":
         backend = "bridge"  # HookedTransformer loads Gemma by hub name alone
-    hf = random_hf(architecture, n_layers=n_layers, width=width, heads=heads)
-    return load_model(hf, tiny_tokenizer(), backend=backend)
+    return load_model(copy.deepcopy(plain(chosen)), tiny_tokenizer(), backend=backend)
 
 
 @cache
@@ -115,6 +123,33 @@ def test_at_the_last_layer_every_positive_alpha_has_the_same_text(
     ).table  # fmt: skip
     if table["margin"].min() > CLEAR:
         assert table["text"].nunique() == 1
+
+
+@by_chance
+@given(
+    models,
+    st.lists(st.lists(st.integers(2, 299), min_size=2, max_size=5), min_size=1, max_size=3),
+    st.lists(st.tuples(shares, st.integers(0, 2), alphas), min_size=2, max_size=9),
+    st.sampled_from([1, 3, 64]),
+)
+def test_known_texts_are_as_likely_as_in_plain_hugging_face(
+    chosen: Any, texts: list[list[int]], rows: list[tuple[float, int, float]], batch_size: int
+) -> None:
+    """Whatever target layers and texts share a batch: within 1e-4 of each token's nats."""
+    model, hf = small(chosen), plain(chosen)
+    writer = PatchedGenerator(model, TARGET, batch_size=batch_size)
+    ids, position = list(writer.target.tokens.ids), writer.target.positions
+    patches = [
+        Patch(alpha * vector(model, number), at(share, model.n_layers))
+        for number, (share, _, alpha) in enumerate(rows)
+    ]
+    several = [texts[which % len(texts)] for _, which, _ in rows]
+    for patch, text, found in zip(
+        patches, several, writer.log_probabilities(patches, several), strict=True
+    ):
+        place = (position, patch.vector, patch.target_layer)
+        expected = plain_hf.log_probability(hf, ids, text, place)  # type: ignore[arg-type]
+        assert abs(sum(found) - expected) <= 1e-4 * len(text) * max(1.0, abs(expected) / 10)
 
 
 @by_chance
