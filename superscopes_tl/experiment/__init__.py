@@ -16,11 +16,14 @@ from superscopes_tl.experiment.results import (
 from superscopes_tl.experiment.run import (
     SweepError,
     SweepInterrupted,
+    best_cells,
     collect,
     iter_sweep,
     refine,
+    run_map,
     run_plans,
     sweep,
+    write_cell,
 )
 from superscopes_tl.experiment.store import COLUMNS, SITE, TYPES, EvaluationFile, Reading
 from superscopes_tl.experiment.vector_plans import plan_vectors, read_vector, read_vectors
@@ -42,6 +45,7 @@ __all__ = [
     "SweepInterrupted",
     "SweepPlan",
     "SweepResult",
+    "best_cells",
     "collect",
     "contextualization",
     "finished_cells",
@@ -57,8 +61,10 @@ __all__ = [
     "refine",
     "rescored",
     "rows_at",
+    "run_map",
     "run_plans",
     "score_readings",
     "sweep",
     "worth_recovered",
+    "write_cell",
 ]

@@ -183,7 +183,8 @@ class SweepPlan:
         """Return the model's own words about the text of each position."""
         several = list(dict.fromkeys(positions))
         reference = self.config.reference_of(self.source.text)
-        found = words_of(self.generator, map(self.about, several), reference)
+        with self.generator.model.lock:  # two threads should not both compute them
+            found = words_of(self.generator, map(self.about, several), reference)
         return dict(zip(several, found, strict=True))
 
     @cached_property

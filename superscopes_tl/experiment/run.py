@@ -5,7 +5,7 @@
 3. Fill batches with the cells of one plan or of several. Generate the texts of a batch, score
    them, generate its controls, compute what its cells recover (`recovery`), and yield its readings.
    With `generate="best"` or "none", the shares recovered come first and choose the cells that are
-   generated.
+   generated (`run_map`). `write_cell` generates any other one.
 4. `refine` goes from coarse to fine: it tries the α between those of a sweep where it reads best
    (paper, section 4.1). The ratio of α·v to the residual stream matters, so the midpoint of two
    positive α is their geometric mean.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
@@ -188,18 +188,19 @@ def run_plans(plans: Iterable[SweepPlan]) -> Iterator[list[Reading]]:
             for parts in _batches(work):
                 yield _generated(parts)
         else:
-            yield from _map(first)
+            yield from run_map(first)
 
 
 def _work(plan: SweepPlan) -> list[Work]:
     return [(plan, *work) for work in zip(plan.cells, make_patches(plan), strict=True)]
 
 
-def _batches(work: Iterable[Work], scale: int = 1) -> Iterator[list[Part]]:
-    """Yield full batches of `scale` batch sizes, the cells of each plan together."""
+def _batches(work: Iterable[Work], scale: int = 1, most: int = sys.maxsize) -> Iterator[list[Part]]:
+    """Yield full batches, of `scale` batch sizes but at most some rows, each plan's together."""
     items = iter(work)
     for first in items:
-        batch = [first, *islice(items, scale * first[0].generator.batch_size - 1)]
+        rows = min(most, scale * first[0].generator.batch_size)
+        batch = [first, *islice(items, rows - 1)]
         parts = []
         for plan, group in groupby(batch, key=lambda item: item[0]):
             _, cells, patches = zip(*group, strict=True)
@@ -218,32 +219,54 @@ def _generated(parts: Sequence[Part], *, recovered: bool = True) -> list[Reading
     return add_recovered(parts, controls, readings) if recovered else readings
 
 
-def _map(plan: SweepPlan) -> Iterator[list[Reading]]:
-    """Yield the shares recovered of all cells, then the best cell of each site with its text."""
-    work = _work(plan)
-    there: list[Reading] = []
-    for parts in _batches(work, GROWN):
+def run_map(
+    plan: SweepPlan, known: Mapping[Cell, Reading] | None = None, *, texts: int = sys.maxsize
+) -> Iterator[list[Reading]]:
+    """Yield the shares recovered of all cells, then the best cell of each site with its text.
+
+    The best sites come first. There are texts with `generate="best"` alone.
+
+    Args:
+        plan: the plan of a sweep.
+        known: cells of the plan whose shares are known, some with a text; they count when the best
+            are chosen, and come again only with a new text.
+        texts: the most texts to generate at a time; defaults to the batch size.
+    """
+    if not plan.cells:
+        return
+    there = dict(known or {})
+    work = {cell: (one, cell, patch) for one, cell, patch in _work(plan.only(plan.all_cells))}
+    todo = (work[cell] for cell in plan.cells if cell not in there)
+    for parts in _batches(todo, GROWN):
         empty = [reading for part in parts for reading in unwritten(part)]
         found = add_recovered(parts, [control_patches(part) for part in parts], empty)
-        there += found
+        there |= {Cell.of(reading): reading for reading in found}
         yield found
     if plan.config.generate == "best":
-        known = {Cell.of(reading): reading for reading in there}
-        for parts in _batches(work[number] for number in _best_of_sites(there)):
-            texts = _generated(parts, recovered=False)
-            yield [_joined(known[Cell.of(text)], text) for text in texts]
+        best = [cell for cell in best_cells(there.values()) if not there[cell].written]
+        for parts in _batches((work[cell] for cell in best), most=texts):
+            written = _generated(parts, recovered=False)
+            yield [_joined(there[Cell.of(text)], text) for text in written]
 
 
-def _best_of_sites(readings: Sequence[Reading]) -> list[int]:
-    """Return the numbers of the cells that recover most of each site, the best sites first."""
+def write_cell(plan: SweepPlan, cell: Cell, known: Reading | None = None) -> Reading:
+    """Return one cell of a plan with its text, and with its share recovered where that is known."""
+    (parts,) = _batches(_work(plan.only([cell])))
+    (text,) = _generated(parts, recovered=known is None)
+    return text if known is None else _joined(known, text)
 
-    def worth(number: int) -> tuple[float, float]:
-        share = readings[number].recovered
-        return -math.inf if math.isnan(share) else share, -abs(readings[number].alpha)
 
-    best: dict[Any, int] = {}
-    for number in sorted(range(len(readings)), key=worth, reverse=True):
-        best.setdefault(Cell.of(readings[number]).place, number)
+def best_cells(readings: Iterable[Reading]) -> list[Cell]:
+    """Return the cell that recovers most of each site and target layer, the best ones first."""
+
+    def worth(reading: Reading) -> tuple[float, float]:
+        share = reading.recovered
+        return -math.inf if math.isnan(share) else share, -abs(reading.alpha)
+
+    best: dict[Any, Cell] = {}
+    for reading in sorted(readings, key=worth, reverse=True):
+        cell = Cell.of(reading)
+        best.setdefault(cell.place, cell)
     return list(best.values())
 
 

@@ -2,11 +2,15 @@
 
 1. One daemon thread makes the plan (bad settings end there) and runs it, batch by batch.
 2. Cells that a `CellStore` has from earlier runs of the same models, prompts and amplification are
-   reused, rescored if the scorer has changed; only the others are computed.
+   reused, rescored if the scorer has changed; only the others are computed. Unless every cell is
+   generated, the map of what they recover comes first, and no scorer is loaded before it.
 3. Finished readings are handed over at most every 150 ms, under a lock that the receiver shares:
    notebook kernels run callbacks on different threads.
 4. `cancel` sets an event that the thread checks after every batch. What is finished is kept.
-5. When Python exits, running threads are asked to stop and waited for: a thread that is killed
+5. `write` generates the text of one cell, during a run or after it, in the caller's thread. A run
+   gives way to it (`give_way`) before the next batch: the model's lock alone would be a matter of
+   luck. Batches of texts are small, so that nobody waits long.
+6. When Python exits, running threads are asked to stop and waited for: a thread that is killed
    inside the model's arithmetic would take the process down with an error.
 
 No widget is known here. A run ends in exactly one of the states done, cancelled and failed.
@@ -18,7 +22,7 @@ import atexit
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,36 +30,63 @@ from weakref import WeakSet
 
 from pandas.api.types import is_hashable
 
+from superscopes_tl.engine import PatchedGenerator
 from superscopes_tl.experiment import (
     Cell,
+    Generate,
     Reading,
     SweepConfig,
     SweepPlan,
     SweepResult,
+    best_cells,
     finished_cells,
     plan_sweep,
     rescored,
+    run_map,
     run_plans,
+    write_cell,
 )
 from superscopes_tl.model import LanguageModel
-from superscopes_tl.scores import Scorer
+from superscopes_tl.scores import Scorer, as_scorer, no_scores
 from superscopes_tl.vectors import Scale
 
 State = Literal["new", "running", "done", "cancelled", "failed"]
 
 FLUSH_SECONDS = 0.15  # the least time between two hand-overs, so that a browser can draw
 EXIT_SECONDS = 10.0  # how long Python's exit waits for the last batches
-WATCHED_ROWS = 256  # larger batches are faster, but fill in the map less often
+MAP_ROWS = 256  # larger batches are faster, but fill in the map less often
+TEXT_ROWS = 48  # of texts at a time: about a second for a small model on two cores
 
 _ALIVE: WeakSet[Any] = WeakSet()
 
 
-def watched_plan(model: LanguageModel, prompt: str, config: SweepConfig) -> SweepPlan:
-    """Return the plan of a sweep whose map fills in batch by batch."""
-    plan = plan_sweep(model, prompt, config)
+def watched_plan(
+    model: LanguageModel, prompt: str, config: SweepConfig, before: PatchedGenerator | None = None
+) -> SweepPlan:
+    """Return the plan of a sweep whose map fills in batch by batch; loads no scorer.
+
+    The generator of an earlier plan is kept where the target prompt is the same: it knows the KV
+    cache of the prompt's beginning, and own words.
+    """
+    plan = plan_sweep(model, prompt, replace(config, scorer=no_scores))
+    plan = plan.with_settings(scorer=as_scorer(config.scorer))
+    generator = plan.generator
     if config.batch_size is None:
-        plan.generator.batch_size = min(plan.generator.batch_size, WATCHED_ROWS)
-    return plan
+        most = TEXT_ROWS if config.generate == "all" else MAP_ROWS
+        generator.batch_size = min(generator.batch_size, most)
+    if before is None or _generator_key(before) != _generator_key(generator):
+        return plan
+    before.batch_size = generator.batch_size
+    return replace(plan, generator=before)
+
+
+def _generator_key(generator: PatchedGenerator) -> tuple[Any, ...]:
+    """Return what decides the texts and own words of a generator."""
+    return (
+        generator.model.tl,
+        (generator.target, generator.chat),
+        (generator.max_new_tokens, generator.until, generator.precision),
+    )
 
 
 def cost(plan: SweepPlan, seconds: float | None = None) -> str:
@@ -94,7 +125,7 @@ class Progress:
 
     def __str__(self) -> str:
         if self.to_write and self.done == self.total:
-            return f"{self.total} cells · {self.written} of {self.to_write} texts"
+            return f"Map ready · generating texts: {self.written} of {self.to_write}"
         text = f"{self.done} of {self.total} cells"
         if self.rate:
             text += f" · {self.rate:.0f} cells/s"
@@ -126,28 +157,54 @@ class CellStore:
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]] = {}
 
-    def finished(self, plan: SweepPlan) -> dict[Cell, Reading]:
-        """Return the finished cells of `plan`, scored by its scorer."""
-        kept, cells = self._of(plan), self.cells(plan)
-        scored = (plan.scorer, plan.config.score_on, plan.config.score_against)
+    def known(self, plan: SweepPlan) -> dict[Cell, Reading]:
+        """Return what is known of the cells of `plan`, scored by its scorer.
+
+        Where all cells are to be generated, those without a text are left out.
+        """
+        kept, scored = self._of(plan), _scored(plan)
+        cells = [cell for cell in plan.all_cells if cell in kept]
+        if plan.config.generate == "all":
+            cells = [cell for cell in cells if kept[cell][0].written]
         others = [kept[cell][0] for cell in cells if kept[cell][1] != scored]
         if others:
             self.add(plan, rescored(plan, others))
-        return {cell: kept[cell][0] for cell in plan.all_cells if cell in cells}
+        return {cell: kept[cell][0] for cell in cells}
 
     def cells(self, plan: SweepPlan) -> frozenset[Cell]:
         """Return which cells of `plan` are finished, whatever scored them."""
         kept = self._of(plan)
-        written = {cell: kept[cell][0].written for cell in plan.all_cells if cell in kept}
-        return finished_cells(written, plan.config.generate)
+        known = {cell: kept[cell][0] for cell in plan.all_cells if cell in kept}
+        return _finished(known, plan.config.generate)
 
-    def add(self, plan: SweepPlan, readings: Sequence[Reading]) -> None:
-        """Keep finished readings of `plan`."""
-        scored = (plan.scorer, plan.config.score_on, plan.config.score_against)
-        self._of(plan).update({Cell.of(reading): (reading, scored) for reading in readings})
+    def add(self, plan: SweepPlan, readings: Iterable[Reading]) -> None:
+        """Keep readings of `plan`."""
+        kept, scored = self._of(plan), _scored(plan)
+        for reading in readings:
+            cell = Cell.of(reading)
+            if reading.written or cell not in kept or not kept[cell][0].written:
+                kept[cell] = (reading, scored)
 
     def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]:
         return self._kept.setdefault(_text_key(plan), {})
+
+
+def _scored(plan: SweepPlan) -> tuple[Scorer, str, str]:
+    """Return what determines the score of a text."""
+    return plan.scorer, plan.config.score_on, plan.config.score_against
+
+
+def _finished(readings: Mapping[Cell, Reading], generate: Generate) -> frozenset[Cell]:
+    """Return the cells that need no more work, out of all that are known.
+
+    A text that somebody asked for does not finish a site whose best cell has none.
+    """
+    finished = finished_cells({c: reading.written for c, reading in readings.items()}, generate)
+    if generate != "best":
+        return finished
+    best = best_cells(readings.values())
+    missing = {cell.place for cell in best if not readings[cell].written}
+    return frozenset(cell for cell in finished if cell.place not in missing)
 
 
 def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
@@ -185,7 +242,8 @@ class BackgroundSweep:
         store: finished cells of earlier runs; this run's are added.
         on_plan: called once, with the plan.
         on_batch: called with newly finished readings.
-        on_end: called last.
+        on_end: called when the run has ended.
+        give_way: called before the next batch; returns when the model is free for it.
         lock: held during these calls; reentrant.
     """
 
@@ -197,6 +255,7 @@ class BackgroundSweep:
         on_plan: Callable[[SweepPlan], None] = lambda plan: None,
         on_batch: Callable[[list[Reading]], None] = lambda readings: None,
         on_end: Callable[[], None] = lambda: None,
+        give_way: Callable[[], object] = lambda: None,
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.plan: SweepPlan | None = None
@@ -204,6 +263,7 @@ class BackgroundSweep:
         self.error: Exception | None = None
         self._make_plan, self._store = make_plan, store or CellStore()
         self._on_plan, self._on_batch, self._on_end = on_plan, on_batch, on_end
+        self._give_way = give_way
         self._lock = lock or threading.RLock()
         self._stop = threading.Event()
         self._readings: dict[Cell, Reading] = {}
@@ -247,6 +307,15 @@ class BackgroundSweep:
         how = {"complete": self._complete(), "seconds": round(self._seconds, 3)}
         return SweepResult.from_readings(found, {**self.plan.provenance(), **how})
 
+    def write(self, cell: Cell) -> None:
+        """Generate the text of one cell of the plan, unless it is there; it joins the result."""
+        assert self.plan is not None
+        known = self._readings.get(cell)
+        if known is None or not known.written:
+            written = write_cell(self.plan, cell, known)
+            self._store.add(self.plan, [written])
+            self._hand_over([written])
+
     def _work(self) -> None:
         state: State = "failed"
         try:
@@ -260,37 +329,52 @@ class BackgroundSweep:
 
     def _run(self) -> None:
         full = self._make_plan()
-        reused = self._store.finished(full)
+        known = self._store.known(full)
         with self._lock:
-            self.plan, self._reused = full, len(reused)
+            self.plan, self._reused = full, len(known)
             self._on_plan(full)
-        self._hand_over(list(reused.values()))
+        self._hand_over(list(known.values()))
         fresh: list[Reading] = []
         started = flushed = time.monotonic()
         try:
-            todo = replace(full, finished=frozenset(reused))
-            for batch in () if self._stop.is_set() else run_plans([todo]):
+            for batch in self._batches(full, known):
                 self._store.add(full, batch)
                 fresh += batch
                 self._seconds = time.monotonic() - started
-                if time.monotonic() - flushed >= FLUSH_SECONDS:
+                # What completes the map does not wait for the first texts.
+                complete = len(self._readings) + len(fresh) >= len(full.all_cells)
+                if complete or time.monotonic() - flushed >= FLUSH_SECONDS:
                     self._hand_over(fresh)
                     fresh, flushed = [], time.monotonic()
+                self._give_way()
                 if self._stop.is_set():
                     break
         finally:  # what was finished before an error counts too
             self._hand_over(fresh)
 
+    def _batches(self, plan: SweepPlan, known: Mapping[Cell, Reading]) -> Iterable[list[Reading]]:
+        """Return the batches of what is left to do."""
+        if self._stop.is_set() or self._complete():
+            return ()
+        if plan.config.generate == "all":
+            return run_plans([replace(plan, finished=frozenset(known))])
+        return run_map(plan, known, texts=TEXT_ROWS)
+
     def _complete(self) -> bool:
         """Return whether nothing is left to do."""
         assert self.plan is not None
-        written = {cell: reading.written for cell, reading in self._readings.items()}
-        return len(finished_cells(written, self.plan.config.generate)) == len(self.plan.all_cells)
+        finished = _finished(self._readings, self.plan.config.generate)
+        return len(finished) == len(self.plan.all_cells)
 
     def _hand_over(self, readings: list[Reading]) -> None:
         if readings:
             with self._lock:
-                self._readings.update({Cell.of(r): r for r in readings})
+                for reading in readings:
+                    cell = Cell.of(reading)
+                    known = self._readings.get(cell)
+                    # A share that comes after a text that somebody asked for has no text.
+                    if reading.written or known is None or not known.written:
+                        self._readings[cell] = reading
                 self._on_batch(readings)
 
 

@@ -1,12 +1,14 @@
 """The Explorer: set up, run, watch and read a sweep inside a notebook.
 
 1. `Settings` shows a `SweepConfig` in the controls. A change of a control checks it and says what
-   a run would cost: cells, those that are finished already, and seconds, from a short warm-up.
+   a run would cost: cells, those that are finished already, and seconds, from a short warm-up,
+   which also prepares what every run begins with: the model's own words and an empty map.
 2. `run` freezes what the controls show and hands it to a `BackgroundSweep`; later changes are for
    the next run. Batches come back under the view's lock, which every callback takes too, and the
-   `Panel` fills in its map.
-3. A selected cell (`explorer.selection`) is shown with its text, its site's other α, controls, and
-   the code that reads it again (`explorer.code`).
+   `Panel` fills in its map: by default what every cell recovers, then the best text of each site.
+3. A selected cell (`explorer.selection`) is shown with its text, which is generated at once where
+   it is missing, its site's other α, controls, and the code that reads it again
+   (`explorer.code`).
 4. What the buttons do are methods: `run`, `cancel`, `find`, `select`, `pin`, `export`. A bad
    setting raises from a method and is shown as a message after a click; a run that fails says why
    and leaves everything usable.
@@ -18,16 +20,19 @@ Explorer hides it.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from superscopes_tl.engine import PatchedGenerator
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Readability, kept_readability
 from superscopes_tl.experiment import Cell, Reading, SweepConfig, SweepPlan, SweepResult
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.background import (
+    TEXT_ROWS,
     BackgroundSweep,
     CellStore,
     Latest,
@@ -42,7 +47,7 @@ from superscopes_tl.explorer.view import View
 from superscopes_tl.figures import heatmap_png, save_as
 from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, check_text, load_model
 from superscopes_tl.neighbours import LENSES, Lens
-from superscopes_tl.scores import PAPER_SCORER, Scorer, no_scores
+from superscopes_tl.scores import PAPER_SCORER, Scorer
 
 LARGEST_LINK = 8 * 2**20  # bytes of a file that is offered as a download, too
 
@@ -67,7 +72,8 @@ class Explorer:
     Args:
         model: from `load_model`, or anything that it takes; defaults to that of `load_model()`.
         prompt: the source prompt to begin with.
-        config: the settings to begin with; defaults to `SweepConfig()`.
+        config: the settings to begin with; defaults to `SweepConfig(generate="best")`: the map of
+            what is recovered, which takes the time of a few texts, then a text for each site.
         scorers: more scorers to choose from, by label.
         lenses: what else a cell's site is read by, such as `{**LENSES, "tuned lens": tuned}`.
         result: a saved result to show; it needs no model, and cannot run a sweep.
@@ -85,7 +91,8 @@ class Explorer:
         result: SweepResult | None = None,
         **settings: Any,
     ) -> None:
-        config = SweepConfig.of(config, settings)  # a bad one should not cost a load
+        # A bad setting should not cost a load.
+        config = SweepConfig.of(config or SweepConfig(generate="best"), settings)
         labels = {"MiniLM (paper)": PAPER_SCORER, **(scorers or {})}
         self.model: LanguageModel | None = None
         if result is None:
@@ -102,6 +109,7 @@ class Explorer:
         self._store, self._estimator, self._finder = CellStore(), Latest(), Latest()
         self._finding = False
         self._seconds: dict[tuple[object, ...], float] = {}  # of a batch, by prompt and size
+        self._generator: PatchedGenerator | None = None  # of the latest plan
         self._picture: Any = None
         view = self.view
         view.colour.observe(view.guarded(self._show_pins), "value")
@@ -182,11 +190,13 @@ class Explorer:
             assert model is not None
             check_text(prompt, "prompt")
             self._begin("run", "Preparing", "running")
+            self._estimator.cancel()
             view.cancel.disabled = False
             view.progress.value, view.progress.bar_style = 0, "info"
             self._sweep = BackgroundSweep(
-                lambda: watched_plan(model, prompt, config), store=self._store, lock=view.lock,
+                lambda: self._plan(model, prompt, config), store=self._store, lock=view.lock,
                 on_plan=self._opened, on_batch=self._filled, on_end=view.guarded(self._ended),
+                give_way=self._panel.wait,
             ).start()  # fmt: skip
         return self
 
@@ -213,7 +223,7 @@ class Explorer:
         return self
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the run and for the selected cell's controls; return whether they have ended."""
+        """Wait for the run and the selected cell's text and controls; tell if they are there."""
         threads = [self._finder.wait, self._estimator.wait, self._panel.wait]
         if self._sweep is not None:
             threads.insert(0, self._sweep.wait)
@@ -221,6 +231,8 @@ class Explorer:
 
     def select(self, **cell: Any) -> Cell:
         """Select a cell; what is not given stays as it is.
+
+        A cell without a text gets one at once, also during a run: `wait` waits for it.
 
         Args:
             **cell: kind, layer, alpha, position, target_layer.
@@ -296,6 +308,11 @@ class Explorer:
         self.view.run.disabled = self.view.find.disabled = True
         self.view.say(text, state)
 
+    def _plan(self, model: LanguageModel, prompt: str, config: SweepConfig) -> SweepPlan:
+        plan = watched_plan(model, prompt, config, self._generator)
+        self._generator = plan.generator
+        return plan
+
     def _changed(self, obsolete: bool) -> None:
         """Say what a run with the changed settings would cost, or what is wrong with them."""
         view, model = self.view, self.model
@@ -303,7 +320,7 @@ class Explorer:
             view.say("Ready", "idle")
         assert model is not None
         try:
-            plan = watched_plan(model, self.prompt, replace(self.config, scorer=no_scores))
+            plan = self._plan(model, self.prompt, self.config)
         except (ValueError, TypeError) as error:
             view.estimate.value = markup.note(str(error))
             return
@@ -313,14 +330,21 @@ class Explorer:
             self._estimator.submit(lambda: self._warm_up(plan))
 
     def _warm_up(self, plan: SweepPlan) -> None:
-        """Time a batch, once per target prompt and size, and complete the estimate."""
+        """Prepare a run; time a batch of texts, once per target prompt and size."""
         generator = plan.generator
-        rows = min(generator.batch_size, plan.n_texts)
+        rows = min(TEXT_ROWS, generator.batch_size, plan.n_texts)
         key = (generator.target, generator.max_new_tokens, rows)
         try:
+            with self.view.lock:
+                self._panel.prepare(Axes.of_plan(plan))
+            float(generator.placeholder_norms[0])
+            plan.own_words(site.position for site in plan.sites)
+            if self._busy():  # the rest would only slow the run down
+                return
             if rows and key not in self._seconds:
                 self._seconds[key] = generator.seconds_per_batch(rows)
-            estimate = cost(plan, plan.estimate_seconds(self._seconds.get(key)))
+            seconds = self._seconds.get(key, 0.0) * math.ceil(plan.n_texts / max(1, rows))
+            estimate = cost(plan, seconds)
         except Exception as error:  # noqa: BLE001  # shown in its place
             estimate = f"{len(plan.cells)} cells; the warm-up failed: {error}"
         with self.view.lock:
@@ -331,15 +355,18 @@ class Explorer:
         assert self._sweep is not None
         progress = self._sweep.progress
         self.view.progress.max = progress.total + progress.to_write
-        self._panel.open(self._sweep.result(), Axes.of_plan(plan), plan)
+        self._panel.open(self._sweep.result(), Axes.of_plan(plan), plan, self._sweep.write)
 
     def _filled(self, readings: Sequence[Reading]) -> None:
-        assert self._sweep is not None
-        progress = self._sweep.progress
+        sweep = self._sweep
+        if sweep is None or sweep.plan is not self._panel.plan:  # a text of an earlier run
+            return
+        progress, state = sweep.progress, sweep.state
         self.view.progress.value = progress.done + progress.written
-        self._panel.draw(self._sweep.result())
+        self._panel.draw(sweep.result())
         self._panel.refresh(readings)
-        self.view.say(str(progress), "running")
+        text = str(progress) if state == "running" else progress.summary(state)
+        self.view.say(text, state)
 
     def _ended(self) -> None:
         view, sweep = self.view, self._sweep

@@ -119,6 +119,7 @@ class LiveMap:
     """The heatmaps of a sweep, side by side.
 
     Attributes:
+        axes: what the cells range over.
         widget: the plotly widget.
         marks: the names of the marks (`figures.MARKS`) that some cell carries.
 
@@ -128,7 +129,7 @@ class LiveMap:
     """
 
     def __init__(self, axes: Axes, on_click: Callable[[str, int, float], None]) -> None:
-        self._axes, self._on_click = axes, on_click
+        self.axes, self._on_click = axes, on_click
         self.marks: tuple[str, ...] = ()
         self._x = [axis_label(alpha) for alpha in axes.alphas]
         self._y = [str(layer) for layer in axes.layers]
@@ -152,7 +153,7 @@ class LiveMap:
             table = table[(table["position"] == position) & (table["target_layer"] == into)]
         grid = self._grid(table)
         with self.widget.batch_update():
-            for index, kind in enumerate(self._axes.kinds):
+            for index, kind in enumerate(self.axes.kinds):
                 cells, *marks = self.widget.data[_TRACES * index : _TRACES * (index + 1)]
                 cells.z = grid.numbers(kind, value)
                 cells.customdata = grid.each(kind, hover_text, NO_CELL)
@@ -173,10 +174,10 @@ class LiveMap:
         _keep(self.widget, data=False)
 
     def _outline(self, selection: Cell) -> dict[str, Any]:
-        panel = self._axes.kinds.index(selection.kind)
+        panel = self.axes.kinds.index(selection.kind)
         axis = "" if panel == 0 else str(panel + 1)
-        column = self._axes.alphas.index(selection.alpha)
-        row = self._axes.layers.index(selection.source_layer)
+        column = self.axes.alphas.index(selection.alpha)
+        row = self.axes.layers.index(selection.source_layer)
         return {
             "type": "rect", "line": {"color": MARKED, "width": 3},
             "xref": f"x{axis}", "x0": column - 0.5, "x1": column + 0.5,
@@ -185,7 +186,7 @@ class LiveMap:
 
     def _grid(self, table: pd.DataFrame) -> Grid:
         """Lay out some rows on the axes of the whole sweep."""
-        kinds, layers, alphas = self._axes.kinds, self._axes.layers, self._axes.alphas
+        kinds, layers, alphas = self.axes.kinds, self.axes.layers, self.axes.alphas
         return Grid.of(table, x="alpha", panel="kind", panels=kinds, ys=layers, xs=alphas)
 
     def _lay_out(self) -> None:
@@ -210,7 +211,7 @@ class LiveMap:
         """Report a click; plotly gives the trace's own x and y."""
         if points.xs and points.ys:
             column, row = self._x.index(str(points.xs[0])), self._y.index(str(points.ys[0]))
-            self._on_click(kind, self._axes.layers[row], self._axes.alphas[column])
+            self._on_click(kind, self.axes.layers[row], self.axes.alphas[column])
 
 
 class LiveCurve:

@@ -4,14 +4,16 @@
 2. The colours stand for one column, "recovered" or "score": the former where it is defined, until
    the reader chooses. Map, curve, ladder and chips all show it.
 3. A click, or one of the cursors, selects a cell; `select` brings map, cursors and panel in line.
-4. What takes the model to know about the cell (`cell.probe`) is computed in a thread; an answer
-   that comes after the selection has changed is kept, not shown.
+4. What takes the model to know about the cell is computed in a thread: its text, where the reader
+   has selected a cell without one, then its controls (`cell.probe`). An answer that comes after the
+   selection has changed is kept, not shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -36,6 +38,7 @@ class Panel:
         axes: what its cells range over.
         selection: the selected cell.
         plan: what computed it; `None` for a saved result, whose cells cannot be probed.
+        write: generates the text of one cell of the plan.
 
     Args:
         view: the widgets.
@@ -47,12 +50,14 @@ class Panel:
         self.axes: Axes | None = None
         self.selection: Cell | None = None
         self.plan: SweepPlan | None = None
+        self.write: Callable[[Cell], None] | None = None
         self._view, self._lenses = view, lenses
         self._map: LiveMap | None = None
         self._curve = LiveCurve()
         self._finished = False  # whether what the result says of itself can be shown
         self._colour_chosen = False
         self._drawn: tuple[Any, Any] = (None, None)  # the token and target of the map
+        self._wanted: Cell | None = None  # the cell that the reader selected
         self._probes: dict[Cell, Probe] = {}
         self._prober = Latest()
         view.on_change(self._moved, *view.cursors)
@@ -61,9 +66,22 @@ class Panel:
         self._show_cell()
         self._show()
 
-    def open(self, result: SweepResult, axes: Axes, plan: SweepPlan | None) -> None:
+    def prepare(self, axes: Axes) -> None:
+        """Make the map of a sweep before it is run: it takes part of a second."""
+        if self.result is None:
+            self._make_map(axes)
+
+    def open(
+        self,
+        result: SweepResult,
+        axes: Axes,
+        plan: SweepPlan | None,
+        write: Callable[[Cell], None] | None = None,
+    ) -> None:
         """Lay out the map of a sweep that is about to be shown."""
+        self._prober.cancel()
         self.result, self.axes, self.plan, self.selection = result, axes, plan, None
+        self.write, self._wanted = write, None
         self._probes, self._finished = {}, False
         view = self._view
         view.findings.value = ""
@@ -80,13 +98,20 @@ class Panel:
             view.best_alpha.options = [(BEST, BEST), *alphas]
             view.position.layout.display = "" if len(axes.positions) > 1 else "none"
             view.into.layout.display = "" if len(axes.targets) > 1 else "none"
-        old = self._map
-        self._map = LiveMap(axes, lambda *place: view.guarded(self._choose, *place)())
+        old = self._make_map(axes)
         self._show_cell()
         self.draw(result)
         self._show()
         if old is not None:
             old.widget.close()
+
+    def _make_map(self, axes: Axes) -> LiveMap | None:
+        """Make a map, unless that of the same axes is there; return the one that it replaces."""
+        old, view = self._map, self._view
+        if old is not None and old.axes == axes:
+            return None
+        self._map = LiveMap(axes, lambda *place: view.guarded(self._choose, *place)())
+        return old
 
     def draw(self, result: SweepResult) -> None:
         """Show what is finished."""
@@ -119,7 +144,11 @@ class Panel:
         return Shades(column) if self.result is None else Shades.of(self.result.table, column)
 
     def select(self, cell: Cell) -> None:
-        """Select a cell of the sweep."""
+        """Select a cell of the sweep, as a reader does: it gets a text if it has none."""
+        self._wanted = cell
+        self._select(cell)
+
+    def _select(self, cell: Cell) -> None:
         if self.axes is None or not self.axes.have(cell):
             raise bad_value("selection", f"a cell of {self.axes}", cell, "choose one of these")
         view, target = self._view, self.axes.target_of(cell)
@@ -141,7 +170,7 @@ class Panel:
         if self.result is not None and not self.result.table.empty:
             by = self._view.colour.value
             best = self.result.best(by=by).sort_values(by, ascending=False, na_position="last")
-            self.select(Cell.of(best.iloc[0]))
+            self._select(Cell.of(best.iloc[0]))
 
     def refresh(self, readings: Sequence[Reading]) -> None:
         """Show the selected cell again if it is among newly finished ones."""
@@ -236,6 +265,7 @@ class Panel:
         view.detail.value = markup.detail(reading, cell, shades)
         view.pin.disabled = reading is None
         view.ladder.value = view.copy.text = view.code.value = view.probe.value = ""
+        self._ask(cell, reading)
         if reading is None or cell is None or self.result is None:
             view.curve.children = ()
             return
@@ -245,29 +275,44 @@ class Panel:
         view.ladder.value = markup.render("ladder", rows.to_dict("records"), cell.alpha, shades)
         view.copy.text = code_for(self.result, cell, self.plan)
         view.code.value = markup.render("code", view.copy.text)
-        if self.plan is None:
-            view.probe.value = markup.note("Opened without a model: no controls, no token effects.")
+
+    def _ask(self, cell: Cell | None, reading: Reading | None) -> None:
+        """Show what only the model can tell about a cell, or begin to find it out."""
+        view, plan, write = self._view, self.plan, self.write
+        if cell is None:
+            return
+        if plan is None:
+            text = "" if reading is None or reading.written else " no text,"
+            view.probe.value = markup.note(
+                f"Opened without a model:{text} no controls, no token effects."
+            )
+        elif write and cell == self._wanted and not (reading and reading.written):
+            view.probe.value = markup.note("Generating its text …")
+            self._in_thread(plan, cell, partial(write, cell))
         elif cell in self._probes:
-            view.probe.value = markup.render("probe", self._probes[cell], shades)
-        else:
+            view.probe.value = markup.render("probe", self._probes[cell], self.shades)
+        elif reading is not None:
             view.probe.value = markup.note("Comparing with controls …")
-            self._probe(self.plan, cell, reading)
+            self._in_thread(plan, cell, partial(self._probe, plan, cell, reading))
 
     def _probe(self, plan: SweepPlan, cell: Cell, reading: Reading) -> None:
-        """Probe the cell in a thread, and show the answer if it is still wanted."""
-
-        def work() -> None:
-            found, failed = None, ""
-            try:
-                found = probe(plan, reading, self._lenses)
-            except Exception as error:  # noqa: BLE001  # shown in its place
-                failed = markup.alert(error)
-            with self._view.lock:
-                if plan is not self.plan:
-                    return
-                if found is not None:
-                    self._probes[cell] = found
+        """Probe a cell, and show the answer if it is still wanted."""
+        found = probe(plan, reading, self._lenses)
+        with self._view.lock:
+            if plan is self.plan:
+                self._probes[cell] = found
                 if cell == self.selection:
-                    self._view.probe.value = failed or markup.render("probe", found, self.shades)
+                    self._view.probe.value = markup.render("probe", found, self.shades)
 
-        self._prober.submit(work)
+    def _in_thread(self, plan: SweepPlan, cell: Cell, work: Callable[[], None]) -> None:
+        """Do what takes the model to know about a cell; show its failure in its place."""
+
+        def job() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  # shown in its place
+                with self._view.lock:
+                    if plan is self.plan and cell == self.selection:
+                        self._view.probe.value = markup.alert(error)
+
+        self._prober.submit(job)
