@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from superscopes_tl import LanguageModel, plan_sweep, sweep
-from superscopes_tl.experiment import Reading
+from superscopes_tl import LanguageModel, SweepConfig, plan_sweep, sweep
+from superscopes_tl.experiment import Cell, Reading
+from superscopes_tl.explorer import background as background_module
 from superscopes_tl.explorer.background import (
     BackgroundSweep,
     CellStore,
     Latest,
     Progress,
     wait_for_all,
+    watched_plan,
 )
 from superscopes_tl.vectors import RandomDirection
 from tests.explorer.conftest import PROMPT, WAIT
@@ -140,6 +142,139 @@ def test_cancel_stops_after_the_batch_and_keeps_it(model: LanguageModel) -> None
     assert (len(background.result()), len(batches)) == (2, 1)
     assert not background.result().provenance["complete"]
     assert hooks_on(model) == 0
+
+
+class Gate:
+    """A scorer that stops at its first texts until it may go on."""
+
+    def __init__(self) -> None:
+        self.began, self.resume = threading.Event(), threading.Event()
+
+    def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        """Give every candidate the same score."""
+        self.began.set()
+        assert self.resume.wait(WAIT)
+        return [0.5 for _ in candidates]
+
+
+BEST: dict[str, Any] = {
+    "layers": (2, 3, 5), "kinds": "resid_post", "alphas": (1, 3, 6), "generate": "best",
+    "max_new_tokens": 3,
+}  # fmt: skip
+
+
+def begun(
+    model: LanguageModel, store: CellStore, gate: Gate, give_way: Any = lambda: None
+) -> tuple[BackgroundSweep, list[list[Reading]]]:
+    """Start a run that stops at its first text; return it, and the batches as they come."""
+    batches: list[list[Reading]] = []
+    background = BackgroundSweep(
+        lambda: watched_plan(model, PROMPT, SweepConfig(**BEST, batch_size=4, scorer=gate)),
+        store=store, on_batch=lambda readings: batches.append(list(readings)), give_way=give_way,
+    ).start()  # fmt: skip
+    assert gate.began.wait(WAIT)
+    return background, batches
+
+
+def other_cell(background: BackgroundSweep) -> Cell:
+    """Return a cell whose text the run does not generate, of a site whose turn comes late."""
+    table = background.result().table
+    last = background.result().best(by="recovered").sort_values("recovered").iloc[0]
+    beside = table[table["source_layer"] == last["source_layer"]]
+    return Cell.of(beside.sort_values("recovered").iloc[0])
+
+
+def test_the_map_is_complete_before_the_first_text(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shares are handed over before a text is scored; texts of the best cells come first."""
+    monkeypatch.setattr(background_module, "TEXT_ROWS", 1)
+    gate = Gate()
+    background, batches = begun(llama, CellStore(), gate)
+    shares = [reading for batch in batches for reading in batch]
+    assert len(shares) == len(background.result()) == 9
+    assert not any(reading.written for reading in shares)
+    assert str(background.progress) == "Map ready · generating texts: 0 of 3"
+    gate.resume.set()
+    assert background.wait(WAIT)
+    texts = [reading for batch in batches for reading in batch][9:]
+    assert all(reading.written for reading in texts)
+    assert [r.recovered for r in texts] == sorted((r.recovered for r in texts), reverse=True)
+    expected = sweep(llama, PROMPT, **BEST, scorer=Constant(0.5), progress=False).table
+    assert_same_readings(background.result().table, expected)
+
+
+def test_no_scorer_is_loaded_before_the_map(llama: LanguageModel) -> None:
+    """A scorer that cannot be loaded fails the run after its map."""
+    config = SweepConfig(**BEST, scorer="no/such-scorer")
+    background = BackgroundSweep(lambda: watched_plan(llama, PROMPT, config)).start()
+    assert background.wait(WAIT)
+    assert background.state == "failed"
+    assert str(background.error).startswith("scorer:")
+    assert len(background.result()) == 9
+
+
+def test_a_text_that_is_asked_for_does_not_wait_for_the_others(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the batch that is being computed, and its shares are those of the map."""
+    monkeypatch.setattr(background_module, "TEXT_ROWS", 1)
+    gate, writer = Gate(), Latest()
+    background, batches = begun(llama, CellStore(), gate, writer.wait)
+    cell = other_cell(background)
+    writer.submit(lambda: background.write(cell))
+    gate.resume.set()
+    assert background.wait(WAIT)
+    texts = [Cell.of(r) for batch in batches for r in batch if r.written]
+    assert texts.index(cell) < 2
+    assert len(texts) == 4
+    table = background.result().table
+    assert table["written"].sum() == 4
+    share = next(r.recovered for batch in batches for r in batch if Cell.of(r) == cell)
+    (row,) = [r for r in table.itertuples() if Cell.of(r) == cell]
+    assert (row.recovered, row.score) == (share, 0.5)
+    (alone,) = sweep(
+        llama, PROMPT, layers=cell.source_layer, kinds=cell.kind, alphas=cell.alpha,
+        max_new_tokens=3, scorer=Constant(0.5), progress=False,
+    ).table.itertuples()  # fmt: skip
+    assert (row.text, row.about) == (alone.text, alone.about)
+
+
+def test_a_cancelled_run_is_written_on_and_run_on(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that was asked for stays; the next run computes no share again, only best texts."""
+    monkeypatch.setattr(background_module, "TEXT_ROWS", 1)
+    store, gate = CellStore(), Gate()
+    background, _ = begun(llama, store, gate)
+    cell = other_cell(background)
+    background.cancel()
+    gate.resume.set()
+    assert background.wait(WAIT)
+    assert (background.state, background.progress.written) == ("cancelled", 1)
+    background.write(cell)
+    background.write(cell)  # it is there
+    assert background.progress.written == 2
+    assert background.plan is not None
+    assert len(store.cells(background.plan)) == 3, "the site of that text has no best one yet"
+    again, batches = begun(llama, store, gate)
+    assert again.wait(WAIT)
+    assert again.state == "done"
+    assert len(batches[0]) == again.progress.reused == 9
+    assert all(reading.written for batch in batches[1:] for reading in batch)
+    assert again.result().table["written"].sum() == 4
+    assert cell in {Cell.of(r) for r in batches[0] if r.written}
+
+
+def test_a_generator_is_kept_for_the_same_target_prompt(llama: LanguageModel) -> None:
+    """What it knows serves the next prompt; another target prompt or length has its own."""
+    first = watched_plan(llama, PROMPT, SweepConfig(**BEST)).generator
+    same = watched_plan(llama, "Top Gun", SweepConfig(**BEST, scorer=Constant(1)), first)
+    assert same.generator is first
+    assert same.scorer("", ["x"]) == [1]
+    for changed in ({"target_prompt": "x is"}, {"max_new_tokens": 2}, {"score_on": "text"}):
+        other = watched_plan(llama, PROMPT, SweepConfig(**{**BEST, **changed}), first)
+        assert other.generator is not first
 
 
 def test_an_error_fails_the_run(model: LanguageModel) -> None:

@@ -25,7 +25,7 @@ from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.explorer.cell import code_for, ladder, probe, reading_at
 from superscopes_tl.neighbours import LENSES, TunedLens, lens_label, lens_table
 from superscopes_tl.vectors import RandomDirection, Scale
-from tests.explorer.conftest import PROMPT, finished
+from tests.explorer.conftest import PROMPT, WAIT, finished
 from tests.model.test_chat import TEMPLATES, with_template
 from tests.support.scorers import by_length
 from tests.support.tiny_models import tiny_hf, tiny_tokenizer
@@ -188,14 +188,16 @@ def test_the_code_of_a_local_model_runs_as_it_stands(
     made = Explorer(
         load_model("mine", backend="bridge", local_files_only=True), "Red Hot Chili Peppers",
         layers=(1, 3), kinds="resid_post", alphas=(1, 2), positions="Hot", chat=chat,
-        source_template="Tell me about {}", reference="American rock band", generate="none",
-        max_new_tokens=3,
+        source_template="Tell me about {}", reference="American rock band",
+        generate="best" if chat else "none", max_new_tokens=3, scorer=by_length,
     )  # fmt: skip
-    result = finished(made).result
-    assert result is not None
-    row = result.table.iloc[1]
-    chosen = Cell.of(row)
+    table = finished(made).result.table  # type: ignore[union-attr]
+    chosen = Cell.of(table[~table["written"]].iloc[1])
     made.select(kind=chosen.kind, layer=chosen.source_layer, alpha=chosen.alpha)
+    assert made.wait(WAIT)
+    result = made.result
+    assert result is not None
+    row = next(r for _, r in result.table.iterrows() if Cell.of(r) == chosen)
     monkeypatch.chdir(tmp_path)
     assert repr(str(folder)) in made.code
     again = read_again(made.code)
@@ -203,6 +205,7 @@ def test_the_code_of_a_local_model_runs_as_it_stands(
     assert again["recovered"] == pytest.approx(row["recovered"], abs=1e-3, nan_ok=True)
     assert again["plain_nats"] == pytest.approx(row["plain_nats"], abs=1e-2)
     assert again["written"]
+    assert again["text"] == row["text"]
     saved = code_for(result, chosen)
     assert str(folder) not in saved
     assert "# load_model: pass the path" in saved

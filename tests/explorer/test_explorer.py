@@ -19,7 +19,7 @@ from superscopes_tl.evaluation import Readability
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.cell import code_for
 from superscopes_tl.figures import value_range
-from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked
+from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked, numbers
 from tests.support.hooks import hooks_on
 from tests.support.same import assert_same_readings
 from tests.support.scorers import by_length
@@ -82,6 +82,102 @@ def test_cancel_keeps_what_is_finished(model: LanguageModel, tmp_path: Path) -> 
     assert "not computed" in made.view.stage.children[0].value
     for suffix in (".html", ".png", ".csv"):
         assert made.export(tmp_path / f"part{suffix}").stat().st_size
+
+
+def unwritten(explorer: Explorer) -> Any:
+    """Return the row of the worst cell without a text."""
+    table = explorer.result.table  # type: ignore[union-attr]
+    return table[~table["written"]].sort_values("recovered").iloc[0]
+
+
+def select(explorer: Explorer, row: Any) -> Cell:
+    """Select the cell of a row."""
+    return explorer.select(kind=row["kind"], layer=row["source_layer"], alpha=row["alpha"])
+
+
+def test_by_default_the_map_comes_first_and_a_selected_cell_is_written(
+    llama: LanguageModel,
+) -> None:
+    """A text for each site; another cell gets its own when it is selected, colours stay."""
+    settings: dict[str, Any] = {"alphas": (1, 3), "max_new_tokens": 4, "scorer": by_length}
+    made = finished(Explorer(llama, PROMPT, layers=(3, 5), **settings))
+    assert made.config.generate == made.view.generate.value == "best"
+    assert made.view.colour.value == "recovered"
+    before, row = numbers(made), unwritten(made)
+    cell = select(made, row)
+    assert made.wait(WAIT)
+    table = made.result.table  # type: ignore[union-attr]
+    assert table["written"].sum() == len(table) // 2 + 1
+    (now,) = [r for r in table.itertuples() if Cell.of(r) == cell]
+    place = {"layers": cell.source_layer, "kinds": cell.kind}
+    alone = sweep(llama, PROMPT, **(settings | place), progress=False).table
+    (expected,) = [r for r in alone.itertuples() if Cell.of(r) == cell]
+    assert (now.text, now.score, now.recovered) == (expected.text, expected.score, row["recovered"])
+    assert f"({now.n_tokens} tokens)" in made.view.detail.value
+    assert "data-probe='done'" in made.view.probe.value
+    assert (numbers(made), made.view.colour.value) == (before, "recovered")
+    assert "Done: 12 of 12 cells, 6 texts" in shows(made)
+    finished(made)
+    assert len(made.result) == 12  # type: ignore[arg-type]
+    assert made.result.table["written"].sum() == 7  # type: ignore[union-attr]
+
+
+def test_a_cell_is_written_during_a_run_and_after_cancel(llama: LanguageModel) -> None:
+    """Selected while the first texts are scored, it is written before the run goes on."""
+    began, resume = threading.Event(), threading.Event()
+
+    def slow(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        began.set()
+        assert resume.wait(WAIT)
+        return [0.5 for _ in candidates]
+
+    made = Explorer(
+        llama, PROMPT, layers=(3, 5), alphas=(1, 3), max_new_tokens=2, batch_size=1, scorer=slow
+    )
+    assert made.wait(WAIT)
+    made.run()
+    assert began.wait(WAIT)
+    assert "Map ready · generating texts: 0 of 6" in shows(made)
+    first = select(made, unwritten(made))
+    assert "Generating its text" in made.view.probe.value
+    made.cancel()
+    resume.set()
+    assert made.wait(WAIT)
+    assert made.state == "cancelled"
+    second = select(made, unwritten(made))
+    assert made.wait(WAIT)
+    assert "Cancelled: 12 of 12 cells" in shows(made)
+    table = made.result.table  # type: ignore[union-attr]
+    texts = {Cell.of(row) for row in table[table["written"]].itertuples()}
+    assert {first, second} < texts
+    assert len(texts) == 3
+    assert "role='alert'" not in made.view.probe.value
+    assert hooks_on(llama) == 0
+
+
+def test_a_text_that_fails_is_shown_in_its_place(llama: LanguageModel) -> None:
+    """The run stays as it ended; the cell can be selected again."""
+    fails: list[bool] = []
+
+    def scorer(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
+        if fails:
+            raise RuntimeError("no <scores>")
+        return [0.5 for _ in candidates]
+
+    made = finished(
+        Explorer(llama, PROMPT, layers=3, alphas=(1, 3), max_new_tokens=2, scorer=scorer)
+    )
+    assert made.wait(WAIT)
+    fails.append(True)
+    row = unwritten(made)
+    select(made, row)
+    assert made.wait(WAIT)
+    assert "no &lt;scores&gt;" in made.view.probe.value
+    assert made.state == "done"
+    fails.clear()
+    select(made, row)
+    assert made.wait(WAIT)
+    assert "data-probe='done'" in made.view.probe.value
 
 
 def test_cancel_from_python_waits_its_turn(explorer: Explorer) -> None:
