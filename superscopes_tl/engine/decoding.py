@@ -94,7 +94,7 @@ def _unembedded_some(decoder: Decoder, residual: Tensor, ids: Tensor) -> Tensor:
         rows = ((ids >= start) & (ids < start + logits.shape[1])).nonzero()[:, 0]
         chosen[rows, 0] = logits[rows, ids[rows] - start]
         new = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))  # propagates NaN
-        total = total * (highest - new).exp() + (logits - new).exp_().sum(dim=-1, keepdim=True)
+        total = total * (highest - new).exp() + logits.sub_(new).exp_().sum(dim=-1, keepdim=True)
         highest, start = new, start + logits.shape[1]
     return (chosen - highest - total.log())[:, 0]
 

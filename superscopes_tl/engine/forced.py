@@ -48,8 +48,9 @@ MOST_LOGITS = 2**26
 """How many logits a teacher-forced pass may hold at a time: 256 MB of them."""
 FEWEST_GROWING = 2
 """The fewest patches with one text for which an unpatched row is worth its time."""
-GROWN = 2
-"""Rows of a growing batch are there for half of the layers: so many times more may be taken."""
+GROWN, MOST_GROWN = 3, 2**13
+"""A growing batch may have so many times more rows, which are there for half of the layers, as long
+as it has no more positions than this: progress and cancelling wait for it."""
 
 Precision = Literal["highest", "high"]
 
@@ -166,7 +167,9 @@ class PatchedPrompt:
         found: dict[Any, list[float]] = {}
         for several in self._growing(distinct):
             pairs = [distinct[key] for key in several]
-            batches = self.in_batches(self._score_growing, pairs, scale=GROWN)
+            length = len(self.target.tokens) - self.first + len(pairs[0][1]) - 1
+            most = max(1, MOST_GROWN // length)
+            batches = self.in_batches(self._score_growing, pairs, most=most, scale=GROWN)
             found |= zip(several, chain(*batches), strict=True)
         rest = [key for key in distinct if key not in found]
         longest = max([1, *(len(key[1]) for key in rest)])

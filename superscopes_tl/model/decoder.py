@@ -129,7 +129,7 @@ class HookedDecoder:
             residual = self._tl.ln_final(residual)
         cap = cfg.output_logits_soft_cap
         for part in _parts(last.W_U.shape[1], size):
-            logits: Tensor = residual @ last.W_U[:, part] + last.b_U[part]
+            logits: Tensor = _biased(residual @ last.W_U[:, part], last.b_U[part])
             if cap is not None and cap > 0:
                 logits = cap * torch.tanh(logits / cap)
             yield logits.float()
@@ -293,7 +293,7 @@ class BridgeDecoder:
         tl, last = self._tl, self._tl.unembed
         normed = tl.ln_final(residual.to(last.W_U))
         for part in _parts(last.W_U.shape[1], size):
-            logits = normed @ last.W_U[:, part] + last.b_U[part]
+            logits = _biased(normed @ last.W_U[:, part], last.b_U[part])
             # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
             yield tl.adapter.apply_output_logits_transform(logits).float()
 
@@ -347,6 +347,11 @@ def first_block_input(tl: Any, run: Callable[[], Any]) -> Float[Tensor, "batch p
     finally:
         point.remove_hooks(level=level)
     return found[0]
+
+
+def _biased(logits: Tensor, bias: Tensor) -> Tensor:
+    """Return logits plus a bias; TransformerLens gives every model one, mostly of zeros."""
+    return logits + bias if bias.any() else logits
 
 
 def _parts(whole: int, size: int) -> Iterator[slice]:
