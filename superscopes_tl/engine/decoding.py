@@ -3,8 +3,8 @@
 1. Guidance: the logits of a guided row are u + w·(c − u), with c its own logits and u those of
    the same text after the unpatched prompt (classifier-free guidance; paper, section 3.5).
 2. Choose the most likely token, or for a row with a seed sample one at temperature 1.
-3. Record, per row, the margin over the second best token, the entropy of the distribution and the
-   log-probability of the choice.
+3. Record, per row, the margin over the second best token, and where asked for the entropy of the
+   distribution and the log-probability of the choice.
 4. Repeat until every row has ended or reached its greatest length. The batch is compacted when a
    quarter of its rows have ended, so that later steps cost less.
 5. Find where the description ends, once, and put both text and description into a `Generation`.
@@ -51,8 +51,8 @@ class Generation:
         margin: the smallest difference, in logits, between the chosen token and the second best
             over the steps. Below `NEAR_TIE` another batch size may choose differently. NaN, and
             the text empty, where the model's own arithmetic overflowed.
-        entropies: the entropy of each token's distribution, in nats.
-        log_probabilities: of each token, in nats.
+        entropies: the entropy of each token's distribution, in nats; empty if not asked for.
+        log_probabilities: of each token, in nats; empty if not asked for.
         description: the part of the text that describes the placeholder (`crop_description`).
         n_description_tokens: tokens up to the end of the description; 0 without one.
     """
@@ -103,11 +103,13 @@ class TokenTable:
     """The tokens of a batch, a row per text and a column per step; -1 after the end of a text.
 
     Entropies and log-probabilities are in nats, margins in logits; there is a margin for the
-    end-of-text token too. `overflowed` marks the rows whose arithmetic overflowed.
+    end-of-text token too. `overflowed` marks the rows whose arithmetic overflowed. Without
+    `confidence` there are neither entropies nor log-probabilities.
     """
 
-    def __init__(self, rows: int, steps: int) -> None:
+    def __init__(self, rows: int, steps: int, *, confidence: bool) -> None:
         shape = (rows, steps)
+        self.confidence = confidence
         self.ids: Int[Tensor, "batch new"] = torch.full(shape, -1)
         self.entropies: Float[Tensor, "batch new"] = torch.zeros(shape)
         self.log_probabilities: Float[Tensor, "batch new"] = torch.zeros(shape)
@@ -128,12 +130,10 @@ class TokenTable:
         now = live & ~overflowed
         self.margins[rows[now], step] = choice.margins[now]
         now &= ~torch.isin(choice.tokens, ends)
-        for table, column in (
-            (self.ids, choice.tokens),
-            (self.entropies, choice.entropies),
-            (self.log_probabilities, choice.log_probabilities),
-        ):
-            table[rows[now], step] = column[now]
+        self.ids[rows[now], step] = choice.tokens[now]
+        if self.confidence:
+            self.entropies[rows[now], step] = choice.entropies[now]
+            self.log_probabilities[rows[now], step] = choice.log_probabilities[now]
         return now
 
     def tokens(self, row: int) -> list[int]:
@@ -156,7 +156,7 @@ class TokenTable:
         if end is None and self.overflowed[row]:
             return Generation((), text_of([]), math.nan)
         ids = ids[:end]
-        text = text_of(ids)
+        text, known = text_of(ids), len(ids) if self.confidence else 0
         description, length = crop_description(text), 0
         if description:
             last = text.index(description) + len(description)
@@ -165,8 +165,8 @@ class TokenTable:
             token_ids=tuple(ids),
             text=text,
             margin=min(self.margins[row, :end].tolist(), default=math.inf),
-            entropies=tuple(self.entropies[row, : len(ids)].tolist()),
-            log_probabilities=tuple(self.log_probabilities[row, : len(ids)].tolist()),
+            entropies=tuple(self.entropies[row, :known].tolist()),
+            log_probabilities=tuple(self.log_probabilities[row, :known].tolist()),
             description=description,
             n_description_tokens=length,
         )
@@ -244,20 +244,22 @@ def decode(
     until: Callable[[str], bool] | None = None,
     continuations: Sequence[Hashable] = (),
     live_share: float = LIVE_SHARE,
+    confidence: bool = False,
 ) -> list[Generation]:
     """Generate every row to its end, given the logits of the first new token.
 
     A row with a seed is sampled, the others are greedy. `continuations` may label, per row, all
     that decides the text after its first token: of rows with equal labels and first tokens, one is
-    generated. `until` and `live_share` are those of `PatchedGenerator`.
+    generated. `until` and `live_share` are those of `PatchedGenerator`, `confidence` is that of its
+    `generate`.
     """
-    table = TokenTable(len(logits), max_new_tokens)
+    table = TokenTable(len(logits), max_new_tokens, confidence=confidence)
     sample, ends = _sampler(seeds), torch.tensor(sorted(eos), dtype=torch.long)
     rows = torch.arange(len(logits))  # of the batch, by their number at the start
     live = torch.ones(len(logits), dtype=torch.bool)
     leaders: dict[int, int] = {}
     for step in range(max_new_tokens):
-        choice = _choose(logits, sample(logits, rows.tolist()))
+        choice = _choose(logits, sample(logits, rows.tolist()), confidence=confidence)
         live &= table.add(step, rows, live, choice, ends)
         if step == 0 and continuations:
             leaders = _leaders(continuations, choice.tokens, live)
@@ -283,22 +285,27 @@ class Choice(NamedTuple):
 
     tokens: Int[Tensor, " batch"]
     margins: Float[Tensor, " batch"]
-    entropies: Float[Tensor, " batch"]
-    log_probabilities: Float[Tensor, " batch"]
+    entropies: Float[Tensor, " known"]
+    log_probabilities: Float[Tensor, " known"]
 
 
-def _choose(logits: Float[Tensor, "batch vocab"], ranked: Float[Tensor, "batch vocab"]) -> Choice:
+def _choose(
+    logits: Float[Tensor, "batch vocab"],
+    ranked: Float[Tensor, "batch vocab"],
+    *,
+    confidence: bool = True,
+) -> Choice:
     """Choose the first token of each row of `ranked`, and judge it by `logits`."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CHUNK // logits.shape[-1])
     parts = [
-        _choose_some(logits[start : start + rows], ranked[start : start + rows])
+        _choose_some(logits[start : start + rows], ranked[start : start + rows], confidence)
         for start in range(0, len(logits), rows)
     ]
     return Choice(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def _choose_some(
-    logits: Float[Tensor, "rows vocab"], ranked: Float[Tensor, "rows vocab"]
+    logits: Float[Tensor, "rows vocab"], ranked: Float[Tensor, "rows vocab"], confidence: bool
 ) -> Choice:
     best, tokens = _best_two(ranked)
     margins = best[:, 0] - best[:, -1]
@@ -307,13 +314,15 @@ def _choose_some(
         tokens = torch.where(equal, ranked.argmax(dim=-1), tokens)
     # As `amax` of the logits, NaN where one of them is.
     highest = best[:, :1] if ranked is logits else logits.amax(dim=-1, keepdim=True)
+    margins = margins.where(torch.isfinite(highest[:, 0]), torch.nan)
+    if not confidence:
+        return Choice(tokens, margins, margins[:0], margins[:0])
     weights = (logits - highest).exp_()
     total = weights.sum(dim=-1)
     mean = _dot(weights, logits) / total
     entropies = total.log() + highest[:, 0] - mean
     likely = (logits.gather(1, tokens[:, None]) - highest)[:, 0] - total.log()
-    finite = torch.isfinite(highest[:, 0])
-    return Choice(tokens, margins.where(finite, torch.nan), entropies, likely)
+    return Choice(tokens, margins, entropies, likely)
 
 
 def _best_two(

@@ -64,10 +64,15 @@ class PatchedGenerator(PatchedPrompt):
         )  # fmt: skip
         self.until, self.live_share = until, live_share
 
-    def generate(self, patches: Sequence[Patch]) -> list[Generation]:
+    def generate(self, patches: Sequence[Patch], *, confidence: bool = False) -> list[Generation]:
         """Return the text of every patch, in the same order; of equal patches one is generated.
 
         When memory runs out, the batch size is halved and the batch repeated.
+
+        Args:
+            patches: a row each.
+            confidence: whether to find the entropy and the log-probability of each token, which
+                takes a look at the whole vocabulary.
 
         Raises:
             ValueError: a vector that overflows the model's dtype, or a layer out of range.
@@ -76,13 +81,14 @@ class PatchedGenerator(PatchedPrompt):
         self.check(patches)
         keys = [patch.key for patch in patches]
         distinct = dict(zip(keys, patches, strict=True))
-        batches = self.in_batches(self._generate_batch, list(distinct.values()))
+        work = partial(self._generate_batch, confidence=confidence)
+        batches = self.in_batches(work, list(distinct.values()))
         texts = dict(zip(distinct, chain(*batches), strict=True))
         return [texts[key] for key in keys]
 
     def unpatched(self) -> Generation:
         """Return what the model generates when nothing is patched: the simplest control."""
-        return self.generate([no_patch(self.model)])[0]
+        return self.generate([no_patch(self.model)], confidence=True)[0]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text."""
@@ -111,7 +117,7 @@ class PatchedGenerator(PatchedPrompt):
         # The first step of a shape is slower than those that follow.
         return (moments[1] - moments[0]) + (self.max_new_tokens - 1) * (moments[3] - moments[2])
 
-    def _generate_batch(self, patches: Sequence[Patch]) -> list[Generation]:
+    def _generate_batch(self, patches: Sequence[Patch], *, confidence: bool) -> list[Generation]:
         with self.model.lock, torch.no_grad():
             return decode(
                 *self.begin(patches),
@@ -122,6 +128,7 @@ class PatchedGenerator(PatchedPrompt):
                 until=self.until,
                 continuations=[self._continuation(patch) for patch in patches],
                 live_share=self.live_share,
+                confidence=confidence,
             )
 
     def _continuation(self, patch: Patch) -> Any:

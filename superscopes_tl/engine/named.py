@@ -59,6 +59,7 @@ def generate_named(generator: PatchedGenerator, names: Sequence[str]) -> list[Ge
                 seeds=[None] * len(places),
                 text_of=generator.text_of,
                 until=description_is_over,
+                confidence=True,
             )
         found.update(zip(places, texts, strict=True))
     return [found[place] for place in range(len(rows))]

@@ -211,7 +211,7 @@ def _batches(work: Iterable[Work], scale: int = 1, most: int = sys.maxsize) -> I
 def _generated(parts: Sequence[Part], *, recovered: bool = True) -> list[Reading]:
     """Return the readings of a batch: texts, controls and, by default, shares recovered."""
     patches = [patch for part in parts for patch in part.patches]
-    generations = parts[0].plan.generator.generate(patches)
+    generations = parts[0].plan.generator.generate(patches, confidence=True)
     texts = iter(generations)
     readings = [r for part in parts for r in read(part, [next(texts) for _ in part.cells])]
     controls = [control_patches(part) for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,7 +158,8 @@ def test_entropies_and_log_probabilities_equal_plain_hugging_face(tiny: Tiny) ->
     model, hf = tiny("llama", "bridge"), tiny_hf("llama")
     generator = PatchedGenerator(model, TARGET, max_new_tokens=N_NEW)
     vector = 20 * torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
-    generation = generator.generate([Patch(vector, 2), Patch(-vector, 5)])[0]
+    patches = [Patch(vector, 2), Patch(-vector, 5)]
+    generation = generator.generate(patches, confidence=True)[0]
     ids = _ids(model, TARGET.text)
     new, steps = plain_hf.generate(hf, ids, (len(ids) - 1,), vector, 2, n_new=N_NEW, eos=1)
     for step, token in enumerate(new):
@@ -165,6 +167,8 @@ def test_entropies_and_log_probabilities_equal_plain_hugging_face(tiny: Tiny) ->
         entropy, likely = distribution.entropy(), distribution.log_prob(torch.tensor(token))
         assert generation.entropies[step] == pytest.approx(float(entropy), abs=1e-4)
         assert generation.log_probabilities[step] == pytest.approx(float(likely), abs=1e-4)
+    unasked = generator.generate(patches)[0]
+    assert unasked == replace(generation, entropies=(), log_probabilities=())
 
 
 def test_a_sampled_text_depends_on_its_seed_alone(tiny: Tiny) -> None:

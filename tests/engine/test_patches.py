@@ -93,7 +93,7 @@ def test_the_next_token_is_the_first_of_the_text(llama: LanguageModel) -> None:
         for k, layer, w in ((4, 5, 1.0), (9, 2, 3.0), (2, 0, 0.5))
     ]
     likely = generator.next_token(patches)
-    for generation, row in zip(generator.generate(patches), likely, strict=True):
+    for generation, row in zip(generator.generate(patches, confidence=True), likely, strict=True):
         assert int(row.argmax()) == generation.token_ids[0]
         assert float(row.max()) == pytest.approx(generation.log_probabilities[0], abs=1e-3)
 

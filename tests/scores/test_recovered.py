@@ -384,7 +384,7 @@ def test_teacher_forcing_agrees_with_generation(
     generator = PatchedGenerator(model, target, max_new_tokens=5, chat=chat)
     torch.manual_seed(seed)
     patches = [Patch(torch.randn(32) * 4, layer, guidance=guidance) for layer in layers]
-    written = generator.generate(patches)
+    written = generator.generate(patches, confidence=True)
     found = generator.log_probabilities(patches, [text.token_ids for text in written])
     for text, likely in zip(written, found, strict=True):
         if not math.isnan(text.margin):
