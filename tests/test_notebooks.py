@@ -85,7 +85,7 @@ SMALLER = {
         "NEW = 10": "NEW = 4",
         "rounds=2": "rounds=1",
         "range(0, model.n_layers, 2)": "range(0, 8, 4)",
-        "alphas=(1, 2, 3), generate": "alphas=1, generate",
+        "alphas=(1, 2, 3, 6, 9, 12), generate": "alphas=1, generate",
         "ALL_NAMES[:4]": "ALL_NAMES[:2]",
         '"scorer": no_scores}': '"scorer": no_scores, "max_new_tokens": 5}',
         "for n in (2, 4, 8, 16)": "for n in (1, 2)",
