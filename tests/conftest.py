@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def has_hooked_transformer() -> bool:
     except ImportError:
         return False
     return True
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind() -> Iterator[None]:
+    """What an Explorer still does in the background ends with its test."""
+    yield
+    background = sys.modules.get("superscopes_tl.explorer.background")
+    if background is not None:
+        background._stop_all()
 
 
 BACKENDS = ("hooked", "bridge") if has_hooked_transformer() else ("bridge",)

@@ -90,7 +90,8 @@ def _unembedded_some(decoder: Decoder, residual: Tensor, ids: Tensor) -> Tensor:
     highest = torch.full((len(ids), 1), -1e30, device=ids.device)
     total, chosen, start = torch.zeros_like(highest), torch.zeros_like(highest), 0
     size = max(1, UNEMBEDDED.get(ids.device.type, MOST_UNEMBEDDED) // len(ids))
-    for logits in decoder.unembed_parts(residual, size):
+    for part in decoder.unembed_parts(residual, size):
+        logits = part.to(ids.device)
         rows = ((ids >= start) & (ids < start + logits.shape[1])).nonzero()[:, 0]
         chosen[rows, 0] = logits[rows, ids[rows] - start]
         new = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))  # propagates NaN
@@ -297,10 +298,9 @@ def _choose(
 ) -> Choice:
     """Choose the first token of each row of `ranked`, and judge it by `logits`."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CHUNK // logits.shape[-1])
-    parts = [
-        _choose_some(logits[start : start + rows], ranked[start : start + rows], confidence)
-        for start in range(0, len(logits), rows)
-    ]
+    own = torch.split(logits, rows)
+    others = own if ranked is logits else torch.split(ranked, rows)
+    parts = [_choose_some(*part, confidence) for part in zip(own, others, strict=True)]
     return Choice(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
@@ -317,11 +317,11 @@ def _choose_some(
     margins = margins.where(torch.isfinite(highest[:, 0]), torch.nan)
     if not confidence:
         return Choice(tokens, margins, margins[:0], margins[:0])
-    weights = (logits - highest).exp_()
+    below = logits - highest
+    weights = below.exp()
     total = weights.sum(dim=-1)
-    mean = _dot(weights, logits) / total
-    entropies = total.log() + highest[:, 0] - mean
-    likely = (logits.gather(1, tokens[:, None]) - highest)[:, 0] - total.log()
+    entropies = total.log() - _dot(weights, below) / total
+    likely = below.gather(1, tokens[:, None])[:, 0] - total.log()
     return Choice(tokens, margins, entropies, likely)
 
 

@@ -49,8 +49,8 @@ MOST_LOGITS = 2**26
 FEWEST_GROWING = 2
 """The fewest patches with one text for which an unpatched row is worth its time."""
 GROWN, MOST_GROWN = 3, 2**13
-"""A growing batch may have so many times more rows, which are there for half of the layers, as long
-as it has no more positions than this: progress and cancelling wait for it."""
+"""A growing batch may have so many times more rows, as most are there for a part of the layers, but
+no more positions than this, since progress and cancelling wait for it."""
 
 Precision = Literal["highest", "high"]
 
@@ -67,7 +67,8 @@ class PatchedPrompt:
         max_new_tokens: the longest text; defaults to the model's own if it states one of at most
             64 in `generation_config.json`, else to the paper's 10, with `chat` to 24.
         batch_size: rows per batch, halved when memory runs out; defaults to 64 to 1,024 rows by
-            the model's size, fewer where memory is short.
+            the model's size, fewer where memory is short. Known texts may take three times as many,
+            which are there for a part of the layers.
         chat: whether the target prompt is a user's message in the model's chat template.
         precision: of the matrix products that score known texts: "highest" is the model's own
             dtype; "high" is bfloat16, where the device has units for it (`multiplies_bfloat16`).
@@ -167,8 +168,7 @@ class PatchedPrompt:
         found: dict[Any, list[float]] = {}
         for several in self._growing(distinct):
             pairs = [distinct[key] for key in several]
-            length = len(self.target.tokens) - self.first + len(pairs[0][1]) - 1
-            most = max(1, MOST_GROWN // length)
+            most = self.grown_rows(len(pairs[0][1]))
             batches = self.in_batches(self._score_growing, pairs, most=most, scale=GROWN)
             found |= zip(several, chain(*batches), strict=True)
         rest = [key for key in distinct if key not in found]
@@ -218,6 +218,11 @@ class PatchedPrompt:
         """Run `tokens` on `cache` and return the float32 logits of the last one."""
         return self.model.decoder.step(tokens, cache).float()
 
+    def grown_rows(self, length: int) -> int:
+        """Return how many rows with a known text of this length may grow in one batch."""
+        positions = len(self.target.tokens) - self.first + length - 1
+        return max(1, min(GROWN * self.batch_size, MOST_GROWN // positions))
+
     def in_batches(
         self,
         work: Callable[[Sequence[T]], list[U]],
@@ -230,24 +235,26 @@ class PatchedPrompt:
         start = 0
         while start < len(rows):
             batch = rows[start : start + min(scale * self.batch_size, most)]
-            found = self.unless_out_of_memory(partial(work, batch), batch, scale)
-            if found is not None:
+            found = self.unless_out_of_memory(partial(work, batch), batch)
+            if found is None:
+                scale = 1
+            else:
                 yield found
                 start += len(batch)
 
-    def unless_out_of_memory(self, work: Callable[[], T], batch: Sized, scale: int = 1) -> T | None:
+    def unless_out_of_memory(self, work: Callable[[], T], batch: Sized) -> T | None:
         """Return the result, or `None` after halving the batch size for another try."""
         try:
             return work()
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            if len(batch) <= scale:
+            if len(batch) == 1:
                 raise MemoryError(
                     f"batch_size: out of memory even at batch_size=1 ({self.model.name}). "
                     "Fix: a shorter target prompt, fewer max_new_tokens or a smaller model."
                 ) from error
-            self.batch_size = max(1, len(batch) // (2 * scale))
+            self.batch_size = min(self.batch_size, len(batch) // 2)
         free_memory()  # outside the handler, whose traceback keeps the failed batch's tensors
         return None
 
@@ -335,11 +342,11 @@ class PatchedPrompt:
 def multiplies_bfloat16(device: str) -> bool:
     """Return whether a type of device has units for matrix products in bfloat16.
 
-    A CPU without them takes several times as long as in float32.
+    A device without them takes several times as long as in float32.
     """
-    # torch offers no public way to ask a CPU.
-    of_cpu = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    return any(has() for has in of_cpu) if device == "cpu" else True
+    if device == "cpu":  # torch offers no public way to ask
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _default_new_tokens(model: LanguageModel, *, chat: bool) -> int:

@@ -223,7 +223,10 @@ class SweepPlan:
         """The memory that the sweep will take, known before it starts."""
         generator, places = self.generator, len(self.all_cells) // len(self.alphas)
         copies = 3 + len(self.alphas)  # as read, the base, minus the base, and mapped with each α
-        rows = min(generator.batch_size, max(1, len(self.cells)))
+        rows = generator.batch_size
+        if self.config.generate != "all":
+            rows = generator.grown_rows(generator.max_new_tokens)
+        rows = min(rows, max(1, len(self.cells)))
         return PlannedMemory(
             vectors=4 * places * copies * generator.model.d_model,
             kv_cache=rows * bytes_per_row(generator.model, generator.row_length),

@@ -237,7 +237,8 @@ def run_map(
     there = dict(known or {})
     work = {cell: (one, cell, patch) for one, cell, patch in _work(plan.only(plan.all_cells))}
     todo = (work[cell] for cell in plan.cells if cell not in there)
-    for parts in _batches(todo, GROWN):
+    rows = plan.generator.grown_rows(plan.generator.max_new_tokens)
+    for parts in _batches(todo, GROWN, rows):
         empty = [reading for part in parts for reading in unwritten(part)]
         found = add_recovered(parts, [control_patches(part) for part in parts], empty)
         there |= {Cell.of(reading): reading for reading in found}

@@ -46,7 +46,7 @@ from superscopes_tl.experiment import (
     run_plans,
     write_cell,
 )
-from superscopes_tl.model import LanguageModel
+from superscopes_tl.model import LanguageModel, state_of
 from superscopes_tl.scores import Scorer, as_scorer, no_scores
 from superscopes_tl.vectors import Scale
 
@@ -63,7 +63,7 @@ _ALIVE: WeakSet[Any] = WeakSet()
 def watched_plan(
     model: LanguageModel, prompt: str, config: SweepConfig, before: PatchedGenerator | None = None
 ) -> SweepPlan:
-    """Return the plan of a sweep whose map fills in batch by batch; loads no scorer.
+    """Return the plan of a sweep, in batches that a reader can wait for; loads no scorer.
 
     The generator of an earlier plan is kept where the target prompt is the same: it knows the KV
     cache of the prompt's beginning, and own words.
@@ -76,7 +76,6 @@ def watched_plan(
         generator.batch_size = min(generator.batch_size, most)
     if before is None or _generator_key(before) != _generator_key(generator):
         return plan
-    before.batch_size = generator.batch_size
     return replace(plan, generator=before)
 
 
@@ -84,7 +83,8 @@ def _generator_key(generator: PatchedGenerator) -> tuple[Any, ...]:
     """Return what decides the texts and own words of a generator."""
     return (
         generator.model.tl,
-        (generator.target, generator.chat),
+        state_of(generator.model.tl),
+        (generator.target, generator.chat, generator.batch_size),
         (generator.max_new_tokens, generator.until, generator.precision),
     )
 
@@ -156,6 +156,7 @@ class CellStore:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]] = {}
+        self._lock = threading.Lock()  # a text that somebody asked for comes from another thread
 
     def known(self, plan: SweepPlan) -> dict[Cell, Reading]:
         """Return what is known of the cells of `plan`, scored by its scorer.
@@ -180,10 +181,11 @@ class CellStore:
     def add(self, plan: SweepPlan, readings: Iterable[Reading]) -> None:
         """Keep readings of `plan`."""
         kept, scored = self._of(plan), _scored(plan)
-        for reading in readings:
-            cell = Cell.of(reading)
-            if reading.written or cell not in kept or not kept[cell][0].written:
-                kept[cell] = (reading, scored)
+        with self._lock:
+            for reading in readings:
+                cell = Cell.of(reading)
+                if reading.written or cell not in kept or not kept[cell][0].written:
+                    kept[cell] = (reading, scored)
 
     def _of(self, plan: SweepPlan) -> dict[Cell, tuple[Reading, tuple[Scorer, str, str]]]:
         return self._kept.setdefault(_text_key(plan), {})
@@ -213,6 +215,7 @@ def _text_key(plan: SweepPlan) -> tuple[Any, ...]:
     by_itself = config.mapping == Scale() and config.base is None and config.vectors is None
     return (
         (plan.model.tl, generator.model.tl),
+        (state_of(plan.model.tl), state_of(generator.model.tl)),
         (plan.source.ids, plan.source.text),
         (tuple(plan.abouts.items()), config.reference_of(plan.source.text)),
         (generator.target, generator.max_new_tokens, generator.until),
@@ -335,14 +338,16 @@ class BackgroundSweep:
             self._on_plan(full)
         self._hand_over(list(known.values()))
         fresh: list[Reading] = []
+        mapped = len(known)
         started = flushed = time.monotonic()
         try:
             for batch in self._batches(full, known):
                 self._store.add(full, batch)
                 fresh += batch
+                mapped += len(batch)
                 self._seconds = time.monotonic() - started
                 # What completes the map does not wait for the first texts.
-                complete = len(self._readings) + len(fresh) >= len(full.all_cells)
+                complete = mapped == len(full.all_cells)
                 if complete or time.monotonic() - flushed >= FLUSH_SECONDS:
                     self._hand_over(fresh)
                     fresh, flushed = [], time.monotonic()
@@ -363,7 +368,8 @@ class BackgroundSweep:
     def _complete(self) -> bool:
         """Return whether nothing is left to do."""
         assert self.plan is not None
-        finished = _finished(self._readings, self.plan.config.generate)
+        with self._lock:
+            finished = _finished(self._readings, self.plan.config.generate)
         return len(finished) == len(self.plan.all_cells)
 
     def _hand_over(self, readings: list[Reading]) -> None:

@@ -68,8 +68,8 @@ class Panel:
 
     def prepare(self, axes: Axes) -> None:
         """Make the map of a sweep before it is run: it takes part of a second."""
-        if self.result is None:
-            self._make_map(axes)
+        if self.result is None and (old := self._make_map(axes)) is not None:
+            old.widget.close()
 
     def open(
         self,

@@ -1,7 +1,7 @@
 """The language model: loading, tokens, positions, hook points, and decoding with a KV cache."""
 
 from superscopes_tl.model.chat import check_answer
-from superscopes_tl.model.decoder import Decoder, first_block_input
+from superscopes_tl.model.decoder import Decoder, first_block_input, state_of
 from superscopes_tl.model.language_model import Hook, LanguageModel
 from superscopes_tl.model.load import DEFAULT_MODEL, device_of, load_model
 from superscopes_tl.model.sites import KINDS, PAPER_KINDS, HookKind, Site, check_layers, hook_name
@@ -40,5 +40,6 @@ __all__ = [
     "load_model",
     "named_positions",
     "resolve_positions",
+    "state_of",
     "tokenize",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Protocol
 
@@ -222,12 +222,14 @@ class BridgeDecoder:
         self._tl = tl
         self.unembeds, self.grows = True, False
         self._plain: Any = None
+        self._unchanged = False
         accepted = inspect.signature(type(tl.original_model).forward).parameters
         self._can_keep_few = "logits_to_keep" in accepted
 
     def prefill(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
         from transformers import DynamicCache
 
+        self._look()
         cache, length = DynamicCache(), tokens.shape[1]
         # An empty prompt gives no cache shapes: run any token and keep none of it.
         self.step(tokens if length else tokens.new_zeros(1, 1), cache)
@@ -238,6 +240,7 @@ class BridgeDecoder:
     def expand(self, prefix: Prefix, batch: int, room: int) -> Any:
         from transformers import DynamicCache
 
+        self._look()
         cache = DynamicCache()
         cache.layers = [_layer_class()(RowBuffer(shared, batch, room)) for shared in prefix]
         return cache
@@ -255,28 +258,24 @@ class BridgeDecoder:
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self._can_keep_few:
             options["logits_to_keep"] = last
-        if self._plain is not None and self._hooks() == self._no_hooks:
+        if self._unchanged and user_hooks(self._modules) == self._state[0]:
             logits: Tensor = self._plain(tokens, **options).logits
         else:
             logits = self._tl(tokens, **options)
         return logits[:, -last:].float()
 
     def without_hooks(self, plain: Any) -> None:
-        """Run passes without hooks on a Hugging Face model with the same parameters."""
-        self._plain = plain
-        self._modules = list(self._tl.modules())
-        self._no_hooks = self._hooks()
+        """Run passes without hooks on a Hugging Face model with the same parameters.
 
-    def _hooks(self) -> tuple[bool, int]:
-        """Return what tells whether the user changed the bridge: its mode, and its hooks."""
-        found = 0
-        for module in self._modules:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if hooks:
-                    point = hasattr(module, "add_hook")
-                    # The libraries put hooks of their own on the modules below.
-                    found += sum(point or not _of_library(hook) for hook in hooks.values())
-        return bool(getattr(self._tl, "compatibility_mode", False)), found
+        No longer after a weight or module of the bridge is changed, not even in place: some
+        architectures' bridges compute with copies of weights.
+        """
+        self._plain, self._state = plain, state_of(self._tl)
+        self._modules = list(self._tl.modules())
+
+    def _look(self) -> None:
+        """Look, before a batch, whether the bridge is as it was."""
+        self._unchanged = self._plain is not None and state_of(self._tl)[1:] == self._state[1:]
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         tl = self._tl
@@ -291,9 +290,15 @@ class BridgeDecoder:
         self, residual: Float[Tensor, "... d_model"], size: int
     ) -> Iterator[Float[Tensor, "... part"]]:
         tl, last = self._tl, self._tl.unembed
-        normed = tl.ln_final(residual.to(last.W_U))
+        residual = residual.to(last.W_U)
+        rows = residual if residual.ndim > 2 else residual[None]  # as the model's own passes do
+        normed = tl.ln_final(rows).view_as(residual)
+        whole = last(normed) if user_hooks(last.modules()) else None
         for part in _parts(last.W_U.shape[1], size):
-            logits = _biased(normed @ last.W_U[:, part], last.b_U[part])
+            if whole is not None:
+                logits = whole[..., part]
+            else:
+                logits = _biased(normed @ last.W_U[:, part], last.b_U[part])
             # The architecture's own: a soft cap (Gemma 2), a scale (Cohere, Granite).
             yield tl.adapter.apply_output_logits_transform(logits).float()
 
@@ -360,16 +365,41 @@ def _parts(whole: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def user_hooks(modules: Iterable[Any]) -> int:
+    """Return how many hooks there are, without those that the libraries put on their modules."""
+    found = 0
+    for module in modules:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                point = hasattr(module, "add_hook")
+                found += sum(point or not _of_library(hook) for hook in hooks.values())
+    return found
+
+
 def _of_library(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith(("transformer_lens", "transformers"))
+
+
+def state_of(tl: Any) -> tuple[Any, ...]:
+    """Return what tells two states of a TransformerLens object apart.
+
+    They are its hooks, its mode, its modules, and its parameters with the number of their changes.
+    """
+    modules = list(tl.modules())
+    parameters = tuple((id(p), 0 if p.is_inference() else p._version) for p in tl.parameters())
+    mode = bool(getattr(tl, "compatibility_mode", False))
+    return user_hooks(modules), mode, tuple(map(id, modules)), parameters
 
 
 def bare_twin(hf: Any) -> Any:
     """Return a second Hugging Face model on the same parameters; the bridge takes the first.
 
     Its attention is computed in parts, as `prefix_cache` needs it, and GPT-2's activation in one
-    operation instead of eight. Returns `None` where the model cannot be copied.
+    operation instead of eight. Returns `None` where the model cannot be copied, or where a copy
+    would take memory.
     """
+    if getattr(hf, "is_quantized", False):  # the scales of its weights are no parameters
+        return None
     from transformers.activations import NewGELUActivation
 
     shared = {id(tensor): tensor for tensor in [*hf.parameters(), *hf.buffers()]}

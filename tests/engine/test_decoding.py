@@ -103,9 +103,10 @@ def test_guide_mixes_the_rows_that_have_a_twin_alone(w: float, seed: int) -> Non
     seed=st.integers(0, 2**32 - 1),
     ties=st.booleans(),
     masked=st.booleans(),
+    offset=st.sampled_from([0.0, -1000.0, 3000.0]),
 )
 def test_the_two_best_are_those_of_a_sorted_row(
-    n_vocab: int, seed: int, *, ties: bool, masked: bool
+    n_vocab: int, seed: int, *, ties: bool, masked: bool, offset: float
 ) -> None:
     """With equal logits the first counts; with masked ones entropy and probability are finite."""
     made = torch.Generator().manual_seed(seed)
@@ -115,6 +116,7 @@ def test_the_two_best_are_those_of_a_sorted_row(
     if masked:
         logits[torch.rand(4, n_vocab, generator=made) < 0.5] = -torch.inf
         logits[:, -1] = 1.0
+    logits += offset
     found = decoding._choose(logits, logits)
     best = logits.sort(dim=-1, descending=True).values
     assert torch.equal(found.tokens, logits.argmax(dim=-1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -158,6 +159,24 @@ def test_out_of_memory_halves_the_batch_and_repeats_it(error: Exception, tiny: T
     assert spy.batches[:3] == [12, 6, 3]
     assert max(spy.batches[3:]) == 3
     assert_same_readings(table, whole, ["text"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("fitting", [1, 2, 5])
+def test_a_growing_batch_that_does_not_fit_shrinks_to_what_does(
+    fitting: int, batch_size: int, tiny: Tiny
+) -> None:
+    """Down to one row, each row once and in order, and never above the batch size asked for."""
+    generator = PatchedGenerator(tiny("llama", "bridge"), batch_size=batch_size)
+
+    def work(rows: Sequence[int]) -> list[int]:
+        if len(rows) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(rows)
+
+    found = list(generator.in_batches(work, range(11), scale=3))
+    assert list(chain(*found)) == list(range(11))
+    assert generator.batch_size <= batch_size
 
 
 def test_out_of_memory_for_one_row_is_an_error_that_says_so(tiny: Tiny) -> None:

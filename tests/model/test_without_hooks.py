@@ -79,17 +79,43 @@ def test_a_hook_of_the_user_s_runs_at_every_step(add: Any) -> None:
     assert texts(model) == before
 
 
-def test_weights_that_are_changed_in_place_are_those_of_both() -> None:
-    """No copy: an ablation of weights shows in the texts."""
-    model = bridge("llama")
-    before = texts(model)
+def _negated_in_place(model: LanguageModel) -> None:
     with torch.no_grad():
-        for parameter in model.tl.blocks[3].mlp.parameters():
+        for parameter in model.tl.blocks[3].parameters():
             parameter.neg_()
+
+
+def _replaced(model: LanguageModel) -> None:
+    head = model.tl.unembed.original_component
+    head.weight = torch.nn.Parameter(-head.weight.detach())
+
+
+@pytest.mark.parametrize("change", [_negated_in_place, _replaced])
+@pytest.mark.parametrize("architecture", ["llama", "neox", "gpt2"])
+def test_changed_weights_are_those_of_every_step(architecture: str, change: Any) -> None:
+    """Also where the bridge computes with copies of them: texts are those of the bridge alone."""
+    model = bridge(architecture)
+    before = texts(model)
+    change(model)
     after = texts(model)
     assert after != before
     model.decoder._plain = None
     assert texts(model) == after
+
+
+def test_a_hook_on_the_unembedding_reaches_known_texts() -> None:
+    """However many patches share a text, it is as likely as in a pass of its own."""
+    model = bridge("llama")
+    vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(5))
+    patches = [Patch(5 * v, layer) for v, layer in zip(vectors, (5, 2, 0), strict=True)]
+    generator = PatchedGenerator(model, TARGET)
+    before = generator.log_probabilities(patches, [[7, 40]] * 3)
+    model.tl.unembed.hook_out.add_hook(lambda value, hook: -value, is_permanent=True)
+    together = generator.log_probabilities(patches, [[7, 40]] * 3)
+    for patch, unhooked, found in zip(patches, before, together, strict=True):
+        (alone,) = generator.log_probabilities([patch], [[7, 40]])
+        assert found == pytest.approx(alone, abs=1e-3)
+        assert found != pytest.approx(unhooked, abs=1e-1)
 
 
 def test_a_bridge_in_compatibility_mode_is_run_itself() -> None:
@@ -115,7 +141,24 @@ def test_the_twin_has_the_same_parameters_and_one_operation_for_gpt2_s_activatio
 
 
 def test_a_model_that_cannot_be_copied_has_no_twin() -> None:
-    """And one whose copy computes something else runs through its hook points."""
+    """Nor has one whose weights are quantised: their scales would be copied."""
     hf = tiny_hf("llama")
+    hf.is_quantized = True
+    assert bare_twin(hf) is None
+    hf.is_quantized = False
     hf.__deepcopy__ = lambda memo: 1 / 0
     assert bare_twin(hf) is None
+
+
+def test_a_twin_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model runs through its hook points then."""
+
+    def wrong(hf: Any) -> Any:
+        twin = bare_twin(hf)
+        twin.lm_head.weight = torch.nn.Parameter(-twin.lm_head.weight.detach())
+        return twin
+
+    monkeypatch.setattr("superscopes_tl.model.load.bare_twin", wrong)
+    model = bridge("llama")
+    assert model.decoder._plain is None
+    assert texts(model)
