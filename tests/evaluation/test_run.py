@@ -32,9 +32,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain = PatchedGenerator.generate
 
-    def counting(self: PatchedGenerator, patches: Any) -> Any:
+    def counting(self: PatchedGenerator, patches: Any, **options: Any) -> Any:
         counts.append(len(patches))
-        return plain(self, patches)
+        return plain(self, patches, **options)
 
     monkeypatch.setattr(PatchedGenerator, "generate", counting)
     return counts
