@@ -2,7 +2,7 @@
 
 from superscopes_tl.engine.activations import Activations, capture, site_vectors
 from superscopes_tl.engine.decoding import Generation
-from superscopes_tl.engine.forced import GROWN, Precision
+from superscopes_tl.engine.forced import Precision
 from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator
 from superscopes_tl.engine.memory import bytes_per_row, free_bytes
 from superscopes_tl.engine.named import generate_named, name_fits, named_log_probabilities
@@ -25,7 +25,6 @@ from superscopes_tl.engine.target_prompt import (
 __all__ = [
     "CHAT_PROMPT",
     "DESCRIPTION_PROMPT",
-    "GROWN",
     "IDENTITY_PROMPT",
     "MANY_KINDS",
     "NEAR_TIE",

@@ -35,10 +35,10 @@ CHUNK = 2**20
 """How many logits a CPU processes together: as many as stay in its cache."""
 BLOCK = 256
 """How many logits are compared at a time in the search for the two highest."""
-UNEMBEDDED, UNEMBEDDED_ROWS = {"cpu": 2**21}, 2048
-"""How many logits of known texts a device makes at a time, and of how many positions."""
-MOST_UNEMBEDDED = 2**26
-"""The same on another device."""
+UNEMBEDDED_ON_CPU, UNEMBEDDED = 2**21, 2**26
+"""How many logits of known texts are made at a time: on a CPU as many as stay in its cache."""
+UNEMBEDDED_ROWS = 2048
+"""Of how many positions at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def unembedded_log_probabilities(
 def _unembedded_some(decoder: Decoder, residual: Tensor, ids: Tensor) -> Tensor:
     highest = torch.full((len(ids), 1), -1e30, device=ids.device)
     total, chosen, start = torch.zeros_like(highest), torch.zeros_like(highest), 0
-    size = max(1, UNEMBEDDED.get(ids.device.type, MOST_UNEMBEDDED) // len(ids))
+    most = UNEMBEDDED_ON_CPU if ids.device.type == "cpu" else UNEMBEDDED
+    size = max(1, most // len(ids))
     for part in decoder.unembed_parts(residual, size):
         logits = part.to(ids.device)
         rows = ((ids >= start) & (ids < start + logits.shape[1])).nonzero()[:, 0]

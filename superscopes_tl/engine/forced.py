@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import cached_property, partial
@@ -168,13 +167,14 @@ class PatchedPrompt:
         found: dict[Any, list[float]] = {}
         for several in self._growing(distinct):
             pairs = [distinct[key] for key in several]
-            most = self.grown_rows(len(pairs[0][1]))
-            batches = self.in_batches(self._score_growing, pairs, most=most, scale=GROWN)
+            size = self.grown_rows(len(pairs[0][1]))
+            batches = self.in_batches(self._score_growing, pairs, size)
             found |= zip(several, chain(*batches), strict=True)
         rest = [key for key in distinct if key not in found]
         longest = max([1, *(len(key[1]) for key in rest)])
-        rows = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
-        batches = self.in_batches(self._score_batch, [distinct[key] for key in rest], most=rows)
+        most = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
+        size = min(self.batch_size, most)
+        batches = self.in_batches(self._score_batch, [distinct[key] for key in rest], size)
         found |= zip(rest, chain(*batches), strict=True)
         return [found[key] for key in keys]
 
@@ -224,20 +224,15 @@ class PatchedPrompt:
         return max(1, min(GROWN * self.batch_size, MOST_GROWN // positions))
 
     def in_batches(
-        self,
-        work: Callable[[Sequence[T]], list[U]],
-        rows: Sequence[T],
-        *,
-        most: int = sys.maxsize,
-        scale: int = 1,
+        self, work: Callable[[Sequence[T]], list[U]], rows: Sequence[T], size: int | None = None
     ) -> Iterator[list[U]]:
-        """Yield the results of `work` for up to `scale` batch sizes, but at most `most` rows."""
-        start = 0
+        """Yield the results of `work` for `size` rows at a time, by default the batch size."""
+        size, start = size or self.batch_size, 0
         while start < len(rows):
-            batch = rows[start : start + min(scale * self.batch_size, most)]
+            batch = rows[start : start + size]
             found = self.unless_out_of_memory(partial(work, batch), batch)
             if found is None:
-                scale = 1
+                size = self.batch_size
             else:
                 yield found
                 start += len(batch)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from superscopes_tl.engine import GROWN, Patch
+from superscopes_tl.engine import Patch, PatchedGenerator
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.experiment.cells import Part, make_patches, read, unwritten
 from superscopes_tl.experiment.config import SweepConfig
@@ -195,12 +195,13 @@ def _work(plan: SweepPlan) -> list[Work]:
     return [(plan, *work) for work in zip(plan.cells, make_patches(plan), strict=True)]
 
 
-def _batches(work: Iterable[Work], scale: int = 1, most: int = sys.maxsize) -> Iterator[list[Part]]:
-    """Yield full batches, of `scale` batch sizes but at most some rows, each plan's together."""
+def _batches(
+    work: Iterable[Work], size: Callable[[PatchedGenerator], int] = lambda given: given.batch_size
+) -> Iterator[list[Part]]:
+    """Yield full batches, the cells of each plan together; memory may lower their size."""
     items = iter(work)
     for first in items:
-        rows = min(most, scale * first[0].generator.batch_size)
-        batch = [first, *islice(items, rows - 1)]
+        batch = [first, *islice(items, size(first[0].generator) - 1)]
         parts = []
         for plan, group in groupby(batch, key=lambda item: item[0]):
             _, cells, patches = zip(*group, strict=True)
@@ -237,15 +238,15 @@ def run_map(
     there = dict(known or {})
     work = {cell: (one, cell, patch) for one, cell, patch in _work(plan.only(plan.all_cells))}
     todo = (work[cell] for cell in plan.cells if cell not in there)
-    rows = plan.generator.grown_rows(plan.generator.max_new_tokens)
-    for parts in _batches(todo, GROWN, rows):
+    for parts in _batches(todo, lambda given: given.grown_rows(given.max_new_tokens)):
         empty = [reading for part in parts for reading in unwritten(part)]
         found = add_recovered(parts, [control_patches(part) for part in parts], empty)
         there |= {Cell.of(reading): reading for reading in found}
         yield found
     if plan.config.generate == "best":
         best = [cell for cell in best_cells(there.values()) if not there[cell].written]
-        for parts in _batches((work[cell] for cell in best), most=texts):
+        chosen = (work[cell] for cell in best)
+        for parts in _batches(chosen, lambda given: min(texts, given.batch_size)):
             written = _generated(parts, recovered=False)
             yield [_joined(there[Cell.of(text)], text) for text in written]
 

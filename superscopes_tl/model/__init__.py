@@ -1,8 +1,8 @@
 """The language model: loading, tokens, positions, hook points, and decoding with a KV cache."""
 
 from superscopes_tl.model.chat import check_answer
-from superscopes_tl.model.decoder import Decoder, first_block_input, state_of
-from superscopes_tl.model.language_model import Hook, LanguageModel
+from superscopes_tl.model.decoder import Decoder, Hook, first_block_input, state_of
+from superscopes_tl.model.language_model import LanguageModel
 from superscopes_tl.model.load import DEFAULT_MODEL, device_of, load_model
 from superscopes_tl.model.sites import KINDS, PAPER_KINDS, HookKind, Site, check_layers, hook_name
 from superscopes_tl.model.text import (

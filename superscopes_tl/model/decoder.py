@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from torch import Tensor
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model.prefix_cache import Prefix, RowBuffer, SharedPrefix
 from superscopes_tl.model.sites import hook_name
+
+Hook = Callable[..., Tensor | None]
 
 
 class Decoder(Protocol):
@@ -328,6 +330,25 @@ def _layer_class() -> Any:
     return SharedPrefixLayer
 
 
+@contextlib.contextmanager
+def hooked(tl: Any, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+    """Return a context in which the named hook points run the given functions."""
+    # `tl.hooks` collects all points of a bridge again for every hook, which with a hook per layer
+    # takes longer than a small batch.
+    points = tl.hook_dict if hooks else {}
+    placed = [(points[name], function) for name, function in hooks]
+    tl.context_level += 1
+    level = tl.context_level
+    try:
+        for point, function in placed:
+            point.add_hook(function, level=level)
+        yield
+    finally:
+        for point, _ in placed:
+            point.remove_hooks(level=level)
+        tl.context_level -= 1
+
+
 class _StopError(Exception):
     """Ends a forward pass."""
 
@@ -344,13 +365,8 @@ def first_block_input(tl: Any, run: Callable[[], Any]) -> Float[Tensor, "batch p
         found.append(value)
         raise _StopError
 
-    point, level = tl.hook_dict[hook_name("resid_pre", 0)], tl.context_level + 1
-    try:
-        point.add_hook(stop, level=level)
-        with contextlib.suppress(_StopError):
-            run()
-    finally:
-        point.remove_hooks(level=level)
+    with hooked(tl, [(hook_name("resid_pre", 0), stop)]), contextlib.suppress(_StopError):
+        run()
     return found[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Self, cast
@@ -20,11 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
-from superscopes_tl.model.decoder import Decoder
+from superscopes_tl.model.decoder import Decoder, Hook, hooked
 from superscopes_tl.model.sites import KINDS, HookKind
 from superscopes_tl.model.verification import Verified
-
-Hook = Callable[..., Tensor | None]
 
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -147,24 +145,9 @@ class LanguageModel:
         lock: contextlib.AbstractContextManager[Any] = _LOCKS.setdefault(self.tl, threading.RLock())
         return lock
 
-    @contextlib.contextmanager
-    def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+    def hooks(self, hooks: Sequence[tuple[str, Hook]]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the named hook points run the given functions."""
-        # `tl.hooks` collects all points of a bridge again for every hook, which with a hook per
-        # layer takes longer than a small batch.
-        tl = self.tl
-        points = tl.hook_dict if hooks else {}
-        placed = [(points[name], function) for name, function in hooks]
-        tl.context_level += 1
-        level = tl.context_level
-        try:
-            for point, function in placed:
-                point.add_hook(function, level=level)
-            yield
-        finally:
-            for point, _ in placed:
-                point.remove_hooks(level=level)
-            tl.context_level -= 1
+        return hooked(self.tl, hooks)
 
     def activations(
         self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]

@@ -37,7 +37,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import reason
-from superscopes_tl.model.decoder import BridgeDecoder, Decoder, decoder_for, first_block_input
+from superscopes_tl.model.decoder import (
+    BridgeDecoder,
+    Decoder,
+    decoder_for,
+    first_block_input,
+    hooked,
+)
 from superscopes_tl.model.sites import KINDS, HookKind, hook_name
 
 Place: TypeAlias = tuple[HookKind, int]
@@ -175,12 +181,8 @@ def _grows(tl: Any, decoder: Decoder, tokens: Tensor, full: Tensor) -> bool:
 
     def replaced(kind: HookKind, rows: Callable[[Tensor], Tensor]) -> Tensor:
         """Run one row, with an activation of the first block replaced by more rows."""
-        point, level = tl.hook_dict[hook_name(kind, 0)], tl.context_level + 1
-        try:
-            point.add_hook(lambda value, hook: rows(value), level=level)
+        with hooked(tl, [(hook_name(kind, 0), lambda value, hook: rows(value))]):
             return decoder.step(rest[:1], decoder.expand(prefix, 1, rest.shape[1])).cpu()
-        finally:
-            point.remove_hooks(level=level)
 
     allowed = tolerance(next(iter(tl.parameters())).dtype, cached=True)
     try:
@@ -276,17 +278,11 @@ def _full_pass(tl: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
 
         return record
 
-    # Not through `tl.hooks`, which collects all points of a bridge again for every hook.
-    points, level = tl.hook_dict, tl.context_level + 1
-    wanted = {(kind, layer) for kind in KINDS for layer in range(tl.cfg.n_layers)}
-    at = {place: points[hook_name(*place)] for place in wanted if hook_name(*place) in points}
-    try:
-        for place, point in at.items():
-            point.add_hook(record_at(place), level=level)
+    there = tl.hook_dict
+    places = [(kind, layer) for kind in KINDS for layer in range(tl.cfg.n_layers)]
+    named = [(hook_name(*place), record_at(place)) for place in places]
+    with hooked(tl, [(name, record) for name, record in named if name in there]):
         logits = tl(tokens)
-    finally:
-        for point in at.values():
-            point.remove_hooks(level=level)
     return logits.float().cpu(), found
 
 

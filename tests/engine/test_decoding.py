@@ -145,7 +145,7 @@ def test_a_part_of_the_vocabulary_at_a_time_gives_the_same(
     residual = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
     ids = torch.tensor([0, 1, 5, 299, 7, 7, 100, 2, 3])
     monkeypatch.setattr(decoding, "UNEMBEDDED_ROWS", 4)
-    monkeypatch.setattr(decoding, "UNEMBEDDED", {"cpu": size * 4})
+    monkeypatch.setattr(decoding, "UNEMBEDDED_ON_CPU", size * 4)
     with torch.no_grad():
         wanted = token_log_probabilities(decoder.unembed(residual), ids)
         found = unembedded_log_probabilities(decoder, residual, ids)

@@ -174,7 +174,7 @@ def test_a_growing_batch_that_does_not_fit_shrinks_to_what_does(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return list(rows)
 
-    found = list(generator.in_batches(work, range(11), scale=3))
+    found = list(generator.in_batches(work, range(11), 3 * batch_size))
     assert list(chain(*found)) == list(range(11))
     assert generator.batch_size <= batch_size
 
