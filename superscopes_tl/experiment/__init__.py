@@ -2,7 +2,7 @@
 
 from superscopes_tl.experiment.cells import finished_cells, make_patches, mean, score_readings
 from superscopes_tl.experiment.config import CONTROLS, Generate, SweepConfig
-from superscopes_tl.experiment.controls import make_control, rescored
+from superscopes_tl.experiment.controls import make_control, other_prompts, rescored
 from superscopes_tl.experiment.plan import Cell, SweepPlan, lay_out, plan_sweep
 from superscopes_tl.experiment.results import (
     By,
@@ -54,6 +54,7 @@ __all__ = [
     "make_control",
     "make_patches",
     "mean",
+    "other_prompts",
     "plan_sweep",
     "plan_vectors",
     "read_vector",

@@ -82,14 +82,14 @@ def _other_prompt(part: Part, number: int = 0) -> list[Patch]:
     pairs = zip(part.cells, part.patches, strict=True)
     for position, group in groupby(pairs, key=lambda pair: pair[0].position):
         mine, given = zip(*group, strict=True)
-        other = _other_names(part.plan, position)[number]
+        other = other_prompts(part.plan, position)[number]
         there = part.plan.with_settings(positions=-1).at_prompt(other)
         last = there.sites[0].position
         made += _found(there, [replace(cell, position=last) for cell in mine], given)
     return made
 
 
-def _other_names(plan: SweepPlan, position: int) -> list[str]:
+def other_prompts(plan: SweepPlan, position: int) -> list[str]:
     """Return other prompts that the model describes differently, chosen by a seed.
 
     Where two names have the same description, the vector of one is no control for the other.

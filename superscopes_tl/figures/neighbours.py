@@ -7,6 +7,7 @@
    source layer x target layer (Patchscopes, sections 4.1 and 4.2).
 4. `relevancy_heatmap`: the tokens of some readings, coloured by their relevancy.
 5. `side_by_side_table`: one site by all methods.
+6. `mixture_curve`: what mixtures of two vectors recover of either name.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from superscopes_tl.figures.grid import (
     shades,
     text_lines,
 )
-from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, NextTokens, lens_label
+from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, Mixture, NextTokens, lens_label
 
 Measure = Literal["precision", "surprisal"]
 
@@ -381,3 +382,29 @@ def side_by_side_table(table: pd.DataFrame, *, title: str = "One site, all metho
         for name, cells in cells_of(table).items()
     }
     return draw_table(columns, [220, 390, 50, 50, 50, 50, 70], escape(title))
+
+
+def mixture_curve(found: Mixture) -> go.Figure:
+    """Draw what mixtures of two vectors recover over a: a color per name, a dash per way to mix."""
+    table, figure = found.table, go.Figure()
+    for way, dash in zip(dict.fromkeys(table["vectors"]), ("solid", "dash", "dot"), strict=True):
+        line = table[table["vectors"] == way]
+        for number, name in enumerate(found.prompts):
+            color, symbol = method_style(number)
+            figure.add_scatter(
+                x=line["share"].tolist(),
+                y=[finite(value) for value in line[f"recovered_{number + 1}"]],
+                name=escape(f"{name}, {way}"),
+                mode="lines+markers",
+                line={"color": color, "dash": dash},
+                marker_symbol=symbol,
+                customdata=[text_lines(text, 60) for text in line["text"]],
+                hovertemplate=HOVER,
+            )
+    first, second = map(escape, found.prompts)
+    return figure.update_layout(
+        title=f"{first} and {second} in one vector",
+        template="plotly_white",
+        xaxis={"title": f"a, the share of {first}"},
+        yaxis={"title": "recovered of the own words of"},
+    )

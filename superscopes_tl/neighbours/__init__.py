@@ -11,6 +11,7 @@ from superscopes_tl.neighbours.causal import (
     causal_effects,
     causal_trace,
 )
+from superscopes_tl.neighbours.knowledge import Mixture, flip_point, mixture, whose_knowledge
 from superscopes_tl.neighbours.lenses import (
     LENSES,
     LOGIT_LENS,
@@ -33,6 +34,7 @@ __all__ = [
     "PATCHED",
     "Amplified",
     "Lens",
+    "Mixture",
     "NextTokens",
     "Noise",
     "OtherTokens",
@@ -44,14 +46,17 @@ __all__ = [
     "beside",
     "causal_effects",
     "causal_trace",
+    "flip_point",
     "lens_kl",
     "lens_label",
     "lens_table",
     "logit_lens",
+    "mixture",
     "next_tokens",
     "relevancy",
     "side_by_side",
     "sites_of",
     "token_effects",
     "train_tuned_lens",
+    "whose_knowledge",
 ]

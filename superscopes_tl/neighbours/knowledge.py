@@ -1,0 +1,253 @@
+"""Whose words are they? One reading beside what is said without it, and two names in one vector.
+
+A reading may say what the prompt, the model or any vector would have said. `whose_knowledge` shows
+one cell beside all of them ("Do Activation Verbalization Methods Convey Privileged Information?",
+arXiv 2509.13316: a verbalizer that is shown no activation often does as well):
+
+1. Patch the cell, nothing, f(v) at α = 0, other prompts' vectors, a random direction of equal norm.
+2. Generate all texts in one batch, and score the own words D of the cell's name after each patch in
+   another. Beside them: what the model says with the name itself in the placeholder's place.
+
+`mixture` puts two names into one vector and asks which is told ("the loudest concept wins"):
+
+1. f(v₁) and f(v₂) of the same layer and kind are what a sweep would patch for either prompt.
+2. Patch a·f(v₁) + (1 − a)·f(v₂) for some shares a: as they are; both scaled to their mean norm; and
+   scaled, with a random direction in the place of f(v₂), which knows no name.
+3. Score the own words of both names after each patch. They flip where the two shares recovered
+   cross. If the louder vector wins, equal norms move that point towards a = 0.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+
+from superscopes_tl.engine import Generation, Patch, no_patch
+from superscopes_tl.errors import bad_value
+from superscopes_tl.experiment import (
+    SweepPlan,
+    make_control,
+    make_patches,
+    other_prompts,
+    plan_sweep,
+)
+from superscopes_tl.model import LanguageModel, Position
+from superscopes_tl.scores import OwnWords, no_scores, words_of
+from superscopes_tl.vectors import random_direction, stable_hash
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""The default shares a of the first vector."""
+
+_OWN = ("layers", "kinds", "positions", "alphas", "controls", "generate", "scorer", "score_on",
+        "score_against")  # fmt: skip
+"""Settings that have an argument of their own here, or no effect."""
+
+
+def whose_knowledge(
+    model: LanguageModel | Any,
+    prompt: str,
+    *,
+    layer: int,
+    kind: str = "mlp_out",
+    position: Position = -1,
+    alpha: float = 1,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Show a reading beside what the model says with other vectors, and with none.
+
+    The vector knows something of its own only as far as its row differs from those without it.
+
+    Args:
+        model: from `load_model`, or anything that it accepts.
+        prompt: the source prompt.
+        layer: the source layer.
+        kind: the kind of activation.
+        position: the token: an index or a substring.
+        alpha: the amplifier.
+        **settings: other sweep settings, with one target layer; `others` is the number of other
+            prompts.
+
+    Returns:
+        A row for each of `given`: "the vector", "the name" (the own words), "nothing" (the
+        unpatched prompt), "α = 0" (a zero vector, or the base), "another prompt's vector" (several)
+        and "a random direction". `of` is the prompt whose vector or name it is, `text` the
+        description; of the own words of this prompt `recovered` is the share, `nats` the
+        log-probability, and `gain` how much higher that is than without a patch, in nats.
+
+    Raises:
+        ValueError, TypeError: a bad setting, or several cells.
+    """
+    plan = _one_cell(model, prompt, layer, kind, position, alpha, settings)
+    cell, own = plan.cells[0], make_patches(plan)
+    about = plan.about(cell.position)
+    rows = [("the vector", about, own[0]), ("nothing", "", no_patch(plan.generator.model))]
+    (zero,) = make_control("alpha_zero", plan, plan.cells, own)
+    (random,) = make_control("random_direction", plan, plan.cells, own)
+    rows.append(("α = 0", "", zero))
+    for name in other_prompts(plan, cell.position):
+        there = plan.with_settings(positions=-1).at_prompt(name)
+        rows.append(("another prompt's vector", name, make_patches(there)[0]))
+    rows.append(("a random direction", "", random))
+    (words,) = plan.own_words([cell.position]).values()
+    (named,) = words_of(plan.generator, [about])  # unlike `words` never a reference text
+    patches = [replace(patch, seed=own[0].seed) for _, _, patch in rows]
+    texts, nats = _judged(plan, patches, [words])
+    found = [
+        (given, of, text.description, likely)
+        for (given, of, _), text, (likely,) in zip(rows, texts, nats, strict=True)
+    ]
+    found.insert(1, ("the name", about, named.text, words.plain_nats))
+    table = pd.DataFrame(found, columns=["given", "of", "text", "nats"])
+    shares = [words.recovered(likely) for likely in table["nats"]]
+    table.insert(3, "recovered", shares)
+    return table.assign(gain=table["nats"] - words.unpatched_nats)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What a model says of mixtures of two vectors.
+
+    Attributes:
+        table: a row per way to mix and share a of the first vector: `vectors` ("as they are",
+            "equal norms" or "the second random"), `share`, `recovered_1` and `recovered_2` of the
+            two prompts' own words, `told`, the prompt whose own words recover more ("" if neither
+            recovers any), and `text`, the description.
+        flips: by way, the share at which the two shares recovered cross first, interpolated
+            linearly; `None` if they never do.
+        prompts: the two prompts.
+        own_words: what the model says of each name itself.
+        norms: of f(v₁) and f(v₂) as they are.
+    """
+
+    table: pd.DataFrame
+    flips: Mapping[str, float | None]
+    prompts: tuple[str, str]
+    own_words: tuple[OwnWords, OwnWords]
+    norms: tuple[float, float]
+
+
+def mixture(
+    model: LanguageModel | Any,
+    prompt_1: str,
+    prompt_2: str,
+    *,
+    layer: int,
+    kind: str = "mlp_out",
+    position: Position = -1,
+    alpha: float = 1,
+    shares: Sequence[float] = SHARES,
+    **settings: Any,
+) -> Mixture:
+    """Read a·f(v₁) + (1 − a)·f(v₂) of two prompts over a: which is told, and where does it flip?
+
+    Example:
+        >>> mixture(load_model(), "Pink Floyd", "Amazon River", layer=12).flips  # doctest: +SKIP
+
+    Args:
+        model: from `load_model`, or anything that it accepts.
+        prompt_1: the first source prompt.
+        prompt_2: the second one.
+        layer: the source layer of both.
+        kind: the kind of activation of both.
+        position: the token of either prompt.
+        alpha: the amplifier of both.
+        shares: a, the shares of the first vector, at least two; the second has 1 − a. Opposed or
+            orthogonal vectors lose norm on the way: halfway, orthogonal ones of equal norm have
+            0.71 of it.
+        **settings: other sweep settings, with one target layer.
+
+    Raises:
+        ValueError, TypeError: a bad setting, several cells, or prompts with one name.
+    """
+    asked = sorted({float(share) for share in shares})
+    if len(asked) < 2 or not all(map(math.isfinite, asked)):
+        raise bad_value("shares", "two or more finite numbers", shares, "0, 0.5 and 1, for example")
+    first = _one_cell(model, prompt_1, layer, kind, position, alpha, settings)
+    second = first.at_prompt(prompt_2)
+    plans = (first, second)
+    one, two = (make_patches(plan)[0] for plan in plans)
+    names = [plan.about(plan.cells[0].position) for plan in plans]
+    if names[0] == names[1]:
+        raise bad_value("prompt_2", "another name than prompt_1", prompt_2, "mix two names")
+    words = [next(iter(plan.own_words([plan.cells[0].position]).values())) for plan in plans]
+    mean = (one.norm + two.norm) / 2
+    equal = [patch.vector * (mean / max(patch.norm, 1e-30)) for patch in (one, two)]
+    random = random_direction(equal[1], stable_hash(prompt_1, prompt_2))
+    ways = {
+        "as they are": (one.vector, two.vector),
+        "equal norms": (equal[0], equal[1]),
+        "the second random": (equal[0], random),
+    }
+    places = [(way, share) for way in ways for share in asked]
+    patches = [
+        replace(one, vector=share * ways[way][0] + (1 - share) * ways[way][1])
+        for way, share in places
+    ]
+    texts, nats = _judged(first, patches, words)
+    shares_of = [
+        [own.recovered(n) for own, n in zip(words, likely, strict=True)] for likely in nats
+    ]
+    rows = [
+        (way, share, *both, _told(names, both), text.description)
+        for (way, share), both, text in zip(places, shares_of, texts, strict=True)
+    ]
+    columns = ["vectors", "share", "recovered_1", "recovered_2", "told", "text"]
+    table = pd.DataFrame(rows, columns=columns)
+    difference = table["recovered_1"] - table["recovered_2"]
+    flips = {way: flip_point(asked, list(difference[table["vectors"] == way])) for way in ways}
+    return Mixture(table, flips, (names[0], names[1]), (words[0], words[1]), (one.norm, two.norm))
+
+
+def flip_point(shares: Sequence[float], difference: Sequence[float]) -> float | None:
+    """Return the first share at which a difference is 0, linear between those that are known.
+
+    >>> flip_point([0, 0.5, 1], [-1, -0.5, 1.5])
+    0.625
+    """
+    points = list(zip(shares, difference, strict=True))
+    for (start, low), (end, high) in pairwise(points):
+        if low == 0:
+            return float(start)
+        if low * high < 0:
+            return float(start + (end - start) * low / (low - high))
+    return float(points[-1][0]) if points[-1][1] == 0 else None
+
+
+def _told(names: Sequence[str], both: Sequence[float]) -> str:
+    """Return the name whose own words recover more, if they recover anything."""
+    share, name = max(zip(both, names, strict=True))
+    return name if share > 0 else ""
+
+
+def _one_cell(
+    model: Any, prompt: str, layer: int, kind: str, position: Position, alpha: float,
+    settings: Mapping[str, Any],
+) -> SweepPlan:  # fmt: skip
+    """Return the plan of one cell."""
+    if misplaced := [name for name in _OWN if name in settings]:
+        expected = "settings of how to patch and read"
+        raise bad_value("settings", expected, misplaced, "say where with layer=, kind=, alpha=")
+    plan = plan_sweep(
+        model, prompt, layers=layer, kinds=kind, positions=position, alphas=alpha,
+        scorer=no_scores, **settings,
+    )  # fmt: skip
+    if (n := len(plan.cells)) != 1:
+        fix = "pass one layer, kind, position, alpha and target_layer"
+        raise bad_value("layer", "one cell", f"{n} cells", fix)
+    return plan
+
+
+def _judged(
+    plan: SweepPlan, patches: Sequence[Patch], words: Sequence[OwnWords]
+) -> tuple[list[Generation], list[list[float]]]:
+    """Return the texts of patches, and after each the log-probability of each of the own words."""
+    texts = plan.generator.generate(patches)
+    pairs = [(replace(patch, seed=None), one.token_ids) for patch in patches for one in words]
+    likely = plan.generator.log_probabilities([p for p, _ in pairs], [ids for _, ids in pairs])
+    nats = iter(sum(tokens) if tokens else math.nan for tokens in likely)
+    return texts, [[next(nats) for _ in words] for _ in patches]
