@@ -21,6 +21,7 @@ from superscopes_tl.statistics.criterion import (
     token_overlap,
     word_vectors_scorer,
 )
+from superscopes_tl.statistics.ranks import Retrieval, found_by_chance, found_ranks, retrieval
 from superscopes_tl.statistics.recordings import Recording, read_recording, replay
 from superscopes_tl.statistics.resolution import contextualization_layers, reveals_earlier
 from superscopes_tl.statistics.selectors import (
@@ -41,6 +42,7 @@ __all__ = [
     "Comparison",
     "Quality",
     "Recording",
+    "Retrieval",
     "amplifiers",
     "best_scores",
     "bootstrap",
@@ -54,6 +56,8 @@ __all__ = [
     "cross_fitted",
     "exact",
     "fixed_alpha",
+    "found_by_chance",
+    "found_ranks",
     "largest_lift",
     "layer_shares",
     "lowest_entropy",
@@ -66,6 +70,7 @@ __all__ = [
     "rate",
     "read_recording",
     "replay",
+    "retrieval",
     "reveals_earlier",
     "sign_flip_test",
     "token_overlap",

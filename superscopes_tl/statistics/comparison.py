@@ -6,7 +6,8 @@
    corrected hit when it exceeds what the other prompts' texts of the same method and layer reach
    against that prompt (`chance`).
 4. Count the hits per layer, with bootstrap intervals over prompts and the counts expected by
-   chance, and take the difference of every method to the first, paired by prompt.
+   chance, and take the difference of every method to the first, paired by prompt. Likewise how
+   often the right prompt is found among all (`ranks`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from jaxtyping import Float
 from superscopes_tl.engine import crop_description
 from superscopes_tl.errors import bad_value, check_choice, check_count
 from superscopes_tl.scores import PAPER_THRESHOLD, Scorer, as_scorer, scorer_name, similarities
-from superscopes_tl.statistics import chance
+from superscopes_tl.statistics import chance, ranks
 
 COLUMNS = {"prompt": str, "source_layer": Real, "alpha": Real, "text": str}
 DISCOVERY = 0.05
 """The q-value up to which a cell is a discovery."""
 
-_SUMMED = ("hit", "corrected", "chance", "chance_corrected", "discovery")
+_MARKS = {"hits": "hit", "corrected": "corrected", "recall_at_1": "found", "mrr": "reciprocal_rank"}
+"""The columns of counts and differences, and what they are sums of, the latter two means of."""
+_SUMMED = (*_MARKS.values(), "chance", "chance_corrected", "discovery")
 _PLACE = ["method", "source_layer"]
 
 
@@ -44,14 +47,19 @@ class Comparison:
             its own prompt, with its `alpha` and `text`; `hit`, whether it exceeds the threshold;
             `null`, the percentile of the other prompts; `corrected`, whether it exceeds that;
             `p_value` and `q_value` (Benjamini-Hochberg over all cells of the method); `chance`
-            and `chance_corrected`, the probability of either hit by chance. A method
+            and `chance_corrected`, the probability of either hit by chance; `found`, whether its
+            own is the prompt that its texts resemble most, and `reciprocal_rank` of it (`ranks`).
+            A method
             "…, one alpha" has a row per α, each judged alone.
         counts: one row per method and source layer: `prompts`, `hits` and `corrected`, each with
             the ends `_low` and `_high` of its 95 % bootstrap interval, `expected_by_chance`
             hits, `expected_corrected` hits by chance, and `discoveries`, cells with a q-value up
-            to 0.05. The counts of a method "…, one alpha" are means over its α.
+            to 0.05; `recall_at_1` and `mrr` of the right prompt among all, with the ends of their
+            intervals, and what they are by chance, `chance_recall_at_1` and `chance_mrr`. The
+            counts of a method "…, one alpha" are means over its α.
         differences: the method minus the first method, over the prompts that both have: `prompts`,
-            `hits` and `corrected` with the ends of their paired bootstrap intervals.
+            `hits`, `corrected`, `recall_at_1` and `mrr` with the ends of their paired bootstrap
+            intervals.
         notes: what is missing, empty or unequal.
         settings: threshold, percentile, scorer, score_on, resamples and seed.
     """
@@ -158,6 +166,7 @@ def _cells(
         best = np.stack([chance.best_scores(each) for each in of])
         pairs = zip(groups.values(), of, range(len(of)), strict=True)
         chosen = pd.DataFrame([_best_row(group, own[:, i]) for group, own, i in pairs])
+        found = ranks.found_ranks(best)
         cells.append(
             pd.DataFrame(
                 {
@@ -173,6 +182,8 @@ def _cells(
                     "q_value": math.nan,  # of all layers together, below
                     "chance": chance.chance_hits(best, threshold),
                     "chance_corrected": chance.chance_corrected(best, percentile),
+                    "found": found[:, 0],
+                    "reciprocal_rank": found[:, 1],
                 }
             )
         )
@@ -198,13 +209,12 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
     first = cells["method"].iloc[0]
 
     def summed(marks: pd.DataFrame) -> dict[str, float]:
-        values = marks[["hit", "corrected"]].to_numpy()
+        values = marks[list(_MARKS.values())].to_numpy()
         ends = chance.bootstrap(values, statistic=chance.total, resamples=resamples, seed=seed)
         row: dict[str, float] = {"prompts": len(marks)}
-        for name, column, low, high in zip(
-            ("hits", "corrected"), ("hit", "corrected"), *ends, strict=True
-        ):
-            row |= {name: marks[column].sum(), f"{name}_low": low, f"{name}_high": high}
+        for name, *several in zip(_MARKS, values.sum(axis=0), *ends, strict=True):
+            total, low, high = np.array(several) / (len(marks) if name in ranks.FOUND else 1)
+            row |= {name: total, f"{name}_low": low, f"{name}_high": high}
         return row
 
     counts, differences = [], []
@@ -212,7 +222,10 @@ def _tally(cells: pd.DataFrame, *, resamples: int, seed: int) -> tuple[pd.DataFr
         place = {"method": method, "source_layer": layer}
         expected = marks[["chance", "chance_corrected", "discovery"]].sum().to_numpy()
         names = ("expected_by_chance", "expected_corrected", "discoveries")
-        counts.append(place | summed(marks) | dict(zip(names, expected, strict=True)))
+        by_chance = dict(zip(names, expected, strict=True))
+        for name, value in zip(ranks.FOUND, ranks.found_by_chance(len(marks)), strict=True):
+            by_chance[f"chance_{name}"] = value
+        counts.append(place | summed(marks) | by_chance)
         if method != first and (first, layer) in places:
             paired = (marks - places[first, layer]).dropna()  # the prompts that both have
             if len(paired):

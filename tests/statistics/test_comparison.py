@@ -123,8 +123,9 @@ def test_the_counts_stand_between_their_ends_and_beside_chance(both: Comparison)
     """Every column is there; by chance is the sum over prompts of the others' share."""
     assert list(both.counts.columns) == [
         "method", "source_layer", "prompts", "hits", "hits_low", "hits_high", "corrected",
-        "corrected_low", "corrected_high", "expected_by_chance", "expected_corrected",
-        "discoveries",
+        "corrected_low", "corrected_high", "recall_at_1", "recall_at_1_low", "recall_at_1_high",
+        "mrr", "mrr_low", "mrr_high", "expected_by_chance", "expected_corrected", "discoveries",
+        "chance_recall_at_1", "chance_mrr",
     ]  # fmt: skip
     for form in ("hits", "corrected"):
         assert (both.counts[f"{form}_low"] <= both.counts[form]).all()
