@@ -1,10 +1,11 @@
 """The patches of a plan's cells, and the rows of the table for their texts.
 
 1. Read the source prompt once (`capture`): v of every site, in float32, or the plan's `vectors`
-   in its place.
+   in its place; these may be several for a site, one for each placeholder token.
 2. Map it: f(v) = b + mapping(α)(v − b), with b = 0 unless the plan has a base, and v − b in units
-   of the residual norm with `unit="residual"`. Where α acts on the logits, f(v) is that of α = 1.
-   The plan's `write` may replace the patch.
+   of the residual norm with `unit="residual"`, that of each placeholder token where each has its
+   own v. Where α acts on the logits, f(v) is that of α = 1. The plan's `write` may replace the
+   patch.
 3. Score the texts of a batch (`scores`) and make the rows of the table.
 """
 
@@ -51,9 +52,13 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
     base = torch.zeros_like(vectors)
     if plan.config.base is not None:
         base = _vectors(plan, plan.config.base, places, "base")
+    if vectors.ndim != base.ndim:  # one for all placeholder tokens beside one for each
+        vectors, base = (v if v.ndim == 3 else v[:, None] for v in (vectors, base))
     moved = vectors - base
     if plan.config.unit == "residual":  # scaled to the norm of the state that is replaced
-        norms = plan.generator.placeholder_norms[[target for _, target in places], None]
+        states = plan.generator.placeholder_states[[target for _, target in places]]
+        norms = states.norm(dim=-1, keepdim=True)
+        norms = norms if moved.ndim == 3 else norms.mean(dim=1)
         moved = moved / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30) * norms
     on_logits = plan.config.guide == "logits"
     mapped: dict[tuple[Site, int, float], Tensor] = {}
@@ -68,7 +73,7 @@ def make_patches(plan: SweepPlan) -> list[Patch]:
     ]
 
 
-def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, " d_model"]) -> Patch:
+def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, "*placeholders d_model"]) -> Patch:
     guidance, seed = cell.alpha if plan.config.guide == "logits" else 1.0, None
     if plan.config.draw:  # the same seed in every run and every batch
         seed = stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
@@ -90,12 +95,13 @@ def _captured(
 
 def _vectors(
     plan: SweepPlan, source: PlaceVectors, places: Sequence[tuple[Site, int]], argument: str
-) -> Float[Tensor, "places d_model"]:
-    """Return one vector per place, checked."""
+) -> Float[Tensor, "places *placeholders d_model"]:
+    """Return one vector per place, or one for each of its placeholder tokens, checked."""
     vectors = source(plan, places)
-    shape = (len(places), plan.generator.model.d_model)
-    if not isinstance(vectors, Tensor) or vectors.shape != shape:
-        expected = f"vectors of shape {shape}, one per site and target layer"
+    n, width = len(places), plan.generator.model.d_model
+    several = (n, len(plan.generator.target.positions), width)
+    if not isinstance(vectors, Tensor) or vectors.shape not in ((n, width), several):
+        expected = f"vectors of shape {(n, width)}, one per site and target layer, or {several}"
         got = tuple(vectors.shape) if isinstance(vectors, Tensor) else vectors
         raise bad_value(argument, expected, got, "see superscopes_tl.vectors.PlaceVectors")
     return vectors.float().cpu()
@@ -104,9 +110,9 @@ def _vectors(
 def _map(
     plan: SweepPlan,
     alpha: float,
-    base: Float[Tensor, "sites d_model"],
-    vectors: Float[Tensor, "sites d_model"],
-) -> Float[Tensor, "sites d_model"]:
+    base: Float[Tensor, "sites *placeholders d_model"],
+    vectors: Float[Tensor, "sites *placeholders d_model"],
+) -> Float[Tensor, "sites *placeholders d_model"]:
     """Return f(v) of every site for one α, checked before anything is generated."""
     function, name = plan.config.mapping(alpha), f"mapping({alpha:g})"
     fix = "pass a function of α that returns it: mapping=lambda alpha: lambda v: ..."
@@ -117,7 +123,7 @@ def _map(
         shape = tuple(mapped.shape) if isinstance(mapped, Tensor) else mapped
         raise bad_value(name, expected, shape, "return one vector per vector")
     mapped, dtype = base + mapped.float(), plan.generator.model.dtype
-    fits = torch.isfinite(mapped.to(dtype)).all(dim=-1)
+    fits = torch.isfinite(mapped.to(dtype)).flatten(1).all(dim=1)
     if not fits.all():
         got = f"up to {mapped.abs().max():.3g} at {plan.sites[int(fits.int().argmin())]}"
         fix = "use a smaller α, or load the model with dtype='float32'"

@@ -74,7 +74,7 @@ class SweepConfig:
             Defaults to `DESCRIPTION_PROMPT`, the paper's, with `chat` to `CHAT_PROMPT`.
         mapping: the mapping family: returns the mapping function of each α.
         vectors: the source of v, where it is not the site's own activation: `Head(3)`,
-            `Window(3)`, `Mapped(maps)`, or any `PlaceVectors`.
+            `Window(3)`, `Span()`, `MinusModel(base)`, `Mapped(maps)`, or any `PlaceVectors`.
         base: the b of f(v) = b + mapping(α)(v − b), such as `ResidMid()`; defaults to 0.
         unit: what α = 1 means: the "vector" as it is, or scaled to the norm of the "residual"
             stream that it replaces.

@@ -32,6 +32,7 @@ from superscopes_tl.engine import (
     crop_description,
     no_patch,
 )
+from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment.cells import (
     Part,
     make_patches,
@@ -82,21 +83,29 @@ def _other_prompt(part: Part, number: int = 0) -> list[Patch]:
     pairs = zip(part.cells, part.patches, strict=True)
     for position, group in groupby(pairs, key=lambda pair: pair[0].position):
         mine, given = zip(*group, strict=True)
-        other = other_prompts(part.plan, position)[number]
+        other = other_prompts(part.plan, position, given)[number]
         there = part.plan.with_settings(positions=-1).at_prompt(other)
         last = there.sites[0].position
         made += _found(there, [replace(cell, position=last) for cell in mine], given)
     return made
 
 
-def other_prompts(plan: SweepPlan, position: int) -> list[str]:
+def other_prompts(plan: SweepPlan, position: int, patches: Sequence[Patch]) -> list[str]:
     """Return other prompts that the model describes differently, chosen by a seed.
 
-    Where two names have the same description, the vector of one is no control for the other.
+    Where two names have the same description, the vector of one is no control for the other. Where
+    the patches hold several vectors, the other prompts have as many tokens.
     """
     about = plan.about(position)
     own = {plan.source.text.casefold(), about.casefold()}
     pool = [name for name in OTHER_PROMPTS if name.casefold() not in own]
+    if (most := max(patch.vector[..., 0].numel() for patch in patches)) > 1:
+        last = plan.with_settings(positions=-1)
+        pool = [name for name in pool if len(last.at_prompt(name).source.own) >= most]
+        if not pool:
+            expected = f"controls for target prompts of up to {most - 1} placeholders"
+            fix = "leave it out: no other prompt has as many tokens"
+            raise bad_value("controls", expected, "other_prompt", fix)
     random.Random(_seed(plan)).shuffle(pool)
     mine, wanted = words_of(plan.generator, [about])[0].text, plan.config.others
     found: list[str] = []

@@ -89,7 +89,7 @@ def whose_knowledge(
     (zero,) = make_control("alpha_zero", plan, plan.cells, own)
     (random,) = make_control("random_direction", plan, plan.cells, own)
     rows.append(("α = 0", "", zero))
-    for name in other_prompts(plan, cell.position):
+    for name in other_prompts(plan, cell.position, own):
         there = plan.with_settings(positions=-1).at_prompt(name)
         rows.append(("another prompt's vector", name, make_patches(there)[0]))
     rows.append(("a random direction", "", random))

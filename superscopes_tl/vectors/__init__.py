@@ -19,7 +19,16 @@ from superscopes_tl.vectors.amplify import (
     random_direction,
     stable_hash,
 )
-from superscopes_tl.vectors.sources import Accumulated, Head, PlaceVectors, SourceRun, SumOf, Window
+from superscopes_tl.vectors.sources import (
+    Accumulated,
+    Head,
+    MinusModel,
+    PlaceVectors,
+    SourceRun,
+    Span,
+    SumOf,
+    Window,
+)
 from superscopes_tl.vectors.stored import difference_of_means, load_vectors, mlp_keys, mlp_values
 from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, Write
 
@@ -37,12 +46,14 @@ __all__ = [
     "MappingFamily",
     "MappingFunction",
     "MeanActivation",
+    "MinusModel",
     "PlaceVectors",
     "PlaceholderState",
     "RandomDirection",
     "ResidMid",
     "Scale",
     "SourceRun",
+    "Span",
     "SumOf",
     "Window",
     "Write",

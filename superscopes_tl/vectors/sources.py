@@ -1,14 +1,18 @@
-"""Where v comes from: single heads and sums of sites, in place of the captured activation.
+"""Where v comes from: heads, sums, spans, another model; in place of the captured activation.
 
 A source is any callable `(run, places) -> vectors` that returns one vector per (site, target
-layer): the setting `vectors` of a sweep. The sources here take one forward pass of the source
-prompt, however many sites there are.
+layer), or one for each placeholder token: the setting `vectors` of a sweep. The sources here take
+one forward pass of the source prompt per model, however many sites there are.
 
 1. `Head(h)`: what one attention head adds to the residual stream, z·W_O. This is TransformerLens's
    `hook_result`, computed at the wanted tokens only to save memory. The output bias belongs to no
    head: attn_out is the sum over all heads plus b_O.
 2. `Window(k)` and `Accumulated()`: a site's kind summed over several layers, at the same token.
 3. `SumOf(sites)`: the sum of any sites of the source prompt.
+4. `Span()`: the tokens up to the site, each at a placeholder of its own, as activation oracles do
+   (Karvonen et al. 2025, arXiv 2512.15674).
+5. `MinusModel(base)`: the site's activation minus that of another model at the same tokens, such as
+   fine-tuned minus base (activation difference lens, arXiv 2510.13900).
 
 The column `mapping` names the source, so sweeps of several heads can share a table:
 
@@ -19,7 +23,7 @@ The column `mapping` names the source, so sweeps of several heads can share a ta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import PatchedGenerator, capture, site_vectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
-from superscopes_tl.model import LanguageModel, Site, TokenizedText, hook_name
+from superscopes_tl.model import LanguageModel, Site, TokenizedText, hook_name, load_model
 
 HEADS_TOLERANCE = 0.05
 """Relative error up to which heads and bias must add up to attn_out; above rounding errors."""
@@ -47,9 +51,10 @@ class SourceRun(Protocol):
 
 Places: TypeAlias = Sequence[tuple[Site, int]]
 """Source sites, each with a target layer."""
-PlaceVectors: TypeAlias = Callable[[Any, Places], Float[Tensor, "places d_model"]]
-"""Returns one vector for every (site, target layer) of a `SourceRun`: v in place of the captured
-activation (`SweepConfig.vectors`), or the base (`SweepConfig.base`). Called once per plan."""
+PlaceVectors: TypeAlias = Callable[[Any, Places], Float[Tensor, "places *placeholders d_model"]]
+"""Returns one vector for every (site, target layer) of a `SourceRun`, or one for each placeholder
+token: v in place of the captured activation (`SweepConfig.vectors`), or the base
+(`SweepConfig.base`). Called once per plan."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -183,3 +188,80 @@ class SumOf:
         there = [replace(s, position=s.position + end) if s.position < 0 else s for s in self.sites]
         total = site_vectors(run.model, run.source, there).sum(dim=0)
         return total.expand(len(places), -1)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Source: the last tokens up to the site, one for each placeholder token of the target prompt.
+
+    With K placeholders, a site at token i gives the activations of tokens i − K + 1 to i of its
+    kind and layer. For a span in a longer prompt, let its last token be the position and give the
+    target prompt as many placeholders as the span has tokens.
+    """
+
+    def __call__(
+        self, run: SourceRun, places: Places
+    ) -> Float[Tensor, "places placeholders d_model"]:
+        """Return the vectors of every site's span, in the order of the tokens."""
+        count, start = len(run.generator.target.positions), run.source.own.start
+        for site, _ in places:
+            if (tokens := site.position + 1 - start) < count:
+                expected = f"a token with {count - 1} before it, for {count} placeholders"
+                got = f"token {tokens} of {run.source.text!r}"
+                fix = "use a target prompt with fewer placeholders, or a longer source prompt"
+                raise bad_value("positions", expected, got, fix)
+        sites = [
+            replace(site, position=site.position + 1 - back)
+            for site, _ in places
+            for back in range(count, 0, -1)
+        ]
+        found = site_vectors(run.model, run.source, sites)
+        return found.view(len(places), count, -1)
+
+
+@dataclass(frozen=True, repr=False)
+class MinusModel:
+    """Source: the activation of the model minus that of another one, at the same site and tokens.
+
+    What fine-tuning changed, if the other one is the base model. The two need the same kinds,
+    layers, width and vocabulary.
+
+    Attributes:
+        base: the model that is subtracted: from `load_model`, or anything that it accepts.
+        fingerprint: of its weights.
+    """
+
+    base: LanguageModel | Any = field(compare=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", load_model(self.base))
+        object.__setattr__(self, "fingerprint", self.base.fingerprint)
+
+    def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
+        """Return the difference at every site; one forward pass of either model."""
+        model, base, ids = run.model, self.base, list(run.source.ids)
+        shapes = [(one.n_layers, one.d_model, len(one.tokenizer)) for one in (model, base)]
+        tokens = [one.tokenizer.convert_ids_to_tokens for one in (model, base)]
+        if shapes[0] != shapes[1] or tokens[0](ids) != tokens[1](ids):
+            layers, width, n = shapes[0]
+            expected = f"a model of the same {layers} layers, width {width} and {n} tokens"
+            got = "{} of {} layers, width {} and {} tokens".format(base.name, *shapes[1])
+            raise bad_value("base", expected, got, f"pass what {model.name} was trained from")
+        sites = [site for site, _ in places]
+        mine, other = (site_vectors(one, run.source, sites) for one in (model, base))
+        return mine - other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be sent to another process as what loads the model there."""
+        if self.base.origin is None:
+            expected = "a model that another process can load"
+            raise bad_value("base", expected, self.base, "pass its name or folder to load_model")
+        return _minus, (self.base.origin,)
+
+    def __repr__(self) -> str:
+        return f"MinusModel({self.base.name!r}, {self.fingerprint})"
+
+
+def _minus(load: Callable[[], LanguageModel]) -> MinusModel:
+    return MinusModel(load())
