@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from superscopes_tl.figures import alpha_curve, heatmap, write_html
     from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
     from superscopes_tl.statistics import compare
+    from superscopes_tl.vectors import load_vectors
     from superscopes_tl.weights import fetch
 
 __version__ = version("superscopes-tl")
@@ -76,6 +77,7 @@ __all__ = [
     "heatmap",
     "iter_sweep",
     "load_model",
+    "load_vectors",
     "plan_sweep",
     "read_vectors",
     "readability",

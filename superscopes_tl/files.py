@@ -4,7 +4,7 @@
    a failure of disk or folder becomes one `OSError` with path and fix.
 2. `unfit`: a regular file below a size limit, so that reading it terminates.
 3. `read_zip`, `check_member`: named entries of a zip, no larger than declared.
-4. `read_json`: a JSON object, by default without NaN.
+4. `parse_json`, `read_json`: JSON of a bounded size, an object; by default without NaN.
 5. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
 6. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
 7. Readers raise `ValueError` or a library's own error; `reading` turns these into one
@@ -169,10 +169,18 @@ def read_zip(path: str | os.PathLike[str], names: Sequence[str], most: int) -> l
 
 
 def read_json(text: str | bytes, *, nan: bool = False) -> dict[str, Any]:
-    """Parse a JSON object; `nan` allows NaN and infinity, which are not standard JSON.
+    """Parse a JSON object, as `parse_json`; a `ValueError` for anything else."""
+    found = parse_json(text, nan=nan)
+    if not isinstance(found, dict):
+        raise ValueError(f"JSON that is no object but {type(found).__name__}")
+    return found
+
+
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
+    """Parse JSON; `nan` allows NaN and infinity, which are not standard JSON.
 
     Raises:
-        ValueError: too large, not JSON, not an object, or such a number.
+        ValueError: too large, not JSON, or such a number.
         RecursionError: nested too deeply.
     """
 
@@ -181,10 +189,7 @@ def read_json(text: str | bytes, *, nan: bool = False) -> dict[str, Any]:
 
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes of JSON")
-    found = json.loads(text, parse_constant=float if nan else refused)
-    if not isinstance(found, dict):
-        raise ValueError(f"JSON that is no object but {type(found).__name__}")
-    return found
+    return json.loads(text, parse_constant=float if nan else refused)
 
 
 def read_parquet(data: bytes, most: int) -> pd.DataFrame:

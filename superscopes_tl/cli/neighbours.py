@@ -29,14 +29,16 @@ from superscopes_tl.experiment import read_vectors
 from superscopes_tl.figures import cells_of, side_by_side_table, write_html
 from superscopes_tl.model import DEFAULT_MODEL
 from superscopes_tl.neighbours import side_by_side as read_side_by_side
-from superscopes_tl.vectors import load_vectors
+from superscopes_tl.vectors import load_vectors, vector_names
 
 
 def read_vector(
-    file: Annotated[Path, typer.Argument(help="A .safetensors, .npy or .npz file, [n d_model].")],
+    file: Annotated[
+        Path, typer.Argument(help="A file of vectors, [n d_model], or the folder of an SAE.")
+    ],
     sampling: Sampling,
     loading: Loading,
-    name: Annotated[str, typer.Option(help="Which array, if the file holds several.")] = "",
+    name: Annotated[str, typer.Option(help="Which array; default: an SAE's decoder, W_dec.")] = "",
     rows: Annotated[str, typer.Option(help="Which rows, such as 0-5,8. Defaults to all.")] = "",
     model: Model = DEFAULT_MODEL,
     alphas: Annotated[str, typer.Option(help="Amplifiers, in the unit.")] = "1,3",
@@ -52,12 +54,11 @@ def read_vector(
     check_folders(out=out)
     chosen = parse_layers(rows, "--rows") if rows else None
     vectors = load_vectors(file, name or None, rows=chosen)
-    numbers = range(len(vectors)) if chosen is None else chosen
     wanted: Any = unit  # read_vectors checks it
     result = read_vectors(
         loading.load(model),
         vectors,
-        names=[f"{name or file.stem} {number}" for number in numbers],
+        names=vector_names(file, name or None, rows=chosen),
         references=reference or None,
         alphas=parse_numbers(alphas, "--alphas"),
         unit=wanted,

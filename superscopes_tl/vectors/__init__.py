@@ -29,7 +29,13 @@ from superscopes_tl.vectors.sources import (
     SumOf,
     Window,
 )
-from superscopes_tl.vectors.stored import difference_of_means, load_vectors, mlp_keys, mlp_values
+from superscopes_tl.vectors.stored import (
+    difference_of_means,
+    load_vectors,
+    mlp_keys,
+    mlp_values,
+    vector_names,
+)
 from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, Write
 
 __all__ = [
@@ -67,4 +73,5 @@ __all__ = [
     "random_direction",
     "save_maps",
     "stable_hash",
+    "vector_names",
 ]

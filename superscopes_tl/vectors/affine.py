@@ -39,8 +39,8 @@ from superscopes_tl.errors import bad_value
 from superscopes_tl.files import check_format, reading, write_tensors
 from superscopes_tl.model import HookKind, LanguageModel, TokenizedText, check_layers, load_model
 from superscopes_tl.vectors.amplify import stable_hash
+from superscopes_tl.vectors.formats import MAX_BYTES
 from superscopes_tl.vectors.sources import Places, SourceRun
-from superscopes_tl.vectors.stored import MAX_BYTES
 
 FORMAT = "superscopes_tl.affine"
 FORMAT_VERSION = 1

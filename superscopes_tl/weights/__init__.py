@@ -1,5 +1,6 @@
 """Where pretrained weights come from: packaged models, GGUF files, directories, the hub."""
 
+from superscopes_tl.weights.gguf import read_header as read_gguf_header
 from superscopes_tl.weights.library_output import quiet
 from superscopes_tl.weights.packaged import (
     PACKAGED,
@@ -27,5 +28,6 @@ __all__ = [
     "load_pretrained",
     "megabytes",
     "quiet",
+    "read_gguf_header",
     "remove_packaged",
 ]

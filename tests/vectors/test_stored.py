@@ -77,6 +77,8 @@ def test_the_only_fitting_array_is_chosen_and_otherwise_the_names_are_shown(tmp_
             load_vectors(path, name)
     path = _save(tmp_path / "b.safetensors", {"W_dec": matrix, "b_dec": matrix[0]})
     assert torch.equal(load_vectors(path, "b_dec"), MATRIX[:1])
+    assert torch.equal(load_vectors(path), MATRIX)  # the decoder of an SAE
+    path = _save(tmp_path / "c.safetensors", {"one": matrix, "two": matrix + 1})
     with pytest.raises(ValueError, match="^name: "):
         load_vectors(path)
 
