@@ -143,9 +143,9 @@ def _distinct(prompts: Sequence[str]) -> tuple[str, ...]:
 
 def _check_file_settings(there: Outline, config: SweepConfig, path: object) -> None:
     """Refuse settings that a table of many readings could not tell apart."""
-    if config.about is not None:
-        wanted = "nothing: each prompt is scored against itself"
-        fix = "pass the text around the prompts as source_template="
+    if isinstance(config.about, str):
+        wanted = "one text by source prompt: each is scored against itself, or against its own"
+        fix = "about={prompt: text}; a text around all prompts is source_template="
         raise bad_value("about", wanted, config.about, fix)
     if config.draw:
         fix = "pass draws=4 for more readings of α = 1"

@@ -102,7 +102,7 @@ class Outline:
 _COMMON = ("superscopes_tl", "python", "created", "model", "target_model", "target_prompt")
 _COMMON_SETTINGS = ("max_new_tokens", "scorer", "scorer_weights", "score_on", "score_against",
                     "controls", "chat", "source_template", "others", "precision",
-                    "reference")  # fmt: skip
+                    "reference", "about")  # fmt: skip
 
 
 class Reader:

@@ -61,12 +61,13 @@ class SweepConfig:
         kinds: kinds of activation.
         alphas: amplifiers; 0 and negative numbers are legal.
         positions: tokens of the source prompt: an index, a substring, a slice (`slice(None)` is
-            every token but the BOS) or a sequence of these. Defaults to the last token.
+            every token but the BOS) or a sequence of these; or these by source prompt. Defaults
+            to the last token.
         source_template: the text around the source prompt, such as `"Tell me about {}"`;
             positions are still those of the prompt. A name of one token needs it where a model
             has no BOS: the first token of a text is the attention sink.
         about: the text that readings are scored against; defaults to the substring that chose
-            the position, else to the source prompt up to that token.
+            the position, else to the source prompt up to that token; or several, by source prompt.
         reference: a text, such as a true fact, in place of the model's own words (`own_words`);
             or several, by source prompt.
         target_layer: where to patch: a layer, "same" as the source layer, or several layers.
@@ -111,9 +112,9 @@ class SweepConfig:
     layers: int | Iterable[int] | None = None
     kinds: str | Sequence[str] = PAPER_KINDS
     alphas: float | Sequence[float] = PAPER_ALPHAS
-    positions: Positions = -1
+    positions: Positions | Mapping[str, Positions] = -1
     source_template: str = "{}"
-    about: str | None = None
+    about: str | Mapping[str, str] | None = None
     reference: str | Mapping[str, str] | None = None
     target_layer: TargetLayer = "same"
     target_prompt: TargetPrompt | str | None = None
@@ -184,20 +185,29 @@ class SweepConfig:
 
     def reference_of(self, prompt: str) -> str | None:
         """Return the text that takes the place of the own words of a source prompt."""
-        given = self.reference
-        return given.get(prompt) if isinstance(given, Mapping) else given
+        text: str | None = _at(self.reference, prompt, None)
+        return text
+
+    def positions_of(self, prompt: str) -> Positions:
+        """Return the tokens to read of a source prompt."""
+        positions: Positions = _at(self.positions, prompt, -1)
+        return positions
+
+    def about_of(self, prompt: str) -> str | None:
+        """Return the text that readings of a source prompt are scored against, if one is given."""
+        text: str | None = _at(self.about, prompt, None)
+        return text
 
     def _check_prompts(self) -> None:
         """Check the target prompt, and the texts around and beside a source prompt."""
         answer = self.prompt_with_placeholder.answer
         check_answer(answer, chat=self.chat, argument="target_prompt")
         check_template(self.source_template)
-        if self.about is not None:
-            check_text(self.about, "about")
-        given = self.reference
-        for text in given.values() if isinstance(given, Mapping) else (given,):
-            if text is not None:
-                check_text(text, "reference")
+        for name in ("about", "reference"):
+            given = getattr(self, name)
+            for text in given.values() if isinstance(given, Mapping) else (given,):
+                if text is not None:
+                    check_text(text, name)
 
 
 _CHOICES = {
@@ -210,6 +220,11 @@ _CALLABLES = {
     "base": "a callable from a plan and its places to vectors",
     "write": "a callable from a patch and its α to a patch",
 }
+
+
+def _at(given: Any, prompt: str, default: Any) -> Any:
+    """Return a setting's value for a source prompt, where it has one for each."""
+    return given.get(prompt, default) if isinstance(given, Mapping) else given
 
 
 def _several(value: Any) -> Any:

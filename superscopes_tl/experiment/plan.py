@@ -282,7 +282,6 @@ class SweepPlan:
     def _settings(self) -> dict[str, Any]:
         """Return the settings as plain data, the defaults filled in."""
         config, target_layer = self.config, self.target_layer
-        reference = config.reference
         return {
             "layers": list(dict.fromkeys(site.layer for site in self.sites)),
             "kinds": list(dict.fromkeys(site.kind for site in self.sites)),
@@ -291,7 +290,7 @@ class SweepPlan:
             "target_layer": target_layer if target_layer == "same" else list(target_layer),
             **{n: v if (v := getattr(config, n)) is None else label(v) for n in _NAMED},
             **{name: getattr(config, name) for name in _PLAIN},
-            "reference": dict(reference) if isinstance(reference, Mapping) else reference,
+            **{n: dict(v) if isinstance(v := getattr(config, n), Mapping) else v for n in _TEXTS},
             "controls": list(config.controls),
             "max_new_tokens": self.generator.max_new_tokens,
             "batch_size": self.generator.batch_size,
@@ -302,7 +301,8 @@ class SweepPlan:
 
 
 _NAMED = ("mapping", "vectors", "base", "write")
-_PLAIN = ("unit", "guide", "chat", "source_template", "about", "generate", "draw", "others",
+_TEXTS = ("about", "reference")
+_PLAIN = ("unit", "guide", "chat", "source_template", "generate", "draw", "others",
           "precision", "score_against", "score_on")  # fmt: skip
 """Settings that a provenance records by their names, and as they are."""
 
@@ -312,9 +312,9 @@ def _read_source(
 ) -> tuple[TokenizedText, dict[int, str]]:
     """Return a source prompt's tokens, and what a reading at each position is scored against."""
     source = tokenize(model, prompt, chat=config.chat, template=config.source_template)
-    abouts = named_positions(source, config.positions)
-    if config.about is not None:
-        abouts = dict.fromkeys(abouts, config.about)
+    abouts = named_positions(source, config.positions_of(prompt))
+    if (about := config.about_of(prompt)) is not None:
+        abouts = dict.fromkeys(abouts, about)
     return source, abouts
 
 

@@ -147,7 +147,7 @@ _CONSTANT = {
     "target_model": _WEIGHTS,
     "target_prompt": ("text", "placeholder", "answer"),
     "config": ("max_new_tokens", "scorer", "score_on", "score_against", "controls", "chat",
-               "source_template", "others", "precision", "reference"),
+               "source_template", "others", "precision", "reference", "about"),
 }  # fmt: skip
 """The fixed settings of an evaluation, by part of its provenance."""
 

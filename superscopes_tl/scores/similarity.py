@@ -112,14 +112,19 @@ class Contains:
 
     >>> Contains("English")(["Pink Floyd"], ["english  rock band"])
     [1.0]
+    >>> Contains()(["Yen"], ["the Japanese yen"])
+    [1.0]
 
     Attributes:
-        answers: one or several; any of them counts.
+        answers: one or several; any of them counts. Defaults to what each text is scored against:
+            with `score_against="own words"` and `reference={prompt: fact}` that is the fact.
     """
 
-    answers: str | Sequence[str]
+    answers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.answers is None:
+            return
         given = [self.answers] if isinstance(self.answers, str) else self.answers
         answers = tuple(given) if isinstance(given, Sequence) else ()
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
@@ -129,13 +134,21 @@ class Contains:
     @property
     def name(self) -> str:
         """How results record the scorer."""
+        if self.answers is None:
+            return "contains the reference"
         return f"contains {' or '.join(map(repr, self.answers))}"
 
     def __call__(self, references: Sequence[str], candidates: Sequence[str]) -> list[float]:
         """Return 1.0 for every candidate that contains an answer, else 0.0."""
-        words = "|".join(r"\s+".join(map(re.escape, answer.split())) for answer in self.answers)
-        pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
-        return [float(pattern.search(text) is not None) for text in candidates]
+        pairs = zip(references, candidates, strict=True)
+        return [float(_contains(text, self.answers or [reference])) for reference, text in pairs]
+
+
+def _contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text contains one of some answers as whole words."""
+    words = "|".join(r"\s+".join(map(re.escape, answer.split())) for answer in answers)
+    found = words and re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE)
+    return bool(found)
 
 
 def packaged_scorer() -> Path | None:

@@ -67,6 +67,34 @@ def test_readings_equal_those_of_single_sweeps(
         assert_same_readings(own, alone, exact, check_dtype=False)
 
 
+def test_each_prompt_may_have_its_own_token_text_and_reference(
+    llama: LanguageModel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Positions, `about` and `reference` by prompt give what one sweep per prompt gives."""
+    settings.pop("draws")
+    own: dict[str, dict[str, Any]] = {
+        "Pearl Jam played in Syria": {"positions": "Jam", "about": "Jam", "reference": "rock"},
+        "Will Smith": {"positions": 1, "reference": "actor"},
+        "Tupac Shakur": {},
+    }
+    names = ("positions", "about", "reference")
+    given = {n: {prompt: one[n] for prompt, one in own.items() if n in one} for n in names}
+    asked = {**settings, **given, "score_against": "own words", "controls": "other_prompt",
+             "kinds": "mlp_out", "score_on": "text"}  # fmt: skip
+    path = tmp_path / "run.sqlite"
+    table = evaluate(llama, tuple(own), path, batch_size=7, draws=0, **asked).table
+    asked = {name: value for name, value in asked.items() if name not in names}
+    for prompt, one in own.items():
+        found = table[table["prompt"] == prompt].reset_index(drop=True)
+        expected = sweep(llama, prompt, batch_size=64, **asked, **one).table
+        assert_same_readings(found, expected, check_dtype=False)
+    assert set(table.query("prompt.str.startswith('Pearl')")["about"]) == {"Jam"}
+    with pytest.raises(ValueError, match="about"):
+        evaluate(
+            llama, tuple(own), path, draws=0, **{**asked, **given, "about": {"Will Smith": "x"}}
+        )
+
+
 def test_controls_of_several_prompts_share_a_batch(
     llama: LanguageModel, settings: dict[str, Any], generated: list[int]
 ) -> None:

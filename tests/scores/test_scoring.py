@@ -252,6 +252,8 @@ def test_an_answer_is_found_as_words() -> None:
     assert list(scorer([""] * 5, texts)) == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert scorer_name(scorer) == "contains 'United Kingdom' or 'U.K.'"
     assert list(Contains("Wales")(["x"], ["princess of Wales"])) == [1.0]
+    assert list(Contains()(["Wales", "Wales", ""], ["of wales", "Waless", "x"])) == [1.0, 0.0, 0.0]
+    assert scorer_name(Contains()) == "contains the reference"
 
 
 @pytest.mark.parametrize("answers", ["", " ", [], ["Wales", ""], [3], 3])
