@@ -178,6 +178,36 @@ class PatchedPrompt:
         found |= zip(rest, chain(*batches), strict=True)
         return [found[key] for key in keys]
 
+    def residuals(
+        self, patches: Sequence[Patch], text: Sequence[int], places: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "patches places d_model"]:
+        """Return block outputs of the patched prompt, followed by a known text, on the CPU.
+
+        One forward pass takes a whole batch of patches. Guidance acts on logits, and so not here.
+
+        Args:
+            patches: a row each.
+            text: token ids; the same after every patch.
+            places: layer and position of each output; positions count from the prompt's first
+                token and go on in the text, and none is before the placeholder.
+
+        Raises:
+            ValueError, MemoryError: as `PatchedGenerator.generate`.
+        """
+        self.check(patches)
+        layers = list(dict.fromkeys(layer for layer, _ in places))
+        at = [position - self.first for _, position in places]
+        where = [(layers.index(layer), p) for (layer, _), p in zip(places, at, strict=True)]
+
+        def work(batch: Sequence[Patch]) -> list[Tensor]:
+            with self._scoring():
+                seen = self._outputs(batch, [tuple(text)] * len(batch), layers, min(at))
+                found = torch.stack([seen[n][:, p - min(at)] for n, p in where], dim=1)
+            return list(found.float().cpu())
+
+        size = self.grown_rows(len(text) + 1) if self.model.decoder.grows else None
+        return torch.stack(list(chain(*self.in_batches(work, patches, size))))
+
     def check(self, patches: Sequence[Patch]) -> None:
         """Check the layers and kept shares of patches before anything is run."""
         for patch in patches:
@@ -303,35 +333,56 @@ class PatchedPrompt:
 
     def _score_growing(self, pairs: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
         """Score texts of equal length in a batch that grows from a row for each text."""
-        model, decoder = self.model, self.model.decoder
+        decoder = self.model.decoder
         patches, texts = zip(*pairs, strict=True)
-        distinct = list(dict.fromkeys(map(tuple, texts)))
-        origins = [distinct.index(tuple(text)) for text in texts]
-        hooks, rows = growing_hooks(model, patches, origins, self.places)
-        ids = torch.tensor(distinct, device=model.device)
-        last: list[Tensor] = []
-
-        def take(
-            activation: Float[Tensor, "batch pos d_model"], hook: Any
-        ) -> Float[Tensor, "1 pos d_model"]:
-            last.append(activation[rows, -ids.shape[1] :])
-            return activation[:1]  # the model's own unembedding is not needed
-
-        hooks.append((hook_name("resid_post", model.n_layers - 1), take))
-        tokens = torch.cat([self.tail(len(ids)), ids[:, :-1]], dim=1)
+        ids = torch.tensor(texts, device=self.model.device)
         with self._scoring():
-            if len(ids) > 1:  # a mask for one row is right for any number of rows
-                run = partial(decoder.logits, tokens, self.cache(len(ids), ids.shape[1]), 1)
-                embedded = first_block_input(model.tl, run)
-                hooks.append((hook_name("resid_pre", 0), lambda activation, hook: embedded))
-            cache = self.cache(1, ids.shape[1])
-            with model.hooks(hooks):
-                decoder.logits(tokens[:1], cache, 1)
-            likely = unembedded_log_probabilities(
-                decoder, last[0].flatten(0, 1), ids[origins].flatten()
-            )
+            read = [text[:-1] for text in texts]
+            (last,) = self._outputs(patches, read, [self.model.n_layers - 1], -ids.shape[1])
+            likely = unembedded_log_probabilities(decoder, last.flatten(0, 1), ids.flatten())
         found: list[list[float]] = likely.view(len(pairs), -1).tolist()
         return found
+
+    def _outputs(
+        self,
+        patches: Sequence[Patch],
+        texts: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        start: int,
+    ) -> list[Float[Tensor, "patches pos d_model"]]:
+        """Return outputs of blocks after texts of equal length, from the run position `start` on.
+
+        The batch grows from a row for each text, where the model can do that.
+        """
+        model, decoder = self.model, self.model.decoder
+        distinct, origins = list(map(tuple, texts)), list(range(len(texts)))
+        hooks, rows = self.hooks(patches), origins
+        if decoder.grows:
+            distinct = list(dict.fromkeys(distinct))
+            origins = [distinct.index(tuple(text)) for text in texts]
+            hooks, rows = growing_hooks(model, patches, origins, self.places)
+        ids = torch.tensor(distinct, dtype=torch.long, device=model.device)
+        seen: dict[int, Tensor] = {}
+
+        def take(activation: Float[Tensor, "batch pos d_model"], hook: Any, layer: int) -> Any:
+            # A row that is not there yet is still that of its text.
+            pairs = zip(rows, origins, strict=True)
+            there = [row if row < len(activation) else origin for row, origin in pairs]
+            seen[layer] = activation[there, start:]
+            # The model's own unembedding is not needed.
+            return activation[:1] if decoder.grows and layer == model.n_layers - 1 else None
+
+        hooks += [(hook_name("resid_post", n), partial(take, layer=n)) for n in layers]
+        tokens = torch.cat([self.tail(len(ids)), ids], dim=1)
+        first = 1 if decoder.grows else len(ids)
+        if first < len(ids):  # a mask for one row is right for any number of rows
+            run = partial(decoder.logits, tokens, self.cache(len(ids), ids.shape[1]), 1)
+            embedded = first_block_input(model.tl, run)
+            hooks.append((hook_name("resid_pre", 0), lambda activation, hook: embedded))
+        cache = self.cache(first, ids.shape[1])
+        with model.hooks(hooks):
+            decoder.logits(tokens[:first], cache, 1)
+        return [seen[layer] for layer in layers]
 
 
 def multiplies_bfloat16(device: str) -> bool:

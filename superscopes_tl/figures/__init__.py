@@ -34,13 +34,7 @@ from superscopes_tl.figures.paper import (
     figure_6,
 )
 from superscopes_tl.figures.shares import share_curves, share_panels
-from superscopes_tl.figures.statistics import (
-    amplifier_dots,
-    earlier_table,
-    readability_curve,
-    roc_curve,
-    selector_dots,
-)
+from superscopes_tl.figures.statistics import earlier_table, readability_curve, selector_dots
 from superscopes_tl.figures.sweeps import (
     USUAL_SCORES,
     Shades,
@@ -63,7 +57,6 @@ __all__ = [
     "Shades",
     "alpha_curve",
     "alpha_ladder",
-    "amplifier_dots",
     "axis_label",
     "best_table",
     "cells_of",
@@ -87,7 +80,6 @@ __all__ = [
     "next_token_grid",
     "readability_curve",
     "relevancy_heatmap",
-    "roc_curve",
     "save_as",
     "selector_dots",
     "share_curves",

@@ -1,10 +1,8 @@
 """Figures of statistics.
 
 1. `earlier_table`: readings before ℓ_c (the paper's Tables 1 to 3).
-2. `selector_dots`: how often each selector chooses a correct reading.
-3. `amplifier_dots`: the share of prompts that each way to amplify reads correctly.
-4. `roc_curve`: how well scores separate correct readings from wrong ones.
-5. `readability_curve`: the share recovered at each layer, against other names' vectors.
+2. `selector_dots`: what the α that each selector chooses is worth.
+3. `readability_curve`: the share recovered at each layer, against other names' vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import plotly.graph_objects as go
 from superscopes_tl.errors import bad_value
 from superscopes_tl.evaluation import Readability
 from superscopes_tl.figures.grid import draw_table, escape, finite, interval, shades, text_lines
-from superscopes_tl.statistics import Quality
 
 
 def earlier_table(found: pd.DataFrame) -> go.Figure:
@@ -56,97 +53,23 @@ def _lines(text: object) -> str:
 
 
 def selector_dots(rates: pd.DataFrame) -> go.Figure:
-    """Draw the accuracy of each selector in `selectors.rate`, a dot with its 95 % interval."""
+    """Draw what each selector's choice is worth (`selectors.rate`), with 95 % intervals."""
     figure = go.Figure()
     figure.add_scatter(
-        x=[finite(share) for share in rates["share"]],
+        x=[finite(value) for value in rates["value"]],
         y=[escape(str(name)) for name in rates.index],
         mode="markers",
         marker={"size": 11, "color": shades(1, last=0.2)[0]},
-        error_x=interval(rates["share"], rates["low"], rates["high"]),
+        error_x=interval(rates["value"], rates["low"], rates["high"]),
         customdata=[_difference(row) for row in rates.to_dict("records")],
-        hovertemplate="%{y}: %{x:.1%}<br>%{customdata}<extra></extra>",
+        hovertemplate="%{y}: %{x:.2f}<br>%{customdata}<extra></extra>",
     )
-    return _share_axes(figure, "Accuracy of the α that each selector chooses").update_layout(
-        height=160 + 40 * len(rates), xaxis_title="share of sites, mean over prompts"
-    )
-
-
-def amplifier_dots(found: pd.DataFrame) -> go.Figure:
-    """Draw the shares of prompts in `selectors.amplifiers`, with their 95 % intervals."""
-    names = [
-        f"{escape(str(name))} ({readings:.3g} readings)"
-        for name, readings in found["readings"].items()
-    ]
-    forms = (
-        ("share", "", "some reading is right", "circle"),
-        ("chosen", "chosen_", "the best-scoring one is right", "diamond"),
-    )
-    figure = go.Figure()
-    for color, (column, before, label, symbol) in zip(shades(2, last=0.7), forms, strict=True):
-        figure.add_scatter(
-            x=[finite(share) for share in found[column]],
-            y=names,
-            name=label,
-            mode="markers",
-            orientation="h",  # the two dots of a row stand above one another, each at its share
-            marker={"size": 11, "symbol": symbol, "color": color},
-            error_x=interval(found[column], found[f"{before}low"], found[f"{before}high"]),
-            hovertemplate=f"%{{y}}<br>{label}: %{{x:.1%}}<extra></extra>",
-        )
-    return _share_axes(figure, "What each way to amplify reads right").update_layout(
-        height=200 + 50 * len(found),
-        scattermode="group",
-        xaxis_title="share of prompts",
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-    )
-
-
-def _share_axes(figure: go.Figure, title: str) -> go.Figure:
     return figure.update_layout(
-        title=title,
+        title="Worth of the α that each selector chooses",
         template="plotly_white",
-        xaxis={"range": [-0.02, 1.02], "tickformat": ".0%"},
+        height=160 + 30 * len(rates),
+        xaxis_title="mean over prompts",
         yaxis={"autorange": "reversed", "automargin": True},
-    )
-
-
-def roc_curve(qualities: Mapping[str, Quality]) -> go.Figure:
-    """Draw ROC curves by name, each with a ring at its threshold.
-
-    A quality without a curve (only right or only wrong readings) appears in the legend alone.
-    """
-    figure = go.Figure()
-    for color, (name, found) in zip(shades(len(qualities)), qualities.items(), strict=True):
-        label = "no curve" if np.isnan(found.auc) else f"AUC {found.auc:.2f}"
-        figure.add_scatter(
-            x=found.fpr,
-            y=found.tpr,
-            name=f"{escape(name)} ({label})",
-            mode="lines",
-            line={"color": color},
-            legendgroup=name,
-            showlegend=True,
-            customdata=[f"threshold {threshold:.2f}" for threshold in found.thresholds],
-            hovertemplate="%{customdata}: %{x:.2f}, %{y:.2f}<extra></extra>",
-        )
-        figure.add_scatter(
-            x=[finite(found.false_positive_rate)],
-            y=[finite(found.recall)],
-            mode="markers",
-            marker={"symbol": "circle-open", "size": 11, "color": color, "line": {"width": 2}},
-            legendgroup=name,
-            showlegend=False,
-            hovertemplate=f"threshold {found.threshold:g}: %{{x:.2f}}, %{{y:.2f}}<extra></extra>",
-        )
-    figure.add_shape(
-        type="line", x0=0, y0=0, x1=1, y1=1, line={"dash": "dot", "color": "#999"}, layer="below"
-    )
-    return figure.update_layout(
-        title="Right readings above the threshold, against wrong ones",
-        template="plotly_white",
-        xaxis={"title": "false positive rate", "range": [-0.02, 1.02]},
-        yaxis={"title": "recall", "range": [-0.02, 1.02]},
     )
 
 
@@ -190,4 +113,4 @@ def _difference(row: Mapping[Any, Any]) -> str:
     values = (row["difference"], row["difference_low"], row["difference_high"])
     if np.isnan(values).any():
         return "one prompt: no interval"
-    return "{:+.1%} to by_similarity ({:+.1%} to {:+.1%})".format(*values)
+    return "difference {:+.2f} ({:+.2f} to {:+.2f})".format(*values)

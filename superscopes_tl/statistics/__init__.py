@@ -10,31 +10,27 @@ from superscopes_tl.statistics.chance import (
     sign_flip_test,
 )
 from superscopes_tl.statistics.comparison import Comparison, compare
-from superscopes_tl.statistics.criterion import (
-    Quality,
-    ceiling,
-    compared_scores,
-    exact,
-    metric_table,
-    quality,
-    quality_intervals,
-    token_overlap,
-    word_vectors_scorer,
-)
+from superscopes_tl.statistics.criterion import Quality, quality, quality_intervals
 from superscopes_tl.statistics.ranks import Retrieval, found_by_chance, found_ranks, retrieval
 from superscopes_tl.statistics.recordings import Recording, read_recording, replay
 from superscopes_tl.statistics.resolution import contextualization_layers, reveals_earlier
 from superscopes_tl.statistics.selectors import (
-    amplifiers,
+    by_other_prompts,
+    by_recovered,
     by_similarity,
     choose,
+    equal_dose,
+    explains_nothing,
     fixed_alpha,
     largest_lift,
     lowest_entropy,
+    mode_frequency,
     neighbour_agreement,
     rate,
+    self_explaining,
 )
 from superscopes_tl.statistics.shares import MEASURES, cross_fitted, layer_shares
+from superscopes_tl.statistics.signals import alpha_signals
 
 __all__ = [
     "FEWEST_PROMPTS",
@@ -43,25 +39,26 @@ __all__ = [
     "Quality",
     "Recording",
     "Retrieval",
-    "amplifiers",
+    "alpha_signals",
     "best_scores",
     "bootstrap",
+    "by_other_prompts",
+    "by_recovered",
     "by_similarity",
-    "ceiling",
     "choose",
     "compare",
-    "compared_scores",
     "contextualization_layers",
     "corrected_hits",
     "cross_fitted",
-    "exact",
+    "equal_dose",
+    "explains_nothing",
     "fixed_alpha",
     "found_by_chance",
     "found_ranks",
     "largest_lift",
     "layer_shares",
     "lowest_entropy",
-    "metric_table",
+    "mode_frequency",
     "neighbour_agreement",
     "other_prompt_null",
     "q_values",
@@ -72,7 +69,6 @@ __all__ = [
     "replay",
     "retrieval",
     "reveals_earlier",
+    "self_explaining",
     "sign_flip_test",
-    "token_overlap",
-    "word_vectors_scorer",
 ]

