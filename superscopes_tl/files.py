@@ -5,19 +5,24 @@
 2. `unfit`: a regular file below a size limit, so that reading it terminates.
 3. `read_zip`, `check_member`: named entries of a zip, no larger than declared.
 4. `parse_json`, `read_json`: JSON of a bounded size, an object; by default without NaN.
-5. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
-6. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
-7. Readers raise `ValueError` or a library's own error; `reading` turns these into one
+5. `read_text`, `parse_table`: texts and tables, as spreadsheets encode and separate them.
+6. `read_parquet`: numbers, booleans and strings, of a size known before it is allocated.
+7. `checked_rows`, `checked_provenance`: the invariants of a table of readings and its provenance.
+8. Readers raise `ValueError` or a library's own error; `reading` turns these into one
    `RunFileError` that names the file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
+import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +37,11 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 """Parsed, JSON takes many times as much memory."""
+
+MAX_CELLS = 20_000_000
+"""The most cells of a table of texts."""
+
+SEPARATORS = (",", "\t", ";")
 
 _DTYPES = {"int": "iu", "float": "fiu", "bool": "b"}
 """Python types of columns, with the kinds of numpy dtypes that can hold them."""
@@ -190,6 +200,70 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes of JSON")
     return json.loads(text, parse_constant=float if nan else refused)
+
+
+def read_text(path: str | os.PathLike[str], most: int) -> tuple[str, str]:
+    """Return a text file's content, and its encoding: "utf-8" or, as spreadsheets save, another.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is larger than `most` bytes, or holds no text.
+    """
+    if why := unfit(path, most):
+        raise ValueError(why)
+    data = Path(path).read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        encoding = "latin-1"
+        text = data.decode(encoding)
+    if "\0" in text:
+        raise ValueError("binary data")
+    return text, encoding.removesuffix("-sig")
+
+
+def parse_table(
+    text: str, keep: Callable[[str], bool] = lambda name: True
+) -> tuple[pd.DataFrame, list[str], str]:
+    """Parse a table with a header, whose separator is a comma, a tab or a semicolon.
+
+    Args:
+        text: the table.
+        keep: which columns to read, by name.
+
+    Returns:
+        The columns that were kept, every cell a text; the names of all columns; the separator, the
+        one of which the header makes most names.
+
+    Raises:
+        ValueError: no table, or more than `MAX_CELLS` cells.
+    """
+    stated = re.match(r'"?sep=(.)"?\r?\n', text)  # by a spreadsheet
+    text = text[stated.end() :] if stated else text
+    first = next(iter(text[:100_000].splitlines()), "")
+    separator = stated[1] if stated else max(SEPARATORS, key=lambda s: _fields(first, s))
+    options: dict[str, Any] = {"sep": separator, "index_col": False, "dtype": str}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
+        header = pd.read_csv(io.StringIO(text, newline=""), nrows=0, **options)
+        names = [str(name) for name in header]
+        kept = [name for name in names if keep(name)]
+        # Short lines under a long header would take gigabytes.
+        if len(kept) * (text.count("\n") + text.count("\r") + 1) > MAX_CELLS:
+            raise ValueError(f"more than {MAX_CELLS} cells")
+        rows = pd.read_csv(
+            io.StringIO(text, newline=""), keep_default_na=False, usecols=kept, **options
+        )
+    return rows, names, separator
+
+
+def _fields(header: str, separator: str) -> int:
+    """Return how many names a separator makes of a header."""
+    try:
+        return len(next(csv.reader([header], delimiter=separator), []))
+    except csv.Error:
+        return 0
 
 
 def read_parquet(data: bytes, most: int) -> pd.DataFrame:

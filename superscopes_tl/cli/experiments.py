@@ -25,7 +25,7 @@ from superscopes_tl.cli.options import (
     Scorer,
     check_folders,
     parse_names,
-    read_lines,
+    read_prompts,
     say,
     table_of,
 )
@@ -119,9 +119,14 @@ def evaluate(
     prompts: Annotated[
         str,
         typer.Option(
-            help="The 'paper' 48, 60 'names' of 20 kinds, 'all-names' (120), or a file of lines."
+            help="The 'paper' 48, 60 'names' of 20 kinds, 'all-names' (120), or a file: a prompt "
+            "per line, or a table (.csv, .tsv, .json, .jsonl), such as Patchscopes' or ROME's."
         ),
     ] = "paper",
+    column: Annotated[str | None, typer.Option(help="Of a table: the column of prompts.")] = None,
+    reference_column: Annotated[
+        str | None, typer.Option(help="Of a table: a column of facts, in place of own words.")
+    ] = None,
     section: Annotated[str, typer.Option(help="4.1 (MLP outputs) or 4.2 (hidden states).")] = "4.1",
     cells: Cells,
     loading: Loading,
@@ -141,7 +146,14 @@ def evaluate(
     check_folders(out=out, html=html)
     config = SECTIONS[check_choice("--section", section, SECTIONS)]
     settings = {**cells.settings(), "controls": parse_names(controls)}
-    several = LISTS[prompts] if prompts in LISTS else read_lines(Path(prompts), "--prompts")
+    several = LISTS.get(prompts, ())
+    if prompts not in LISTS:
+        listed = read_prompts(Path(prompts), "--prompts", column, reference_column)
+        several = listed.prompts
+        # What is asked for on the command line wins over what the file says.
+        usual = Cells().settings()
+        asked = {name for name, value in settings.items() if value != usual.get(name)}
+        settings |= {name: v for name, v in listed.settings.items() if name not in asked}
     _check_auto(cells, auto=auto)
     loaded: Any = partial(loading.load, model)
     if auto:
@@ -272,6 +284,10 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
             figures += _print_shares(cells, target, f"{kind} of {model}")
         if not evaluation.table["written"].all():
             continue  # counts over selected cells would be biased
+        if evaluation.provenance["config"]["reference"]:  # a fact each: no count by similarity
+            title = f"{kind} of {model}: texts with their fact, of all"
+            OUTPUT.print(_fact_table(evaluation.table.query("kind == @kind and draw == 0"), title))
+            continue
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
         parts = {name: part for name, part in parts.items() if name not in few}
@@ -362,6 +378,17 @@ def share_table(table: pd.DataFrame, title: str) -> Table:
         for layer, row in wide.iterrows()
     ]
     return table_of(title + beside, ["layer", *(f"α = {alpha:g}" for alpha in alphas)], rows)
+
+
+def _fact_table(table: pd.DataFrame, title: str) -> Table:
+    """Return the mean score per layer and α, which counts texts that contain a fact."""
+    wide = table.pivot_table("score", "source_layer", "alpha", aggfunc=["sum", "count"])
+    alphas = sorted(table["alpha"].unique())
+    rows = [
+        [layer, *(f"{row['sum', a]:.3g} of {row['count', a]:.0f}" for a in alphas)]
+        for layer, row in wide.iterrows()
+    ]
+    return table_of(title, ["layer", *(f"α = {alpha:g}" for alpha in alphas)], rows)
 
 
 def _print_early(table: pd.DataFrame) -> list[Any]:

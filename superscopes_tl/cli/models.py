@@ -19,7 +19,7 @@ from superscopes_tl.cli.options import (
     Json,
     Page,
     check_folders,
-    read_lines,
+    read_prompts,
     say,
     table_of,
 )
@@ -75,7 +75,7 @@ def check(
 ) -> None:
     """Find out whether a model can be read at all, and with which prompts and target layer."""
     check_folders(json=json, html=html)
-    asked = NAMES if names is None else read_lines(names, "--names")
+    asked = NAMES if names is None else read_prompts(names, "--names").prompts
     loaded = loading.load(model)
     found = readability(loaded, asked)
     if names is None:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from superscopes_tl.engine import TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_value
+from superscopes_tl.evaluation import PromptFile, load_prompts
 from superscopes_tl.model import LanguageModel, load_model
 
 # Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
@@ -235,17 +236,18 @@ def parse_token(text: str) -> Any:
         return text
 
 
-def read_lines(path: Path, option: str) -> list[str]:
-    """Return the non-empty lines of a text file."""
-    expected = "a UTF-8 text file with one entry per line"
+def read_prompts(
+    path: Path, option: str, column: str | None = None, reference_column: str | None = None
+) -> PromptFile:
+    """Return the prompts of a file, and say what was left out."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise bad_value(option, expected, f"{path} ({error})", "correct the path") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise bad_value(option, expected, f"nothing in {path}", "add lines")
-    return lines
+        found = load_prompts(path, column=column, reference_column=reference_column)
+    except FileNotFoundError as error:
+        expected = "a text file with one entry per line, or a table"
+        raise bad_value(option, expected, f"{path} (no such file)", "correct the path") from error
+    for note in found.notes:
+        say(f"{path.name}: {note}")
+    return found
 
 
 def check_folders(**paths: Path | None) -> None:

@@ -1,6 +1,7 @@
 """Many source prompts in one resumable file, and which setting reads a model best."""
 
 from superscopes_tl.evaluation.names import ALL_NAMES, NAMES_BY_KIND, SECOND_LIST
+from superscopes_tl.evaluation.prompt_files import PromptFile, SourcePrompt, load_prompts
 from superscopes_tl.evaluation.run import FINE_ALPHAS, HIDDEN_STATES, MLP_OUTPUTS, evaluate, methods
 from superscopes_tl.evaluation.screening import (
     LONG_PROMPT,
@@ -27,12 +28,15 @@ __all__ = [
     "SECOND_LIST",
     "SENTENCE",
     "SHORT_PROMPT",
+    "PromptFile",
     "Readability",
+    "SourcePrompt",
     "best_config",
     "evaluate",
     "keep",
     "kept_readability",
     "layer_ranges",
+    "load_prompts",
     "local_workers",
     "methods",
     "readability",

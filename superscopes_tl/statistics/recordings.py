@@ -1,7 +1,8 @@
 """The authors' recorded generations, counted again: Figure 3 without running their model.
 
 1. Read a recording: a CSV file with the columns `source prompt`, `token`, `layer`,
-   `amplification value` and `result`, one row per generated text.
+   `amplification value` and `result`, one row per generated text. What spreadsheets make of one is
+   read as well: semicolons or tabs, another encoding, an index column, names in snake case.
 2. Patchscopes is α = 1 of the one file, Superscopes every other α of the other.
 3. `compare` them, with baselines of equal budget: as many samples of α = 1 as there are α, where
    they were recorded, and always one α alone.
@@ -9,9 +10,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from superscopes_tl.errors import bad_value, reason
-from superscopes_tl.files import unfit
+from superscopes_tl.errors import bad_value, brief, reason
+from superscopes_tl.files import parse_table, read_text
 from superscopes_tl.statistics.comparison import Comparison, compare
 
 MAX_FILE_BYTES = 32 * 2**20
@@ -61,29 +60,29 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
         ValueError: it is larger than 32 MiB, no CSV file, without one of the columns or without
             rows, or a row of it has no layer, α or prompt.
     """
-    if why := unfit(path, MAX_FILE_BYTES):
-        raise _bad(path, f"a file of up to {MAX_FILE_BYTES} bytes", why)
-    text, notes = _decoded(Path(path))
+    if _is_evaluation(Path(path)):
+        fix = "use compare(methods(SweepResult.load(path))), or superscopes evaluate --out"
+        got = f"an evaluation ({Path(path).name!r})"
+        raise bad_value("path", "a CSV file of texts", got, fix)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
-            header = pd.read_csv(io.StringIO(text, newline=""), nrows=0, index_col=False)
-            names = [str(name) for name in header]
-            # No other columns: short lines under a long header would take gigabytes.
-            known = [name for name in names if name.strip() in COLUMNS]
-            rows = pd.read_csv(
-                io.StringIO(text, newline=""), dtype=str, keep_default_na=False, index_col=False,
-                usecols=known,
-            )  # fmt: skip
+        text, encoding = read_text(path, MAX_FILE_BYTES)
+        rows, names, separator = parse_table(text, lambda name: _known(name) in COLUMNS)
     except ValueError as error:
-        raise _bad(path, "a CSV file", reason(error)) from error
-    rows = rows.rename(columns=str.strip)
+        raise _bad(path, f"a CSV file of up to {MAX_FILE_BYTES} bytes", reason(error)) from error
+    notes = [] if encoding == "utf-8" else [f"The file is not UTF-8: read as {encoding}."]
+    rows = rows.rename(columns=_known)
+    found = brief(", ".join(name.strip() or "''" for name in names))
+    wanted = f"the columns {', '.join(COLUMNS)}, separated by commas, semicolons or tabs"
     if missing := [column for column in COLUMNS if column not in rows]:
-        raise _bad(path, f"the columns {', '.join(COLUMNS)}", f"no {', '.join(missing)}")
+        raise _bad(path, wanted, f"no {', '.join(missing)} among {found}")
+    if rows.columns.duplicated().any():
+        raise _bad(path, wanted, f"one of them twice among {found}")
     if rows.empty:
         raise _bad(path, "at least one generated text", "a header alone")
-    if extra := [name.strip() for name in names if name.strip() not in COLUMNS]:
+    if extra := [name.strip() for name in names if _known(name) not in COLUMNS]:
         notes.append(f"Ignored columns: {', '.join(map(repr, extra))}.")
+    if separator == ";":  # where spreadsheets write decimal commas
+        rows["amplification value"] = rows["amplification value"].str.replace(",", ".", n=1)
     table = rows[list(COLUMNS)].rename(columns=COLUMNS)
     layers, alphas = (pd.to_numeric(table[c], "coerce") for c in ("source_layer", "alpha"))
     for column, fine, expected in (
@@ -156,22 +155,19 @@ def replay(
     return replace(found, notes=(*notes, *found.notes))
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
-    """Return a file's text, with a note where it is not UTF-8."""
-    data = path.read_bytes()
-    if data.startswith(b"SQLite format 3"):
-        fix = "use compare(methods(SweepResult.load(path))), or superscopes evaluate --out"
-        raise bad_value("path", "a CSV file of texts", f"an evaluation ({path.name!r})", fix)
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        encoding = "latin-1"
-        text = data.decode(encoding)
-    if "\0" in text:
-        raise _bad(path, "a CSV file", "binary data")
-    notes = [] if encoding == "utf-8-sig" else [f"The file is not UTF-8: read as {encoding}."]
-    return text, notes
+def _known(name: str) -> str:
+    """Return a column's name as the authors write it: `source_prompt` is their `source prompt`."""
+    plain = " ".join(name.replace("_", " ").lower().split())
+    ours = {column.replace("_", " "): theirs for theirs, column in COLUMNS.items()}
+    return ours.get(plain, plain)
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Whether a file is one of `evaluate`, which holds texts, too."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(15) == b"SQLite format 3"
 
 
 def _notes(table: pd.DataFrame) -> Iterator[str]:

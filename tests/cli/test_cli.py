@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from dataclasses import replace
@@ -238,6 +239,27 @@ def test_evaluate_counts_prompts_and_goes_on_where_it_was(tmp_path: Path, use: l
     again = run(*command, "--layers", "5,2,4")
     assert again.exit_code == 0, again.output
     assert len(SweepResult.load(tmp_path / "run.sqlite")) == 3 * 3 * (3 + 1)
+
+
+def test_a_table_of_facts_is_an_evaluation(tmp_path: Path, use: list[str]) -> None:
+    """Its target prompt and facts are used; texts that contain their fact are counted per layer."""
+    facts, out = tmp_path / "facts.json", tmp_path / "run.sqlite"
+    several = [("Titanic", "film"), ("Pearl Jam", "band"), ("Mexico", "country")]
+    rows = [{"prompt": f"{s} is a kind of", "subject": s, "attribute": f} for s, f in several]
+    facts.write_text(json.dumps(rows), encoding="utf-8")
+    command = ["evaluate", *use, "--prompts", str(facts), "--layers", "5,2", "--alphas", "1,3",
+               "--out", str(out), "--draws", "0"]  # fmt: skip
+    done = run(*command, "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
+    assert done.output.count(" of 3") == 4
+    found = SweepResult.load(out)
+    assert found.provenance["target_prompt"]["text"] == "x is a kind of"
+    assert found.provenance["config"]["max_new_tokens"] == 4
+    words = found.table.drop_duplicates("prompt")[["prompt", "own_words"]].to_numpy().tolist()
+    assert words == [list(fact) for fact in several]
+    done = run(*command, "--column", "subjects")
+    assert done.exit_code == 2
+    assert "'prompt', 'subject', 'attribute'" in done.output
 
 
 def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path, use: list[str]) -> None:

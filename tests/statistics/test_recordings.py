@@ -91,6 +91,37 @@ def test_encodings_are_recognised_and_named(tmp_path: Path, data: bytes, note: s
     assert note is None or note in noted[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda text: text.replace(",", "\t"), "tabs.tsv"),
+        (lambda text: text.replace(",", ";"), "excel.csv"),
+        (lambda text: "sep=;\r\n" + text.replace(",", ";").replace("\n", "\r\n"), "told.csv"),
+        (lambda text: "\ufeff" + text.replace(",", ";").replace(";3;", ";3,0;"), "comma.csv"),
+        (lambda text: text.replace("source prompt", "source_prompt"), "snake.csv"),
+        (lambda text: text.replace("source prompt,token", "Source Prompt , Token"), "title.csv"),
+        (lambda text: text.replace(HEADER, "prompt,token,source_layer,alpha,text\n"), "own.csv"),
+        (lambda text: "," + text.replace("\n", "\n0,")[:-2], "index.csv"),
+    ],
+)  # fmt: skip
+def test_what_spreadsheets_make_of_a_recording_is_read(
+    change: Any, name: str, tmp_path: Path
+) -> None:
+    """Semicolons, tabs, decimal commas, other spellings of the names, an index: the same rows."""
+    text = SCALED.replace('"', "")
+    expected = read_recording(write(tmp_path, text)).table
+    found = read_recording(write(tmp_path, change(text), name))
+    pd.testing.assert_frame_equal(found.table, expected)
+
+
+def test_a_table_of_other_columns_is_refused_with_their_names(tmp_path: Path) -> None:
+    """What is missing, what is there, and what may separate them."""
+    path = write(tmp_path, HEADER.replace("result", "output").replace(",", "|") + "a|b|1|1|x\n")
+    with pytest.raises(ValueError, match=r"semicolons or tabs, got no .*output") as raised:
+        read_recording(path)
+    assert "\n" not in str(raised.value)
+
+
 def test_repeated_conditions_and_other_columns_are_named(tmp_path: Path) -> None:
     """Every sample is kept; a column that is not part of the format is ignored."""
     text = HEADER.replace("token", "seed,token").replace("layer", " layer ") + (
