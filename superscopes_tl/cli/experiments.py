@@ -147,7 +147,9 @@ def evaluate(
     config = SECTIONS[check_choice("--section", section, SECTIONS)]
     settings = {**cells.settings(), "controls": parse_names(controls)}
     several = LISTS.get(prompts, ())
-    if prompts not in LISTS:
+    if several and (column or reference_column):
+        raise bad_value("--column", "a table as --prompts", prompts, "leave it out")
+    if not several:
         listed = read_prompts(Path(prompts), "--prompts", column, reference_column)
         several = listed.prompts
         # What is asked for on the command line wins over what the file says.

@@ -2,7 +2,8 @@
 
 1. A folder is resolved to one file (`find_file`): an SAELens release folder holds
    `sae_weights.safetensors`, one of sparsify (EleutherAI) `sae.safetensors`, one of Gemma Scope
-   `params.npz`; further files beside them, such as `sparsity.safetensors`, do not count.
+   `params.npz` (2: `params.safetensors`); further files, such as `sparsity.safetensors`, do not
+   count. A folder above a single one of them will do.
 2. `opened` gives a file's arrays by name, with their shapes; nothing else is read yet:
 
        .safetensors   any tensors
@@ -46,10 +47,10 @@ MAX_BYTES = 4 * 2**30
 """Limit on what is read at once, counted in float32, and on files that are read as a whole."""
 
 SAE_FILES = ("sae_weights.safetensors", "sae.safetensors", "params.npz", "params.safetensors")
-"""The weights of SAELens, sparsify and Gemma Scope, which are found in a folder."""
+"""The weights of SAELens, sparsify, Gemma Scope and Gemma Scope 2, which a folder may hold."""
 
-DECODER = "W_dec"
-"""The name of the decoder's rows, [d_sae d_model], in all three."""
+DECODER = "w_dec"
+"""The name of the decoder's rows, [d_sae d_model], in all of them, but for upper case."""
 
 DEEPEST, MOST_FOLDERS = 4, 10_000
 """How far below a folder weights are looked for, and in how many folders."""
@@ -165,7 +166,8 @@ def chosen(arrays: Arrays, name: str | None, file: Path) -> str:
     fit = [n for n, array in arrays.items() if array.fits]
     if name is None:
         stacks = [n for n in fit if arrays[n].labels and _members(n, fit) == len(fit) - 1]
-        for only in ([DECODER] if DECODER in fit else [], stacks, fit):
+        decoders = [n for n in fit if n.rpartition(".")[2].lower() == DECODER]
+        for only in (decoders, stacks, fit):
             if len(only) == 1:
                 return only[0]
     if name is None or name not in fit:

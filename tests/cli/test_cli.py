@@ -260,6 +260,9 @@ def test_a_table_of_facts_is_an_evaluation(tmp_path: Path, use: list[str]) -> No
     done = run(*command, "--column", "subjects")
     assert done.exit_code == 2
     assert "'prompt', 'subject', 'attribute'" in done.output
+    done = run("evaluate", *use, "--column", "subject", "--out", str(tmp_path / "other.sqlite"))
+    assert done.exit_code == 2
+    assert "--column" in done.output
 
 
 def test_an_evaluation_can_be_a_map_first_and_texts_later(tmp_path: Path, use: list[str]) -> None:

@@ -58,6 +58,23 @@ def test_rows_of_a_file_are_read_and_saved(
     assert "score" not in run.output
 
 
+def test_folders_and_layers_are_read_by_their_names(
+    llama: LanguageModel, tmp_path: Path, read_vector: Callable[..., Any]
+) -> None:
+    """The folder of an SAE gives rows of its decoder, a file of one vector per layer its layers."""
+    values = mlp_values(llama, 5)[:4].contiguous()
+    (tmp_path / "sae").mkdir()
+    parts = {"W_dec": values, "b_dec": values[0].clone()}
+    save_file(parts, tmp_path / "sae" / "sae_weights.safetensors")
+    run = read_vector(tmp_path / "sae", "--rows", "3,1", "--controls", "")
+    assert run.exit_code == 0, run.output
+    assert "W_dec 3" in run.output
+    torch.save({12: values[0], 3: values[1]}, tmp_path / "v.pt")
+    run = read_vector(tmp_path / "v.pt", "--controls", "")
+    assert run.exit_code == 0, run.output
+    assert run.output.index(" 3 ") < run.output.index(" 12 ")
+
+
 def test_a_score_is_shown_where_there_is_a_reference(
     file: Path, read_vector: Callable[..., Any]
 ) -> None:

@@ -73,6 +73,15 @@ def test_the_folder_of_an_sae_gives_its_decoder(
         assert vector_names(path, rows=[4, -6]) == ("W_dec 4", "W_dec 0")
 
 
+def test_the_decoder_may_be_written_otherwise(tmp_path: Path) -> None:
+    """Gemma Scope 2 writes w_dec; a checkpoint keeps it among others."""
+    save_file({name.lower(): v for name, v in SAE.items()}, tmp_path / "params.safetensors")
+    assert torch.equal(load_vectors(tmp_path, rows=[2]), DECODER[[2]])
+    torch.save({"step": 3, "sae": SAE}, tmp_path / "params.pt")
+    assert torch.equal(load_vectors(tmp_path / "params.pt"), DECODER)
+    assert vector_names(tmp_path / "params.pt", rows=[1]) == ("sae.W_dec 1",)
+
+
 @pytest.mark.parametrize("written", RELEASES)
 def test_several_layers_are_listed_in_their_order(
     written: Callable[[Path], Path], tmp_path: Path
