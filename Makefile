@@ -8,7 +8,9 @@
 # make bench     cells per second beside other ways, on a small random model
 # make picture   draw the README's pictures of one name anew
 # make results   measure the files in notebooks/results anew: hours; stop it, and it resumes
-# make figures   draw the README's pictures of results from the files in notebooks/results
+# make figures   draw all pictures of README and site anew
+# make docs      build the documentation into output/site, and check its links; no network is needed
+# make docstest  run the code of the documentation's pages, and look at the pages in a browser
 # make clean     remove what the above made
 
 PYTHON ?= python3
@@ -25,7 +27,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures docs docstest clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -34,7 +36,7 @@ demo: smollm2
 test: $(VENV)/ready $(VENV_TL4)/ready browser models
 	@started=$$(date +%s); set -x; \
 	$(MAKE) --no-print-directory check && \
-	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -n $(WORKERS) -m "not browser" && \
+	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -n $(WORKERS) -m "not browser and not docs" && \
 	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -m browser && \
 	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -n $(WORKERS) -m "transformer_lens and not browser" && \
 	$(OFFLINE) $(VENV_TL4)/bin/python $(PYTEST) -m "transformer_lens and browser" && \
@@ -70,20 +72,27 @@ app: $(VENV)/ready
 bench: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/python -m tests.benchmarks --size small
 
-picture: $(VENV)/ready
+picture: smollm2 browser
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
 
 results: models
 	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py $(RESULTS)
 
-figures: $(VENV)/ready browser
+figures: picture
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.result_figures
+
+# A broken link, a name without an entry or a file from another host fails.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(OFFLINE) $(VENV)/bin/python -m mkdocs build -f notebooks/docs/mkdocs.yml
+
+docstest: docs browser models
+	$(OFFLINE) $(VENV)/bin/python $(PYTEST) -m docs
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "superscopes_tl needs Python 3.11 or newer; got $$($(PYTHON) --version). Fix: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,cluster,bench,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[offline,notebook,app,cluster,bench,docs,dev]"
 	@touch $@
 
 $(VENV_TL4)/ready: pyproject.toml constraints.txt

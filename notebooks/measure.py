@@ -1,22 +1,35 @@
-"""Run the evaluations that notebooks and README show, and keep them as small run files.
+"""Measure what notebooks, README and the documentation show, and keep it as small files.
 
-    python notebooks/measure.py                    all of them: about three hours on two cores
-    python notebooks/measure.py smollm2_chat ...   some of them
+    python notebooks/measure.py                    all of it: about three hours on two cores
+    python notebooks/measure.py smollm2_chat ...   some of it
 
 1. Each evaluation grows in an SQLite file in `output/`: stop at any time, and call again to resume.
-2. When it is complete, its table is rounded and saved in `notebooks/results`.
+   When it is complete, its table is rounded and saved in `notebooks/results`.
+2. Each check is what `superscopes check` finds of a model, with the model's hash, as JSON.
+3. Each sweep of the gallery is a run file, from which the documentation draws its pages.
 
-Shares are computed with `precision="high"`; see `SweepConfig` for the error.
+Every file says in `measured` which command made it, and how long it took where it ran in one go.
+Shares of evaluations are computed with `precision="high"`; see `SweepConfig` for the error.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from superscopes_tl import DESCRIPTION_PROMPT, PAPER_PROMPTS, SweepResult, evaluate, load_model
+from superscopes_tl import (
+    DESCRIPTION_PROMPT,
+    PAPER_PROMPTS,
+    SweepResult,
+    evaluate,
+    load_model,
+    readability,
+    sweep,
+)
 from superscopes_tl.evaluation import ALL_NAMES, LONG_PROMPT, SECOND_LIST
 from superscopes_tl.experiment import SweepConfig
 
@@ -78,30 +91,100 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 
 
+CHECKS = {"smollm2_check": "smollm2", "gemma-3-270m_check": "gemma-3-270m"}
+
+Sweep = tuple[str, str, dict[str, Any]]
+OTHERS: dict[str, Any] = {"controls": "other_prompt", "others": 3}
+GALLERY: dict[str, Sweep] = {
+    "gallery_pink_floyd": (
+        "smollm2",
+        "Pink Floyd",
+        {"kinds": "resid_post", "alphas": (1, 2, 3), "generate": "best", **OTHERS},
+    ),
+    "gallery_einstein": (
+        "smollm2",
+        "Albert Einstein",
+        {
+            "kinds": ("mlp_out", "resid_post"), "alphas": (1, 2, 3, 6, 9, 15), "target_layer": 0,
+            "chat": True, "source_template": "Tell me about {}", "max_new_tokens": 12,
+            "generate": "best", **OTHERS,
+        },
+    ),
+    "gallery_targets": (
+        "smollm2",
+        "Marie Curie",
+        {
+            "kinds": "resid_post", "alphas": 1, "layers": range(0, 30, 3),
+            "target_layer": range(0, 30, 3), **OTHERS,
+        },
+    ),
+    "gallery_gemma": (
+        "gemma-3-270m",
+        "Marie Curie",
+        {"kinds": ("mlp_out", "resid_post"), "alphas": (1, 3, 9), "generate": "best", **OTHERS},
+    ),
+}  # fmt: skip
+
+
 def main() -> None:
-    """Run the evaluations that the command line names."""
+    """Measure what the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *EVALUATIONS], metavar="NAME")
+    every = [*EVALUATIONS, *CHECKS, *GALLERY]
+    parser.add_argument("names", nargs="*", choices=[[], *every], metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("output"), help="of the SQLite files")
     parser.add_argument("--runs", type=int, help="only so many of each evaluation's parts")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    for name in given.names or EVALUATIONS:
-        model, prompts, runs = EVALUATIONS[name]
-        path = given.folder / f"{name}.sqlite"
-        loaded = load_model(model, backend="bridge")
-        for run in runs[: given.runs]:
-            found = evaluate(loaded, prompts, path, BASE, draws=0, **run)
-        save(found, Path(__file__).parent / "results" / f"{name}.zip")
+    for name in given.names or every:
+        if name in CHECKS:
+            check(name)
+        elif name in GALLERY:
+            model, prompt, settings = GALLERY[name]
+            started = time.monotonic()
+            found = sweep(load_model(model, backend="bridge"), prompt, **settings)
+            save(found, name, seconds=time.monotonic() - started)
+        else:
+            evaluated(name, given.folder / f"{name}.sqlite", given.runs)
 
 
-def save(found: SweepResult, path: Path) -> None:
+def evaluated(name: str, path: Path, parts: int | None) -> None:
+    """Run or resume an evaluation, and save it when it is complete."""
+    model, prompts, runs = EVALUATIONS[name]
+    started, resumed = time.monotonic(), path.exists()
+    loaded = load_model(model, backend="bridge")
+    for run in runs[:parts]:
+        found = evaluate(loaded, prompts, path, BASE, draws=0, **run)
+    save(found, name, seconds=None if resumed else time.monotonic() - started)
+
+
+def check(name: str) -> None:
+    """Find out how a model can be read, and keep that with what the model is."""
+    started = time.monotonic()
+    model = load_model(CHECKS[name], backend="bridge")
+    found = readability(model).to_json()
+    made = {**measured(name, time.monotonic() - started), "model": model.provenance()}
+    _path(f"{name}.json").write_text(json.dumps({**made, "check": found}, indent=1), "utf-8")
+
+
+def measured(name: str, seconds: float | None) -> dict[str, Any]:
+    """Return how a file was made."""
+    took = None if seconds is None else round(seconds)
+    return {"measured": {"command": f"make results RESULTS={name}", "seconds": took}}
+
+
+def save(found: SweepResult, name: str, *, seconds: float | None) -> None:
     """Save a table with its numbers rounded: four digits are far below its intervals."""
-    path.parent.mkdir(exist_ok=True)
     table = found.table.copy()
     numbers = table.select_dtypes("float").columns.difference(["alpha"])
     table[numbers] = table[numbers].round(4)
-    SweepResult(table, found.provenance).save(path)
+    made = {**found.provenance, **measured(name, seconds)}
+    SweepResult(table, made).save(_path(f"{name}.zip"))
+
+
+def _path(name: str) -> Path:
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    return folder / name
 
 
 if __name__ == "__main__":

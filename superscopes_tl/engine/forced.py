@@ -52,6 +52,7 @@ GROWN, MOST_GROWN = 3, 2**13
 no more positions than this, since progress and cancelling wait for it."""
 
 Precision = Literal["highest", "high"]
+"""What matrix products are computed in: see `SweepConfig.precision`."""
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -41,6 +41,7 @@ MLP_OUTPUTS = SweepConfig(layers=range(1, 8), kinds="mlp_out", target_layer="sam
 """Section 4.1: MLP outputs of layers 1 to 7, patched into the same layer; the default."""
 
 FINE_ALPHAS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15)
+"""Fifteen α, for `HIDDEN_STATES`."""
 
 HIDDEN_STATES = SweepConfig(
     kinds="resid_post", alphas=FINE_ALPHAS, target_layer="same", score_on="text"

@@ -46,14 +46,17 @@ from superscopes_tl.scores import OwnWords, above_others, no_scores, words_of
 from superscopes_tl.statistics import bootstrap
 
 SHORT_PROMPT = TargetPrompt("Syria: Country in the Middle East, x")
+"""A target prompt with one example."""
 LONG_PROMPT = TargetPrompt(
     DESCRIPTION_PROMPT.text.removesuffix("x")
     + "Oxygen: Chemical element with the symbol O, Guernica: Painting by Pablo Picasso, x"
 )
+"""The paper's target prompt with two more examples, of other kinds."""
 SENTENCE = "Tell me about {}"
 """A source template in which the first token of a name is no attention sink."""
 
 NAMES = MANY_KINDS[:12]
+"""The dozen names of many kinds that `readability` asks about."""
 SCREENED_NAMES = 3
 SCREENED_LAYERS = 5
 MEASURED_LAYERS = 9

@@ -32,6 +32,7 @@ TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
 ScoreOn = Literal["description", "text"]
 ScoreAgainst = Literal["prompt", "own words"]
 Generate = Literal["all", "best", "none"]
+"""Which cells get a text: see `SweepConfig.generate`."""
 Unit = Literal["vector", "residual"]
 Guide = Literal["vector", "logits"]
 

@@ -32,6 +32,7 @@ from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
 from superscopes_tl.vectors import PAPER_MAPPING
 
 By: TypeAlias = Literal["score", "recovered"]
+"""The number that ranks the cells of a site."""
 Reads: TypeAlias = Callable[[str, str], bool]
 """Judges whether a description reads its entity, from the source prompt and the description."""
 

@@ -119,7 +119,9 @@ class Reading:
 
 
 COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
+"""The columns of every table of readings; `Reading` says what each holds."""
 TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
+"""The type of each column of `COLUMNS`, by its name."""
 SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
 """The columns that name a site and where it is patched; the cells of a site differ in α."""
 

@@ -30,6 +30,7 @@ escape = partial(html.escape, quote=False)
 """Makes any text safe in a figure, where quotation marks need no escape."""
 
 COLOR_SCALE = "cividis"
+"""The colours of every map: cividis, even in lightness, with and without colour vision."""
 METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's colours, distinguishable with and without colour vision."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
@@ -53,6 +54,7 @@ MARKS: Mapping[str, tuple[str, str]] = {
 
 HOVER = "%{customdata}<extra></extra>"
 NO_CELL = "not computed"
+"""The name of the mark of cells that were not computed."""
 
 Row = dict[Any, Any]
 T = TypeVar("T")

@@ -87,6 +87,7 @@ def decomposition(
 
 
 figure_1 = decomposition
+"""The paper's Figure 1: `decomposition` under the paper's number."""
 
 
 def best_table(

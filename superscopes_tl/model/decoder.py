@@ -30,6 +30,7 @@ from superscopes_tl.model.prefix_cache import Prefix, RowBuffer, SharedPrefix
 from superscopes_tl.model.sites import hook_name
 
 Hook = Callable[..., Tensor | None]
+"""Called with an activation and its hook point; what it returns, if anything, replaces it."""
 
 
 class Decoder(Protocol):

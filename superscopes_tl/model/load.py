@@ -51,6 +51,7 @@ from superscopes_tl.weights import (
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
+"""What `load_model()` loads: SmolLM2-135M-Instruct, after `superscopes fetch smollm2`."""
 
 Backend = Literal["auto", "hooked", "bridge"]
 

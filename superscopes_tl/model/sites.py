@@ -23,6 +23,7 @@ from typing import Literal, get_args
 from superscopes_tl.errors import bad_type, bad_value
 
 HookKind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+"""A kind of activation: where in a block a vector is read."""
 
 KINDS: tuple[HookKind, ...] = get_args(HookKind)
 """All kinds, in the order in which a block computes them."""

@@ -45,6 +45,7 @@ Lens: TypeAlias = Callable[
 """Translates the vectors of some sites before they are unembedded."""
 
 LOGIT_LENS = "logit lens"
+"""The name of the logit lens in tables (nostalgebraist, 2020)."""
 SEED = 0
 """Selects the random directions."""
 

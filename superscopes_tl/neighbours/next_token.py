@@ -33,6 +33,7 @@ from superscopes_tl.scores import no_scores
 from superscopes_tl.statistics import bootstrap
 
 PATCHED = "patched"
+"""The name, in the column `method`, of predictions by the patched prompt."""
 CELL = ["method", "kind", "source_layer", "target_layer", "alpha"]
 """The columns that name what a summary averages over tokens and prompts."""
 

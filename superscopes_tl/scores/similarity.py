@@ -28,6 +28,7 @@ from jaxtyping import Float
 from superscopes_tl.errors import bad_value, check_callable
 
 PAPER_SCORER = "sentence-transformers/all-MiniLM-L6-v2"
+"""The paper's scorer: the cosine similarity of its sentence embeddings (section 4.1)."""
 PAPER_THRESHOLD = 0.3
 """The cosine similarity from which the paper calls a reading successful (section 4.1)."""
 

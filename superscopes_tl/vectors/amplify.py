@@ -45,7 +45,9 @@ from superscopes_tl.model import LanguageModel, tokenize
 from superscopes_tl.vectors.sources import Places, SourceRun
 
 MappingFunction: TypeAlias = Callable[[Float[Tensor, "... d_model"]], Float[Tensor, "... d_model"]]
+"""f(v): a mapping of vectors, applied before they are patched."""
 MappingFamily: TypeAlias = Callable[[float], MappingFunction]
+"""Returns the mapping function f(v) of an amplifier α (section 3.4)."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ python -m tests.support.notebooks [01_quickstart ...]     (needs a Chromium or C
 1. Every cell is executed in a fresh kernel; an error ends the run and leaves the file as it was.
 2. Each plotly figure gets a PNG beside its JSON, drawn by plotly.js in the browser; JSON above
    `LARGEST_JSON` goes, the PNG remains.
-3. What differs between two runs without meaning anything goes: times, widget states, progress
-   bars, addresses, random ids.
+3. What differs between two runs without meaning anything goes: times of cells, widget states,
+   progress bars, addresses, random ids. The metadata keep the seconds of the whole run.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def main() -> None:
             execute(notebook, timeout=TIMEOUT)
             with drawing() as draw:
                 tidy(notebook, draw)
+            seconds = time.monotonic() - started
+            notebook.metadata["superscopes_tl"] = {"seconds": round(seconds)}
             nbformat.write(notebook, path)
-            size = path.stat().st_size
-            print(f"{path.stem}: {time.monotonic() - started:.0f} s, {size / 1000:.0f} kB")
+            print(f"{path.stem}: {seconds:.0f} s, {path.stat().st_size / 1000:.0f} kB")
 
 
 def execute(notebook: Any, *, timeout: int) -> None:

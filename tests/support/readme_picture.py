@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from superscopes_tl import heatmap, load_model, sweep
+from superscopes_tl.model import DEFAULT_MODEL
 from tests.support.browser import (
     BROWSERS,
     browser_path,
@@ -20,8 +24,8 @@ from tests.support.browser import (
     run_all,
     wait_for_state,
 )
+from tests.support.pictures import IMAGES, record
 
-IMAGES = Path(__file__).parent.parent.parent / "notebooks" / "images"
 PROMPT = "Albert Einstein"
 SHOW = f"""\
 from superscopes_tl import Explorer, load_model
@@ -43,12 +47,19 @@ def main() -> None:
     if browser_path() is None:
         sys.exit(f"browser: expected one of {BROWSERS} on the PATH, got none. Fix: install one.")
     with sync_playwright() as playwright:
-        draw_heatmap(playwright)
+        _drawn("heatmap", partial(draw_heatmap, playwright))
         for theme, width, name in EXPLORERS:
-            draw_explorer(playwright, theme, width, IMAGES / f"{name}.png")
+            _drawn(name, partial(draw_explorer, playwright, theme, width))
 
 
-def draw_heatmap(playwright: Any) -> None:
+def _drawn(name: str, draw: Callable[[Path], None]) -> None:
+    started, path = time.monotonic(), IMAGES / f"{name}.png"
+    draw(path)
+    seconds, source = time.monotonic() - started, f"{DEFAULT_MODEL} reads {PROMPT!r}"
+    record(path, command="make picture", seconds=seconds, source=source)
+
+
+def draw_heatmap(playwright: Any, path: Path) -> None:
     """The figure that `heatmap` returns."""
     result = sweep(
         load_model(backend="bridge", device="cpu"),
@@ -71,8 +82,7 @@ def draw_heatmap(playwright: Any) -> None:
         figure.write_html(target, config={"displayModeBar": False})
         page.goto(target.as_uri())
         page.wait_for_selector(".heatmaplayer image")
-        page.screenshot(path=IMAGES / "heatmap.png")
-    print(IMAGES / "heatmap.png")
+        page.screenshot(path=path)
 
 
 def draw_explorer(playwright: Any, theme: str, width: int, target: Path) -> None:
@@ -86,7 +96,6 @@ def draw_explorer(playwright: Any, theme: str, width: int, target: Path) -> None
         page.mouse.move(2, 2)
         page.wait_for_timeout(1500)  # a picture, not a test: let transitions end
         page.locator(".ssx").screenshot(path=target)
-    print(target)
 
 
 if __name__ == "__main__":

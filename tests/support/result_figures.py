@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from pathlib import Path
+import time
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -22,8 +22,9 @@ from superscopes_tl.figures.grid import interval
 from superscopes_tl.figures.shares import CURVES
 from superscopes_tl.statistics import layer_shares
 from tests.support.notebooks import FOLDER, drawing
+from tests.support.pictures import IMAGES, record
 
-IMAGES, RESULTS = FOLDER / "images", FOLDER / "results"
+RESULTS = FOLDER / "results"
 MODELS = {"gemma-3-270m_paper": "Gemma-3-270M", "smollm2_paper": "SmolLM2-135M-Instruct"}
 LAYER, ALPHA = 8, 6.0
 """Of the claim, fixed before the names were read."""
@@ -86,11 +87,13 @@ def figures() -> dict[str, go.Figure]:
 
 def main() -> None:
     """Draw them."""
+    started = time.monotonic()
     with drawing() as draw:
         for name, figure in figures().items():
-            path = Path(IMAGES / f"{name}.png")
+            path = IMAGES / f"{name}.png"
             path.write_bytes(base64.b64decode(draw(json.loads(figure.to_json()))))
-            print(path)
+            seconds, started = time.monotonic() - started, time.monotonic()
+            record(path, command="make figures", seconds=seconds, source="the stored results")
 
 
 if __name__ == "__main__":
