@@ -162,7 +162,11 @@ def check(name: str) -> None:
     started = time.monotonic()
     model = load_model(CHECKS[name], backend="bridge")
     found = readability(model).to_json()
-    made = {**measured(name, time.monotonic() - started), "model": model.provenance()}
+    made = {
+        **measured(name, time.monotonic() - started),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "model": model.provenance(),
+    }
     _path(f"{name}.json").write_text(json.dumps({**made, "check": found}, indent=1), "utf-8")
 
 

@@ -1,6 +1,8 @@
 """Run the code of the documentation's pages, and keep what it prints beside it.
 
-python -m tests.support.questions [first real ...]     writes the outputs anew; models are needed
+python -m tests.support.questions [first real ...]     writes the outputs that are not there
+
+Delete an output to have it written anew; models are needed.
 
 1. Every block of `python` of a page runs by itself, in a folder of its own, as a reader would run
    it, but for models, which are loaded once.
@@ -69,6 +71,8 @@ def _inside(folder: str) -> Iterator[None]:
 
 
 def _rerun(match: re.Match[str]) -> str:
+    if match[2] is not None:
+        return match[0]
     started = time.monotonic()
     shown = printed(match[1])
     print(f"{time.monotonic() - started:.1f} s\n{shown}", flush=True)
@@ -76,7 +80,7 @@ def _rerun(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """Write the outputs of the pages that are named, or of all."""
+    """Write the outputs that are missing from the pages that are named, or from all."""
     for path in sorted(PAGES.glob("*.md")):
         if len(sys.argv) < 2 or path.stem in sys.argv[1:]:
             print(path.stem, flush=True)
