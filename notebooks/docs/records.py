@@ -223,6 +223,8 @@ def _made(record: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
