@@ -18,7 +18,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -64,8 +64,12 @@ class Decoder(Protocol):
     ) -> Float[Tensor, "batch last vocab"]:
         """Append `tokens` to `cache` and return the logits after each of the `last` ones."""
 
-    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+    def unembed(
+        self, residual: Float[Tensor, "... d_model"], tokens: Int[Tensor, " vocab"] | None = None
+    ) -> Float[Tensor, "... vocab"]:
         """Return the logits of block outputs (final norm, W_U, b_U, soft cap) in float32.
+
+        Those of all tokens of the vocabulary, or of some alone.
 
         Raises:
             ValueError: these do not make the model's logits.
@@ -119,19 +123,26 @@ class HookedDecoder:
     ) -> Float[Tensor, "batch last vocab"]:
         return self.unembed(self._run(tokens, cache)[:, -last:])
 
-    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        (logits,) = self.unembed_parts(residual, self._tl.unembed.W_U.shape[1])
+    def unembed(
+        self, residual: Float[Tensor, "... d_model"], tokens: Int[Tensor, " vocab"] | None = None
+    ) -> Float[Tensor, "... vocab"]:
+        (logits,) = self._unembed(residual, [slice(None) if tokens is None else tokens])
         return logits
 
     def unembed_parts(
         self, residual: Float[Tensor, "... d_model"], size: int
+    ) -> Iterator[Float[Tensor, "... part"]]:
+        return self._unembed(residual, _parts(self._tl.unembed.W_U.shape[1], size))
+
+    def _unembed(
+        self, residual: Float[Tensor, "... d_model"], parts: Iterable[slice | Tensor]
     ) -> Iterator[Float[Tensor, "... part"]]:
         cfg, last = self._tl.cfg, self._tl.unembed
         residual = residual.to(last.W_U)
         if cfg.normalization_type is not None:
             residual = self._tl.ln_final(residual)
         cap = cfg.output_logits_soft_cap
-        for part in _parts(last.W_U.shape[1], size):
+        for part in parts:
             logits: Tensor = _biased(residual @ last.W_U[:, part], last.b_U[part])
             if cap is not None and cap > 0:
                 logits = cap * torch.tanh(logits / cap)
@@ -280,24 +291,30 @@ class BridgeDecoder:
         """Look, before a batch, whether the bridge is as it was."""
         self._unchanged = self._plain is not None and state_of(self._tl)[1:] == self._state[1:]
 
-    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        tl = self._tl
+    def unembed(
+        self, residual: Float[Tensor, "... d_model"], tokens: Int[Tensor, " vocab"] | None = None
+    ) -> Float[Tensor, "... vocab"]:
         if not self.unembeds:
             expected = "one with logits made by a final norm and W_U of the last block's output"
             fix = "read this model by patching, or use another one for its logits"
-            raise bad_value("model", expected, type(tl.original_model).__name__, fix)
-        (logits,) = self.unembed_parts(residual, tl.unembed.W_U.shape[1])
+            raise bad_value("model", expected, type(self._tl.original_model).__name__, fix)
+        (logits,) = self._unembed(residual, [slice(None) if tokens is None else tokens])
         return logits
 
     def unembed_parts(
         self, residual: Float[Tensor, "... d_model"], size: int
+    ) -> Iterator[Float[Tensor, "... part"]]:
+        return self._unembed(residual, _parts(self._tl.unembed.W_U.shape[1], size))
+
+    def _unembed(
+        self, residual: Float[Tensor, "... d_model"], parts: Iterable[slice | Tensor]
     ) -> Iterator[Float[Tensor, "... part"]]:
         tl, last = self._tl, self._tl.unembed
         residual = residual.to(last.W_U)
         rows = residual if residual.ndim > 2 else residual[None]  # as the model's own passes do
         normed = tl.ln_final(rows).view_as(residual)
         whole = last(normed) if user_hooks(last.modules()) else None
-        for part in _parts(last.W_U.shape[1], size):
+        for part in parts:
             if whole is not None:
                 logits = whole[..., part]
             else:
@@ -369,6 +386,27 @@ def first_block_input(tl: Any, run: Callable[[], Any]) -> Float[Tensor, "batch p
     with hooked(tl, [(hook_name("resid_pre", 0), stop)]), contextlib.suppress(_StopError):
         run()
     return found[0]
+
+
+def linked(
+    tl: Any, run: Callable[[], Any], names: Sequence[str]
+) -> list[Float[Tensor, "batch pos d_model"]]:
+    """Return the activations of a forward pass at the named hook points, linked for gradients.
+
+    The one computed first is a leaf, so that gradients end there; the pass ends at the last one.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, value: Tensor, hook: object) -> Tensor:
+        found[name] = value if found else value.detach().requires_grad_()
+        if len(found) == len(names):
+            raise _StopError
+        return found[name]
+
+    hooks = [(name, partial(note, name)) for name in names]
+    with torch.enable_grad(), hooked(tl, hooks), contextlib.suppress(_StopError):
+        run()
+    return [found[name] for name in names]
 
 
 def _biased(logits: Tensor, bias: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
-from superscopes_tl.model.decoder import Decoder, Hook, hooked
+from superscopes_tl.model.decoder import Decoder, Hook, hooked, linked
 from superscopes_tl.model.sites import KINDS, HookKind
 from superscopes_tl.model.verification import Verified
 
@@ -158,6 +158,16 @@ class LanguageModel:
                 tokens, names_filter=list(names), return_cache_object=False
             )
         return {name: cache[name] for name in names}
+
+    def linked_activations(
+        self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
+    ) -> list[Tensor]:
+        """Run `tokens` as far as the named hook points, and return activations with gradients.
+
+        `torch.autograd.grad` of a later one reaches back to the one computed first.
+        """
+        with self.lock:
+            return linked(self.tl, lambda: self.tl(tokens), names)
 
     def provenance(self) -> dict[str, Any]:
         """Return everything needed to reproduce the model, as plain data."""

@@ -11,6 +11,8 @@ from superscopes_tl.neighbours.causal import (
     causal_effects,
     causal_trace,
 )
+from superscopes_tl.neighbours.first_tokens import LensRecovery, content_token, lens_recovery
+from superscopes_tl.neighbours.jacobian_lens import JacobianLens, fit_jacobian_lens
 from superscopes_tl.neighbours.knowledge import Mixture, flip_point, mixture, whose_knowledge
 from superscopes_tl.neighbours.lenses import (
     LENSES,
@@ -33,7 +35,9 @@ __all__ = [
     "NEIGHBOURS",
     "PATCHED",
     "Amplified",
+    "JacobianLens",
     "Lens",
+    "LensRecovery",
     "Mixture",
     "NextTokens",
     "Noise",
@@ -46,9 +50,12 @@ __all__ = [
     "beside",
     "causal_effects",
     "causal_trace",
+    "content_token",
+    "fit_jacobian_lens",
     "flip_point",
     "lens_kl",
     "lens_label",
+    "lens_recovery",
     "lens_table",
     "logit_lens",
     "mixture",

@@ -3,7 +3,9 @@
 1. The *logit lens* (nostalgebraist, 2020, "interpreting GPT: the logit lens") treats a vector as
    the last block's output: final norm, W_U, softmax. It predicts tokens and generates no text.
 2. A `Lens` translates vectors before they are unembedded: the logit lens is the identity, a
-   `TunedLens` maps them to the last block's output.
+   `TunedLens` and a `JacobianLens` map them to the last block's output, each block by its own
+   matrix (`rows_of_blocks`). Such a lens is kept in a safetensors file with the fingerprint of the
+   model's weights, without which its matrices mean nothing (`write_lens`, `read_lens`).
 3. `lens_table` reads all sites of a prompt through several lenses in one batch; `lens_kl` measures
    over texts how far a lens is from the model's final prediction.
 4. The control of both is the same lens on a random direction of equal norm.
@@ -13,7 +15,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -24,6 +29,7 @@ from torch import Tensor
 
 from superscopes_tl.engine import site_vectors
 from superscopes_tl.errors import bad_type, bad_value, check_count
+from superscopes_tl.files import reading, write_tensors
 from superscopes_tl.model import (
     HookKind,
     LanguageModel,
@@ -34,7 +40,7 @@ from superscopes_tl.model import (
     load_model,
     tokenize,
 )
-from superscopes_tl.vectors import RandomDirection
+from superscopes_tl.vectors import Arrays, RandomDirection
 
 Place: TypeAlias = tuple[HookKind, int]
 """A kind and a layer."""
@@ -89,11 +95,12 @@ def logit_lens(
         )  # fmt: skip
     rows = vectors.reshape(-1, model.d_model)
     with model.lock, torch.no_grad():
-        likely = [model.decoder.unembed(part).log_softmax(dim=-1).cpu() for part in _parts(rows)]
+        likely = [model.decoder.unembed(part).log_softmax(dim=-1).cpu() for part in parts_of(rows)]
     return torch.cat(likely).reshape(*vectors.shape[:-1], -1)
 
 
-def _parts(rows: Float[Tensor, "rows d_model"]) -> list[Float[Tensor, "part d_model"]]:
+def parts_of(rows: Float[Tensor, "rows d_model"]) -> list[Float[Tensor, "part d_model"]]:
+    """Return rows in parts of `_ROWS`, at least one."""
     return [rows[start : start + _ROWS] for start in range(0, max(1, len(rows)), _ROWS)]
 
 
@@ -145,7 +152,7 @@ def lens_table(
     tokens = tokenize(model, prompt, chat=chat) if isinstance(prompt, str) else prompt
     vectors = site_vectors(model, tokens, places)
     rows = []
-    for name, random, moved in _through(model, lenses, vectors, places, control):
+    for name, random, moved in through(model, lenses, vectors, places, control):
         likely = logit_lens(model, moved)
         top = likely.topk(min(top_k, likely.shape[-1]), dim=-1)
         for site, values, ids in zip(
@@ -154,14 +161,14 @@ def lens_table(
             position = site.position % len(tokens)
             place = (tokens.text, position, tokens.labels[position], site.kind)
             for rank, (probability, token_id) in enumerate(zip(values, ids, strict=True), start=1):
-                top_token = _token_text(model, token_id)
+                top_token = token_text(model, token_id)
                 found = (name, random, rank, top_token, token_id, probability)
                 rows.append((*place, site.layer % model.n_layers, *found))
     columns = ["prompt", "position", "token", "kind", "source_layer", "lens", "control", "rank"]
     return pd.DataFrame(rows, columns=[*columns, "top_token", "top_token_id", "probability"])
 
 
-def _through(
+def through(
     model: LanguageModel,
     lenses: Mapping[str, Lens],
     vectors: Float[Tensor, "sites d_model"],
@@ -183,7 +190,7 @@ def lens_label(lens: str, control: bool) -> str:
     return f"{lens}, random direction" if control else lens
 
 
-def _token_text(model: LanguageModel, token_id: int) -> str:
+def token_text(model: LanguageModel, token_id: int) -> str:
     """Return a token's text with its leading space, which some tokenizers drop on decoding."""
     text = str(model.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
     piece = model.tokenizer.convert_ids_to_tokens(token_id) or ""
@@ -228,10 +235,10 @@ def lens_kl(
     for kind, layer in places:
         vectors = states[kind, layer].float()
         sites = [Site(kind, layer, 0)] * len(vectors)
-        for name, random, moved in _through(model, lenses, vectors, sites, control):
+        for name, random, moved in through(model, lenses, vectors, sites, control):
             total = sum(
                 float(divergence(logit_lens(model, final), logit_lens(model, part)).sum())
-                for final, part in zip(_parts(states[last]), _parts(moved), strict=True)
+                for final, part in zip(parts_of(states[last]), parts_of(moved), strict=True)
             )
             rows.append((name, random, kind, layer, total / len(vectors), len(vectors)))
     table = pd.DataFrame(rows, columns=["lens", "control", "kind", "source_layer", "kl", "tokens"])
@@ -272,3 +279,115 @@ def token_states(
                 states = found[name][:, batch[0].prefix :]
                 seen[place].append(states.reshape(-1, model.d_model).cpu().clone())
     return {place: torch.cat(states) for place, states in seen.items()}
+
+
+def state_time(bar: Any, name: str, seconds: float) -> None:
+    """Say in a progress bar, after its first step, how long all of its steps take."""
+    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    bar.set_description(f"{name}, about {shown}")
+
+
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+"""States of the residual stream; all other kinds are added to it."""
+
+
+def rows_of_blocks(sites: Sequence[Site], n_layers: int) -> dict[int, list[int]]:
+    """Return the rows of each block whose output they are, or are a part of.
+
+    `resid_pre` of block l is the output of block l - 1; the embedding is -1. `attn_out`,
+    `resid_mid` and `mlp_out` belong to their own block: a linear map of its output then maps the
+    terms of resid_post = resid_mid + mlp_out so that their sum stays the same.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, site in enumerate(sites):
+        rows.setdefault(site.layer % n_layers - (site.kind == "resid_pre"), []).append(row)
+    return rows
+
+
+def check_weights(
+    model: LanguageModel, about: str, fingerprint: str, argument: str, fix: str
+) -> None:
+    """Raise a `ValueError` unless a lens of the model `about` belongs to these weights."""
+    if fingerprint != model.fingerprint:
+        expected = f"a lens of {model.name} (weights {model.fingerprint})"
+        raise bad_value(argument, expected, f"one of {about} (weights {fingerprint})", fix)
+
+
+def write_lens(
+    path: str | os.PathLike[str], format_: str, lens: Any, tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write a lens with `model`, `fingerprint` and `training`, atomically; return the path."""
+    target = Path(path)
+    header = {"format": format_, "model": lens.model, "fingerprint": lens.fingerprint}
+    header["training"] = json.dumps(dict(lens.training))
+    write_tensors(target, tensors, header)
+    return target
+
+
+def read_lens(
+    path: str | os.PathLike[str],
+    format_: str,
+    model: LanguageModel,
+    shapes: Callable[[list[str]], Mapping[str, tuple[int, ...]]],
+    fix: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_lens` wrote, for the model that it belongs to.
+
+    Args:
+        path: the file.
+        format_: the format that it must have.
+        model: no tensor is read if the file belongs to another one.
+        shapes: from the names in the file to the tensors that must be there, with their shapes.
+        fix: how to get such a file.
+
+    Returns:
+        The settings of the training, and the tensors: finite, in float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RunFileError: no such lens, or a corrupt one.
+        ValueError: a lens of another model.
+    """
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    with (
+        reading(path, f"a {format_} in a safetensors file", fix),
+        safe_open(path, framework="pt") as file,
+    ):
+        header, names = file.metadata() or {}, sorted(file.keys())
+        if header.get("format") != format_:
+            raise ValueError(f"format {header.get('format')!r}, tensors {names}")
+        about, fingerprint = header["model"], header["fingerprint"]
+        training = json.loads(header["training"])
+        if not isinstance(training, dict):
+            raise TypeError(f"training {training!r}")
+        if fingerprint == model.fingerprint:
+            wanted = shapes(names)
+            if sorted(wanted) != names:
+                raise ValueError(f"tensors {names}")
+            tensors = {name: _numbers(file, name, shape) for name, shape in wanted.items()}
+    check_weights(model, about, fingerprint, "path", fix)
+    return training, tensors
+
+
+def _numbers(file: Any, name: str, expected: tuple[int, ...]) -> Tensor:
+    """Return a finite float32 tensor of an open file, of the expected shape."""
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != expected:
+        raise ValueError(f"{name} of shape {shape}, where the model has {expected}")
+    numbers: Tensor = file.get_tensor(name)
+    if numbers.dtype != torch.float32 or not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} that are not finite float32 numbers")
+    return numbers
+
+
+def numbers_of(arrays: Arrays, name: str, like: Tensor) -> Tensor:
+    """Return a finite array of an open file of another package, in float32, shaped as `like`."""
+    if name not in arrays or arrays[name].shape != tuple(like.shape):
+        shown = arrays[name].shape if name in arrays else "not there"
+        raise ValueError(f"{name} {shown}, where the model has {tuple(like.shape)}")
+    numbers = arrays[name].take(None).float()
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} that is not finite")
+    return numbers

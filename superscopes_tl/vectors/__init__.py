@@ -19,6 +19,7 @@ from superscopes_tl.vectors.amplify import (
     random_direction,
     stable_hash,
 )
+from superscopes_tl.vectors.formats import Arrays, opened
 from superscopes_tl.vectors.sources import (
     Accumulated,
     Head,
@@ -44,6 +45,7 @@ __all__ = [
     "Accumulated",
     "Add",
     "AffineMap",
+    "Arrays",
     "AtLayers",
     "Both",
     "Head",
@@ -70,6 +72,7 @@ __all__ = [
     "load_vectors",
     "mlp_keys",
     "mlp_values",
+    "opened",
     "random_direction",
     "save_maps",
     "stable_hash",

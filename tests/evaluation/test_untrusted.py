@@ -25,7 +25,7 @@ from superscopes_tl import LanguageModel, SweepResult, files
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.experiment import Cell, EvaluationFile
 from superscopes_tl.explorer.cell import code_for
-from superscopes_tl.neighbours import TunedLens
+from superscopes_tl.neighbours import JacobianLens, TunedLens
 from superscopes_tl.statistics import read_recording
 from superscopes_tl.vectors import load_maps, load_vectors
 from tests.experiment.test_results import LADDER, header, rewritten
@@ -239,6 +239,8 @@ LOADERS: dict[str, Callable[..., Any]] = {
     "run.sqlite": lambda path, model: SweepResult.load(path),
     "maps.safetensors": lambda path, model: load_maps(path),
     "lens.safetensors": TunedLens.load,
+    "jacobian.safetensors": JacobianLens.load,
+    "jacobian.pt": JacobianLens.load,
     "vectors.safetensors": lambda path, model: load_vectors(path),
     "vectors.npy": lambda path, model: load_vectors(path),
     "recording.csv": lambda path, model: read_recording(path),

@@ -23,7 +23,7 @@ from superscopes_tl import (
 )
 from superscopes_tl.experiment import Cell, make_control, make_patches
 from superscopes_tl.explorer.cell import code_for, ladder, probe, reading_at
-from superscopes_tl.neighbours import LENSES, TunedLens, lens_label, lens_table
+from superscopes_tl.neighbours import LENSES, JacobianLens, TunedLens, lens_label, lens_table
 from superscopes_tl.vectors import RandomDirection, Scale
 from tests.explorer.conftest import PROMPT, WAIT, finished
 from tests.model.test_chat import TEMPLATES, with_template
@@ -80,7 +80,9 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
     model: LanguageModel, config: SweepConfig
 ) -> None:
     """Tokens and probabilities are the lens table's, at every α, each lens beside its control."""
-    lenses = {**LENSES, "tuned lens": TunedLens.untrained(model)}
+    eye = {layer: torch.eye(model.d_model) for layer in range(model.n_layers - 1)}
+    jacobian = JacobianLens(model.name, model.fingerprint, eye, {})
+    lenses = {**LENSES, "tuned lens": TunedLens.untrained(model), "Jacobian lens": jacobian}
     plan = plan_sweep(model, PROMPT, config)
     result = sweep(model, PROMPT, config, progress=False)
     first, second = (reading_at(result, Cell.of(result.table.iloc[row])) for row in (0, 1))

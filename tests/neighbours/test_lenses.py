@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from superscopes_tl.neighbours import (
     sites_of,
     train_tuned_lens,
 )
-from superscopes_tl.neighbours.tuned_lens import FORMAT
+from superscopes_tl.neighbours.tuned_lens import FORMAT, _losses, _sampled
 from tests.conftest import BACKENDS, tiny_model
 from tests.support.plain_hf import source_vectors
 from tests.support.tiny_models import ARCHITECTURES, tiny_hf, tiny_tokenizer
@@ -172,6 +173,9 @@ def test_the_control_is_a_random_vector_of_equal_norm(tiny: Tiny) -> None:
         (lambda m: lens_kl(m, []), ValueError, "texts: "),
         (lambda m: lens_kl(m, ["x", " "]), ValueError, "texts: "),
         (lambda m: train_tuned_lens(m, ["x"], steps=0), ValueError, "steps: "),
+        (lambda m: train_tuned_lens(m, ["x"], layers=5), ValueError, "layers: .*before the last"),
+        (lambda m: train_tuned_lens(m, ["x"], layers=6), ValueError, "layers: "),
+        (lambda m: train_tuned_lens(m, ["x"], vocabulary=9), ValueError, "vocabulary: "),
     ],
 )
 def test_bad_input_is_refused_with_its_name(
@@ -299,7 +303,7 @@ def test_training_finds_the_constant_that_later_blocks_add() -> None:
     model = idle_from(3, add=constant)
     exact = TunedLens.untrained(model)
     exact.biases[2] = constant
-    lens = train_tuned_lens(model, TEXTS, steps=300, learning_rate=1e-2, progress=False)
+    lens = train_tuned_lens(model, TEXTS, layers=2, steps=300, learning_rate=1e-2, progress=False)
     lenses = {**LENSES, "exact": exact, "tuned lens": lens}
     kl = lens_kl(model, TEXTS, lenses=lenses, layers=(2,), control=False).set_index("lens")["kl"]
     assert kl[LOGIT_LENS] > 0.05
@@ -331,6 +335,74 @@ def test_training_is_the_same_for_the_same_seed(tiny: Tiny) -> None:
     one, same, other = (train_tuned_lens(model, TEXTS, seed=s, **settings) for s in (1, 1, 2))
     assert torch.equal(one.matrices, same.matrices)
     assert not torch.equal(one.matrices, other.matrices)
+
+
+def test_only_the_chosen_layers_are_trained_and_time_is_stated(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other blocks keep the logit lens; the chosen ones learn what they learn beside the others."""
+    model = tiny("llama", "bridge")
+    settings: dict[str, Any] = {"steps": 5, "batch_size": 8}
+    some = train_tuned_lens(model, TEXTS, layers=[4, 2, 5], **settings)
+    assert "tuned lens, about 0 s" in capsys.readouterr().err
+    whole = train_tuned_lens(model, TEXTS, progress=False, **settings)
+    assert some.training["layers"] == [2, 4]
+    for layer in range(6):
+        expected = whole.matrices[layer] * (layer in (2, 4))
+        torch.testing.assert_close(some.matrices[layer], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_logits_of_some_tokens_are_those_of_all(backend: str, tiny: Tiny) -> None:
+    """Any tokens, in any order, with the soft cap."""
+    decoder = tiny("gemma2", backend).decoder
+    states = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(2))
+    tokens = torch.tensor([7, 300, 2])
+    with torch.no_grad():
+        got, whole = decoder.unembed(states, tokens), decoder.unembed(states)
+    torch.testing.assert_close(got, whole[..., tokens], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampled_vocabulary_estimates_the_whole_one(tiny: Tiny) -> None:
+    """The mean of the sampled loss over draws is near the exact loss, with and without top tokens.
+
+    Its normaliser is unbiased and its logarithm nearly so; a sample of all tokens is exact.
+    """
+    model = tiny("llama", "bridge")
+    draw = torch.Generator().manual_seed(4)
+    last, moved = torch.randn(9, 32, generator=draw), torch.randn(9, 2, 32, generator=draw)
+    with torch.no_grad():
+        exact = _losses(model, last, moved, None, draw)
+        every = _losses(model, last, moved, len(tiny_tokenizer()), draw)
+        drawn = torch.stack([_losses(model, last, moved, 128, draw) for _ in range(100)])
+    torch.testing.assert_close(every, exact)
+    assert drawn.std(dim=0).min() > 0
+    torch.testing.assert_close(drawn.mean(dim=0), exact, rtol=0.1, atol=0.02)
+
+
+def test_a_sample_holds_the_top_tokens_and_others_that_stand_for_the_rest() -> None:
+    """No token is there twice, and the weights add up to the vocabulary."""
+    draw = torch.Generator().manual_seed(0)
+    for count in (3, 60, 400):
+        top = torch.randperm(1000, generator=draw)[:count]
+        tokens, shift = _sampled(top, 1000, 64, draw)
+        assert len(tokens.unique()) == len(tokens) == max(64, count + 16)
+        assert set(tokens[:count].tolist()) == set(top.tolist())
+        assert shift[:count].abs().max() == 0
+        assert float(shift.exp().sum()) == pytest.approx(1000, rel=1e-4)
+
+
+def test_training_on_a_sampled_vocabulary_lowers_the_exact_divergence(tiny: Tiny) -> None:
+    """With 96 of 330 tokens a step, the divergence over all of them falls nearly as far."""
+    model = tiny("gemma2", BACKENDS[0])
+    settings: dict[str, Any] = {"steps": 60, "batch_size": 16, "progress": False, "layers": [2]}
+    lenses = {
+        **LENSES,
+        "exact": train_tuned_lens(model, TEXTS, vocabulary=None, **settings),
+        "sampled": train_tuned_lens(model, TEXTS, vocabulary=96, **settings),
+    }
+    kl = lens_kl(model, TEXTS, lenses=lenses, layers=2, control=False).set_index("lens")["kl"]
+    assert kl["sampled"] < 0.5 * (kl[LOGIT_LENS] + kl["exact"])
 
 
 def test_a_tuned_lens_survives_its_file(tiny: Tiny, tmp_path: Path) -> None:
@@ -397,3 +469,80 @@ def test_a_damaged_tuned_lens_is_refused(
     save_file({"matrices": good.matrices, "biases": good.biases} | parts, path, metadata=metadata)
     with pytest.raises(RunFileError, match="^path: "):
         TunedLens.load(path, model)
+
+
+def package_folder(folder: Path, *, layers: int = 6, width: int = 32, **config: Any) -> Path:
+    """Write a folder of the tuned-lens package with random translators."""
+    draw = torch.Generator().manual_seed(8)
+    stated = {"base_model_name_or_path": "tiny", "d_model": width, "num_hidden_layers": layers}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**stated, "bias": True, **config}))
+    parameters = {}
+    for i in range(layers):
+        parameters[f"{i}.weight"] = torch.randn(width, width, generator=draw)
+        parameters[f"{i}.bias"] = torch.randn(width, generator=draw)
+    torch.save(parameters, folder / "params.pt")
+    return folder
+
+
+def test_a_folder_of_the_tuned_lens_package_is_read_one_block_earlier(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Its translator i reads `hidden_states[i]` of Hugging Face: h + W·h + b."""
+    model, hf = tiny("llama", "bridge"), tiny_hf("llama")
+    folder = package_folder(tmp_path / "lens")
+    lens = TunedLens.load(folder, model)
+    assert lens.training == {"folder": "lens"}
+    parameters = torch.load(folder / "params.pt", weights_only=True)
+    tokens = tokenize(model, SOURCE)
+    with torch.no_grad():
+        hidden = hf(torch.tensor([tokens.ids]), output_hidden_states=True).hidden_states
+    found = capture(model, tokens, kinds="resid_post")
+    for layer in (4, 2, 0):
+        vectors = found["resid_post", layer]
+        torch.testing.assert_close(vectors, hidden[layer + 1][0], rtol=1e-3, atol=1e-3)
+        weight, bias = (parameters[f"{layer + 1}.{name}"] for name in ("weight", "bias"))
+        expected = vectors + vectors @ weight.T + bias
+        got = lens(model, vectors, [Site("resid_post", layer, 0)] * len(vectors))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    ends = [Site("resid_post", 5, -1), Site("resid_pre", 0, -1)]
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(lens(model, vectors, ends), vectors)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 5}, "path: expected a lens of .*, 6 layers x 32, got lens, one of tiny, 5"),
+        ({"width": 16}, "6 layers x 16"),
+        ({"d_model": None}, "6 layers x None"),
+    ],
+)
+def test_a_folder_for_a_model_of_another_shape_is_refused(
+    settings: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """One line says of which model it is."""
+    with pytest.raises(ValueError, match=message):
+        TunedLens.load(package_folder(tmp_path / "lens", **settings), tiny("llama", "bridge"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("params.pt", b"no tensors"),
+        ("params.pt", {"1.weight": torch.zeros(32, 32)}),
+        ("params.pt", {f"{i}.bias": torch.full((32,), torch.nan) for i in range(6)}),
+        ("params.pt", {"1.weight": torch.zeros(1).expand(32, 33)}),
+    ],
+    ids=["json", "noise", "missing", "names", "shape"],
+)
+def test_a_damaged_folder_is_refused(name: str, content: Any, tiny: Tiny, tmp_path: Path) -> None:
+    """Broken settings, other tensors, other shapes."""
+    folder = package_folder(tmp_path / "lens")
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        torch.save(content, folder / name)
+    with pytest.raises(RunFileError, match="path: "):
+        TunedLens.load(folder, tiny("llama", "bridge"))

@@ -9,11 +9,12 @@ from unittest.mock import create_autospec
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from superscopes_tl import LanguageModel, TargetPrompt, sweep
 from superscopes_tl.cli.main import app
-from superscopes_tl.neighbours import NEIGHBOURS, causal_effects, side_by_side
+from superscopes_tl.neighbours import LENSES, NEIGHBOURS, JacobianLens, causal_effects, side_by_side
 from superscopes_tl.neighbours.methods import OWN_TOKENS
 from superscopes_tl.vectors import Add, fit_affine
 from tests.support.scorers import letters
@@ -60,12 +61,16 @@ def test_every_method_has_a_row_in_order(llama: LanguageModel, table: pd.DataFra
 
 
 def test_the_ablated_run_has_the_same_template(tiny: Tiny, word_overlap: Any) -> None:
-    """The ablated vector is the one that the methods read, in the same template."""
+    """The ablated vector is the one that methods and lenses read, in the same template."""
     model = tiny("llama", "bridge")
+    eye = {layer: torch.eye(model.d_model) for layer in range(model.n_layers - 1)}
+    lenses = {**LENSES, "Jacobian lens": JacobianLens(model.name, model.fingerprint, eye, {})}
     found = side_by_side(
         model, PROMPT, layer=2, source_template="Syria: {}", methods={"Patchscopes": {"alphas": 1}},
-        scorer=word_overlap, progress=False,
+        scorer=word_overlap, progress=False, lenses=lenses,
     )  # fmt: skip
+    read = found.set_index("method")["description"]
+    assert read["Jacobian lens"] == read["logit lens"]
     effects = causal_effects(
         model, f"Syria: {PROMPT}", kinds="mlp_out", layers=2, continuation=OWN_TOKENS
     ).iloc[0]  # fmt: skip
