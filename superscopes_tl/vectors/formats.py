@@ -146,7 +146,7 @@ def opened(file: Path) -> Iterator[Arrays]:
             if not arrays:
                 raise ValueError("no arrays of numbers")
             arrays = {name: _unbatched(array) for name, array in arrays.items()}
-        yield {**arrays, **_stacks(arrays)}
+        yield {**_stacks(arrays), **arrays}
 
 
 def broken(file: Path) -> contextlib.AbstractContextManager[None]:
@@ -171,11 +171,11 @@ def chosen(arrays: Arrays, name: str | None, file: Path) -> str:
             if len(only) == 1:
                 return only[0]
     if name is None or name not in fit:
-        several = getattr(arrays.get(name or ""), "shape", ())
-        if len(several) == 3:
+        meant = name or ("".join(arrays) if len(arrays) == 1 else "")
+        if meant in arrays and len(shape := arrays[meant].shape) == 3:
             fix = "save that of one prompt alone, such as {name: cache[name][:1] for name in cache}"
             wanted = "the activation of a single prompt, [1 pos d_model]"
-            raise bad_value("name", wanted, f"{name!r} of shape {list(several)}", fix)
+            raise bad_value("name", wanted, f"{meant!r} of shape {list(shape)}", fix)
         shown = ", ".join(f"{n!r} {list(a.shape)}" for n, a in arrays.items()) or "nothing"
         got = f"{name!r}; {file.name} holds {shown}"
         raise bad_value("name", "one array [n d_model] or [d_model]", got, "pass its name")

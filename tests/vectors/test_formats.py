@@ -198,6 +198,8 @@ def test_a_dump_of_activations_has_a_row_per_token(llama: LanguageModel, tmp_pat
     assert "blocks.2.hook_mlp_out" in refused(lambda: load_vectors(path), ValueError, "name")
     torch.save({key: value.expand(2, -1, -1) for key, value in cache.items()}, path)
     assert "[2, 4, " in refused(lambda: load_vectors(path, name), ValueError, "name")
+    torch.save(cache[name].expand(2, -1, -1), path)
+    assert "[2, 4, " in refused(lambda: load_vectors(path), ValueError, "name")
 
 
 class OpenedError(Exception):
