@@ -81,7 +81,8 @@ def evaluate(
         model: from `load_model`, or anything that it takes, or a function of no arguments that
             returns one of these. With an `executor`, what every worker can load for itself: a name,
             a directory, what `load_model` made of one, or such a function of a module.
-        prompts: the source prompts; defaults to the paper's 48.
+        prompts: the source prompts, such as `load_prompts` reads from a file; defaults to the
+            paper's 48.
         path: the file of the evaluation; defaults to none, in memory alone.
         config: the settings; defaults to those of section 4.1.
         draws: the number of further readings of α = 1, sampled at temperature 1: the equal-budget
