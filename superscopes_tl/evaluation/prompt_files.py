@@ -81,7 +81,7 @@ class PromptFile:
     """The prompts of a file, for `evaluate(model, file.prompts, **file.settings)`.
 
     Attributes:
-        rows: one per source prompt, each `text` once.
+        rows: one per source prompt and target prompt.
         notes: what was left out, in sentences.
     """
 
@@ -91,18 +91,20 @@ class PromptFile:
     @property
     def prompts(self) -> tuple[str, ...]:
         """The source prompts, each up to the token that is read."""
-        return tuple(row.text for row in self.rows)
+        return tuple(dict.fromkeys(row.text for row in self.rows))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the file says about them, as settings of `evaluate`; empty for prompts alone.
 
-        There is a target prompt where all rows have the same one (see `by_target_prompt`).
+        There is a target prompt where all rows have the same one (see `by_target_prompt`). The
+        first fact about a source prompt counts.
         """
         found: dict[str, Any] = {}
-        if about := {row.text: row.subject for row in self.rows if row.subject}:
+        backwards = self.rows[::-1]
+        if about := {row.text: row.subject for row in backwards if row.subject}:
             found["about"] = about
-        if reference := {row.text: row.reference for row in self.rows if row.reference}:
+        if reference := {row.text: row.reference for row in backwards if row.reference}:
             found |= {"reference": reference, "score_against": "own words", "score_on": "text"}
             found["scorer"] = Contains()
         if len(targets := {row.target_prompt for row in self.rows}) == 1 and any(targets):
@@ -168,12 +170,12 @@ def load_prompts(
 
 def _collected(rows: Sequence[SourcePrompt | None], file: Path) -> PromptFile:
     """Return the rows that can be read, with notes on the others."""
-    kept: dict[str, SourcePrompt] = {}
+    kept: dict[tuple[str, str], SourcePrompt] = {}
     targets = {row.target_prompt for row in rows if row is not None}
     twice = 0
     for row in rows:
         if row is not None:
-            first = kept.setdefault(row.text, row)
+            first = kept.setdefault((row.text, row.target_prompt), row)
             twice += replace(first, prompt=row.prompt) != row
     if not kept:
         got = f"none in the {len(rows)} rows of {file.name}"

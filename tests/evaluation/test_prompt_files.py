@@ -120,6 +120,23 @@ def test_known_facts_are_read_at_the_subject(ending: str, tmp_path: Path) -> Non
     assert parts["In x, the language is a mix of"].settings["reference"] == {"In Malta": "English"}
 
 
+def test_one_subject_may_have_several_facts(tmp_path: Path) -> None:
+    """Each counts with its own target prompt; of the same one, and of the whole file, the first."""
+    subject = {"subject": "Vietnam"}
+    rows = [
+        {**subject, "prompt": "Vietnam is in", "attribute": "Asia"},
+        {**subject, "prompt": "Vietnam is in", "attribute": "Asien"},
+        {**subject, "prompt": "Vietnam speaks", "attribute": "Vietnamese"},
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(rows))
+    found = load_prompts(tmp_path / "facts.json")
+    assert found.prompts == ("Vietnam",)
+    assert found.settings["reference"] == {"Vietnam": "Asia"}
+    assert found.notes[0].startswith("1 rows repeat")
+    parts = found.by_target_prompt().values()
+    assert [part.settings["reference"]["Vietnam"] for part in parts] == ["Asia", "Vietnamese"]
+
+
 ROWS = [{"name": "Pink Floyd", "what": "rock band"}, {"what": "country", "name": "Japan"}]
 TABLE = "name,what\nPink Floyd,rock band\nJapan,country\n"
 
