@@ -426,7 +426,7 @@ def user_hooks(modules: Iterable[Any]) -> int:
     for module in modules:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks:
-                point = hasattr(module, "add_hook")
+                point = hasattr(module, "fwd_hooks")  # it wraps the hooks that it is given
                 found += sum(point or not _of_library(hook) for hook in hooks.values())
     return found
 

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from superscopes_tl.model import (
     check_text,
     load_model,
     named_positions,
+    state_of,
     tokenize,
 )
 
@@ -157,18 +158,34 @@ def above_others(own: Shares, others: Shares) -> Shares:
 
 
 Known: TypeAlias = dict[tuple[str, str | None], OwnWords]
-_KNOWN: WeakKeyDictionary[PatchedGenerator, Known] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[LanguageModel, dict[tuple[Any, ...], Known]] = WeakKeyDictionary()
+
+
+def _known(generator: PatchedGenerator) -> Known:
+    """Return the words that are known already of what the generator's target prompt asks for.
+
+    Words found before a weight, a hook or a mode of the model changed are forgotten.
+    """
+    model, target = generator.model, generator.target
+    state = state_of(model.tl)
+    asked = target.prompt, target.tokens.ids, generator.chat
+    # With a hook on the model, which may have a state of its own, only the generator knows them.
+    alone = ref(generator) if state[0] else None
+    key = state, *asked, generator.max_new_tokens, generator.precision, alone
+    kept = {k: known for k, known in _KNOWN.get(model, {}).items() if k[0] == state}
+    _KNOWN[model] = kept
+    return kept.setdefault(key, {})
 
 
 def words_of(
     generator: PatchedGenerator, names: Iterable[str], reference: str | None = None
 ) -> list[OwnWords]:
-    """Return the own words of several names, or their `reference`; once per generator and name.
+    """Return the own words of several names, or their `reference`; each is found once.
 
     Raises:
         ValueError: a reference that does not fit.
     """
-    known = _KNOWN.setdefault(generator, {})
+    known = _known(generator)
     several = list(names)
     new = [name for name in dict.fromkeys(several) if (name, reference) not in known]
     there = [name for name in new if name.strip() and name_fits(generator, name)]

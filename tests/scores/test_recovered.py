@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,11 @@ from superscopes_tl import (
     Patch,
     PatchedGenerator,
     TargetPrompt,
+    load_model,
     plan_sweep,
     sweep,
 )
-from superscopes_tl.engine import is_echo, name_fits
+from superscopes_tl.engine import generate_named, is_echo, name_fits
 from superscopes_tl.experiment import Cell, finished_cells, make_patches
 from superscopes_tl.scores import OwnWords, own_words, words_of
 from tests.conftest import BACKENDS, tiny_model
@@ -127,8 +129,9 @@ def test_high_precision_differs_little_and_leaves_texts_alone(
     """Shares differ as stated where the device has units for bfloat16, and texts nowhere."""
     monkeypatch.setattr("superscopes_tl.engine.forced.multiplies_bfloat16", lambda device: units)
     settings: dict[str, Any] = {**FAST, "layers": (12, 3), "kinds": "resid_post"}
+    fresh = replace(smollm2)  # knows no words of the other units
     exact, fast = (
-        sweep(smollm2, SOURCE, precision=p, **settings).table for p in ("highest", "high")
+        sweep(fresh, SOURCE, precision=p, **settings).table for p in ("highest", "high")
     )
     off = (exact["recovered"] - fast["recovered"]).abs()
     assert 0 < off.max() < 0.05 if units else off.max() == 0
@@ -206,9 +209,36 @@ def test_own_words_do_not_depend_on_other_names(llama: LanguageModel) -> None:
     together = words_of(PatchedGenerator(llama), names)
     assert [words.about for words in together] == names
     for words in together:
-        (alone,) = words_of(PatchedGenerator(llama), [words.about])
+        (alone,) = words_of(PatchedGenerator(replace(llama)), [words.about])  # knows no words
         assert alone.token_ids == words.token_ids
         assert alone.plain_nats == pytest.approx(words.plain_nats, abs=1e-3)
+
+
+def test_own_words_are_found_once_while_the_model_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second sweep knows them; a changed weight, a hook or another target prompt ask anew."""
+    model = load_model(copy.deepcopy(tiny_hf("llama")), tiny_tokenizer(), backend="bridge")
+    asked: list[str] = []
+
+    def counted(generator: PatchedGenerator, names: list[str]) -> Any:
+        asked.extend(names)
+        return generate_named(generator, names)
+
+    monkeypatch.setattr("superscopes_tl.scores.words.generate_named", counted)
+    first = own_words(model, PROMPT)
+    assert own_words(model, PROMPT) == first
+    assert asked == [PROMPT]
+    own_words(model, PROMPT, target_prompt=TARGET)
+    own_words(model, PROMPT, max_new_tokens=3)
+    assert len(asked) == 3
+    with model.tl.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda act, hook: act * 0.5)]):
+        assert own_words(model, PROMPT) != first
+    assert own_words(model, PROMPT) == first
+    with torch.no_grad():
+        next(iter(model.tl.parameters())).mul_(-1)
+    assert own_words(model, PROMPT) != first
+    assert asked == [PROMPT] * 6
 
 
 def test_words_of_nothing_are_not_defined(llama: LanguageModel) -> None:
