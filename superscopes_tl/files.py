@@ -347,7 +347,7 @@ def checked_rows(table: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
         if not fits:
             raise ValueError(f"a column {name!r} that does not hold {type_}")
     for name in ("position", "target_layer", "draw", "source_layer"):
-        number = -1 if name == "source_layer" else 0  # -1: no layer
+        number = -1 if name.endswith("_layer") else 0  # -1: no source layer, the input embedding
         if (table[name] < number).any():
             raise ValueError(f"a {name} below {number}")
     if not np.isfinite(table["alpha"]).all():

@@ -53,7 +53,7 @@ from superscopes_tl.figures import (
     write_html,
 )
 from superscopes_tl.files import written_whole
-from superscopes_tl.model import DEFAULT_MODEL, LanguageModel
+from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, layer_name
 from superscopes_tl.scores import PAPER_THRESHOLD
 from superscopes_tl.statistics import FEWEST_PROMPTS, compare, layer_shares, reveals_earlier
 from superscopes_tl.statistics import replay as run_replay
@@ -230,7 +230,10 @@ def _print_result(result: Any, *, show_all: bool) -> None:
     if show_all:
         columns = ["token", "kind", "source_layer", "target_layer", "alpha", "score", "recovered",
                    "description"]  # fmt: skip
-        rows = result.table[columns].itertuples(index=False)
+        named = result.table[columns].assign(
+            target_layer=result.table["target_layer"].map(layer_name)
+        )
+        rows = named.itertuples(index=False)
         cells = ([f"{v:.3g}" if isinstance(v, float) else v for v in row] for row in rows)
         OUTPUT.print(table_of(prompt, [name.replace("_", " ") for name in columns], cells))
         return
@@ -258,7 +261,7 @@ def _best_cell(cell: Any, *, several: bool) -> Text:
         return Text("not computed", "dim")
     numbers = [f"{cell['alpha']:g}"]
     numbers += [f"{cell[name]:.2f}" for name in ("score", "recovered") if not cell.isna()[name]]
-    into = f" → {cell['target_layer']:.0f}" if several else ""
+    into = f" → {layer_name(int(cell['target_layer']))}" if several else ""
     return Text.assemble(str(cell["description"]), (f" ({', '.join(numbers)}{into})", "dim"))
 
 
@@ -269,9 +272,10 @@ def _print_contextualization(result: Any, position: int) -> None:
     if here.empty or here["mapping"].nunique() > 1:  # no single unamplified reading per layer
         return
     same = (here["source_layer"] == here["target_layer"]).all()
-    for into in [None] if same else sorted(here["target_layer"].unique()):
+    targets: list[Any] = [None] if same else sorted(here["target_layer"].unique())
+    for into in targets:
         found = result.contextualization_layer(position=position, target_layer=into)
-        say(f"{found}" if same else f"{found} [target layer {into}]")
+        say(f"{found}" if same else f"{found} [target layer {layer_name(int(into))}]")
 
 
 def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:

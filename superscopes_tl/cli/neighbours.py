@@ -20,6 +20,7 @@ from superscopes_tl.cli.options import (
     parse_layers,
     parse_names,
     parse_numbers,
+    parse_targets,
     parse_token,
     say,
     table_of,
@@ -27,7 +28,7 @@ from superscopes_tl.cli.options import (
 from superscopes_tl.engine import crop_description
 from superscopes_tl.experiment import read_vectors
 from superscopes_tl.figures import cells_of, side_by_side_table, write_html
-from superscopes_tl.model import DEFAULT_MODEL
+from superscopes_tl.model import DEFAULT_MODEL, layer_name
 from superscopes_tl.neighbours import side_by_side as read_side_by_side
 from superscopes_tl.vectors import load_vectors, vector_names
 
@@ -45,7 +46,7 @@ def read_vector(
     unit: Annotated[
         str, typer.Option(help="α = 1 is the norm of 'residual' or of 'vector'.")
     ] = "residual",
-    target_layer: Annotated[str, typer.Option(help="Where to patch, such as 0,3,6.")] = "0",
+    target_layer: Annotated[str, typer.Option(help="Where to patch: 0,3,6 or embed.")] = "0",
     reference: Annotated[str, typer.Option(help="What to score against.")] = "",
     controls: Controls = "random_direction",
     out: RunFile = None,
@@ -62,7 +63,7 @@ def read_vector(
         references=reference or None,
         alphas=parse_numbers(alphas, "--alphas"),
         unit=wanted,
-        target_layer=parse_layers(target_layer, "--target-layer"),
+        target_layer=parse_targets(target_layer),
         controls=parse_names(controls),
         **sampling.settings(),
     )
@@ -97,7 +98,7 @@ def _readings(result: Any, file: Path, *, scored: bool) -> Table:
     table = result.table
     columns = {
         "vector": table["token"],
-        "into": table["target_layer"],
+        "into": table["target_layer"].map(layer_name),
         "α": table["alpha"].map("{:g}".format),
         "score": table["score"].map("{:.2f}".format),
         "reading": table["description"],

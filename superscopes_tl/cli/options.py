@@ -113,7 +113,7 @@ class Cells(Sampling):
     ] = ""
     token: Annotated[str, typer.Option(help="Source token: an index, a substring or 'all'.")] = "-1"
     target_layer: Annotated[
-        str, typer.Option("--target-layer", "--target", help="Such as 0,3,6; 'same' as the source.")
+        str, typer.Option("--target-layer", "--target", help="Such as 0,3,6 or embed; or 'same'.")
     ] = "same"
     source_template: Annotated[str, typer.Option(help="Such as 'Tell me about {}'.")] = "{}"
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
@@ -138,9 +138,7 @@ class Cells(Sampling):
             **{name: value for name, value in given.items() if value},
             "target_prompt": self.target(self.answer, chat=self.chat),
             "positions": parse_token(self.token),
-            "target_layer": "same"
-            if self.target_layer.strip().lower() == "same"
-            else parse_layers(self.target_layer, "--target-layer"),
+            "target_layer": parse_targets(self.target_layer),
             "source_template": self.source_template,
             "chat": self.chat,
             "generate": self.generate,
@@ -224,6 +222,15 @@ def parse_layers(text: str, option: str) -> list[int]:
             raise bad_value(option, "numbers such as 0-5,8", text, "write ranges from low to high")
         layers += chosen
     return layers
+
+
+def parse_targets(text: str) -> Any:
+    """Return target layers such as `embed,0-5`, or "same"."""
+    if text.strip().lower() == "same":
+        return "same"
+    parts = [part.strip() for part in text.split(",")]
+    several = [["embed"] if p == "embed" else parse_layers(p, "--target-layer") for p in parts]
+    return [layer for some in several for layer in some]
 
 
 def parse_token(text: str) -> Any:

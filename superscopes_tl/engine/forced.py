@@ -4,7 +4,7 @@
    are the same in every row of every batch.
 2. Start every row of a batch from that cache. All rows have the same length: no padding, no mask.
 3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
-   placeholder (`patch`); they are on the model during this one forward pass.
+   placeholder, or over its input embedding (`patch`); they are on the model during this one pass.
 4. The tokens of a known text are appended to the prompt, so the same pass scores all of them.
 5. Rows with the same text are equal below the layers at which they are patched. There one row
    stands for all of them, and the batch grows on its way up (`growing_hooks`); texts of equal
@@ -37,7 +37,7 @@ from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of
 from superscopes_tl.engine.patch import Patch, growing_hooks, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.model import Hook, LanguageModel, check_layers, first_block_input, hook_name
+from superscopes_tl.model import EMBED, Hook, LanguageModel, first_block_input, hook_name
 
 LONGEST_DEFAULT = 64
 """A model whose own default is longer than this means conversations, not descriptions."""
@@ -125,18 +125,22 @@ class PatchedPrompt:
             return self.model.decoder.prefill(self._tokens[:, : self.first])
 
     @cached_property
-    def placeholder_states(self) -> Float[Tensor, "n_layers placeholders d_model"]:
-        """The residual stream at the placeholder's tokens after each block, unpatched."""
-        names = [hook_name("resid_post", layer) for layer in range(self.model.n_layers)]
+    def placeholder_states(self) -> Float[Tensor, "places placeholders d_model"]:
+        """The residual stream at the placeholder's tokens after each block, unpatched.
+
+        The last one, index `EMBED`, is the input embedding, where the model has a hook on it.
+        """
+        layers = [*range(self.model.n_layers), *[EMBED] * self.model.embeds]
+        names = [hook_name("resid_post", layer) for layer in layers]
         seen = self.model.activations(self._tokens, names)
         at = list(self.target.positions)
         return torch.stack([seen[name][0, at].float().cpu() for name in names])
 
     @cached_property
-    def placeholder_norms(self) -> Float[Tensor, " n_layers"]:
-        """The norm of the unpatched residual stream at the placeholder after each block.
+    def placeholder_norms(self) -> Float[Tensor, " places"]:
+        """The norms of `placeholder_states`, the reference for ||α·v||.
 
-        It is the reference for ||α·v||. Several placeholder tokens are averaged.
+        Several placeholder tokens are averaged.
         """
         norms: Tensor = self.placeholder_states.norm(dim=-1)
         return norms.mean(dim=-1)
@@ -213,7 +217,7 @@ class PatchedPrompt:
         """Check the layers and kept shares of patches before anything is run."""
         for patch in patches:
             if patch.target_layer is not None:
-                check_layers(patch.target_layer, self.model.n_layers, "target_layer")
+                self.model.checked_targets(patch.target_layer)
             if not math.isfinite(patch.keep):
                 raise bad_value("keep", "a finite number", patch.keep, "0 replaces, 1 adds")
 
@@ -361,7 +365,8 @@ class PatchedPrompt:
         if decoder.grows:
             distinct = list(dict.fromkeys(distinct))
             origins = [distinct.index(tuple(text)) for text in texts]
-            hooks, rows = growing_hooks(model, patches, origins, self.places)
+            starts, hooks, rows = growing_hooks(model, patches, origins, self.places)
+            distinct = [distinct[text] for text in starts]
         ids = torch.tensor(distinct, dtype=torch.long, device=model.device)
         seen: dict[int, Tensor] = {}
 
@@ -378,7 +383,10 @@ class PatchedPrompt:
         first = 1 if decoder.grows else len(ids)
         if first < len(ids):  # a mask for one row is right for any number of rows
             run = partial(decoder.logits, tokens, self.cache(len(ids), ids.shape[1]), 1)
-            embedded = first_block_input(model.tl, run)
+            at_embedding = [hook for hook in hooks if hook[0] == hook_name("resid_post", EMBED)]
+            with model.hooks(at_embedding):
+                embedded = first_block_input(model.tl, run)
+            hooks = [hook for hook in hooks if hook not in at_embedding]
             hooks.append((hook_name("resid_pre", 0), lambda activation, hook: embedded))
         cache = self.cache(first, ids.shape[1])
         with model.hooks(hooks):

@@ -137,5 +137,5 @@ class PatchedGenerator(PatchedPrompt):
         No later token attends to the last block's output: a patch there changes the logits of its
         own position, and not the KV cache.
         """
-        last = all(layer % self.model.n_layers == self.model.n_layers - 1 for layer in patch.layers)
+        last = all(layer in (self.model.n_layers - 1, -1) for layer in patch.layers)
         return "unpatched" if last and patch.seed is None and patch.guidance == 1 else None

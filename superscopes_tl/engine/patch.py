@@ -1,13 +1,14 @@
 """Patches, and the hooks that write vectors over activations.
 
-1. A `Patch` says which vector replaces the block output at which layers, and which share of the
-   residual stream is kept.
+1. A `Patch` says which vector replaces the block output at which layers, or the input embedding,
+   and which share of the residual stream is kept.
 2. `patch_hooks` makes one hook per *distinct* layer of a batch: it writes each row's vector over
    the block output (`hook_resid_post`) at the placeholder's tokens, so that the rows of a batch
    may be patched at different layers, and one row at several.
 3. Below the first layer at which it is patched, a row of a prompt is like every other. With
    `growing_hooks` they are one row there, and the batch grows on its way up: the hook on a block
-   output returns a larger batch, with the rows that are patched at that layer.
+   output returns a larger batch, with the rows that are patched at that layer. Rows that are
+   patched at the input embedding are there from the start.
 4. `write_hooks` is the one place where vectors are written; `runs` uses it for every kind.
 5. Vectors are cast to the model's dtype here, and refused where it cannot hold them.
 """
@@ -25,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from superscopes_tl.errors import bad_value
-from superscopes_tl.model import Hook, HookKind, LanguageModel, hook_name
+from superscopes_tl.model import EMBED, Hook, HookKind, LanguageModel, PatchedLayer, hook_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,8 @@ class Patch:
 
     Attributes:
         vector: f(v), the same at every placeholder token, or one vector for each of them.
-        target_layer: block number from 0, or several, to patch each of them; `None` leaves the
-            target prompt unpatched.
+        target_layer: block number from 0, or "embed" for the input embedding, or several, to
+            patch each of them; `None` leaves the target prompt unpatched.
         guidance: w of u + w·(c − u), the logits between unpatched (0) and patched (1), or beyond.
         seed: sample the text at temperature 1 with this seed; defaults to greedy decoding.
         keep: the share of the residual stream that is kept, new = keep·old + vector: 0 replaces it
@@ -43,13 +44,13 @@ class Patch:
     """
 
     vector: Float[Tensor, " d_model"] | Float[Tensor, "placeholders d_model"]
-    target_layer: int | tuple[int, ...] | None
+    target_layer: PatchedLayer | tuple[PatchedLayer, ...] | None
     guidance: float = 1.0
     seed: int | None = None
     keep: float = 0.0
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[PatchedLayer, ...]:
         """The patched layers; none if nothing is patched."""
         if self.target_layer is None:
             return ()
@@ -86,7 +87,7 @@ def patch_hooks(
     """
     rows_of: dict[int, list[int]] = {}
     for row, patch in enumerate(patches):
-        for layer in dict.fromkeys(layer % model.n_layers for layer in patch.layers):
+        for layer in _numbers(model, patch):
             rows_of.setdefault(layer, []).append(row)
     return [
         hook
@@ -103,8 +104,10 @@ def patch_hooks(
 
 def growing_hooks(
     model: LanguageModel, patches: Sequence[Patch], origins: Sequence[int], positions: Sequence[int]
-) -> tuple[list[tuple[str, Hook]], list[int]]:
-    """Return the hooks under which unpatched rows become a batch, and each patch's row in it.
+) -> tuple[list[int], list[tuple[str, Hook]], list[int]]:
+    """Return what a batch starts with, the hooks under which it grows, and each patch's row in it.
+
+    It starts with the unpatched rows, and a copy of one for each patch at the input embedding.
 
     Args:
         model: the target model.
@@ -116,21 +119,30 @@ def growing_hooks(
     Raises:
         ValueError: as `patch_hooks`.
     """
-    layers = [[layer % model.n_layers for layer in patch.layers] for patch in patches]
+    layers = [_numbers(model, patch) for patch in patches]
     order = sorted((n for n, own in enumerate(layers) if own), key=lambda n: min(layers[n]))
     unpatched = 1 + max(origins)
     row_of = {number: row for row, number in enumerate(order, start=unpatched)}
-    added: dict[int, list[int]] = {}
+    added: dict[int, list[int]] = {EMBED: []}
     for number in order:
         added.setdefault(min(layers[number]), []).append(origins[number])
+    starts = [*range(unpatched), *added.pop(EMBED)]
     hooks: list[tuple[str, Hook]] = [
         (hook_name("resid_post", layer), partial(_append_rows, origins=torch.tensor(rows)))
         for layer, rows in added.items()
     ]
     rows = [*[no_patch(model)] * unpatched, *(patches[number] for number in order)]
-    return [*hooks, *patch_hooks(model, rows, positions)], [
-        row_of.get(number, origin) for number, origin in enumerate(origins)
-    ]
+    return (
+        starts,
+        [*hooks, *patch_hooks(model, rows, positions)],
+        [row_of.get(number, origin) for number, origin in enumerate(origins)],
+    )
+
+
+def _numbers(model: LanguageModel, patch: Patch) -> tuple[int, ...]:
+    """Return the numbers of the patched layers; none if nothing is patched."""
+    named = (EMBED if layer == "embed" else layer % model.n_layers for layer in patch.layers)
+    return tuple(dict.fromkeys(named))
 
 
 def _append_rows(

@@ -34,7 +34,7 @@ from superscopes_tl.experiment import (
     plan_sweep,
     rows_at,
 )
-from superscopes_tl.model import LanguageModel
+from superscopes_tl.model import LanguageModel, PatchedLayer
 from superscopes_tl.vectors import PAPER_MAPPING
 
 MLP_OUTPUTS = SweepConfig(layers=range(1, 8), kinds="mlp_out", target_layer="same", score_on="text")
@@ -170,7 +170,7 @@ def methods(
     evaluation: SweepResult,
     *,
     kind: str | None = None,
-    target_layer: int | Literal["same"] | None = None,
+    target_layer: PatchedLayer | Literal["same"] | None = None,
     position: int | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Return the rows of an evaluation that stand for each method, for `compare`.

@@ -24,7 +24,7 @@ from superscopes_tl.errors import bad_type, bad_value, check_callable
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
 from superscopes_tl.experiment.store import Reading
-from superscopes_tl.model import Site
+from superscopes_tl.model import Site, layer_name
 from superscopes_tl.scores import score_texts
 from superscopes_tl.vectors import PlaceVectors, stable_hash
 
@@ -77,7 +77,7 @@ def _patch(plan: SweepPlan, cell: Cell, vector: Float[Tensor, "*placeholders d_m
     guidance, seed = cell.alpha if plan.config.guide == "logits" else 1.0, None
     if plan.config.draw:  # the same seed in every run and every batch
         seed = stable_hash(plan.config.draw, plan.source.text, (*cell.place, cell.alpha))
-    patch = Patch(vector, cell.target_layer, guidance=guidance, seed=seed)
+    patch = Patch(vector, layer_name(cell.target_layer), guidance=guidance, seed=seed)
     if plan.config.write is None:
         return patch
     written = plan.config.write(patch, cell.alpha)

@@ -18,6 +18,7 @@ from superscopes_tl.errors import bad_type, bad_value, check_callable, check_cho
 from superscopes_tl.model import (
     PAPER_KINDS,
     LanguageModel,
+    PatchedLayer,
     Positions,
     check_answer,
     check_template,
@@ -26,7 +27,7 @@ from superscopes_tl.model import (
 from superscopes_tl.scores import Scorer, as_scorer
 from superscopes_tl.vectors import MappingFamily, PlaceVectors, Scale, Write
 
-TargetLayer: TypeAlias = int | Literal["same"] | Sequence[int]
+TargetLayer: TypeAlias = PatchedLayer | Literal["same"] | Sequence[PatchedLayer]
 """A fixed layer, the source layer, or several layers (a source layer x target layer grid)."""
 
 ScoreOn = Literal["description", "text"]
@@ -71,7 +72,9 @@ class SweepConfig:
             the position, else to the source prompt up to that token; or several, by source prompt.
         reference: a text, such as a true fact, in place of the model's own words (`own_words`);
             or several, by source prompt.
-        target_layer: where to patch: a layer, "same" as the source layer, or several layers.
+        target_layer: where to patch: a layer, "same" as the source layer, "embed" for the input
+            embedding (what a Hugging Face model takes as `inputs_embeds`), or several of these
+            but "same". In the table "embed" is layer −1, `EMBED`.
         target_prompt: the prompt with the placeholder; a plain text has the placeholder `x`.
             Defaults to `DESCRIPTION_PROMPT`, the paper's, with `chat` to `CHAT_PROMPT`.
         mapping: the mapping family: returns the mapping function of each α.
@@ -161,7 +164,7 @@ class SweepConfig:
             "target_layer": _several(self.target_layer),
         }
         if isinstance(self.target_layer, str):
-            check_choice("target_layer", self.target_layer, ("same",))
+            check_choice("target_layer", self.target_layer, ("same", "embed"))
         for name, value in normal.items():
             object.__setattr__(self, name, value)
 

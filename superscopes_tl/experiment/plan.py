@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -22,11 +22,13 @@ from superscopes_tl.engine import PatchedGenerator, bytes_per_row, description_i
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.model import (
+    EMBED,
     LanguageModel,
     Site,
     TokenizedText,
     check_layers,
     check_text,
+    layer_name,
     load_model,
     named_positions,
     tokenize,
@@ -139,9 +141,11 @@ class SweepPlan:
 
     @property
     def target_layer(self) -> Literal["same"] | tuple[int, ...]:
-        """Where vectors are patched: layers counted from 0, or "same" as the source layer."""
+        """Where vectors are patched: layers from 0, `EMBED`, or "same" as the source layer."""
         layers: Any = self.config.target_layer
-        return layers if layers == "same" else tuple(layers)
+        if layers == "same":
+            return "same"
+        return tuple(EMBED if layer == "embed" else layer for layer in layers)
 
     @property
     def scorer(self) -> Scorer:
@@ -281,7 +285,7 @@ class SweepPlan:
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings as plain data, the defaults filled in."""
-        config, target_layer = self.config, self.target_layer
+        config, target_layer = self.config, cast("Any", self.config.target_layer)
         return {
             "layers": list(dict.fromkeys(site.layer for site in self.sites)),
             "kinds": list(dict.fromkeys(site.kind for site in self.sites)),
@@ -340,8 +344,7 @@ def plan_sweep(
     source, abouts = _read_source(model, prompt, config)
     kinds, layers = model.checked_kinds(config.kinds), check_layers(config.layers, model.n_layers)
     into: Any = config.target_layer
-    numbers = layers if into == "same" else into
-    numbers = check_layers(numbers, target_model.n_layers, "target_layer")
+    numbers = target_model.checked_targets(layers if into == "same" else into)
     if target_model.d_model != model.d_model and config.vectors is None:
         expected = f"a model as wide as {model.name}, {model.d_model}"
         got = f"{target_model.name}, {target_model.d_model}"
@@ -361,7 +364,11 @@ def plan_sweep(
             precision=config.precision,
             until=description_is_over if config.score_on == "description" else None,
         ),
-        config=replace(config, target_layer=into if into == "same" else numbers, scorer=scorer),
+        config=replace(
+            config,
+            target_layer=into if into == "same" else tuple(map(layer_name, numbers)),
+            scorer=scorer,
+        ),
         abouts=abouts,
     )
     plan.check_memory()

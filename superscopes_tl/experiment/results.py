@@ -27,7 +27,7 @@ from superscopes_tl.engine import is_echo
 from superscopes_tl.errors import bad_type, bad_value, check_choice
 from superscopes_tl.experiment.plan import SweepPlan
 from superscopes_tl.experiment.store import COLUMNS, SITE, Reading, read_readings, write_run
-from superscopes_tl.model import KINDS
+from superscopes_tl.model import EMBED, KINDS, PatchedLayer
 from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
 from superscopes_tl.vectors import PAPER_MAPPING
 
@@ -79,7 +79,7 @@ class SweepResult:
         self,
         *,
         position: int | None = None,
-        target_layer: int | Literal["same", "all"] | None = None,
+        target_layer: PatchedLayer | Literal["same", "all"] | None = None,
         kind: str | None = None,
         alpha: float | None = None,
     ) -> SweepResult:
@@ -142,7 +142,7 @@ class SweepResult:
         threshold: float | None = None,
         reads: Reads | None = None,
         position: int | None = None,
-        target_layer: int | None = None,
+        target_layer: PatchedLayer | None = None,
     ) -> Contextualization:
         """Return ℓ_c: the first source layer whose unamplified `resid_post` reads the entity.
 
@@ -262,7 +262,7 @@ def rows_at(
     table: pd.DataFrame,
     *,
     position: int | None = None,
-    target_layer: int | Literal["same", "all"] | None = None,
+    target_layer: PatchedLayer | Literal["same", "all"] | None = None,
     kind: str | None = None,
     alpha: float | None = None,
 ) -> pd.DataFrame:
@@ -296,8 +296,8 @@ def rows_at(
     if "target_layer" not in rows or target_layer == "all":
         return rows
     if target_layer is not None:
-        into = rows["source_layer"] if target_layer == "same" else target_layer
-        chosen = rows[rows["target_layer"] == into]
+        named: dict[Any, Any] = {"same": rows["source_layer"], "embed": EMBED}
+        chosen: pd.DataFrame = rows[rows["target_layer"] == named.get(target_layer, target_layer)]
         if chosen.empty:
             check_choice("target_layer", target_layer, ["same", *_values(rows, "target_layer")])
         return chosen

@@ -64,7 +64,7 @@ class Reading:
         token: that token, with visible white space.
         kind: the kind of activation.
         source_layer: where it was read.
-        target_layer: where it was patched.
+        target_layer: where it was patched; −1 (`EMBED`) is the input embedding.
         mapping: the mapping family, `scale` in the paper.
         alpha: the amplifier α.
         vector_norm: the norm of f(v), the patched vector.

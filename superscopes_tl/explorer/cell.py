@@ -30,7 +30,7 @@ from superscopes_tl.experiment import (
     make_patches,
     score_readings,
 )
-from superscopes_tl.model import KINDS, LanguageModel, Site, load_model
+from superscopes_tl.model import KINDS, LanguageModel, Site, layer_name, load_model
 from superscopes_tl.neighbours import (
     LENSES,
     Lens,
@@ -166,7 +166,7 @@ def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> 
     amplifier, names, notes = _amplifier(config)
     settings = {
         "layers": cell.source_layer, "kinds": cell.kind, "alphas": cell.alpha,
-        "positions": cell.position, "target_layer": cell.target_layer,
+        "positions": cell.position, "target_layer": layer_name(cell.target_layer),
         "max_new_tokens": config.get("max_new_tokens"), **amplifier, **_prompts(result, cell),
     }  # fmt: skip
     notes = [*_model_notes(model, source), *notes]

@@ -42,6 +42,7 @@ from superscopes_tl.figures import (
     mark_of,
     value_range,
 )
+from superscopes_tl.model import EMBED
 
 MARKED = "#ff6d00"
 GREY = "#8a8a8a"
@@ -82,8 +83,8 @@ class Axes:
 
     def cell(self, kind: str, layer: int, alpha: float, position: int, target: int | str) -> Cell:
         """Return the cell at the given values of the axes."""
-        into = layer if target == "same" else int(target)
-        return Cell(position, kind, layer, into, alpha)
+        into = {"same": layer, "embed": EMBED}.get(str(target), target)
+        return Cell(position, kind, layer, int(into), alpha)
 
     def target_of(self, cell: Cell) -> int | str:
         """Return the target of a cell."""

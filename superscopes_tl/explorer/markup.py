@@ -23,7 +23,7 @@ from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import Cell, Reading, SweepResult
 from superscopes_tl.explorer.cell import beside
 from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
-from superscopes_tl.model import PAPER_KINDS
+from superscopes_tl.model import PAPER_KINDS, layer_name
 
 SHARES = {
     "other_prompt_recovered": "recovered by other prompts",
@@ -57,7 +57,11 @@ def caption(result: SweepResult, token: str, target: int | str, marks: Sequence[
     prompt = str(result.provenance.get("prompt", ""))
     if len(prompt) > LONGEST_PROMPT:
         prompt = f"{prompt[: LONGEST_PROMPT - 1]}…"
-    into = "target layer = source layer" if target == "same" else f"target layer {target}"
+    into = (
+        "target layer = source layer"
+        if target == "same"
+        else f"target layer {layer_name(int(target))}"
+    )
     model = result.provenance.get("model", {}).get("name", "unknown model")
     legend = ", ".join(f"{MARKS[name][1]} {name}" for name in marks)
     return render("caption", prompt, token, into, model, legend)
@@ -142,6 +146,7 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.tests["nan"] = math.isnan
 _TEMPLATES.filters["visible"] = repr
+_TEMPLATES.filters["layer_name"] = layer_name
 _TEMPLATES.globals |= {
     "shade": _shade, "steps": STEPS, "probability": lambda log: f"{math.exp(log):.2g}"
 }  # fmt: skip

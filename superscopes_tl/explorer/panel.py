@@ -27,6 +27,7 @@ from superscopes_tl.explorer.cell import Probe, code_for, ladder, probe, reading
 from superscopes_tl.explorer.live_map import Axes, LiveCurve, LiveMap
 from superscopes_tl.explorer.view import BEST, View
 from superscopes_tl.figures import Shades, axis_label, usual_value
+from superscopes_tl.model import layer_name
 from superscopes_tl.neighbours import LENSES, Lens
 
 
@@ -92,7 +93,8 @@ class Panel:
             view.alpha.options = alphas
             view.position.options = [(self._token(p), p) for p in axes.positions]
             view.into.options = [
-                ("source layer" if t == "same" else f"layer {t}", t) for t in axes.targets
+                ("source layer" if t == "same" else f"layer {layer_name(int(t))}", t)
+                for t in axes.targets
             ]
             view.position.value = axes.positions[-1]
             view.best_alpha.options = [(BEST, BEST), *alphas]

@@ -19,7 +19,7 @@ from superscopes_tl.engine import TargetPrompt, default_target_prompt
 from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment import SweepConfig, SweepPlan, plan_sweep
 from superscopes_tl.explorer.view import ALPHA_PRESETS, CUSTOM, View
-from superscopes_tl.model import LanguageModel, TokenizedText, tokenize
+from superscopes_tl.model import LanguageModel, TokenizedText, layer_name, tokenize
 from superscopes_tl.scores import PAPER_SCORER, as_scorer, no_scores, scorer_name
 
 _SHOWS_ALL = "sweep() takes it, and Explorer(result=result) shows the result"
@@ -135,8 +135,8 @@ class Settings:
         view.about.value = about if config.about is not None or about != usual else ""
         self._show_reference(config)
         view.generate.value = config.generate
-        view.target.value = into if into in (0, "same") else "fixed"
-        view.fixed.value = 0 if into == "same" else into
+        view.target.value = into if into in (0, "same", "embed") else "fixed"
+        view.fixed.value = into if isinstance(into, int) else 0
         kinds = {site.kind for site in plan.sites}
         for kind, box in view.kinds.items():
             box.value = kind in kinds
@@ -281,4 +281,4 @@ def _shown(plan: SweepPlan) -> tuple[tuple[int, ...], int, Any]:
     into = plan.target_layer
     if into != "same" and len(into) > 1:
         raise bad_value("target_layer", "one layer or 'same'", into, _SHOWS_ALL)
-    return layers, positions[0], into if into == "same" else into[0]
+    return layers, positions[0], into if into == "same" else layer_name(into[0])

@@ -187,7 +187,13 @@ class View:
             "The residual norm: every vector is first as long as what it replaces",
         )  # fmt: skip
         self.target = _choice(
-            "Patch into", [("layer 0", 0), ("source layer", "same"), ("fixed layer", "fixed")]
+            "Patch into",
+            [
+                ("layer 0", 0),
+                ("source layer", "same"),
+                ("fixed layer", "fixed"),
+                ("input embedding", "embed"),
+            ],
         )
         self.fixed = widgets.BoundedIntText(
             min=0, max=n_layers - 1, description="Fixed layer", disabled=True

@@ -22,6 +22,7 @@ from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES,
 from superscopes_tl.figures.paper import best_table, decomposition
 from superscopes_tl.figures.sweeps import Shades, alpha_curve, heatmap, mark_of, usual_value
 from superscopes_tl.files import written_whole
+from superscopes_tl.model import PatchedLayer
 
 SUFFIXES = (".html", ".png", ".csv", ".parquet", ".zip")
 
@@ -51,7 +52,7 @@ def save_as(
     path: str | os.PathLike[str],
     *,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
     layer: int | None = None,
     value: str | None = None,
 ) -> Path:
@@ -106,7 +107,7 @@ def heatmap_png(
     result: SweepResult,
     *,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
     value: str | None = None,
 ) -> bytes:
     """Return a value over source layer x α as a PNG, with grey cells where there is none.

@@ -36,6 +36,7 @@ from superscopes_tl.figures.grid import (
     shades,
     text_lines,
 )
+from superscopes_tl.model import EMBED, PatchedLayer, layer_name
 from superscopes_tl.neighbours import LOGIT_LENS, PATCHED, Mixture, NextTokens, lens_label
 
 Measure = Literal["precision", "surprisal"]
@@ -218,7 +219,7 @@ def next_token_curve(
     value: Measure = "precision",
     kind: str | None = None,
     alpha: float | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
 ) -> go.Figure:
     """Draw precision@1 or surprisal over source layers, one line per method.
 
@@ -234,7 +235,8 @@ def next_token_curve(
     """
     rows = _one_cell(found, value, kind, alpha)
     lens = rows["method"] == LOGIT_LENS
-    rows = pd.concat([only(rows[~lens], "target_layer", target_layer), rows[lens]])
+    into = EMBED if target_layer == "embed" else target_layer
+    rows = pd.concat([only(rows[~lens], "target_layer", into), rows[lens]])
     if rows.duplicated(["method", "source_layer"]).any():
         raise _several("target_layer", rows["target_layer"])
     figure = go.Figure()
@@ -278,12 +280,14 @@ def next_token_grid(
     """
     rows = _one_cell(found, value, kind, alpha)
     rows = only(rows[rows["target_layer"].notna()], "method", method)
+    grid = Grid.of(rows, x="target_layer")
     return draw(
-        Grid.of(rows, x="target_layer"),
+        grid,
         value,
         _next_hover,
         title=f"{_next_title(found, rows)} · {escape(method)}",
         x_title="target layer",
+        labels=[str(layer_name(layer)) for layer in grid.xs],
         name=_MEASURES[value],
     )
 
@@ -310,7 +314,7 @@ def _several(column: str, there: pd.Series) -> ValueError:
 def _next_hover(row: Row) -> str:
     where = f"{escape(row['kind'])} of layer {row['source_layer']}"
     if row["method"] != LOGIT_LENS:
-        where += f" → layer {row['target_layer']}, α = {row['alpha']:g}"
+        where += f" → layer {layer_name(row['target_layer'])}, α = {row['alpha']:g}"
     numbers = []
     for name, title in _MEASURES.items():
         low, high = finite(row[f"{name}_low"]), row[f"{name}_high"]
@@ -338,7 +342,8 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
         raise bad_value("table", "tokens", "none", "pass cells that generated a text")
     number = table.groupby([*SITE, "alpha"], sort=False).ngroup()
     cells = [
-        f"{i}: {row['kind']} of layer {row['source_layer']} → layer {row['target_layer']}, "
+        f"{i}: {row['kind']} of layer {row['source_layer']} → layer "
+        f"{layer_name(row['target_layer'])}, "
         f"α = {row['alpha']:g}"
         for i, row in zip(number, table.to_dict("records"), strict=True)
     ]
@@ -368,7 +373,7 @@ def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:
         "method": [str(cell) for cell in table["method"]],
         "reading": [str(cell) for cell in table["description"]],
         "α": numbers("alpha", "g"),
-        "into": numbers("target_layer", "d"),
+        "into": ["" if pd.isna(n) else str(layer_name(n)) for n in table["target_layer"]],
         "tries": numbers("tries", "d"),
         "score": numbers("score", ".2f"),
         "random": numbers("control", ".2f"),

@@ -34,7 +34,7 @@ from superscopes_tl.figures.grid import (
     text_lines,
 )
 from superscopes_tl.figures.sweeps import curve_rows, hover_text, site_title
-from superscopes_tl.model import PAPER_KINDS
+from superscopes_tl.model import PAPER_KINDS, PatchedLayer
 from superscopes_tl.scores import PAPER_SCORER
 from superscopes_tl.statistics import Comparison, compare
 
@@ -46,7 +46,7 @@ def decomposition(
     alpha: float | None = None,
     prompt: str | None = None,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
 ) -> go.Figure:
     """Draw the descriptions of one layer's MLP input, output and sum (the paper's Figure 1).
 
@@ -96,7 +96,7 @@ def best_table(
     alpha: float | None = None,
     prompt: str | None = None,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
 ) -> go.Figure:
     """Draw the paper's table of readings: a row per layer, a column per kind.
 
@@ -205,7 +205,7 @@ def alpha_ladder(
     kind: str = "mlp_out",
     prompt: str | None = None,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
 ) -> go.Figure:
     """Draw the score of one site over α, with the description beside each bar (section 3.5).
 
@@ -249,7 +249,7 @@ def _by_layer(
     readings: SweepResult,
     prompt: str | None,
     position: int | None,
-    target_layer: int | None,
+    target_layer: PatchedLayer | None,
     alpha: float | None,
 ) -> tuple[str, pd.DataFrame]:
     """Return the escaped prompt, and its `SweepResult.by_layer` at one token."""

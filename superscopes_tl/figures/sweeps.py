@@ -32,6 +32,7 @@ from superscopes_tl.figures.grid import (
     shades,
     text_lines,
 )
+from superscopes_tl.model import PatchedLayer, layer_name
 
 SHARES = ("recovered", "specific")
 """Columns with colours from 0 to 1, like every control's share."""
@@ -45,7 +46,7 @@ def heatmap(
     value: str = "score",
     minus: str | None = None,
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
     color_range: tuple[float, float] | None = None,
 ) -> go.Figure:
     """Draw a value over source layer x α, one panel per kind (the map of section 5.1).
@@ -102,7 +103,7 @@ def alpha_curve(
     layers: Sequence[int] | None = None,
     value: str = "score",
     position: int | None = None,
-    target_layer: int | None = None,
+    target_layer: PatchedLayer | None = None,
 ) -> go.Figure:
     """Draw a value against α, one line per source layer (section 3.5).
 
@@ -139,7 +140,7 @@ def curve_rows(
     layers: Sequence[int] | None,
     value: str,
     position: int | None,
-    target_layer: int | None,
+    target_layer: PatchedLayer | None,
 ) -> pd.DataFrame:
     """Return the rows that `alpha_curve` draws, α ascending; arguments as there."""
     rows = _one_mapping(
@@ -165,12 +166,14 @@ def _draw(
         rows = rows.assign(**{shown: rows[value] - rows[minus]})
         value = shown
     kinds = list(dict.fromkeys(result.table["kind"])) if kind is None else [kind]
+    grid = Grid.of(rows, x=x, panel="kind", panels=kinds)
     return draw(
-        Grid.of(rows, x=x, panel="kind", panels=kinds),
+        grid,
         value,
         hover_text,
         title=site_title(result, rows),
         x_title="α" if x == "alpha" else "target layer",
+        labels=None if x == "alpha" else [str(layer_name(layer)) for layer in grid.xs],
         color_range=color_range or value_range(rows, value),
         mark=lambda row: mark_of(row, value),
     )
@@ -247,7 +250,7 @@ def hover_text(row: Row) -> str:
     return (
         f"<b>{text_lines(row['description'], 60, empty=nothing)}</b><br>"
         f"{escape(row['kind'])} of layer {row['source_layer']} → layer "
-        f"{row['target_layer']}, α = {row['alpha']:g}<br>"
+        f"{layer_name(row['target_layer'])}, α = {row['alpha']:g}<br>"
         f"{' · '.join(parts)}<br>"
         f"<i>{text_lines(row['text'], 60, empty='')}</i>"
     )

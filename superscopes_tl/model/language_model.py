@@ -21,7 +21,7 @@ from torch import Tensor
 
 from superscopes_tl.errors import UnavailableKindError, bad_type, bad_value, check_choice, describe
 from superscopes_tl.model.decoder import Decoder, Hook, hooked, linked
-from superscopes_tl.model.sites import KINDS, HookKind
+from superscopes_tl.model.sites import EMBED, KINDS, HookKind, PatchedLayer, check_layers
 from superscopes_tl.model.verification import Verified
 
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -51,6 +51,7 @@ class LanguageModel:
         origin: loads the same model in another process; `None` for one made in memory.
         source: file, hash and quantization of dequantized weights.
         absent: why each kind missing from `kinds` is unavailable, where known.
+        embeds: whether the input embedding, one vector as wide as the stream per token, has a hook.
     """
 
     name: str
@@ -71,6 +72,7 @@ class LanguageModel:
     origin: Callable[[], LanguageModel] | None = None
     source: Mapping[str, str] | None = None
     absent: Mapping[HookKind, str] = field(default_factory=dict)
+    embeds: bool = True
 
     @classmethod
     def of(cls, tl: Any, tokenizer: Any, verified: Verified, hf: Any, **stated: Any) -> Self:
@@ -91,6 +93,7 @@ class LanguageModel:
             decoder=verified.decoder,
             kinds=verified.kinds,
             absent=verified.absent,
+            embeds=verified.embeds,
             n_layers=tl.cfg.n_layers,
             d_model=tl.cfg.d_model,
             n_ctx=min(n for n in n_ctx if n),
@@ -138,6 +141,28 @@ class LanguageModel:
                 message = describe("kinds", expected, kind, f"leave {kind!r} out{why}")
                 raise UnavailableKindError(message)
         return tuple(dict.fromkeys(wanted))
+
+    def checked_targets(self, layers: PatchedLayer | Iterable[PatchedLayer]) -> tuple[int, ...]:
+        """Return target layers as numbers from 0, `EMBED` for "embed", without duplicates.
+
+        Raises:
+            ValueError, TypeError: as `check_layers`.
+            UnavailableKindError: "embed", where the model has no such hook point.
+        """
+        single = isinstance(layers, str) or not isinstance(layers, Iterable)
+        wanted: list[Any] = [layers] if single else list(layers)  # type: ignore[arg-type]
+        if "embed" not in wanted:
+            return check_layers(wanted, self.n_layers, "target_layer")
+        if not self.embeds:
+            fix = "choose a block"
+            message = describe("target_layer", f"a hook point of {self.name}", "embed", fix)
+            raise UnavailableKindError(message)
+        blocks = {
+            layer: check_layers([layer], self.n_layers, "target_layer")[0]
+            for layer in wanted
+            if layer != "embed"
+        }
+        return tuple(dict.fromkeys(blocks.get(layer, EMBED) for layer in wanted))
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:

@@ -4,6 +4,9 @@
 2. A *site* is a kind, a layer and a token position: where a source vector is read.
 3. Patching always replaces the block output (`hook_resid_post`) of the target layer, whatever the
    kind of the source vector: the place that is read and the place that is patched are independent.
+4. The target layer "embed" is the input embedding (`hook_embed`), the output before block 0: what
+   a Hugging Face model takes as `inputs_embeds`. Learned positions (GPT-2) are added after it, a
+   factor on embeddings (Gemma) is applied before. Its number in plans and tables is `EMBED`.
 
 Layer `l` is block `l`, counted from 0, so `resid_post` of layer `l` is the output of block `l`
 (`hidden_states[l + 1]` of a Hugging Face model). In a pre-norm block
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from superscopes_tl.errors import bad_type, bad_value
 
@@ -31,6 +34,12 @@ KINDS: tuple[HookKind, ...] = get_args(HookKind)
 PAPER_KINDS: tuple[HookKind, ...] = ("resid_mid", "mlp_out", "resid_post")
 """The three kinds that the paper reads (section 5.1)."""
 
+PatchedLayer: TypeAlias = int | Literal["embed"]
+"""A target layer by its name: a block number, or the input embedding."""
+
+EMBED = -1
+"""The number of the input embedding among target layers, below that of the first block."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -42,8 +51,18 @@ class Site:
 
 
 def hook_name(kind: HookKind, layer: int) -> str:
-    """Return the TransformerLens name, such as `blocks.3.hook_mlp_out`."""
+    """Return the TransformerLens name, such as `blocks.3.hook_mlp_out`.
+
+    The `resid_post` of layer `EMBED` is the input embedding.
+    """
+    if (kind, layer) == ("resid_post", EMBED):
+        return "hook_embed"
     return f"blocks.{layer}.hook_{kind}"
+
+
+def layer_name(number: int) -> PatchedLayer:
+    """Return the name of a target layer in a plan or table: "embed" for `EMBED`."""
+    return "embed" if number == EMBED else number
 
 
 def check_layers(

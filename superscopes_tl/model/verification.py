@@ -44,7 +44,7 @@ from superscopes_tl.model.decoder import (
     first_block_input,
     hooked,
 )
-from superscopes_tl.model.sites import KINDS, HookKind, hook_name
+from superscopes_tl.model.sites import EMBED, KINDS, HookKind, hook_name
 
 Place: TypeAlias = tuple[HookKind, int]
 """A kind at a layer."""
@@ -79,11 +79,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Verified:
-    """A TransformerLens object's decoder, the kinds at every layer, and why others are absent."""
+    """A TransformerLens object's decoder, the kinds at every layer, and why others are absent.
+
+    `embeds` is whether the input embedding has a hook point, with one vector per token.
+    """
 
     decoder: Decoder
     kinds: tuple[HookKind, ...]
     absent: Mapping[HookKind, str] = field(default_factory=lambda: MappingProxyType({}))
+    embeds: bool = True
 
 
 def probe(tokenizer: Any, n_vocab: int, n_ctx: int, device: torch.device, hf: Any = None) -> Probe:
@@ -121,7 +125,7 @@ def unverified(tl: Any) -> Verified:
     """Take every hook point that exists by name to be correct."""
     last = tl.cfg.n_layers - 1
     kinds = tuple(kind for kind in KINDS if hook_name(kind, last) in tl.hook_dict)
-    return Verified(decoder_for(tl), kinds)
+    return Verified(decoder_for(tl), kinds, embeds=hook_name("resid_post", EMBED) in tl.hook_dict)
 
 
 def verify(tl: Any, given: Probe, twin: Any = None) -> Verified:
@@ -150,7 +154,7 @@ def verify(tl: Any, given: Probe, twin: Any = None) -> Verified:
         decoder.grows = decoder.unembeds and _grows(tl, decoder, given.tokens, full)
         if twin is not None:
             decoder = _with_twin(decoder, twin, given.tokens, expected)
-    return Verified(decoder, kinds, absent)
+    return Verified(decoder, kinds, absent, ("resid_post", EMBED) in found)
 
 
 def _with_twin(decoder: Decoder, twin: Any, tokens: Tensor, expected: Tensor) -> Decoder:
@@ -280,6 +284,7 @@ def _full_pass(tl: Any, tokens: Tensor) -> tuple[Tensor, dict[Place, Tensor]]:
 
     there = tl.hook_dict
     places = [(kind, layer) for kind in KINDS for layer in range(tl.cfg.n_layers)]
+    places.append(("resid_post", EMBED))
     named = [(hook_name(*place), record_at(place)) for place in places]
     with hooked(tl, [(name, record) for name, record in named if name in there]):
         logits = tl(tokens)

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 
 from superscopes_tl.errors import bad_value, check_choice, check_count
 from superscopes_tl.experiment import rows_at
+from superscopes_tl.model import PatchedLayer
 from superscopes_tl.scores import above_others
 from superscopes_tl.statistics.chance import (
     Weights,
@@ -43,7 +44,7 @@ from superscopes_tl.statistics.chance import (
 from superscopes_tl.statistics.comparison import DISCOVERY
 from superscopes_tl.vectors import PAPER_MAPPING
 
-Target: TypeAlias = int | Literal["same", "all"] | None
+Target: TypeAlias = PatchedLayer | Literal["same", "all"] | None
 Gains = Float[np.ndarray, "prompt site candidate"]
 Has = Bool[np.ndarray, "site candidate"]
 Fold = Int[np.ndarray, " prompt"]

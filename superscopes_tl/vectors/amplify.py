@@ -171,7 +171,7 @@ class ResidMid:
 
 @dataclass(frozen=True)
 class PlaceholderState:
-    """Base: the block output at the placeholder and target layer when nothing is patched."""
+    """Base: what the placeholder has at the target layer when nothing is patched."""
 
     def __call__(self, run: SourceRun, places: Places) -> Float[Tensor, "places d_model"]:
         """Return the state of the placeholder at every target layer; the mean of several."""

@@ -24,6 +24,7 @@ from typing import TypeAlias
 
 from superscopes_tl.engine import Patch, TargetPrompt
 from superscopes_tl.errors import bad_type, bad_value, check_callable
+from superscopes_tl.model import PatchedLayer
 from superscopes_tl.vectors.amplify import label
 
 SELFIE_PROMPT = TargetPrompt(
@@ -63,20 +64,20 @@ class Interpolate:
 
 @dataclass(frozen=True, init=False, repr=False)
 class AtLayers:
-    """Write at several layers (negative ones count from the last).
+    """Write at several layers (negative ones count from the last), or "embed", the embedding.
 
     `target_layer`, units and norm ratio remain those of the cell: make it the first of the layers.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[PatchedLayer, ...]
 
-    def __init__(self, *layers: int) -> None:
+    def __init__(self, *layers: PatchedLayer) -> None:
         fix = "for example AtLayers(0, 3)"
         if not layers:
             raise bad_value("layers", "at least one layer", layers, fix)
         for layer in layers:
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise bad_type("layers", "whole numbers", layer, fix)
+            if layer != "embed" and (isinstance(layer, bool) or not isinstance(layer, int)):
+                raise bad_type("layers", "whole numbers or 'embed'", layer, fix)
         object.__setattr__(self, "layers", layers)
 
     def __call__(self, patch: Patch, alpha: float) -> Patch:
@@ -84,7 +85,7 @@ class AtLayers:
         return replace(patch, target_layer=self.layers)
 
     def __repr__(self) -> str:
-        return f"AtLayers({', '.join(map(str, self.layers))})"
+        return f"AtLayers({', '.join(map(repr, self.layers))})"
 
 
 @dataclass(frozen=True, init=False, repr=False)

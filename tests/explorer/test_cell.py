@@ -98,7 +98,7 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
 
 
 @pytest.mark.parametrize("mapping", [Scale(), RandomDirection(3)], ids=str)
-@pytest.mark.parametrize("target_layer", [4, "same"])
+@pytest.mark.parametrize("target_layer", [4, "same", "embed"])
 def test_the_code_reads_the_same_cell(
     llama: LanguageModel, mapping: Any, target_layer: Any, word_overlap: Any
 ) -> None:

@@ -49,6 +49,8 @@ def test_controls_and_config_agree(explorer: Explorer) -> None:
     config = explorer.config
     assert (config.target_layer, config.score_on, len(config.alphas)) == (2, "description", 13)  # type: ignore[arg-type]
     assert "hello" in config.target_prompt.text  # type: ignore[union-attr]
+    explorer.config = replace(config, target_layer="embed")
+    assert (view.target.value, explorer.config.target_layer) == ("embed", "embed")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def test_a_growing_batch_scores_a_text_like_one_pass_per_patch(
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
     torch.manual_seed(2)
     assert model.decoder.grows
-    text, layers = [7, 40, 5, 6], [5, 2, (2, 4), 5, 0, -1, None]
+    text = [7, 40, 5, 6]
+    layers: list[Any] = [5, 2, (2, 4), 5, "embed", 0, -1, ("embed", 3), None]
     for target in (TARGET, SEVERAL):
         generator = PatchedGenerator(model, target)
         patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in layers]
