@@ -22,9 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from superscopes_tl.engine import TargetPrompt, default_target_prompt
-from superscopes_tl.errors import bad_value
+from superscopes_tl.errors import bad_value, check_choice
 from superscopes_tl.evaluation import PromptFile, load_prompts
 from superscopes_tl.model import LanguageModel, load_model
+from superscopes_tl.vectors import PRESETS
 
 # Generated text is printed as it is: a `:x:` in it is no emoji, a `[b]` no markup.
 OUTPUT = Console(emoji=False)
@@ -124,9 +125,19 @@ class Cells(Sampling):
     others: Annotated[int, typer.Option(help="Vectors that the control other_prompt averages.")] = 3
     generate: Annotated[str, typer.Option(help="all, best (one α per site) or none.")] = "all"
     score_on: ScoreOn = ""
+    preset: Annotated[str, typer.Option(help=f"As a method does it: {', '.join(PRESETS)}.")] = ""
 
     def settings(self) -> dict[str, Any]:
-        """Return them as settings; what is left empty keeps its default."""
+        """Return them as settings; what is left empty keeps its default, or is the preset's."""
+        own = self._settings()
+        if not self.preset:
+            return own
+        usual = Cells(chat=self.chat, answer=self.answer)._settings()
+        preset = PRESETS[check_choice("--preset", self.preset, PRESETS)]
+        left = {name for name in preset if own.get(name) == usual.get(name)}
+        return own | {name: value for name, value in preset.items() if name in left}
+
+    def _settings(self) -> dict[str, Any]:
         given = {
             "layers": parse_layers(self.layers, "--layers") if self.layers else None,
             "kinds": parse_names(self.kinds),

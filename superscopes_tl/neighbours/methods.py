@@ -25,6 +25,7 @@ from superscopes_tl.model import LanguageModel, Position, load_model
 from superscopes_tl.neighbours.causal import causal_effects
 from superscopes_tl.neighbours.lenses import LENSES, Lens, lens_label, lens_table
 from superscopes_tl.vectors import (
+    PRESETS,
     SELFIE_PROMPT,
     Accumulated,
     Add,
@@ -44,8 +45,8 @@ OWN_TOKENS = 10
 
 NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "Patchscopes": {"alphas": 1},
-        "Superscopes": {},
+        "Patchscopes": PRESETS["patchscopes"],
+        "Superscopes": PRESETS["superscopes"],
         "Superscopes, α in residual norms": {"unit": "residual", "alphas": (0.5, 1, 2, 4, 8)},
         "guidance on vectors": {"base": PlaceholderState()},
         "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},
@@ -56,6 +57,8 @@ NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "target_layer": 0,
         },
         "SelfIE, interpolated": {"write": Interpolate(), "alphas": (0.25, 0.5, 0.75, 0.9)},
+        "as activation oracles": PRESETS["oracle"],
+        "self-explaining features": PRESETS["self-explaining"],
         "the kind summed over layers": {"vectors": Accumulated()},
     }
 )

@@ -20,6 +20,7 @@ from superscopes_tl.vectors.amplify import (
     stable_hash,
 )
 from superscopes_tl.vectors.formats import Arrays, opened
+from superscopes_tl.vectors.presets import PRESETS
 from superscopes_tl.vectors.sources import (
     Accumulated,
     Head,
@@ -41,6 +42,7 @@ from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, In
 
 __all__ = [
     "PAPER_MAPPING",
+    "PRESETS",
     "SELFIE_PROMPT",
     "Accumulated",
     "Add",
