@@ -183,6 +183,22 @@ class PatchedPrompt:
         found |= zip(rest, chain(*batches), strict=True)
         return [found[key] for key in keys]
 
+    def differentiable(
+        self, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "patches longest"]:
+        """Return them for one batch as a tensor, with gradients to the patches' vectors.
+
+        After the end of a shorter text it is 0.
+
+        Raises:
+            ValueError: as `PatchedGenerator.generate`.
+        """
+        self.check(patches)
+        likely = self._likely(patches, texts, gradients=True)
+        lengths = torch.tensor([len(text) for text in texts], device=likely.device)
+        inside = torch.arange(likely.shape[1], device=likely.device) < lengths[:, None]
+        return likely.where(inside, 0.0)
+
     def residuals(
         self, patches: Sequence[Patch], text: Sequence[int], places: Sequence[tuple[int, int]]
     ) -> Float[Tensor, "patches places d_model"]:
@@ -299,28 +315,38 @@ class PatchedPrompt:
 
     def _score_batch(self, pairs: Sequence[tuple[Patch, Sequence[int]]]) -> list[list[float]]:
         patches, texts = zip(*pairs, strict=True)
-        longest = max(map(len, texts))
-        if not longest:
+        if not any(texts):
             return [[] for _ in texts]
+        rows = self._likely(patches, texts).tolist()
+        return [row[: len(text)] for row, text in zip(rows, texts, strict=True)]
+
+    def _likely(
+        self, patches: Sequence[Patch], texts: Sequence[Sequence[int]], *, gradients: bool = False
+    ) -> Float[Tensor, "patches longest"]:
+        """Return the log-probability of each token of texts of any length, from one pass."""
+        longest = max(map(len, texts))
         # Attention is causal: the padding of a shorter text changes none of its own tokens.
         padded = [[*text, *[0] * (longest - len(text))] for text in texts]
         ids = torch.tensor(padded, device=self.model.device)
         rows, weights = self.rows(patches)
         read = torch.cat([ids, ids[guided_rows(weights)]])[:, :-1]
         tokens = torch.cat([self.tail(len(rows)), read], dim=1)
-        with self._scoring():
+        with self._scoring(gradients=gradients):
             cache = self.cache(len(rows), longest)
             with self.model.hooks(self.hooks(rows)):
                 logits = self.model.decoder.logits(tokens, cache, longest)
-            likely = token_log_probabilities(guide(logits, weights), ids)
-        return [row[: len(text)] for row, text in zip(likely.tolist(), texts, strict=True)]
+            return token_log_probabilities(guide(logits, weights), ids)
 
     @contextlib.contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """Hold the model, without gradients and in the precision of known texts."""
+    def _scoring(self, *, gradients: bool = False) -> Iterator[None]:
+        """Hold the model, by default without gradients, in the precision of known texts."""
         device = self.model.device.type
         fast = self.precision == "high" and multiplies_bfloat16(device)
-        with self.model.lock, torch.no_grad(), torch.autocast(device, torch.bfloat16, fast):
+        with (
+            self.model.lock,
+            torch.set_grad_enabled(gradients),
+            torch.autocast(device, torch.bfloat16, fast),
+        ):
             yield
 
     def _growing(self, pairs: Mapping[Any, tuple[Patch, Sequence[int]]]) -> Iterable[list[Any]]:

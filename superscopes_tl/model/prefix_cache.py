@@ -8,7 +8,7 @@
    all rows. With 69 shared tokens and 10 own ones, attention reads 10 keys per row instead of 79,
    and only these take memory in a larger batch.
 4. Any other operation on a `SharedPrefix` gets the materialised tensor: an unusual architecture is
-   slower, never wrong.
+   slower, never wrong. With gradients it is materialised before autograd records the operation.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class SharedPrefix(Tensor):
             found = _BY_PARTS[func](*args, **(kwargs or {}))
             if found is not NotImplemented:
                 return found
+        if torch.is_grad_enabled() and not _is_attribute(func):
+            return func(*_whole(args), **_whole(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -65,6 +67,11 @@ class SharedPrefix(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Compute with the materialised tensor."""
         return func(*_whole(args), **_whole(kwargs or {}))
+
+
+def _is_attribute(func: Any) -> bool:
+    """Whether an operation reads an attribute of a tensor, such as its shape."""
+    return getattr(func, "__name__", "") == "__get__"
 
 
 def _whole(value: Any) -> Any:

@@ -46,7 +46,7 @@ OWN_TOKENS = 10
 NEIGHBOURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "Patchscopes": PRESETS["patchscopes"],
-        "Superscopes": PRESETS["superscopes"],
+        "Superscopes": {},
         "Superscopes, α in residual norms": {"unit": "residual", "alphas": (0.5, 1, 2, 4, 8)},
         "guidance on vectors": {"base": PlaceholderState()},
         "guidance on logits": {"guide": "logits", "alphas": (1.5, 2, 3, 5)},

@@ -1,0 +1,370 @@
+"""A trained reader of d_model + 1 numbers: f(v) = s·v/‖v‖ + b (SelfIE adapters).
+
+"Learning Self-Interpretation from Interpretability Artifacts" (arXiv 2602.10352): the language
+model stays frozen, and a scale s and a vector b are trained so that it describes what it is shown
+at its input embedding. Of what training gains there, b brings 85 %.
+
+1. Read v of every name's last token, and the model's own words D about it (`scores`).
+2. Minimise −log p(D | target prompt with f(v) at the placeholder), the mean over D's tokens and
+   over names, with Adam on log s and b and a learning rate that decays to 0. s begins as the norm
+   of what is replaced, b as 0, learned in units of that norm. The target prompt up to the
+   placeholder is run once; no weight of the model gets a gradient.
+3. `Adapter` is a mapping family, α·s·v/‖v‖ + b: α = 1 is f, α = 0 is b alone.
+4. `adapter_shares` says what it brings on names that it was not fitted on, beside b alone, other
+   names' vectors, and the untrained α·‖h‖·v/‖v‖ at its best α.
+5. Files are safetensors with the tensors `log_scale` and `bias`, as the authors name them, and the
+   model's fingerprint. Checkpoints of theirs can be loaded too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from superscopes_tl.engine import Patch, TargetPrompt
+from superscopes_tl.errors import bad_value, check_count
+from superscopes_tl.evaluation import evaluate
+from superscopes_tl.experiment import SweepConfig, SweepPlan, make_patches, plan_sweep
+from superscopes_tl.files import reading, write_tensors
+from superscopes_tl.model import LanguageModel, PatchedLayer, load_model
+from superscopes_tl.scores import no_scores, words_of
+from superscopes_tl.statistics import bootstrap
+from superscopes_tl.vectors import MappingFunction, stable_hash
+
+FORMAT = "superscopes_tl adapter 1"
+MOST_BYTES = 2**24
+UNTRAINED = (0.25, 0.5, 1, 2, 4, 8)
+"""The α, in norms of what is replaced, among which the untrained vector is given its best."""
+_FIXED = ("kinds", "layers", "alphas", "positions", "mapping", "controls", "scorer", "generate")
+_WHERE = ("kind", "layer", "target_layer", "settings")
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter:
+    """f(v) = s·v/‖v‖ + b, a mapping family of a sweep: `sweep(model, name, **adapter.sweep)`.
+
+    Attributes:
+        scale: s.
+        bias: b.
+        model: name of the model.
+        fingerprint: of its weights; empty where the file does not say it.
+        kind: the kind of activation that it was fitted on.
+        layer: the source layer; `None` where the file does not say it.
+        target_layer: where f(v) is written.
+        settings: the other settings of the sweep that it was fitted with, as plain data.
+        training: how it was fitted, as plain data.
+    """
+
+    scale: float
+    bias: Float[Tensor, " d_model"] = field(compare=False)
+    model: str = ""
+    fingerprint: str = ""
+    kind: str = "resid_post"
+    layer: int | None = None
+    target_layer: PatchedLayer = "embed"
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    training: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = f"{stable_hash(self.scale, self.bias.tolist()):08x}"
+        object.__setattr__(self, "digest", numbers)
+
+    def __call__(self, alpha: float) -> MappingFunction:
+        """Return v → α·s·v/‖v‖ + b."""
+
+        def adapt(v: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+            if v.shape[-1] != len(self.bias):
+                expected = f"{len(self.bias)} numbers, the width of {self.model or 'its model'}"
+                raise bad_value("v", expected, v.shape[-1], "read vectors of that model")
+            unit = torch.nn.functional.normalize(v.float(), dim=-1, eps=1e-30)
+            return alpha * self.scale * unit + self.bias.to(v.device)
+
+        return adapt
+
+    def __repr__(self) -> str:
+        where = f"{self.kind} of layer {self.layer} into {self.target_layer}"
+        norm = float(self.bias.norm())
+        return f"Adapter(<{where}, s = {self.scale:.3g}, |b| = {norm:.3g}, {self.digest}>)"
+
+    @property
+    def sweep(self) -> dict[str, Any]:
+        """The settings of a sweep that reads with it, as it was fitted."""
+        settings = dict(self.settings)
+        if target := settings.get("target_prompt"):
+            settings["target_prompt"] = TargetPrompt(**target)
+        where = {"kinds": self.kind, "layers": self.layer, "target_layer": self.target_layer}
+        return {**settings, **where, "mapping": self, "alphas": (1.0,)}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to a safetensors file, atomically; return the path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        names = ("model", "fingerprint", "kind", "layer", "target_layer", "settings", "training")
+        about = {name: getattr(self, name) for name in names}
+        header = {"format": FORMAT, "adapter": json.dumps(about, allow_nan=False)}
+        tensors = {"log_scale": torch.tensor([math.log(self.scale)]), "bias": self.bias}
+        write_tensors(Path(path), tensors, header)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel, **where: Any) -> Self:
+        """Read a file of `save`, or a scalar-affine checkpoint of the paper's authors.
+
+        Args:
+            path: safetensors, or their `.pt` (read without running code).
+            model: the model that it is for.
+            **where: `kind`, `layer`, `target_layer` and `settings`, which their files do not say.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RunFileError: no adapter of this form, or a corrupt one.
+            ValueError: an adapter of another model.
+        """
+        if unknown := sorted(set(where) - set(_WHERE)):
+            raise bad_value("where", f"out of {_WHERE}", unknown, "correct the name")
+        expected = "the tensors log_scale [1] and bias [d_model] of an adapter"
+        fix = "pass a file that Adapter.save wrote, or a scalar-affine checkpoint"
+        with reading(path, expected, fix, most=MOST_BYTES):
+            tensors, about = _read(Path(path))
+            scale, bias = (_numbers(tensors, name) for name in ("log_scale", "bias"))
+            if len(scale) != 1 or set(tensors) != {"log_scale", "bias"}:
+                raise ValueError(f"the tensors {sorted(tensors)}")
+            found = cls(math.exp(float(scale)), bias, **{**about, **where})
+        if found.fingerprint not in ("", model.fingerprint) or len(bias) != model.d_model:
+            wanted = f"an adapter of {model.name}, width {model.d_model} ({model.fingerprint})"
+            got = f"one of {found.model or 'another model'}, width {len(bias)}"
+            raise bad_value("path", wanted, f"{got} ({found.fingerprint})", "fit_adapter on it")
+        return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a file's tensors, and what it says about them."""
+    from safetensors import safe_open
+
+    if path.suffix in (".pt", ".pth"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made = checkpoint["config"]["projection"]
+        if made["type"] != "scalar_affine" or not made["normalize_input"]:
+            raise ValueError(f"a projection of type {made['type']!r}")
+        return dict(checkpoint["projection_state"]), {}
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    about = json.loads(header["adapter"]) if header.get("format") == FORMAT else {}
+    types = {"model": str, "fingerprint": str, "kind": str, "layer": (int, type(None)),
+             "target_layer": (int, str), "settings": dict, "training": dict}  # fmt: skip
+    if set(about) - set(types) or not all(isinstance(v, types[k]) for k, v in about.items()):
+        raise ValueError(f"a header with {about}")
+    return tensors, about
+
+
+def _numbers(tensors: Mapping[str, Any], name: str) -> Float[Tensor, " n"]:
+    found = tensors[name].float()
+    if found.ndim != 1 or not bool(found.isfinite().all()):
+        raise ValueError(f"{name} that is no vector of finite numbers")
+    vector: Tensor = found
+    return vector
+
+
+def fit_adapter(
+    model: LanguageModel | Any,
+    names: Sequence[str],
+    *,
+    layer: int,
+    kind: str = "resid_post",
+    target_layer: PatchedLayer = "embed",
+    steps: int = 60,
+    batch_size: int = 16,
+    learning_rate: float = 0.03,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Adapter:
+    """Fit s and b on names and the model's own words about them.
+
+    Example:
+        >>> adapter = fit_adapter(load_model(), ALL_NAMES, layer=12)  # doctest: +SKIP
+        >>> sweep(load_model(), "Pink Floyd", **adapter.sweep)  # doctest: +SKIP
+
+    Args:
+        model: from `load_model`, or anything that it accepts.
+        names: of many kinds; those without own words are left out. Keep some for
+            `adapter_shares`.
+        layer: the source layer.
+        kind: the kind of activation.
+        target_layer: where f(v) is written; the paper's place is the input embedding.
+        steps: steps of Adam; the progress bar states the time after the first.
+        batch_size: names per step.
+        learning_rate: of the first step, for log s and for b in units of the replaced norm per
+            number of the vector; it decays linearly to 0.
+        seed: orders the names.
+        progress: whether to show a progress bar.
+        **settings: other settings of `SweepConfig`, such as `chat`, `target_prompt`,
+            `source_template` or `precision`.
+
+    Raises:
+        ValueError, TypeError: a bad setting, or names of which none has own words.
+    """
+    check_count("steps", steps, least=1, fix="60 is the default")
+    check_count("batch_size", batch_size, least=1, fix="16 is the default")
+    if misplaced := sorted(set(_FIXED) & set(settings)):
+        raise bad_value("settings", "others than the site's", misplaced, "leave them out")
+    plan = _plan(model, names, layer, kind, target_layer, settings)
+    units, texts, norm = _examples(plan, names)
+    about = {"names": len(texts), "steps": steps, "batch_size": batch_size, "seed": seed}
+    size = norm / math.sqrt(units.shape[1])
+    # In logarithms, so that a scale stays positive, and in units, so that one rate suits both.
+    learned = [torch.tensor(math.log(norm)), torch.zeros(units.shape[1])]
+    adam = torch.optim.Adam([one.requires_grad_() for one in learned], lr=learning_rate)
+    slower = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
+    order = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    bar = tqdm(range(steps), desc="adapter", unit="step", disable=not progress)
+    for _ in bar:
+        if len(queue) < min(batch_size, len(texts)):  # every name once, then all again
+            queue += torch.randperm(len(texts), generator=order).tolist()
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        with torch.enable_grad():
+            mapped = learned[0].exp() * units[batch] + size * learned[1]
+            patches = [Patch(vector, target_layer) for vector in mapped]
+            loss = _loss(plan, patches, [texts[row] for row in batch])
+            # Not backward(): the model's weights must not get gradients.
+            gradients = torch.autograd.grad(loss, learned)
+        for parameter, gradient in zip(learned, gradients, strict=True):
+            parameter.grad = gradient
+        adam.step()
+        slower.step()
+        bar.set_postfix_str(f"{float(loss):.3f} nats per token", refresh=False)
+    log_scale, bias = (one.detach() for one in learned)
+    return Adapter(
+        scale=math.exp(float(log_scale)),
+        bias=size * bias,
+        model=plan.model.name,
+        fingerprint=plan.model.fingerprint,
+        kind=kind,
+        layer=plan.sites[0].layer,
+        target_layer=target_layer,
+        settings=_plain(plan.config, settings),
+        training={**about, "learning_rate": learning_rate, "loss": float(loss)},
+    )
+
+
+def _plan(
+    model: Any, names: Sequence[str], layer: int, kind: str, target_layer: Any, settings: Any
+) -> SweepPlan:
+    """Return the plan that reads the first name's site."""
+    if isinstance(names, str) or not names:
+        raise bad_value("names", "a list of names", names, "for example ALL_NAMES")
+    site = {"layers": layer, "kinds": kind, "alphas": 1, "target_layer": target_layer}
+    model = load_model(model)
+    return plan_sweep(model, names[0], **{**settings, **site, "scorer": no_scores})
+
+
+def _examples(
+    plan: SweepPlan, names: Sequence[str]
+) -> tuple[Float[Tensor, "names d_model"], list[tuple[int, ...]], float]:
+    """Return v/‖v‖ and the own words of each name that has some, and the replaced norm."""
+    plans = [plan.at_prompt(name) for name in dict.fromkeys(names)]
+    abouts = [one.about(one.sites[0].position) for one in plans]
+    words = words_of(plan.generator, abouts)
+    found = [(p, w.token_ids) for p, w in zip(plans, words, strict=True) if not w.undefined]
+    if not found:
+        why = words[0].undefined
+        raise bad_value("names", "names that the model describes", f"none: {why}", "try others")
+    vectors = torch.stack([make_patches(one)[0].vector for one, _ in found])
+    norm = float(plan.generator.placeholder_norms[plan.cells[0].target_layer])
+    unit: Tensor = torch.nn.functional.normalize(vectors, dim=-1)
+    return unit, [ids for _, ids in found], norm
+
+
+def _loss(
+    plan: SweepPlan, patches: Sequence[Patch], texts: Sequence[Sequence[int]]
+) -> Float[Tensor, ""]:
+    """Return −log p of the texts after their patches, in nats per token, the mean over texts."""
+    likely = plan.generator.differentiable(patches, texts)
+    lengths = torch.tensor([len(text) for text in texts], device=likely.device)
+    loss: Tensor = -(likely.sum(dim=1) / lengths).mean()
+    return loss.cpu()
+
+
+def _plain(config: SweepConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a sweep needs to read the same way, as plain data."""
+    kept = {name: settings[name] for name in ("chat", "source_template") if name in settings}
+    if settings.get("max_new_tokens") is not None:
+        kept["max_new_tokens"] = config.max_new_tokens
+    return {**kept, "target_prompt": asdict(config.prompt_with_placeholder)}
+
+
+def adapter_shares(
+    model: LanguageModel | Any,
+    adapter: Adapter,
+    names: Sequence[str],
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Return what an adapter recovers of the own words of names that it was not fitted on.
+
+    Args:
+        model: the model that it was fitted on.
+        adapter: from `fit_adapter`.
+        names: held out.
+        progress: whether to show progress bars.
+        **settings: sweep settings, such as `precision` or `others`.
+
+    Returns:
+        A row for each of "adapter", "b alone", "adapter, other names' vectors" and "untrained"
+        (α·‖h‖·v/‖v‖, at the one `UNTRAINED` α that is best on these same names, an upper bound):
+        `alpha`, `recovered` (the mean over names), its 95 % bootstrap interval `low` to `high`,
+        and `gain`, `gain_low`, `gain_high` of the adapter over it, paired by name.
+
+    Raises:
+        ValueError: names of which none has own words, or settings as in `evaluate`.
+    """
+    common = {**adapter.sweep, "generate": "none", "scorer": no_scores, **settings}
+    adapted = evaluate(
+        model, names, progress=progress,
+        **{**common, "alphas": (0, 1), "controls": "other_prompt"},
+    ).table.set_index("prompt")  # fmt: skip
+    plain = {**common, "unit": "residual", "alphas": UNTRAINED, "mapping": SweepConfig().mapping}
+    untrained = evaluate(model, names, progress=progress, **plain).table
+    wide = untrained.pivot(index="prompt", columns="alpha", values="recovered")
+    best = wide.mean().idxmax()
+    whole = adapted[adapted["alpha"] == 1]
+    columns: dict[str, tuple[float, pd.Series[float]]] = {
+        "adapter": (1.0, whole["recovered"]),
+        "b alone": (0.0, adapted.loc[adapted["alpha"] == 0, "recovered"]),
+        "adapter, other names' vectors": (1.0, whole["other_prompt_recovered"]),
+        "untrained": (float(best), wide[best]),
+    }
+    shares = pd.DataFrame({name: values for name, (_, values) in columns.items()}).dropna()
+    gains = shares[["adapter"]].to_numpy() - shares.to_numpy()
+    low, high = bootstrap(shares.to_numpy())
+    gain_low, gain_high = bootstrap(gains)
+    return pd.DataFrame(
+        {
+            "method": shares.columns,
+            "alpha": [alpha for alpha, _ in columns.values()],
+            "recovered": shares.mean().to_numpy(),
+            "low": low,
+            "high": high,
+            "gain": gains.mean(axis=0),
+            "gain_low": gain_low,
+            "gain_high": gain_high,
+            "names": len(shares),
+        }
+    )
