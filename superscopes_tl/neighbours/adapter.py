@@ -13,7 +13,7 @@ at its input embedding. Of what training gains there, b brings 85 %.
 4. `adapter_shares` says what it brings on names that it was not fitted on, beside b alone, other
    names' vectors, and the untrained α·‖h‖·v/‖v‖ at its best α.
 5. Files are safetensors with the tensors `log_scale` and `bias`, as the authors name them, and the
-   model's fingerprint. Checkpoints of theirs can be loaded too.
+   model's fingerprint. Files of theirs with these two tensors can be loaded too.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ from tqdm.auto import tqdm
 
 from superscopes_tl.engine import Patch, TargetPrompt
 from superscopes_tl.errors import bad_value, check_count
-from superscopes_tl.evaluation import evaluate
-from superscopes_tl.experiment import SweepConfig, SweepPlan, make_patches, plan_sweep
+from superscopes_tl.experiment import SweepConfig, SweepPlan, collect, make_patches, plan_sweep
 from superscopes_tl.files import reading, write_tensors
 from superscopes_tl.model import LanguageModel, PatchedLayer, load_model
 from superscopes_tl.scores import no_scores, words_of
 from superscopes_tl.statistics import bootstrap
-from superscopes_tl.vectors import MappingFunction, stable_hash
+from superscopes_tl.vectors import MappingFunction, Scale, stable_hash
 
 FORMAT = "superscopes_tl adapter 1"
 MOST_BYTES = 2**24
@@ -122,10 +121,10 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LanguageModel, **where: Any) -> Self:
-        """Read a file of `save`, or a scalar-affine checkpoint of the paper's authors.
+        """Read a safetensors file of `save`, or a scalar-affine one of the paper's authors.
 
         Args:
-            path: safetensors, or their `.pt` (read without running code).
+            path: the file; theirs must have been trained on normalised vectors.
             model: the model that it is for.
             **where: `kind`, `layer`, `target_layer` and `settings`, which their files do not say.
 
@@ -137,7 +136,7 @@ class Adapter:
         if unknown := sorted(set(where) - set(_WHERE)):
             raise bad_value("where", f"out of {_WHERE}", unknown, "correct the name")
         expected = "the tensors log_scale [1] and bias [d_model] of an adapter"
-        fix = "pass a file that Adapter.save wrote, or a scalar-affine checkpoint"
+        fix = "pass a file that Adapter.save wrote, or another scalar-affine adapter"
         with reading(path, expected, fix, most=MOST_BYTES):
             tensors, about = _read(Path(path))
             scale, bias = (_numbers(tensors, name) for name in ("log_scale", "bias"))
@@ -155,12 +154,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a file's tensors, and what it says about them."""
     from safetensors import safe_open
 
-    if path.suffix in (".pt", ".pth"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        made = checkpoint["config"]["projection"]
-        if made["type"] != "scalar_affine" or not made["normalize_input"]:
-            raise ValueError(f"a projection of type {made['type']!r}")
-        return dict(checkpoint["projection_state"]), {}
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -267,11 +260,15 @@ def _plan(
     model: Any, names: Sequence[str], layer: int, kind: str, target_layer: Any, settings: Any
 ) -> SweepPlan:
     """Return the plan that reads the first name's site."""
-    if isinstance(names, str) or not names:
-        raise bad_value("names", "a list of names", names, "for example ALL_NAMES")
     site = {"layers": layer, "kinds": kind, "alphas": 1, "target_layer": target_layer}
     model = load_model(model)
-    return plan_sweep(model, names[0], **{**settings, **site, "scorer": no_scores})
+    return plan_sweep(model, _checked(names)[0], **{**settings, **site, "scorer": no_scores})
+
+
+def _checked(names: Sequence[str]) -> Sequence[str]:
+    if isinstance(names, str) or not names:
+        raise bad_value("names", "a list of names", names, "for example ALL_NAMES")
+    return names
 
 
 def _examples(
@@ -333,15 +330,19 @@ def adapter_shares(
         and `gain`, `gain_low`, `gain_high` of the adapter over it, paired by name.
 
     Raises:
-        ValueError: names of which none has own words, or settings as in `evaluate`.
+        ValueError, TypeError: a bad setting, or no names.
     """
-    common = {**adapter.sweep, "generate": "none", "scorer": no_scores, **settings}
-    adapted = evaluate(
-        model, names, progress=progress,
-        **{**common, "alphas": (0, 1), "controls": "other_prompt"},
-    ).table.set_index("prompt")  # fmt: skip
-    plain = {**common, "unit": "residual", "alphas": UNTRAINED, "mapping": SweepConfig().mapping}
-    untrained = evaluate(model, names, progress=progress, **plain).table
+    given = {**adapter.sweep, "alphas": (0, 1), "controls": "other_prompt", **settings}
+    given |= {"generate": "none", "scorer": no_scores}
+    plan = plan_sweep(load_model(model), _checked(names)[0], **given)
+    plain = plan.with_settings(
+        mapping=Scale(), unit="residual", alphas=UNTRAINED, controls=()
+    )  # the same generator, so that own words are written once
+    adapted, untrained = (
+        collect([one.at_prompt(name) for name in dict.fromkeys(names)], progress=progress).table
+        for one in (plan, plain)
+    )
+    adapted = adapted.set_index("prompt")
     wide = untrained.pivot(index="prompt", columns="alpha", values="recovered")
     best = wide.mean().idxmax()
     whole = adapted[adapted["alpha"] == 1]

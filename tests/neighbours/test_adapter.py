@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
@@ -149,46 +149,32 @@ def test_a_file_gives_the_same_adapter(
         Adapter.load(path, llama, layers=3)
 
     state = {"log_scale": torch.tensor([2.0]), "bias": torch.ones(32)}
-    config = {"projection": {"type": "scalar_affine", "normalize_input": True}}
-    published = tmp_path / "checkpoint.pt"
-    torch.save({"projection_state": state, "config": config, "model_dim": 32}, published)
+    save_file(state, published := tmp_path / "theirs.safetensors", metadata={"type": "affine"})
     theirs = Adapter.load(published, llama, layer=3)
     assert (theirs.layer, theirs.target_layer) == (3, "embed")
-    assert torch.allclose(
-        theirs(1)(torch.eye(32)[:1]), torch.tensor(2.0).exp() * torch.eye(32)[:1] + 1
-    )
-
-
-class _Code:
-    def __reduce__(self) -> Any:
-        return os.system, ("false",)
+    unit = torch.eye(32)[:1]
+    assert torch.allclose(theirs(1)(9 * unit), torch.tensor(2.0).exp() * unit + 1)
 
 
 @pytest.mark.parametrize(
-    "content",
+    "tensors",
     [
-        {"projection_state": {"log_scale": torch.zeros(1)}, "config": _Code()},
-        {"projection_state": {"log_scale": torch.zeros(1)}, "config": {"projection": {}}},
-        {
-            "projection_state": {"U": torch.zeros(32, 2)},
-            "config": {"projection": {"type": "low_rank_only", "normalize_input": True}},
-        },
-        {
-            "projection_state": {"log_scale": torch.zeros(1), "bias": torch.full((32,), torch.nan)},
-            "config": {"projection": {"type": "scalar_affine", "normalize_input": True}},
-        },
-        b"no pickle at all",
+        {"log_scale": torch.zeros(1)},
+        {"log_scale": torch.zeros(2), "bias": torch.zeros(32)},
+        {"log_scale": torch.zeros(1), "bias": torch.zeros(32), "U": torch.zeros(32, 2)},
+        {"log_scale": torch.zeros(1), "bias": torch.full((32,), torch.nan)},
+        None,
     ],
-    ids=["code", "no type", "low rank", "NaN", "bytes"],
+    ids=["no bias", "two scales", "low rank", "NaN", "bytes"],
 )
-def test_a_checkpoint_of_another_form_is_refused(
-    llama: LanguageModel, content: Any, tmp_path: Path
+def test_a_file_of_another_form_is_refused(
+    llama: LanguageModel, tensors: Any, tmp_path: Path
 ) -> None:
-    """In one line, and no code of it runs."""
-    path = tmp_path / "checkpoint.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
+    """In one line that says what was expected."""
+    path = tmp_path / "other.safetensors"
+    if tensors is None:
+        path.write_bytes(b"no tensors at all")
     else:
-        torch.save(content, path)
-    with pytest.raises(RunFileError, match="checkpoint"):
+        save_file(tensors, path)
+    with pytest.raises(RunFileError, match="log_scale"):
         Adapter.load(path, llama)
