@@ -47,6 +47,10 @@ UNTRAINED = (0.25, 0.5, 1, 2, 4, 8)
 """The α, in norms of what is replaced, among which the untrained vector is given its best."""
 _FIXED = ("kinds", "layers", "alphas", "positions", "mapping", "controls", "scorer", "generate")
 _WHERE = ("kind", "layer", "target_layer", "settings")
+_TYPES: Mapping[str, Any] = {
+    "model": str, "fingerprint": str, "kind": str, "layer": (int, type(None)),
+    "target_layer": (int, str), "settings": dict, "training": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,8 +116,7 @@ class Adapter:
         Raises:
             OSError: the file cannot be written.
         """
-        names = ("model", "fingerprint", "kind", "layer", "target_layer", "settings", "training")
-        about = {name: getattr(self, name) for name in names}
+        about = {name: getattr(self, name) for name in _TYPES}
         header = {"format": FORMAT, "adapter": json.dumps(about, allow_nan=False)}
         tensors = {"log_scale": torch.tensor([math.log(self.scale)]), "bias": self.bias}
         write_tensors(Path(path), tensors, header)
@@ -143,6 +146,7 @@ class Adapter:
             if len(scale) != 1 or set(tensors) != {"log_scale", "bias"}:
                 raise ValueError(f"the tensors {sorted(tensors)}")
             found = cls(math.exp(float(scale)), bias, **{**about, **where})
+            SweepConfig.of(None, found.sweep)  # checks what the file says
         if found.fingerprint not in ("", model.fingerprint) or len(bias) != model.d_model:
             wanted = f"an adapter of {model.name}, width {model.d_model} ({model.fingerprint})"
             got = f"one of {found.model or 'another model'}, width {len(bias)}"
@@ -158,9 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     about = json.loads(header["adapter"]) if header.get("format") == FORMAT else {}
-    types = {"model": str, "fingerprint": str, "kind": str, "layer": (int, type(None)),
-             "target_layer": (int, str), "settings": dict, "training": dict}  # fmt: skip
-    if set(about) - set(types) or not all(isinstance(v, types[k]) for k, v in about.items()):
+    if set(about) - set(_TYPES) or not all(isinstance(v, _TYPES[k]) for k, v in about.items()):
         raise ValueError(f"a header with {about}")
     return tensors, about
 
@@ -344,7 +346,7 @@ def adapter_shares(
     )
     adapted = adapted.set_index("prompt")
     wide = untrained.pivot(index="prompt", columns="alpha", values="recovered")
-    best = wide.mean().idxmax()
+    best: Any = wide.mean().idxmax()
     whole = adapted[adapted["alpha"] == 1]
     columns: dict[str, tuple[float, pd.Series[float]]] = {
         "adapter": (1.0, whole["recovered"]),
