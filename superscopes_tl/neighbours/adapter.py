@@ -6,9 +6,10 @@ at its input embedding. Of what training gains there, b brings 85 %.
 
 1. Read v of every name's last token, and the model's own words D about it (`scores`).
 2. Minimise −log p(D | target prompt with f(v) at the placeholder), the mean over D's tokens and
-   over names, with Adam on log s and b and a learning rate that decays to 0. s begins as the norm
-   of what is replaced, b as 0, learned in units of that norm. The target prompt up to the
-   placeholder is run once; no weight of the model gets a gradient.
+   over names, with Adam on log s and b and a learning rate that decays to 0. s begins where the
+   first names' words are likeliest, at one of `UNTRAINED` times the norm of what is replaced, b as
+   0, learned in units of that s. The target prompt up to the placeholder is run once; no weight of
+   the model gets a gradient.
 3. `Adapter` is a mapping family, α·s·v/‖v‖ + b: α = 1 is f, α = 0 is b alone.
 4. `adapter_shares` says what it brings on names that it was not fitted on, beside b alone, other
    names' vectors, and the untrained α·‖h‖·v/‖v‖ at its best α.
@@ -43,7 +44,7 @@ from superscopes_tl.vectors import MappingFunction, Scale, stable_hash
 
 FORMAT = "superscopes_tl adapter 1"
 MOST_BYTES = 2**24
-UNTRAINED = (0.25, 0.5, 1, 2, 4, 8)
+UNTRAINED = (1, 2, 4, 8, 16, 32, 64)
 """The α, in norms of what is replaced, among which the untrained vector is given its best."""
 _FIXED = ("kinds", "layers", "alphas", "positions", "mapping", "controls", "scorer", "generate")
 _WHERE = ("kind", "layer", "target_layer", "settings")
@@ -204,8 +205,8 @@ def fit_adapter(
         target_layer: where f(v) is written; the paper's place is the input embedding.
         steps: steps of Adam; the progress bar states the time after the first.
         batch_size: names per step.
-        learning_rate: of the first step, for log s and for b in units of the replaced norm per
-            number of the vector; it decays linearly to 0.
+        learning_rate: of the first step, for log s and for b in units of the first s per root of
+            the width; it decays linearly to 0.
         seed: orders the names.
         progress: whether to show a progress bar.
         **settings: other settings of `SweepConfig`, such as `chat`, `target_prompt`,
@@ -221,13 +222,16 @@ def fit_adapter(
     plan = _plan(model, names, layer, kind, target_layer, settings)
     units, texts, norm = _examples(plan, names)
     about = {"names": len(texts), "steps": steps, "batch_size": batch_size, "seed": seed}
-    size = norm / math.sqrt(units.shape[1])
+    order = torch.Generator().manual_seed(seed)
+    queue = torch.randperm(len(texts), generator=order).tolist()
+    start = norm * _best_alpha(
+        plan, units[queue[:batch_size]] * norm, [texts[n] for n in queue], target_layer
+    )
+    size = start / math.sqrt(units.shape[1])
     # In logarithms, so that a scale stays positive, and in units, so that one rate suits both.
-    learned = [torch.tensor(math.log(norm)), torch.zeros(units.shape[1])]
+    learned = [torch.tensor(math.log(start)), torch.zeros(units.shape[1])]
     adam = torch.optim.Adam([one.requires_grad_() for one in learned], lr=learning_rate)
     slower = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-    order = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
     bar = tqdm(range(steps), desc="adapter", unit="step", disable=not progress)
     for _ in bar:
         if len(queue) < min(batch_size, len(texts)):  # every name once, then all again
@@ -288,6 +292,24 @@ def _examples(
     norm = float(plan.generator.placeholder_norms[plan.cells[0].target_layer])
     unit: Tensor = torch.nn.functional.normalize(vectors, dim=-1)
     return unit, [ids for _, ids in found], norm
+
+
+def _best_alpha(
+    plan: SweepPlan,
+    vectors: Float[Tensor, "names d_model"],
+    texts: Sequence[Sequence[int]],
+    target_layer: PatchedLayer,
+) -> float:
+    """Return which of `UNTRAINED` makes the texts likeliest after α·v, per token and text."""
+    pairs = [
+        (Patch(alpha * vector, target_layer), text)
+        for alpha in UNTRAINED
+        for vector, text in zip(vectors, texts, strict=False)
+    ]
+    patches, several = zip(*pairs, strict=True)
+    likely = plan.generator.log_probabilities(patches, several)
+    means = torch.tensor([sum(row) / len(row) for row in likely])
+    return UNTRAINED[int(means.view(len(UNTRAINED), -1).mean(dim=1).argmax())]
 
 
 def _loss(
