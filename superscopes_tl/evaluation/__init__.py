@@ -1,5 +1,6 @@
 """Many source prompts in one resumable file, and which setting reads a model best."""
 
+from superscopes_tl.evaluation.adapter import adapter_shares, fit_adapter
 from superscopes_tl.evaluation.names import ALL_NAMES, NAMES_BY_KIND, SECOND_LIST
 from superscopes_tl.evaluation.prompt_files import PromptFile, SourcePrompt, load_prompts
 from superscopes_tl.evaluation.run import FINE_ALPHAS, HIDDEN_STATES, MLP_OUTPUTS, evaluate, methods
@@ -31,8 +32,10 @@ __all__ = [
     "PromptFile",
     "Readability",
     "SourcePrompt",
+    "adapter_shares",
     "best_config",
     "evaluate",
+    "fit_adapter",
     "keep",
     "kept_readability",
     "layer_ranges",

@@ -5,6 +5,7 @@ parameters are, can be sent to other processes, and print as the Python that mak
 also what results call them (`label`). Plain functions of the same shape do as well.
 """
 
+from superscopes_tl.vectors.adapter import Adapter
 from superscopes_tl.vectors.affine import AffineMap, Mapped, fit_affine, load_maps, save_maps
 from superscopes_tl.vectors.amplify import (
     PAPER_MAPPING,
@@ -45,6 +46,7 @@ __all__ = [
     "PRESETS",
     "SELFIE_PROMPT",
     "Accumulated",
+    "Adapter",
     "Add",
     "AffineMap",
     "Arrays",

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
 from superscopes_tl.errors import RunFileError
+from superscopes_tl.evaluation import adapter_shares, fit_adapter
 from superscopes_tl.experiment import make_patches
-from superscopes_tl.neighbours import Adapter, adapter_shares, fit_adapter
 from superscopes_tl.scores import no_scores, own_words
+from superscopes_tl.vectors import Adapter
 from tests.conftest import BACKENDS
 from tests.support.hooks import hooks_on
 from tests.support.tiny_models import tiny_hf
