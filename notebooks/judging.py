@@ -25,13 +25,15 @@ from superscopes_tl import PAPER_PROMPTS, load_model, plan_sweep
 from superscopes_tl.evaluation import SECOND_LIST
 from superscopes_tl.experiment import Cell, collect
 from superscopes_tl.scores import SentenceEmbeddingScorer
+from superscopes_tl.statistics import alpha_signals, self_explaining
 
 MODELS = ("smollm2", "gemma-3-270m")
 BINS = (-1e9, 0, 0.25, 0.5, 0.75, 1e9)
 PER_BIN = 10
+SIGNALS = ["self_similarity", "first_entropy", "kl_unpatched", "self_explaining"]
 COLUMNS = ["model", "prompt", "kind", "source_layer", "alpha", "own_words", "description",
            "recovered", "specific", "score", "own_similarity", "entropy",
-           "log_probability"]  # fmt: skip
+           "log_probability", *SIGNALS]  # fmt: skip
 
 
 def sample(folder: Path) -> None:
@@ -51,14 +53,13 @@ def sample(folder: Path) -> None:
 def _cells(name: str, prompts: Sequence[str]) -> pd.DataFrame:
     """Return the sampled cells of a model, with their texts."""
     model = load_model(name, backend="bridge")
-    plans = {
-        prompt: plan_sweep(
-            model, prompt, layers=range(1, model.n_layers, 3), kinds=("mlp_out", "resid_post"),
-            alphas=(1, 3, 6), controls="other_prompt", generate="none", precision="high",
-        )
-        for prompt in prompts
-    }  # fmt: skip
-    shares = collect(list(plans.values())).table
+    plan = plan_sweep(
+        model, prompts[0], layers=range(1, model.n_layers, 3), kinds=("mlp_out", "resid_post"),
+        alphas=(1, 3, 6), controls="other_prompt", generate="none", precision="high",
+    )  # fmt: skip
+    plans = {prompt: plan.at_prompt(prompt) for prompt in prompts}
+    shares = collect(list(plans.values())).table.merge(alpha_signals(plans.values()))
+    shares["self_explaining"] = self_explaining(shares)
     shares = shares[shares["recovered"].notna()]
     fifth = pd.cut(shares["recovered"], BINS)
     # A few more than needed: some have no text.
@@ -69,7 +70,8 @@ def _cells(name: str, prompts: Sequence[str]) -> pd.DataFrame:
         cell = Cell.of(row)
         text = plans[row.prompt].with_settings(generate="all", controls=()).only([cell])
         read = text.run(progress=False).table
-        found.append(read.assign(specific=row.specific, fifth=str(fifth[row.Index])))
+        known = {name: getattr(row, name) for name in ("specific", *SIGNALS)}
+        found.append(read.assign(**known, fifth=str(fifth[row.Index])))
     table = pd.concat(found)
     there = table[table["description"].str.strip() != ""].groupby("fifth").head(PER_BIN)
     return there.assign(model=name)

@@ -7,6 +7,7 @@
    When it is complete, its table is rounded and saved in `notebooks/results`.
 2. Each check is what `superscopes check` finds of a model, with the model's hash, as JSON.
 3. Each sweep of the gallery is a run file, from which the documentation draws its pages.
+4. What tells a good α without a text (`alpha_signals`) is a table, to be joined to an evaluation's.
 
 Every file says in `measured` which command made it, and how long it took where it ran in one go.
 Shares of evaluations are computed with `precision="high"`; see `SweepConfig` for the error.
@@ -27,11 +28,13 @@ from superscopes_tl import (
     SweepResult,
     evaluate,
     load_model,
+    plan_sweep,
     readability,
     sweep,
 )
 from superscopes_tl.evaluation import ALL_NAMES, LONG_PROMPT, SECOND_LIST
 from superscopes_tl.experiment import SweepConfig
+from superscopes_tl.statistics import alpha_signals
 
 KINDS = ("mlp_out", "resid_post", "resid_mid")
 GRID = (0.25, 0.5, 1, 2, 4, 8, 16)
@@ -91,6 +94,8 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 
 
+SIGNALS = {"smollm2_chat_signals": "smollm2_chat"}
+"""By file, the evaluation whose first part's cells are measured."""
 CHECKS = {"smollm2_check": "smollm2", "gemma-3-270m_check": "gemma-3-270m"}
 
 Sweep = tuple[str, str, dict[str, Any]]
@@ -129,7 +134,7 @@ GALLERY: dict[str, Sweep] = {
 def main() -> None:
     """Measure what the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = [*EVALUATIONS, *CHECKS, *GALLERY]
+    every = [*EVALUATIONS, *SIGNALS, *CHECKS, *GALLERY]
     parser.add_argument("names", nargs="*", choices=[[], *every], metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("output"), help="of the SQLite files")
     parser.add_argument("--runs", type=int, help="only so many of each evaluation's parts")
@@ -138,6 +143,8 @@ def main() -> None:
     for name in given.names or every:
         if name in CHECKS:
             check(name)
+        elif name in SIGNALS:
+            signals(name)
         elif name in GALLERY:
             model, prompt, settings = GALLERY[name]
             started = time.monotonic()
@@ -155,6 +162,14 @@ def evaluated(name: str, path: Path, parts: int | None) -> None:
     for run in runs[:parts]:
         found = evaluate(loaded, prompts, path, BASE, draws=0, **run)
     save(found, name, seconds=None if resumed else time.monotonic() - started)
+
+
+def signals(name: str) -> None:
+    """Measure the signals of every cell of the first part of an evaluation."""
+    model, prompts, runs = EVALUATIONS[SIGNALS[name]]
+    plan = plan_sweep(load_model(model, backend="bridge"), prompts[0], BASE, **runs[0])
+    found = alpha_signals(plan.at_prompt(prompt) for prompt in prompts)
+    found.round(4).to_csv(_path(f"{name}.csv"), index=False)
 
 
 def check(name: str) -> None:

@@ -42,7 +42,7 @@ from superscopes_tl.evaluation import (
     methods,
 )
 from superscopes_tl.evaluation import evaluate as run_evaluate
-from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted
+from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted, flags
 from superscopes_tl.experiment import sweep as run_sweep
 from superscopes_tl.figures import (
     earlier_table,
@@ -230,12 +230,14 @@ def _print_result(result: Any, *, show_all: bool) -> None:
     if show_all:
         columns = ["token", "kind", "source_layer", "target_layer", "alpha", "score", "recovered",
                    "description"]  # fmt: skip
-        named = result.table[columns].assign(
-            target_layer=result.table["target_layer"].map(layer_name)
+        unusual = map(flags, result.table["norm_outlier"], result.table["unchanged"])
+        table = result.table[columns].assign(
+            target_layer=result.table["target_layer"].map(layer_name),
+            flags=[", ".join(several) for several in unusual],
         )
-        rows = named.itertuples(index=False)
+        rows = table.itertuples(index=False)
         cells = ([f"{v:.3g}" if isinstance(v, float) else v for v in row] for row in rows)
-        OUTPUT.print(table_of(prompt, [name.replace("_", " ") for name in columns], cells))
+        OUTPUT.print(table_of(prompt, [name.replace("_", " ") for name in table], cells))
         return
     tokens = result.table[["position", "token"]].drop_duplicates()
     for position, token in tokens.itertuples(index=False):

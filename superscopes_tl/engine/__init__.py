@@ -1,6 +1,6 @@
 """The engine: capture activations, patch them into a target prompt, generate."""
 
-from superscopes_tl.engine.activations import Activations, capture, site_vectors
+from superscopes_tl.engine.activations import Activations, capture, site_vectors, usual_norms
 from superscopes_tl.engine.decoding import Generation
 from superscopes_tl.engine.forced import Precision
 from superscopes_tl.engine.generation import NEAR_TIE, PatchedGenerator
@@ -52,4 +52,5 @@ __all__ = [
     "named_log_probabilities",
     "no_patch",
     "site_vectors",
+    "usual_norms",
 ]

@@ -3,6 +3,9 @@
 1. Tokenise the prompt.
 2. Run the model once with hooks on the requested hook points.
 3. Index the vectors by kind and layer *number* (never by position in a list of layers).
+4. `usual_norms` says how long the activations of a kind and layer usually are: the median over the
+   tokens of one text, read once per model. A first token is left out: it is an attention sink in
+   most models, hundreds of times as long (Sun et al. 2024, "Massive Activations").
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superscopes_tl.engine.target_prompt import DESCRIPTION_PROMPT
 from superscopes_tl.errors import bad_value
 from superscopes_tl.model import (
     PAPER_KINDS,
@@ -28,6 +33,9 @@ from superscopes_tl.model import (
     load_model,
     tokenize,
 )
+
+Norms = dict[tuple[HookKind, int], float]
+_USUAL: WeakKeyDictionary[LanguageModel, Norms] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,3 +120,19 @@ def site_vectors(
         layers=dict.fromkeys(site.layer for site in sites),
     )
     return torch.stack([seen.at(site).float().cpu() for site in sites])
+
+
+def usual_norms(model: LanguageModel, kinds: Iterable[HookKind]) -> Norms:
+    """Return the median norm of some kinds at every layer, over the tokens of a usual text.
+
+    The text is that of the paper's target prompt. A model that cannot hold it has no usual norms.
+    """
+    norms = _USUAL.setdefault(model, {})
+    if missing := [kind for kind in dict.fromkeys(kinds) if (kind, 0) not in norms]:
+        try:
+            text = tokenize(model, DESCRIPTION_PROMPT.text)
+        except ValueError:  # a context or vocabulary that is too small
+            return {}
+        seen = capture(model, text, kinds=missing).vectors
+        norms |= {place: float(v[1:].float().norm(dim=-1).median()) for place, v in seen.items()}
+    return norms

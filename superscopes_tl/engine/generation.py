@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -88,6 +88,10 @@ class PatchedGenerator(PatchedPrompt):
 
     def unpatched(self) -> Generation:
         """Return what the model generates when nothing is patched: the simplest control."""
+        return self._unpatched
+
+    @cached_property
+    def _unpatched(self) -> Generation:
         return self.generate([no_patch(self.model)], confidence=True)[0]
 
     def text_of(self, token_ids: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from superscopes_tl.experiment.results import (
     Reads,
     SweepResult,
     contextualization,
+    flags,
     rows_at,
     worth_recovered,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "collect",
     "contextualization",
     "finished_cells",
+    "flags",
     "iter_sweep",
     "lay_out",
     "make_control",

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superscopes_tl.engine import Generation, Patch, is_echo, site_vectors
+from superscopes_tl.engine import Generation, Patch, is_echo
 from superscopes_tl.errors import bad_type, bad_value, check_callable
 from superscopes_tl.experiment.config import Generate
 from superscopes_tl.experiment.plan import Cell, SweepPlan, target_layers
@@ -90,7 +90,8 @@ def _captured(
     plan: SweepPlan, places: Sequence[tuple[Site, int]]
 ) -> Float[Tensor, "places d_model"]:
     """Return the activation of every site."""
-    return site_vectors(plan.model, plan.source, [site for site, _ in places])
+    row = {site: number for number, site in enumerate(plan.sites)}
+    return plan.activations[[row[site] for site, _ in places]]
 
 
 def _vectors(
@@ -134,7 +135,10 @@ def _map(
 def read(part: Part, generations: Sequence[Generation]) -> list[Reading]:
     """Score the texts of some cells and return their rows."""
     scores = score_generations(part, generations)
-    names = part.plan.generator.target.prompt.few_shot_names
+    generator = part.plan.generator
+    names = generator.target.prompt.few_shot_names
+    # A sampled text differs from the unpatched one by chance.
+    unpatched = None if part.plan.config.draw else generator.unpatched().token_ids
     return [
         replace(
             empty,
@@ -148,6 +152,7 @@ def read(part: Part, generations: Sequence[Generation]) -> list[Reading]:
             log_probability=mean(generation.log_probabilities[: generation.n_description_tokens]),
             written=True,
             echo=is_echo(generation.description, empty.about),
+            unchanged=generation.token_ids == unpatched,
         )
         for empty, generation, score in zip(unwritten(part), generations, scores, strict=True)
     ]
@@ -171,6 +176,7 @@ def unwritten(part: Part) -> list[Reading]:
                 alpha=cell.alpha,
                 vector_norm=norm,
                 norm_ratio=norm / float(norms[cell.target_layer]),
+                norm_outlier=plan.norm_outliers.get(cell.site, math.nan),
                 draw=plan.config.draw,
                 written=False,
                 about=plan.about(cell.position),

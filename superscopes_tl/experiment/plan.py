@@ -17,8 +17,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from superscopes_tl.engine import PatchedGenerator, bytes_per_row, description_is_over, free_bytes
+from superscopes_tl.engine import (
+    PatchedGenerator,
+    bytes_per_row,
+    description_is_over,
+    free_bytes,
+    site_vectors,
+    usual_norms,
+)
 from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment.config import SweepConfig
 from superscopes_tl.model import (
@@ -190,6 +199,27 @@ class SweepPlan:
         with self.generator.model.lock:  # two threads should not both compute them
             found = words_of(self.generator, map(self.about, several), reference)
         return dict(zip(several, found, strict=True))
+
+    @cached_property
+    def activations(self) -> Float[Tensor, "sites d_model"]:
+        """The activation of every site, in float32 on the CPU, from one forward pass."""
+        return site_vectors(self.model, self.source, self.sites)
+
+    @cached_property
+    def norm_outliers(self) -> Mapping[Site, float]:
+        """How many times as long each activation is as `usual_norms` of its kind and layer.
+
+        Empty where vectors do not come from the sites, or the model has no usual norms.
+        """
+        if self.config.vectors is not None:
+            return {}
+        usual = usual_norms(self.model, (site.kind for site in self.sites))
+        norms = self.activations.norm(dim=-1).tolist()
+        return {
+            site: norm / usual[site.kind, site.layer]
+            for site, norm in zip(self.sites, norms, strict=True)
+            if usual.get((site.kind, site.layer))
+        }
 
     @cached_property
     def all_cells(self) -> tuple[Cell, ...]:

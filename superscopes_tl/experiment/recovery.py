@@ -7,6 +7,7 @@
    column, such as `random_direction_recovered`. For `other_prompt` it is the mean over several
    other prompts' vectors, and `specific` the difference to it: late layers always recover
    something, since any entity's vector says that a description follows.
+4. A patch that leaves the log-probability of the own words as it is has changed nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from superscopes_tl.engine import Patch
 from superscopes_tl.experiment.cells import Part, mean
 from superscopes_tl.experiment.controls import ControlPatches
 from superscopes_tl.experiment.store import Reading
+from superscopes_tl.scores import OwnWords
 
 SPECIFIC = "specific"
+LEAST_CHANGE = 1e-4
+"""A smaller change of the own words' log-probability, in nats, is that of the arithmetic."""
 
 
 def add_recovered(
@@ -70,10 +74,16 @@ def add_recovered(
             own_words=one.text,
             plain_nats=one.plain_nats,
             unpatched_nats=one.unpatched_nats,
+            unchanged=reading.unchanged or _same(one, shares["recovered"][row]),
             controls={**reading.controls, **_columns(shares, row)},
         )
         for row, (reading, one) in enumerate(zip(readings, words, strict=True))
     ]
+
+
+def _same(words: OwnWords, share: float) -> bool:
+    """Return whether a share recovered is none at all; False where it is not defined."""
+    return abs(share * (words.plain_nats - words.unpatched_nats)) < LEAST_CHANGE
 
 
 def _columns(shares: dict[str, list[float]], row: int) -> dict[str, float]:

@@ -26,7 +26,14 @@ from jinja2 import Environment, PackageLoader
 from superscopes_tl.engine import is_echo
 from superscopes_tl.errors import bad_type, bad_value, check_choice
 from superscopes_tl.experiment.plan import SweepPlan
-from superscopes_tl.experiment.store import COLUMNS, SITE, Reading, read_readings, write_run
+from superscopes_tl.experiment.store import (
+    COLUMNS,
+    OUTLIER,
+    SITE,
+    Reading,
+    read_readings,
+    write_run,
+)
 from superscopes_tl.model import EMBED, KINDS, PatchedLayer
 from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
 from superscopes_tl.vectors import PAPER_MAPPING
@@ -426,15 +433,39 @@ def caveats(table: pd.DataFrame, provenance: Mapping[str, Any]) -> tuple[str, ..
     return tuple(line for line in lines if line)[:MOST_CAVEATS]
 
 
+def flags(norm_outlier: float, unchanged: bool) -> tuple[str, ...]:
+    """Return, in words, what the two columns say against a reading (see `Reading`)."""
+    far = f"{norm_outlier:,.0f} times the usual norm of its layer"
+    return (*(far,) * (norm_outlier >= OUTLIER), *("changes nothing",) * bool(unchanged))
+
+
 def _attention_sink(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     read = table["kind"].isin(KINDS)  # the position of a given vector is its number
-    rows = table[read & (table["position"] == 0) & (table["alpha"] == 1)]
-    if rows.empty:
+    times = table["norm_outlier"]
+    # Of an older file only the place is known.
+    rows = table[read & ((times >= OUTLIER) | (times.isna() & (table["position"] == 0)))]
+    plain = rows[rows["alpha"] == 1]
+    if plain.empty:
+        return ""
+    most = plain["norm_outlier"].max()
+    norm = (
+        "the first of its text"
+        if pd.isna(most)
+        else f"{most:,.0f} times as long as is usual in its layer"
+    )
+    return (
+        f"token {plain['token'].iloc[0]!r} is {norm}, and so an attention sink that carries little "
+        "about the name. Try source_template='Tell me about {}'."
+    )
+
+
+def _nothing_changed(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    unchanged = int(table["unchanged"].sum())
+    if 2 * unchanged < len(table):
         return ""
     return (
-        f"token {rows['token'].iloc[0]!r} is the first of its text and so an attention sink: its "
-        f"norm is up to {rows['vector_norm'].max():,.0f}, and it carries little about the name. "
-        "Try source_template='Tell me about {}'."
+        f"{unchanged} of {len(table)} patches change nothing: the model writes or expects the same "
+        "without them. Try an earlier target layer, or a larger α."
     )
 
 
@@ -506,7 +537,8 @@ def _echoes(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
 
 
 _RULES = (
-    _attention_sink, _nothing_recovered, _poor_own_words, _unusual_norms, _same_texts, _echoes,
+    _attention_sink, _nothing_changed, _nothing_recovered, _poor_own_words, _unusual_norms,
+    _same_texts, _echoes,
 )  # fmt: skip
 
 

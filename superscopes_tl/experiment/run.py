@@ -276,7 +276,9 @@ def _joined(shares: Reading, text: Reading) -> Reading:
     """Return a generated cell with its shares recovered, which are known already."""
     names = ("recovered", "own_words", "plain_nats", "unpatched_nats")
     known = {name: getattr(shares, name) for name in names}
-    return replace(text, **known, controls={**shares.controls, **text.controls})
+    unchanged = shares.unchanged or text.unchanged
+    controls = {**shares.controls, **text.controls}
+    return replace(text, **known, unchanged=unchanged, controls=controls)
 
 
 def refine(

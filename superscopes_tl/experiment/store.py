@@ -86,6 +86,11 @@ class Reading:
         own_words: the model's description of `about`, given in the target prompt.
         plain_nats: log-probability of the own words there, in nats.
         unpatched_nats: their log-probability after the unpatched target prompt.
+        norm_outlier: how many times as long the activation at the site is as those of its kind and
+            layer usually are (`usual_norms`); from `OUTLIER` on it is an attention sink or another
+            outlier. NaN for vectors that come from elsewhere.
+        unchanged: whether the patch changed nothing that was looked at: the greedy text is that of
+            the unpatched prompt, token for token, or the log-probability of the own words is.
         controls: texts and scores of the controls, each a column of the table (see `controls`).
     """
 
@@ -115,6 +120,8 @@ class Reading:
     own_words: str = ""
     plain_nats: float = math.nan
     unpatched_nats: float = math.nan
+    norm_outlier: float = math.nan
+    unchanged: bool = False
     controls: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
 
@@ -122,6 +129,13 @@ COLUMNS = tuple(f.name for f in fields(Reading) if f.name != "controls")
 """The columns of every table of readings; `Reading` says what each holds."""
 TYPES = {f.name: str(f.type) for f in fields(Reading) if f.name in COLUMNS}
 """The type of each column of `COLUMNS`, by its name."""
+LATER: Mapping[str, float | bool] = {"norm_outlier": math.nan, "unchanged": False}
+"""Columns that files of earlier versions lack, and what stands there then. An evaluation keeps them
+beside the controls, so that an older one can still be resumed."""
+OUTLIER = 4.0
+"""From how many usual norms on a site is an outlier of its layer. In SmolLM2 and Gemma 3 270M block
+outputs of first tokens have 2.5 to 160 of them, of other tokens at most 1.5; MLP outputs of other
+tokens up to 4."""
 SITE = ["prompt", "position", "kind", "source_layer", "target_layer", "mapping"]
 """The columns that name a site and where it is patched; the cells of a site differ in α."""
 
@@ -131,9 +145,10 @@ _EXPECTED = (
 _FIX = "pass a complete file that SweepResult.save or evaluate wrote"
 _SQL = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL", "str": "TEXT"}
 _PANDAS = {"int": "int64", "bool": "bool", "float": "float64", "str": "object"}
-_COLUMNS = ", ".join([*(f"{name} {_SQL[type_]}" for name, type_ in TYPES.items()), "controls TEXT"])
+_KEPT = [name for name in COLUMNS if name not in LATER]
+_COLUMNS = ", ".join([*(f"{name} {_SQL[TYPES[name]]}" for name in _KEPT), "controls TEXT"])
 _KEY = "prompt, position, kind, source_layer, target_layer, mapping, alpha, draw"
-_UPDATE = ", ".join(f"{name} = excluded.{name}" for name in (*TYPES, "controls"))
+_UPDATE = ", ".join(f"{name} = excluded.{name}" for name in (*_KEPT, "controls"))
 _TABLES = {
     "readings": f"CREATE TABLE readings ({_COLUMNS}, UNIQUE ({_KEY}))",
     "provenance": "CREATE TABLE provenance (text TEXT)",
@@ -192,10 +207,20 @@ def _run(text: bytes, data: bytes) -> Content:
     """Return what the two entries of a sweep hold."""
     header = read_json(text)
     check_format(header, RUN, RUN_VERSION)
-    table = read_parquet(data, MAX_FILE_BYTES)
+    table = _with_later(read_parquet(data, MAX_FILE_BYTES))
     if missing := [c for c in COLUMNS if c not in table.columns]:
         raise ValueError(f"no column {missing}")
     return checked_rows(table, TYPES), checked_provenance(header.get("provenance"))
+
+
+def _with_later(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the columns that its file may lack, behind the others of a reading."""
+    for name, value in LATER.items():
+        found = table.pop(name) if name in table else [None] * len(table)
+        known = [value if pd.isna(one) else one for one in found]
+        where = sum(column in COLUMNS for column in table)
+        table.insert(where, name, pd.Series(known, table.index, dtype=_PANDAS[TYPES[name]]))
+    return table
 
 
 class EvaluationFile:
@@ -253,11 +278,11 @@ class EvaluationFile:
 
     def add(self, readings: Sequence[Reading]) -> None:
         """Write a batch, whole or not at all; raise an `OSError` where that is impossible."""
-        rows = [
-            [*(getattr(reading, name) for name in COLUMNS), json.dumps(dict(reading.controls))]
-            for reading in readings
-        ]
-        places = ", ".join("?" * (len(COLUMNS) + 1))
+        rows = []
+        for one in readings:
+            beside = {**one.controls, **{name: getattr(one, name) for name in LATER}}
+            rows.append([*(getattr(one, name) for name in _KEPT), json.dumps(beside)])
+        places = ", ".join("?" * (len(_KEPT) + 1))
         with _explained(self._path), self._database:
             self._database.executemany(
                 # A cell that is there stays, unless a text comes for one that had none.
@@ -298,13 +323,13 @@ def _provenance(database: sqlite3.Connection, path: object) -> dict[str, Any]:
 
 def _content(database: sqlite3.Connection, path: object) -> Content:
     provenance = _provenance(database, path)
-    names = [*TYPES, "controls"]
+    names = [*_KEPT, "controls"]
     rows = database.execute(f"SELECT {', '.join(names)} FROM readings ORDER BY rowid").fetchall()
     frame = pd.DataFrame(rows, columns=names)
     several = [read_json(text, nan=True) for text in frame["controls"]]
     controls = pd.DataFrame(several, index=frame.index)
-    readings = frame[list(COLUMNS)].astype({name: _PANDAS[type_] for name, type_ in TYPES.items()})
-    table = pd.concat([readings, controls], axis="columns")
+    readings = frame[_KEPT].astype({name: _PANDAS[TYPES[name]] for name in _KEPT})
+    table = _with_later(pd.concat([readings, controls], axis="columns"))
     return checked_rows(table, TYPES), provenance
 
 

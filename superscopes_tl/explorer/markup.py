@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.colors import sample_colorscale
 
 from superscopes_tl.engine import NEAR_TIE
-from superscopes_tl.experiment import Cell, Reading, SweepResult
+from superscopes_tl.experiment import Cell, Reading, SweepResult, flags
 from superscopes_tl.explorer.cell import beside
 from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
 from superscopes_tl.model import PAPER_KINDS, layer_name
@@ -73,7 +73,7 @@ def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
         return note("Click a cell, or use the cursors below, to read it here.")
     if reading is None:
         return render("detail", cell, None, (), (), ())
-    flags = {
+    unusual = {
         "repeats the name": reading.echo,
         "repeats a name from the target prompt": reading.few_shot_copy,
         "near tie: another batch size may generate another text": reading.margin < NEAR_TIE,
@@ -88,7 +88,8 @@ def detail(reading: Reading | None, cell: Cell | None, shades: Shades) -> str:
         for name, label in SHARES.items()
         if name in reading.controls
     ]
-    there = [flag for flag, true in flags.items() if true]
+    there = [*flags(reading.norm_outlier, reading.unchanged)]
+    there += (flag for flag, true in unusual.items() if true)
     return render("detail", cell, reading, there, chips, shares)
 
 

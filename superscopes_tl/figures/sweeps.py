@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.errors import bad_value
-from superscopes_tl.experiment import SweepResult
+from superscopes_tl.experiment import SweepResult, flags
 from superscopes_tl.figures.grid import (
     HOVER,
     NO_CELL,
@@ -246,6 +246,7 @@ def hover_text(row: Row) -> str:
     parts += ["repeats the name"] * bool(row["echo"])
     parts += ["repeats a name of the target prompt"] * bool(row["few_shot_copy"])
     parts += ["near tie (margin)"] * bool(row["margin"] < NEAR_TIE)
+    parts += flags(row["norm_outlier"], row["unchanged"])
     nothing = "(no description)" if row["written"] else "(not written out)"
     return (
         f"<b>{text_lines(row['description'], 60, empty=nothing)}</b><br>"

@@ -98,23 +98,29 @@ def test_each_prompt_may_have_its_own_token_text_and_reference(
 def test_controls_of_several_prompts_share_a_batch(
     llama: LanguageModel, settings: dict[str, Any], generated: list[int]
 ) -> None:
-    """Three prompts with six cells each: one run for the cells, one for their controls."""
+    """Three prompts with six cells each: one run for the cells, one for their controls.
+
+    Between them is the unpatched text, once.
+    """
     evaluate(llama, PROMPTS, controls=("random_direction", "shuffled_dimensions"), **settings)
-    assert generated == [18, 36]
+    assert generated == [18, 1, 36]
 
 
 def test_a_finished_cell_is_never_computed_twice(
     llama: LanguageModel, settings: dict[str, Any], tmp_path: Path, generated: list[int]
 ) -> None:
-    """A second call computes what is new: nothing, or one more layer, α, prompt or mapping."""
+    """A second call computes what is new: nothing, or one more layer, α, prompt or mapping.
+
+    Greedy texts are compared with the unpatched one, which is generated once.
+    """
     path = tmp_path / "run.sqlite"
     for expected, prompts, extra in (
-        (12, PROMPTS[:2], {}),
+        (12 + 1, PROMPTS[:2], {}),
         (0, PROMPTS[:2], {}),
-        (8, PROMPTS[:2], {"alphas": (1, 6, 12)}),
-        (6, PROMPTS, {}),
-        (9, PROMPTS, {"layers": (5, 3)}),
-        (18, PROMPTS, {"base": ResidMid()}),
+        (8 + 1, PROMPTS[:2], {"alphas": (1, 6, 12)}),
+        (6 + 1, PROMPTS, {}),
+        (9 + 1, PROMPTS, {"layers": (5, 3)}),
+        (18 + 1, PROMPTS, {"base": ResidMid()}),
         (12, PROMPTS, {"draws": 2}),
     ):
         generated.clear()

@@ -37,7 +37,9 @@ def test_a_map_that_reads_its_name_has_no_caveats() -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"position": 0}, "attention sink"),
+        ({"position": 0}, "attention sink"),  # of an older file the norm is not known
+        ({"norm_outlier": 312.0}, "attention sink"),
+        ({"unchanged": True}, "4 of 4 patches change nothing"),
         ({"recovered": 0.05}, "no unamplified block output recovers"),
         ({"plain_nats": -24.5, "recovered": float("nan")}, "recovered is not defined"),
         ({"own_words": "Pink Floyd, Pink Floyd"}, "repeat the name"),
@@ -60,6 +62,11 @@ def test_there_are_at_most_three() -> None:
     lines = caveats(table, CONFIG)
     assert len(lines) == MOST_CAVEATS == 3
     assert "attention sink" in lines[0]
+
+
+def test_a_first_token_with_a_usual_norm_is_no_sink() -> None:
+    """The norm tells, where it is known."""
+    assert caveats(_map([0.2, 0.6, 0.9, 0.1], position=0, norm_outlier=1.2), CONFIG) == ()
 
 
 def test_vectors_and_mlp_outputs_are_not_judged_as_block_outputs() -> None:

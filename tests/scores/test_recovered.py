@@ -131,9 +131,7 @@ def test_high_precision_differs_little_and_leaves_texts_alone(
     monkeypatch.setattr("superscopes_tl.engine.forced.multiplies_bfloat16", lambda device: units)
     settings: dict[str, Any] = {**FAST, "layers": (12, 3), "kinds": "resid_post"}
     fresh = replace(smollm2)  # knows no words of the other units
-    exact, fast = (
-        sweep(fresh, SOURCE, precision=p, **settings).table for p in ("highest", "high")
-    )
+    exact, fast = (sweep(fresh, SOURCE, precision=p, **settings).table for p in ("highest", "high"))
     off = (exact["recovered"] - fast["recovered"]).abs()
     assert 0 < off.max() < 0.05 if units else off.max() == 0
     assert exact["text"].equals(fast["text"])

@@ -37,6 +37,8 @@ def cell(
         "about": prompt,
         "recovered": math.nan,
         "own_words": "",
+        "norm_outlier": math.nan,
+        "unchanged": False,
     }
     return row | others
 
