@@ -94,8 +94,8 @@ class TargetPrompt:
         return tuple(n.strip() for n in names if not re.search(self._word, n))
 
     def filled(self, name: str) -> str:
-        """Return the text with a name in place of every placeholder."""
-        return re.sub(self._word, lambda _: name, self.text)
+        """Return the text with a name in place of every placeholder, once for several in a row."""
+        return re.sub(rf"{self._word}(?:\s+{self._word})*", lambda _: name, self.text)
 
     def locate(
         self, model: LanguageModel, max_new_tokens: int, *, chat: bool = False

@@ -13,7 +13,14 @@ from superscopes_tl.neighbours.causal import (
 )
 from superscopes_tl.neighbours.first_tokens import LensRecovery, content_token, lens_recovery
 from superscopes_tl.neighbours.jacobian_lens import JacobianLens, fit_jacobian_lens
-from superscopes_tl.neighbours.knowledge import Mixture, flip_point, mixture, whose_knowledge
+from superscopes_tl.neighbours.knowledge import (
+    Agreement,
+    Mixture,
+    agreement,
+    flip_point,
+    mixture,
+    whose_knowledge,
+)
 from superscopes_tl.neighbours.lenses import (
     LENSES,
     LOGIT_LENS,
@@ -34,6 +41,7 @@ __all__ = [
     "LOGIT_LENS",
     "NEIGHBOURS",
     "PATCHED",
+    "Agreement",
     "Amplified",
     "JacobianLens",
     "Lens",
@@ -47,6 +55,7 @@ __all__ = [
     "TunedLens",
     "Without",
     "Zero",
+    "agreement",
     "beside",
     "causal_effects",
     "causal_trace",

@@ -1,4 +1,4 @@
-"""Whose words are they? One reading beside what is said without it, and two names in one vector.
+"""Whose words are they? A reading beside what is said without it, by a mixture, by other prompts.
 
 A reading may say what the prompt, the model or any vector would have said. `whose_knowledge` shows
 one cell beside all of them ("Do Activation Verbalization Methods Convey Privileged Information?",
@@ -15,6 +15,16 @@ arXiv 2509.13316: a verbalizer that is shown no activation often does as well):
    scaled, with a random direction in the place of f(v₂), which knows no name.
 3. Score the own words of both names after each patch. They flip where the two shares recovered
    cross. If the louder vector wins, equal norms move that point towards a = 0.5.
+
+`agreement` asks whether several target prompts read the same. The activation difference lens asks
+with several and keeps what they share (arXiv 2510.13900): what all find is owed to no single one.
+
+1. Sweep the same cells with each target prompt, one batch of cells after the other.
+2. The agreement of a cell is the mean similarity of its descriptions, over all pairs of prompts.
+3. By chance, texts in one style are somewhat alike: the mean similarity of a cell's description by
+   one prompt to what another prompt makes of the same cell of another source prompt.
+4. Each prompt chooses, for every site, the α that recovers most of its own words; `choices` counts
+   them.
 """
 
 from __future__ import annotations
@@ -22,22 +32,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
-from superscopes_tl.engine import Generation, Patch, no_patch
-from superscopes_tl.errors import bad_value
+from superscopes_tl.engine import (
+    Generation,
+    Patch,
+    TargetPrompt,
+    as_target_prompt,
+    crop_description,
+    no_patch,
+)
+from superscopes_tl.errors import bad_type, bad_value
 from superscopes_tl.experiment import (
+    SITE,
     SweepPlan,
+    collect,
     make_control,
     make_patches,
     other_prompts,
     plan_sweep,
 )
-from superscopes_tl.model import LanguageModel, Position
-from superscopes_tl.scores import OwnWords, no_scores, words_of
+from superscopes_tl.model import LanguageModel, Position, load_model
+from superscopes_tl.scores import OwnWords, Scorer, no_scores, score_texts, words_of
 from superscopes_tl.vectors import random_direction, stable_hash
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -46,6 +67,10 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _OWN = ("layers", "kinds", "positions", "alphas", "controls", "generate", "scorer", "score_on",
         "score_against")  # fmt: skip
 """Settings that have an argument of their own here, or no effect."""
+_CELL = [*SITE, "alpha"]
+_OTHER = "other_prompt"
+_ASKED = ("target_prompt", "controls", "others", "generate")
+"""Settings that `agreement` makes."""
 
 
 def whose_knowledge(
@@ -251,3 +276,111 @@ def _judged(
     likely = plan.generator.log_probabilities([p for p, _ in pairs], [ids for _, ids in pairs])
     nats = iter(sum(tokens) if tokens else math.nan for tokens in likely)
     return texts, [[next(nats) for _ in words] for _ in patches]
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """The same cells read with several target prompts.
+
+    Attributes:
+        table: a row per cell: `agreement` and `chance`, mean similarities between -1 and 1 (NaN
+            where fewer than two prompts describe anything), `recovered` and
+            `other_prompt_recovered`, means over target prompts, and `choices`, how many of the
+            target prompts recover most with this α.
+        readings: a row per cell and target prompt, with the columns of a sweep and
+            `target_prompt`.
+    """
+
+    table: pd.DataFrame
+    readings: pd.DataFrame
+
+    def best(self) -> pd.DataFrame:
+        """Return, for each site, the α that most target prompts choose.
+
+        Of equals that with the highest agreement, then the smallest |α|.
+        """
+        ranked = self.table.assign(size=-self.table["alpha"].abs())
+        order = ["choices", "agreement", "size"]
+        ranked = ranked.sort_values(order, ascending=False, na_position="last", kind="stable")
+        return ranked.groupby(SITE, sort=False).head(1).sort_index().drop(columns="size")
+
+
+def agreement(
+    model: LanguageModel | Any,
+    prompt: str,
+    target_prompts: Sequence[TargetPrompt | str],
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> Agreement:
+    """Read the same cells with several target prompts, and say where these agree.
+
+    Args:
+        model: from `load_model`, or anything that it accepts.
+        prompt: the source prompt.
+        target_prompts: at least two different ones; a plain text has the placeholder `x`.
+        progress: whether to show a progress bar for each.
+        **settings: other sweep settings; `scorer` compares the descriptions.
+
+    Raises:
+        ValueError, TypeError: a bad setting, or fewer than two target prompts.
+        SweepInterrupted, SweepError: as `SweepPlan.run`.
+    """
+    if isinstance(target_prompts, str | TargetPrompt):
+        raise bad_type("target_prompts", "several target prompts", target_prompts, "pass a list")
+    several = list(dict.fromkeys(map(as_target_prompt, target_prompts)))
+    if len(several) < 2:
+        fix = "ask in two ways at least"
+        raise bad_value("target_prompts", "two different ones", target_prompts, fix)
+    if misplaced := [name for name in _ASKED if name in settings]:
+        expected = "settings other than the prompts and their controls"
+        raise bad_value("settings", expected, misplaced, "leave them out")
+    model = load_model(model)
+    plans = [
+        plan_sweep(model, prompt, target_prompt=one, controls=_OTHER, others=1, **settings)
+        for one in several
+    ]
+    tables = []
+    for plan, one in zip(plans, several, strict=True):
+        table = collect([plan], progress=progress).table
+        tables.append(table.assign(target_prompt=f"{one.text} {one.answer}".strip()))
+    readings = pd.concat(tables, ignore_index=True)
+    alike, chance = similar_pairs(
+        plans[0].scorer,
+        [table["description"].tolist() for table in tables],
+        [[crop_description(text) for text in table[f"{_OTHER}_text"]] for table in tables],
+    )
+    shares = ["recovered", f"{_OTHER}_recovered"]
+    means = readings.groupby(_CELL, sort=False)[shares].mean().reset_index()
+    choices = sum(_chosen(table) for table in tables)
+    return Agreement(means.assign(agreement=alike, chance=chance, choices=choices), readings)
+
+
+def similar_pairs(
+    scorer: Scorer, texts: Sequence[Sequence[str]], others: Sequence[Sequence[str]]
+) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
+    """Return each cell's mean similarity between prompts: of its texts, and to the others' texts.
+
+    Args:
+        scorer: compares two texts; both orders count.
+        texts: by target prompt, a text per cell.
+        others: the same of another source prompt.
+    """
+    orders = list(permutations(range(len(texts)), 2))
+    found = []
+    for compared in (texts, others):
+        one = [text for p, _ in orders for text in texts[p]]
+        other = [text for _, q in orders for text in compared[q]]
+        scores = np.array(score_texts(scorer, one, other), dtype=float).reshape(len(orders), -1)
+        there = (~np.isnan(scores)).sum(axis=0)
+        mean = np.nansum(scores, axis=0) / np.maximum(there, 1)
+        found.append(np.where(there, mean, math.nan))
+    return found[0], found[1]
+
+
+def _chosen(table: pd.DataFrame) -> np.ndarray:
+    """Return 1 for the α of each site that recovers most, of equals the smallest |α|, else 0."""
+    ranked = table.assign(size=-table["alpha"].abs()).dropna(subset="recovered")
+    ranked = ranked.sort_values(["recovered", "size"], ascending=False, kind="stable")
+    best = ranked.groupby(SITE, sort=False).head(1).index
+    return np.asarray(table.index.isin(best).astype(int))

@@ -35,6 +35,21 @@ def test_spans_are_the_occurrences_as_words(
     assert prompt.spans == spans
 
 
+@pytest.mark.parametrize(
+    ("prompt", "filled"),
+    [
+        (TargetPrompt("x and x, x."), "A B and A B, A B."),
+        (TargetPrompt("What is _ _ _? _", "_"), "What is A B? A B"),
+        (TargetPrompt("an exact x x_"), "an exact A B x_"),
+    ],
+)
+def test_a_name_takes_the_place_of_placeholders_in_a_row_once(
+    prompt: TargetPrompt, filled: str
+) -> None:
+    """The own words are about the name as one would write it."""
+    assert prompt.filled("A B") == filled
+
+
 @pytest.mark.parametrize("text", ["Syria: Country", "exact xylophone", "X", "x1 _x x_"])
 def test_a_prompt_without_its_placeholder_is_refused(text: str) -> None:
     """A text that lacks the placeholder as a word is an error."""
