@@ -6,7 +6,8 @@
 3. Run the rest of the prompt. Hooks write each row's vector over the block output at the
    placeholder, or over its input embedding (`patch`); they are on the model during this one pass.
 4. The tokens of a known text are appended to the prompt, so the same pass scores all of them.
-5. Rows with the same text are equal below the layers at which they are patched. There one row
+5. Where a patch has several texts, its prompt is run once, and each text continues its KV cache.
+6. Rows with the same text are equal below the layers at which they are patched. There one row
    stands for all of them, and the batch grows on its way up (`growing_hooks`); texts of equal
    length share a batch. Only the positions that predict a text are unembedded, and a part of the
    vocabulary at a time.
@@ -34,7 +35,7 @@ from superscopes_tl.engine.decoding import (
     unembedded_log_probabilities,
 )
 from superscopes_tl.engine.memory import default_batch_size, free_memory, out_of_memory
-from superscopes_tl.engine.patch import Patch, growing_hooks, patch_hooks
+from superscopes_tl.engine.patch import Patch, growing_hooks, layer_numbers, patch_hooks
 from superscopes_tl.engine.target_prompt import PAPER_MAX_NEW_TOKENS, TargetPrompt, as_target_prompt
 from superscopes_tl.errors import bad_value, check_count
 from superscopes_tl.model import EMBED, Hook, LanguageModel, first_block_input, hook_name
@@ -159,7 +160,8 @@ class PatchedPrompt:
     ) -> list[list[float]]:
         """Return the log-probability, in nats, of each token of each text after its patch.
 
-        One forward pass takes all tokens of a text; of equal texts after equal patches one is run.
+        One forward pass takes all tokens of a text; of equal texts after equal patches one is run,
+        and the prompt of a patch with several texts at most once for all of them.
         The texts are token ids of any length, one per patch.
 
         Raises:
@@ -170,7 +172,12 @@ class PatchedPrompt:
         keys = [(patch.key, tuple(text)) for patch, text in pairs]
         distinct = dict(zip(keys, pairs, strict=True))
         found: dict[Any, list[float]] = {}
-        for several in self._growing(distinct):
+        for sharing, size in self._sharing(distinct):
+            scored = chain(*chain(*self.in_batches(self._score_sharing, sharing, size)))
+            shared = [(patch.key, text) for patch, own in sharing for text in own]
+            found |= zip(shared, scored, strict=True)
+        left = {key: pair for key, pair in distinct.items() if key not in found}
+        for several in self._growing(left):
             pairs = [distinct[key] for key in several]
             size = self.grown_rows(len(pairs[0][1]))
             batches = self.in_batches(self._score_growing, pairs, size)
@@ -348,6 +355,56 @@ class PatchedPrompt:
             torch.autocast(device, torch.bfloat16, fast),
         ):
             yield
+
+    def _sharing(
+        self, pairs: Mapping[Any, tuple[Patch, Sequence[int]]]
+    ) -> Iterator[tuple[list[tuple[Patch, list[tuple[int, ...]]]], int]]:
+        """Yield patches with several texts, where sharing a prompt is cheaper, and how many fit.
+
+        The cost of a text is counted in tokens through all layers.
+        """
+        texts: dict[Any, tuple[Patch, list[tuple[int, ...]]]] = {}
+        for patch, text in pairs.values():
+            if text and patch.guidance == 1:
+                texts.setdefault(patch.key, (patch, []))[1].append(tuple(text))
+        tail, layers = len(self.target.tokens) - self.first, self.model.n_layers
+        by_number: dict[int, list[tuple[Patch, list[tuple[int, ...]]]]] = {}
+        for patch, own in texts.values():
+            mean = sum(map(len, own)) / len(own)
+            below = min((n + 1 for n in layer_numbers(self.model, patch)), default=0) / layers
+            alone = (tail + mean) * (1 - below if self.model.decoder.grows else 1)
+            if len(own) > 1 and tail / len(own) + mean < alone:
+                most = max(1, MOST_LOGITS // (max(map(len, own)) * self.model.tl.cfg.d_vocab))
+                rows = min(len(own), self.batch_size, most)
+                for start in range(0, len(own), rows):
+                    part = own[start : start + rows]
+                    by_number.setdefault(len(part), []).append((patch, part))
+        for number, several in by_number.items():
+            longest = max(len(text) for _, own in several for text in own)
+            most = max(1, MOST_LOGITS // (longest * self.model.tl.cfg.d_vocab))
+            yield several, max(1, min(self.batch_size, most) // number)
+
+    def _score_sharing(
+        self, several: Sequence[tuple[Patch, Sequence[tuple[int, ...]]]]
+    ) -> list[list[list[float]]]:
+        """Score several texts after each patch, from the cache of one run of its prompt."""
+        decoder, patches = self.model.decoder, [patch for patch, _ in several]
+        texts = [text for _, own in several for text in own]
+        owners = torch.tensor([row for row, (_, own) in enumerate(several) for _ in own])
+        longest = max(map(len, texts))
+        padded = [[*text, *[0] * (longest - len(text))] for text in texts]
+        ids = torch.tensor(padded, device=self.model.device)
+        with self._scoring():
+            cache = self.cache(len(patches), longest)
+            with self.model.hooks(self.hooks(patches)):
+                first = decoder.logits(self.tail(len(patches)), cache, 1)
+            likely = [token_log_probabilities(first[owners.to(first.device)], ids[:, :1])]
+            if longest > 1:
+                decoder.keep(cache, owners)
+                logits = decoder.logits(ids[:, :-1], cache, longest - 1)
+                likely.append(token_log_probabilities(logits, ids[:, 1:]))
+        rows = iter(torch.cat(likely, dim=1).tolist())
+        return [[next(rows)[: len(text)] for text in own] for _, own in several]
 
     def _growing(self, pairs: Mapping[Any, tuple[Patch, Sequence[int]]]) -> Iterable[list[Any]]:
         """Return the pairs that are to grow from unpatched rows, by the length of their texts."""

@@ -87,7 +87,7 @@ def patch_hooks(
     """
     rows_of: dict[int, list[int]] = {}
     for row, patch in enumerate(patches):
-        for layer in _numbers(model, patch):
+        for layer in layer_numbers(model, patch):
             rows_of.setdefault(layer, []).append(row)
     return [
         hook
@@ -119,7 +119,7 @@ def growing_hooks(
     Raises:
         ValueError: as `patch_hooks`.
     """
-    layers = [_numbers(model, patch) for patch in patches]
+    layers = [layer_numbers(model, patch) for patch in patches]
     order = sorted((n for n, own in enumerate(layers) if own), key=lambda n: min(layers[n]))
     unpatched = 1 + max(origins)
     row_of = {number: row for row, number in enumerate(order, start=unpatched)}
@@ -139,7 +139,7 @@ def growing_hooks(
     )
 
 
-def _numbers(model: LanguageModel, patch: Patch) -> tuple[int, ...]:
+def layer_numbers(model: LanguageModel, patch: Patch) -> tuple[int, ...]:
     """Return the numbers of the patched layers; none if nothing is patched."""
     named = (EMBED if layer == "embed" else layer % model.n_layers for layer in patch.layers)
     return tuple(dict.fromkeys(named))

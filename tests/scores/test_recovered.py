@@ -78,6 +78,29 @@ def test_known_texts_are_as_likely_as_in_one_whole_pass(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_several_texts_after_a_patch_share_its_prompt(
+    architecture: str, backend: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every text after every patch, of any length and batch size, as one whole pass each."""
+    model, hf = tiny(architecture, backend), tiny_hf(architecture)
+    torch.manual_seed(2)
+    patches = [Patch(torch.randn(model.d_model) * 4, layer) for layer in (1, 0, (0, 3))]
+    patches.append(Patch(torch.zeros(model.d_model), None))
+    texts = [[7, 40, 5, 6, 90], [9], [31, 30], [8, 8, 8]]
+    pairs = [(patch, text) for patch in patches for text in texts]
+    monkeypatch.setattr(PatchedGenerator, "_score_batch", None)  # a way of its own
+    for size in (64, 3):
+        generator = PatchedGenerator(model, SEVERAL, batch_size=size)
+        found = generator.log_probabilities(*map(list, zip(*pairs, strict=True)))
+        for (patch, text), likely in zip(pairs, found, strict=True):
+            assert len(likely) == len(text)
+            if patch.layers != (0, 3):  # plain Hugging Face is patched at one layer here
+                one = patch if patch.layers else None
+                assert sum(likely) == pytest.approx(_plain(hf, generator, text, one), abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_growing_batch_scores_a_text_like_one_pass_per_patch(
     architecture: str, backend: str, tiny: Tiny
