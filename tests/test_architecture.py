@@ -6,8 +6,6 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,20 +105,12 @@ def test_everything_exported_exists_and_is_documented() -> None:
             assert thing.__doc__, name
 
 
-def test_importing_the_package_loads_no_model_library_that_it_may_not_need() -> None:
-    """TransformerLens and sentence-transformers are slow to import: only their users pay."""
-    code = (
-        "import sys, superscopes_tl;"
-        "print([m for m in ('transformer_lens', 'sentence_transformers') if m in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
-
-
-def test_the_changelog_names_this_version() -> None:
-    """A version without a word to its users is not finished."""
+def test_changelog_and_citation_name_this_version() -> None:
+    """A version without a word to its users is not finished, nor one that is cited as another."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(superscopes_tl.__version__)}\b", changelog, re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [superscopes_tl.__version__]
 
 
 def test_nothing_unpickles_or_shows_by_itself() -> None:

@@ -429,7 +429,7 @@ def test_the_shipped_command_runs_the_benchmark_of_the_clone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its options and its exit code pass through; an installed package says what is missing."""
-    from superscopes_tl.cli import main
+    from superscopes_tl.cli import application
 
     runs: list[Any] = []
 
@@ -437,11 +437,12 @@ def test_the_shipped_command_runs_the_benchmark_of_the_clone(
         runs.append(command)
         return subprocess.CompletedProcess(command, 3)
 
-    monkeypatch.setattr(main.subprocess, "run", recorded)
+    monkeypatch.setattr(application.subprocess, "run", recorded)
     done = CliRunner().invoke(superscopes, ["bench", "--size", "gpt2", "--rounds", "1"])
     assert done.exit_code == 3
     assert runs == [[sys.executable, "-m", "tests.benchmarks", "--size", "gpt2", "--rounds", "1"]]
-    monkeypatch.setattr(main, "__file__", str(tmp_path / "superscopes_tl" / "cli" / "main.py"))
+    installed = tmp_path / "superscopes_tl" / "cli" / "application.py"
+    monkeypatch.setattr(application, "__file__", str(installed))
     done = CliRunner().invoke(superscopes, ["bench"])
     assert done.exit_code == 2
     assert "Error: bench: expected a clone" in done.stderr

@@ -6,12 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from superscopes_tl.cli import app
+from superscopes_tl.cli.main import command_of
 from superscopes_tl.weights import find_packaged
 
 ROOT = Path(__file__).parent.parent
@@ -60,11 +58,10 @@ def test_the_house_has_a_line_per_folder() -> None:
 
 def test_commands_and_targets_exist() -> None:
     """Every `superscopes` command with its options, and every `make` target."""
-    known: Any = typer.main.get_command(app)
     commands = re.findall(r"superscopes ([a-z][a-z-]*)([^`\n|]*)", README)
     assert commands
     for command, arguments in commands:
-        options = {name for option in known.commands[command].params for name in option.opts}
+        options = {name for option in command_of(command).params for name in option.opts}
         for option in re.findall(r"--[a-z-]+", arguments):
             assert command == "bench" or option in options, (command, option)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -1,25 +1,43 @@
 """The `superscopes` command.
 
-Each command is a thin layer over a function of the package: it parses, calls, prints. Bad input
-ends with exit code 2; an interrupted sweep saves its finished cells, if a file was given, and ends
-with 130.
+1. Each command is a thin layer over a function of the package: it parses, calls, prints. Bad input
+   ends with exit code 2; an interrupted sweep saves its finished cells, if a file was given, and
+   ends with 130.
+2. A command's module is imported when the command is used, for it imports torch: the list of
+   commands and the version are printed at once. The list shows the first lines of docstrings, read
+   from the source.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import ast
+from importlib import import_module
+from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from superscopes_tl.cli import demonstration, experiments, models, neighbours
-from superscopes_tl.cli.options import FastLoading, Model, command, say
-from superscopes_tl.errors import bad_value
-from superscopes_tl.experiment import SweepResult
-from superscopes_tl.model import DEFAULT_MODEL
+COMMANDS = {
+    "sweep": "experiments",
+    "check": "models",
+    "evaluate": "experiments",
+    "replay": "experiments",
+    "side-by-side": "neighbours",
+    "read-vector": "neighbours",
+    "models": "models",
+    "fetch": "models",
+    "demo": "demonstration",
+    "app": "application",
+    "bench": "application",
+}
+"""The module of each command."""
+
+_PASSED_ON: dict[str, Any] = {
+    "add_help_option": False,  # the benchmark has its own
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 
 app = typer.Typer(
     help="Amplify a model's internal activations and let the model say what they mean.",
@@ -30,60 +48,57 @@ app = typer.Typer(
 """The `superscopes` command, as a typer application."""
 
 
-def page(
-    loading: FastLoading,
-    model: Model = DEFAULT_MODEL,
-    prompt: Annotated[str, typer.Option(help="The initial source prompt.")] = "",
-    result: Annotated[
-        Path | None, typer.Option(help="Show this run file (.zip); no model is loaded.")
-    ] = None,
-    ip: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.")] = 8866,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="SUPERSCOPES_TOKEN", help="Access token. Defaults to a random one."),
-    ] = None,
-    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"superscopes_tl {installed_version('superscopes-tl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
 ) -> None:
-    """Serve the Explorer as a page of its own (needs the extra `app`)."""
-    from superscopes_tl.explorer import explorer_cell, serve  # widgets take a second to import
-
-    if result is not None:
-        SweepResult.load(result)  # a bad file is refused here, not on the page
-        cell = explorer_cell(result=str(result.resolve()))
-    else:
-        cell = explorer_cell(
-            prompt=prompt, model=model, backend=loading.backend, dtype=loading.dtype,
-            device=loading.device or None,
-        )  # fmt: skip
-    status = serve(
-        cell, ip=ip, port=port, token=token, open_browser=browser,
-        announce=lambda url: say(f"Open {url} (Ctrl+C stops)"),
-    )  # fmt: skip
-    raise typer.Exit(status)
+    """Take the options that stand before the command."""
 
 
-def bench(context: typer.Context) -> None:
-    """Measure cells per second against other ways to compute the same cells (needs a clone)."""
-    clone = Path(__file__).parent.parent.parent
-    if not (clone / "tests" / "benchmarks").is_dir():
-        raise bad_value("bench", "a clone of the repository", str(clone), "pip install -e a clone")
-    paths = [str(clone), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", *context.args],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    raise typer.Exit(done.returncode)
+def command_of(name: str) -> Any:
+    """Import a command and return it as typer runs it."""
+    from superscopes_tl.cli.options import command
+
+    module = import_module(f"superscopes_tl.cli.{COMMANDS[name]}")
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    options = _PASSED_ON if name == "bench" else {}
+    alone.command(name, **options)(command(getattr(module, _function(name))))
+    return typer.main.get_command(alone)
 
 
-for function in (
-    experiments.sweep, models.check, experiments.evaluate, experiments.replay,
-    neighbours.side_by_side, neighbours.read_vector, models.models, models.fetch,
-    demonstration.demo,
-):  # fmt: skip
-    app.command()(command(function))
-app.command("app")(command(page))
-app.command(
-    add_help_option=False,  # the benchmark has its own
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(command(bench))
+def _function(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _summary(name: str) -> str:
+    """Return a command's docstring without importing its module."""
+    source = Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8")
+    found = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    function = next(node for node in found if node.name == _function(name))
+    return ast.get_docstring(function) or ""
+
+
+def _register(name: str) -> None:
+    """List a command, which is imported once its arguments are parsed."""
+
+    class Later(TyperCommand):
+        def make_context(self, *arguments: Any, **extra: Any) -> Any:
+            return command_of(name).make_context(*arguments, **extra)
+
+    app.command(name, cls=Later, help=_summary(name))(lambda: None)
+
+
+for _name in COMMANDS:
+    _register(_name)

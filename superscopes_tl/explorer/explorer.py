@@ -443,8 +443,13 @@ class Explorer:
         """Bring the picture of a saved notebook up to date."""
         if self._picture is None or self.result is None or self.result.table.empty:
             return
-        picture = base64.b64encode(heatmap_png(self.result, **self._shown())).decode()
-        self._picture.update({"text/plain": repr(self), "image/png": picture}, raw=True)
+        shown = {"text/plain": repr(self)}
+        try:
+            picture = heatmap_png(self.result, **self._shown())
+            shown["image/png"] = base64.b64encode(picture).decode()
+        except ImportError as missing:
+            shown["text/plain"] += f"\n{missing}"
+        self._picture.update(shown, raw=True)
 
     def __repr__(self) -> str:
         what = self.model if self.model is not None else self.result

@@ -16,7 +16,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from superscopes_tl.errors import bad_value, check_choice
+from superscopes_tl.errors import bad_value, check_choice, describe
 from superscopes_tl.experiment import SweepResult
 from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES, Grid, Row
 from superscopes_tl.figures.paper import best_table, decomposition
@@ -70,6 +70,7 @@ def save_as(
 
     Raises:
         ValueError: another suffix, a folder that does not exist, or no cell to write or draw.
+        ImportError: a `.png` without matplotlib, of the extra `notebook`.
     """
     target = Path(path)
     check_choice("path", target.suffix, SUFFIXES)
@@ -114,8 +115,15 @@ def heatmap_png(
 
     Arguments as in `heatmap`; by default the best target layer of each cell counts, and `value` is
     "recovered" where that is defined.
+
+    Raises:
+        ImportError: matplotlib, of the extra `notebook`, is not installed.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        fix = "pip install 'superscopes-tl[notebook]'"
+        raise ImportError(describe("picture", "matplotlib", "no such package", fix)) from error
 
     into: Any = "all" if target_layer is None else target_layer
     table = result.at(position=position, target_layer=into).table

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Self, cast
@@ -207,6 +208,7 @@ class LanguageModel:
             "fingerprint": self.fingerprint,
             "weight_processing": self.processing,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **self._quantization(),
             "device": str(self.device),
             "prepend_bos": prepend_bos,
             "n_layers": self.n_layers,
@@ -215,6 +217,15 @@ class LanguageModel:
             "transformers": version("transformers"),
             "torch": str(torch.__version__),
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        """Return how the weights were quantized when they were loaded, if they were."""
+        hf: Any = getattr(self.tl, "original_model", None)
+        if not getattr(hf, "is_quantized", False):
+            return {}
+        config = hf.config.quantization_config
+        stated = config if isinstance(config, dict) else config.to_dict()
+        return {"quantization": json.loads(json.dumps(stated, default=str))}
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -237,7 +248,18 @@ def weight_fingerprint(module: Any) -> str:
     """Return a hash of every parameter's name, shape and first 256 values."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
-        head = parameter.detach().flatten()[:256].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(head.tobytes())
+        for tensor in _plain(parameter):
+            head = tensor.detach().flatten()[:256].float().cpu().numpy()
+            digest.update(head.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a tensor consists of: a quantized one of torchao holds several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain(getattr(tensor, name))

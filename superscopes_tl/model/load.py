@@ -62,6 +62,13 @@ _OUTDATED = {
 }
 """Options of older releases of transformers, which newer ones ignore or reject."""
 
+# LLM.int8 (Dettmers et al. 2022, section 3.2) leaves out of its rounding the columns in which any
+# token of a batch exceeds a threshold: what it computes for a token depends on the others.
+_QUANTIZED_FIX = (
+    "quantize so that tokens do not change each other: BitsAndBytesConfig(load_in_4bit=True) or "
+    "(load_in_8bit=True, llm_int8_threshold=0.0), torchao; or leave quantization_config out"
+)
+
 
 def load_model(
     model: Any = DEFAULT_MODEL,
@@ -86,14 +93,17 @@ def load_model(
         backend: the TransformerLens class. `"auto"` prefers `HookedTransformer` where it is
             installed and can hold the model; `"bridge"` is faster.
         dtype: dtype of the weights; defaults to float32.
-        device: defaults to cuda, else mps, else cpu.
+        device: defaults to cuda, else cpu. `"mps"` is never chosen by itself, and TransformerLens
+            warns of it: PyTorch computes some operations wrong there, without an error.
         prepend_bos: `True` starts prompts with the BOS token, `False` with nothing. Defaults to
             what the tokenizer adds by itself, or to the setting of a TransformerLens object.
         check: run the model on a few tokens and compare its logits with those of Hugging Face and
             of cached passes. Without this check, kinds of activation may be offered that the model
             does not have.
         **from_pretrained: options of `AutoModelForCausalLM.from_pretrained` (`revision`,
-            `device_map`, `cache_dir`, ...). `gguf_file` selects a file of a folder or hub name.
+            `device_map`, `cache_dir`, ...). `gguf_file` selects a file of a folder or hub name. A
+            `quantization_config` of bitsandbytes or torchao quantizes the weights; the bridge holds
+            such a model, and what it computes for a token must not depend on other tokens.
 
     Raises:
         ModelLoadError: not a model, not fetched, no tokenizer, or a backend that cannot hold the
@@ -111,7 +121,8 @@ def load_model(
         return model
     if _is_transformer_lens(model):
         _refuse_options(chosen | from_pretrained)
-        return _from_transformer_lens(model, tokenizer, prepend_bos=prepend_bos, check=check)
+        given = _from_transformer_lens(model, tokenizer, prepend_bos=prepend_bos, check=check)
+        return _warned(given)
     origin = None
     if not isinstance(model, str | Path):
         check_hugging_face(model)
@@ -129,7 +140,15 @@ def load_model(
             name = str(model.config.name_or_path or type(model).__name__)
             found = Pretrained(model.eval(), tokenizer, name)
         loaded = _from_hugging_face(found, backend, prepend_bos=prepend_bos, check=check)
-    return replace(loaded, origin=origin)
+    return _warned(replace(loaded, origin=origin))
+
+
+def _warned(model: LanguageModel) -> LanguageModel:
+    """Let TransformerLens warn, once per process, of a device that computes wrong numbers."""
+    from transformer_lens.utilities import warn_if_mps
+
+    warn_if_mps(model.device)
+    return model
 
 
 def _refuse_options(options: dict[str, Any]) -> None:
@@ -182,7 +201,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """Return a device that is available; defaults to cuda, else mps, else cpu."""
+    """Return a device that is available; defaults to cuda, else cpu."""
     if device is not None:
         try:
             torch.empty(0, device=device)
@@ -191,9 +210,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
             expected = "an available device such as 'cuda', 'mps' or 'cpu'"
             raise bad_value("device", expected, device, fix) from error
         return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _from_transformer_lens(
@@ -286,7 +303,10 @@ def _verified(tl: Any, given: Probe, display: str, twin: Any = None) -> Verified
     except ValueError as error:
         expected = "the same logits in TransformerLens, with and without a cached prompt"
         got = f"{display}: {brief(error, 130)}"
-        fix = "load another model or release of TransformerLens; check=False loads this one, wrong"
+        fix = "load another model or release of TransformerLens"
+        if getattr(getattr(tl, "original_model", None), "is_quantized", False):
+            fix = _QUANTIZED_FIX
+        fix += "; check=False loads this one, wrong"
         raise bad_model("model", expected, got, fix) from error
 
 

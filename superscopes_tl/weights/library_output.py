@@ -1,16 +1,26 @@
-"""Silence, or label, what model libraries print while they load."""
+"""Silence, or label, what model libraries print while they load.
+
+What they say of wrong numbers is no noise: TransformerLens warns of devices (MPS) and of rotary
+positions that were not applied.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+_WRONG_NUMBERS = re.compile(r"\bMPS\b|incorrect|unreliable|not applied", re.IGNORECASE)
+
 
 @contextlib.contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Hide warnings and progress bars while a model loads; `bars` keeps those of downloads."""
+    """Hide progress bars, and warnings of anything but wrong numbers, while a model loads.
+
+    `bars` keeps the progress bars of downloads.
+    """
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -18,13 +28,16 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
     if not bars:
         logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+    for said in caught:
+        if _WRONG_NUMBERS.search(str(said.message)):
+            warnings.warn_explicit(said.message, said.category, said.filename, said.lineno)
 
 
 @contextlib.contextmanager
