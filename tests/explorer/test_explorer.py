@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -352,6 +353,31 @@ def test_the_first_display_is_quick(model: LanguageModel) -> None:
     start = time.perf_counter()
     Explorer(model)._ipython_display_()
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_matplotlib_the_picture_says_what_to_install(
+    shared: Explorer, installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The Explorer works without it; a saved notebook then has one line in the picture's place."""
+
+    class Shown:
+        bundle: dict[str, str]
+
+        def update(self, bundle: dict[str, str], *, raw: bool) -> None:
+            self.bundle = bundle
+
+    if not installed:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    made, output = Explorer(result=shared.result), Shown()
+    monkeypatch.setattr(made, "_picture", output)
+    made._show_picture()
+    assert ("image/png" in output.bundle) is installed
+    assert ("pip install" in output.bundle["text/plain"]) is not installed
+    if not installed:
+        with pytest.raises(ImportError, match="^picture: expected matplotlib"):
+            made.export(tmp_path / "a.png")
+        assert not list(tmp_path.iterdir())
 
 
 def test_find_adopts_what_was_found(chatty: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
