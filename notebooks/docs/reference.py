@@ -89,13 +89,11 @@ def _source() -> str:
 
 def command_page() -> str:
     """Return what the `superscopes` command can do, with every option."""
-    import typer
-
-    from superscopes_tl.cli import app
+    from superscopes_tl.cli.main import COMMANDS, command_of
 
     parts = ["\n`superscopes COMMAND --help` shows these, too."]
-    commands: Any = typer.main.get_command(app)
-    for name, command in commands.commands.items():
+    for name in COMMANDS:
+        command: Any = command_of(name)
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["superscopes", name, *(p.name.upper() for p in arguments)])
         parts.append(f"## superscopes {name}\n\n{command.help}\n\n```bash\n{usage}\n```")
