@@ -51,7 +51,7 @@ class Loading:
 
     backend: Backend = "auto"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32"
-    device: Annotated[str, typer.Option(help="cuda, mps or cpu; defaults to the best.")] = ""
+    device: Annotated[str, typer.Option(help="cuda, mps or cpu; default: cuda, else cpu.")] = ""
 
     def load(self, model: str) -> LanguageModel:
         """Return the model of this name."""

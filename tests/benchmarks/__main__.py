@@ -23,9 +23,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. Defaults to torch's choice.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cuda, mps or cpu. Defaults to the best available.")
-    ] = "",
+    device: Annotated[str, typer.Option(help="cuda, mps or cpu. Defaults to cuda, else cpu.")] = "",
     json: Json = None,
     html: Page = None,
 ) -> None:
