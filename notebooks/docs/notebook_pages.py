@@ -58,7 +58,8 @@ def page_of(path: Path) -> Page:
 def figure(data: dict[str, Any], picture: str = "") -> str:
     """Return a figure: its JSON, and a picture that stands there until it is drawn."""
     kept = json.dumps({key: data[key] for key in ("data", "layout")}).replace("</", r"<\/")
-    image = f'<img src="{picture}" alt="figure" loading="lazy">' if picture else ""
+    title = re.sub(r"<.*?>", " ", str((data["layout"].get("title") or {}).get("text") or "figure"))
+    image = f'<img src="{picture}" alt="{html.escape(title)}" loading="lazy">' if picture else ""
     script = f'<script type="application/json">{kept}</script>'
     return f'<div class="figure" data-plotly data-search-exclude>{image}{script}</div>'
 

@@ -136,10 +136,14 @@ def stored_notebooks() -> str:
         book = nbformat.read(path, as_version=4)
         outputs = [o for c in book.cells for o in c.get("outputs", [])]
         figures = sum(notebook_pages.PNG in o.get("data", {}) for o in outputs)
+        code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
+        used = [f"{name} {_hash(PACKAGED[name].sha256[:16])}" for name in PACKAGED if name in code]
         seconds = book.metadata.get("superscopes_tl", {}).get("seconds")
         made = {"command": f"make notebooks NOTEBOOKS={path.stem}", "seconds": seconds}
-        lines.append(f"| [{path.stem}](notebooks/{path.stem}.md) | {figures} | {_made(made)} |")
-    return "| notebook | figures | command and time |\n|---|---|---|\n" + "\n".join(lines)
+        name = f"[{path.stem}](notebooks/{path.stem}.md)"
+        lines.append(f"| {name} | {figures} | {_made(made)} | {', '.join(used)} |")
+    head = "| notebook | figures | command and time | models that it names |\n|---|---|---|---|\n"
+    return head + "\n".join(lines)
 
 
 def questions() -> str:

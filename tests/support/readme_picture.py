@@ -15,6 +15,7 @@ from typing import Any
 
 from superscopes_tl import heatmap, load_model, sweep
 from superscopes_tl.model import DEFAULT_MODEL
+from superscopes_tl.weights import PACKAGED
 from tests.support.browser import (
     BROWSERS,
     browser_path,
@@ -55,7 +56,8 @@ def main() -> None:
 def _drawn(name: str, draw: Callable[[Path], None]) -> None:
     started, path = time.monotonic(), IMAGES / f"{name}.png"
     draw(path)
-    seconds, source = time.monotonic() - started, f"{DEFAULT_MODEL} reads {PROMPT!r}"
+    model = f"{DEFAULT_MODEL} {PACKAGED[DEFAULT_MODEL].sha256[:16]}"
+    seconds, source = time.monotonic() - started, f"{model} reads {PROMPT!r}"
     record(path, command="make picture", seconds=seconds, source=source)
 
 
