@@ -19,6 +19,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 from notebooks.docs import check_site, gallery, notebook_pages, records, reference
+from superscopes_tl.experiment import COLUMNS, CONTROLS
 
 ROOT = reference.ROOT
 _NOTEBOOKS: dict[str, notebook_pages.Page] = {}
@@ -83,6 +84,7 @@ def linked(content: str) -> str:
         name: f"{reference.PACKAGE}.{folder}.{name}"
         for folder, names in reversed(reference.faces().items())
         for name in names
+        if name not in (*CONTROLS, *COLUMNS)  # in code these stand for columns of a table
     }
 
     def link(match: re.Match[str]) -> str:

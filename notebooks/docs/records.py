@@ -68,7 +68,7 @@ def models() -> str:
         head = f"| original | {source['original']}, {source['quantization']} |\n|---|---|"
         lines = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
         curve = readability_curve(check).update_layout(
-            title=None, margin={"t": 30}, height=400, legend={"orientation": "h", "y": 1.12}
+            title=None, margin={"t": 30}, height=400, legend={"orientation": "h", "y": -0.2}
         )
         _FIGURES.append(notebook_pages.figure(json.loads(curve.to_json())))
         parts.append(f"### {model['name']}\n\n{head}\n{lines}\n\n@figure {len(_FIGURES) - 1}@")

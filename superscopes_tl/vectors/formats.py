@@ -82,6 +82,7 @@ class Array:
 
 
 Arrays: TypeAlias = Mapping[str, Array]
+"""What a file holds, by name; an array says its shape, and reads the rows that are asked for."""
 
 
 def find_file(path: Path) -> Path:
