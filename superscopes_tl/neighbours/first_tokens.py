@@ -12,7 +12,8 @@
    for its interval.
 
 A lens predicts tokens at the site itself, while own words are generated after another prompt. So
-the numbers compare sites and lenses with each other, and are no share recovered.
+the numbers compare sites and lenses with each other, and are no share recovered. A word that
+repeats the name counts, too: `LensRecovery.table` shows which one it is.
 """
 
 from __future__ import annotations
