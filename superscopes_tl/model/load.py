@@ -66,7 +66,8 @@ _OUTDATED = {
 # token of a batch exceeds a threshold: what it computes for a token depends on the others.
 _QUANTIZED_FIX = (
     "quantize so that tokens do not change each other: BitsAndBytesConfig(load_in_4bit=True) or "
-    "(load_in_8bit=True, llm_int8_threshold=0.0), torchao; or leave quantization_config out"
+    "(load_in_8bit=True, llm_int8_threshold=0.0), torchao's Int8WeightOnlyConfig(); or leave "
+    "quantization_config out"
 )
 
 
