@@ -107,7 +107,8 @@ def fit_adapter(
             parameter.grad = gradient
         adam.step()
         slower.step()
-        bar.set_postfix_str(f"{float(loss):.3f} nats per token", refresh=False)
+        nats = float(loss.detach())
+        bar.set_postfix_str(f"{nats:.3f} nats per token", refresh=False)
     log_scale, bias = (one.detach() for one in learned)
     return Adapter(
         scale=math.exp(float(log_scale)),
@@ -118,7 +119,7 @@ def fit_adapter(
         layer=plan.sites[0].layer,
         target_layer=target_layer,
         settings=_plain(plan.config, settings),
-        training={**about, "learning_rate": learning_rate, "loss": float(loss)},
+        training={**about, "learning_rate": learning_rate, "loss": nats},
     )
 
 

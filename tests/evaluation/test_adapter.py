@@ -11,11 +11,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from superscopes_tl import LanguageModel, Patch, PatchedGenerator, TargetPrompt, plan_sweep, sweep
+from superscopes_tl import (
+    DESCRIPTION_PROMPT,
+    PAPER_PROMPTS,
+    LanguageModel,
+    Patch,
+    PatchedGenerator,
+    TargetPrompt,
+    plan_sweep,
+    sweep,
+)
 from superscopes_tl.errors import RunFileError
 from superscopes_tl.evaluation import adapter_shares, fit_adapter
 from superscopes_tl.experiment import make_patches
-from superscopes_tl.scores import no_scores, own_words
+from superscopes_tl.scores import no_scores
 from superscopes_tl.vectors import Adapter
 from tests.conftest import BACKENDS
 from tests.support.hooks import hooks_on
@@ -23,7 +32,7 @@ from tests.support.tiny_models import tiny_hf
 
 Tiny = Callable[[str, str], LanguageModel]
 TARGET = TargetPrompt("Syria: Country, x and")
-NAMES = ["Red Hot Chili Peppers", "Syria", "Middle East", "rock band"]
+NAMES = [*PAPER_PROMPTS[:5], "Alexander the Great"]
 TEXTS = [[7, 40, 5], [9, 8]]
 
 
@@ -47,7 +56,7 @@ def test_gradients_are_those_of_a_whole_pass_in_hugging_face(
         states = torch.cat([states[:, :at], own[None, None], states[:, at + 1 :]], dim=1)
         logits = hf(inputs_embeds=states, use_cache=False).logits[0].log_softmax(-1)
         total = sum(logits[len(ids) - 1 + i, token] for i, token in enumerate(text))
-        assert float(likely[row].sum()) == pytest.approx(float(total), abs=1e-3)  # type: ignore[arg-type]
+        assert float(likely[row].sum().detach()) == pytest.approx(float(total.detach()), abs=1e-3)  # type: ignore[union-attr]
         (expected,) = torch.autograd.grad(total, own)  # type: ignore[arg-type]
         assert torch.allclose(found[row], expected, atol=1e-3, rtol=1e-2)
 
@@ -58,7 +67,8 @@ def test_gradients_are_those_of_a_whole_pass_in_hugging_face(
     (slope,) = torch.autograd.grad(at_block(given), given)
     along = slope / slope.norm()
     step = 0.02
-    rise = float(at_block(v + step * along) - at_block(v - step * along)) / (2 * step)
+    above, below = (float(at_block(v + d * along).detach()) for d in (step, -step))
+    rise = (above - below) / (2 * step)
     assert rise == pytest.approx(float(slope.norm()), rel=0.05, abs=1e-3)
 
 
@@ -66,8 +76,7 @@ def test_gradients_are_those_of_a_whole_pass_in_hugging_face(
 def fitted(llama: LanguageModel) -> Adapter:
     """An adapter of the tiny Llama, after a few steps."""
     return fit_adapter(
-        llama, NAMES, layer=5, steps=12, batch_size=3, target_prompt=TARGET, max_new_tokens=3,
-        progress=False,
+        llama, NAMES, layer=5, steps=12, batch_size=3, max_new_tokens=4, progress=False
     )  # fmt: skip
 
 
@@ -77,8 +86,8 @@ def test_fitting_makes_own_words_likelier_and_leaves_the_model_alone(
     """Twelve steps beat one; weights have no gradient and no hook stays, also after Ctrl-C."""
     before = hooks_on(llama)
     options: dict[str, Any] = {
-        "layer": 5, "batch_size": 4, "target_prompt": TARGET, "max_new_tokens": 3,
-        "progress": False, "learning_rate": 0.1,
+        "layer": 5, "batch_size": 6, "max_new_tokens": 4, "progress": False,
+        "learning_rate": 0.1,
     }  # fmt: skip
     first, last = (fit_adapter(llama, NAMES, steps=n, **options).training["loss"] for n in (1, 12))
     assert last < first
@@ -119,12 +128,13 @@ def test_shares_are_what_each_vector_recovers(llama: LanguageModel, fitted: Adap
     assert table.index.tolist() == [
         "adapter", "b alone", "adapter, other names' vectors", "untrained"
     ]  # fmt: skip
-    generator = PatchedGenerator(llama, TARGET, max_new_tokens=3)
+    plan = plan_sweep(llama, NAMES[1], **{**fitted.sweep, "scorer": no_scores})
     shares = []
     for name in NAMES[1:]:
-        words = own_words(llama, name, -1, TARGET, max_new_tokens=3)
+        there = plan.at_prompt(name)
+        (words,) = there.own_words([there.sites[0].position]).values()
         patch = Patch(fitted.bias, "embed")
-        (likely,) = generator.log_probabilities([patch], [words.token_ids])
+        (likely,) = plan.generator.log_probabilities([patch], [words.token_ids])
         shares.append(words.recovered(sum(likely)))
     known = [share for share in shares if share == share]
     assert table.loc["b alone", "names"] == len(known)
@@ -140,7 +150,7 @@ def test_a_file_gives_the_same_adapter(
     again = Adapter.load(path, llama)
     assert torch.equal(again.bias, fitted.bias)
     assert again.scale == pytest.approx(fitted.scale)
-    assert again.sweep["target_prompt"] == TARGET
+    assert again.sweep["target_prompt"] == DESCRIPTION_PROMPT
     assert (again.layer, again.training) == (5, fitted.training)
     with pytest.raises(ValueError, match="fit_adapter"):
         Adapter.load(path, tiny("llama", "bridge"))
