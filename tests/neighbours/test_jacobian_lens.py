@@ -39,7 +39,7 @@ def explicit(hf: Any, ids: list[int], layer: int, skip_first: int) -> Tensor:
     with torch.no_grad():
         hidden = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1]
     found: list[Tensor] = []
-    blocks = hf.model.layers
+    (blocks,) = (m for m in hf.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 6)
 
     def rest(h: Tensor) -> Tensor:
         def instead(module: Any, args: Any, output: Any) -> Any:
@@ -71,7 +71,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox", "gpt2"])
 def test_it_is_the_mean_of_explicit_jacobians(architecture: str, backend: str, tiny: Tiny) -> None:
     """Full Jacobians of plain Hugging Face, summed over later tokens, averaged over the rest."""
     model, hf = tiny(architecture, backend), tiny_hf(architecture)
