@@ -62,10 +62,17 @@ class ControlReading:
 
 @dataclass(frozen=True)
 class LensReading:
-    """The most likely next tokens of a lens at a cell's site, with probabilities."""
+    """The most likely next tokens of a lens at a cell's site, or why it cannot read the site.
+
+    Attributes:
+        lens: its name.
+        tokens: the tokens, each with its probability.
+        problem: the lens's own error, if any.
+    """
 
     lens: str
     tokens: tuple[tuple[str, float], ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def probe(plan: SweepPlan, reading: Reading, lenses: Mapping[str, Lens] = LENSES
     """Compare a cell of a plan with its controls, weigh its tokens, read its site by lenses.
 
     Raises:
-        ValueError: the cell is not in the plan, or a lens is of another model.
+        ValueError: the cell is not in the plan.
     """
     cell = Cell.of(reading)
     if cell not in plan.all_cells:
@@ -136,14 +143,21 @@ def _lens_readings(plan: SweepPlan, site: Site, lenses: Mapping[str, Lens]) -> l
     """Return what lenses read at a site; nothing where v is not the site's own activation."""
     if plan.config.vectors is not None:
         return []
-    table = lens_table(plan.model, plan.source, [site], lenses=lenses)
-    return [
-        LensReading(
-            lens_label(str(name), bool(control)),
-            tuple(zip(rows["top_token"], rows["probability"], strict=True)),
-        )
-        for (name, control), rows in table.groupby(["lens", "control"], sort=False)
-    ]
+    found = []
+    for name, lens in lenses.items():  # one that was fitted for other layers leaves the others
+        try:
+            table = lens_table(plan.model, plan.source, [site], lenses={name: lens})
+        except ValueError as error:
+            found.append(LensReading(name, (), str(error)))
+            continue
+        found += [
+            LensReading(
+                lens_label(name, bool(control)),
+                tuple(zip(rows["top_token"], rows["probability"], strict=True)),
+            )
+            for control, rows in table.groupby("control", sort=False)
+        ]
+    return found
 
 
 def code_for(result: SweepResult, cell: Cell, plan: SweepPlan | None = None) -> str:

@@ -95,6 +95,11 @@ def test_the_probe_names_what_each_lens_reads_at_the_site(
         named = map(lens_label, table["lens"], table["control"])
         rows = table[[name == lens.lens for name in named]]
         assert lens.tokens == tuple(zip(rows["top_token"], rows["probability"], strict=True))
+    lenses["Jacobian lens"] = replace(jacobian, matrices={})  # as if fitted for other layers
+    *others, unfitted = probe(plan, first, lenses).lenses  # type: ignore[arg-type]
+    assert others == found[:4]
+    assert unfitted.tokens == ()
+    assert unfitted.problem.startswith("Jacobian lens: ")
 
 
 @pytest.mark.parametrize("mapping", [Scale(), RandomDirection(3)], ids=str)
