@@ -37,6 +37,7 @@ from superscopes_tl.figures import (
     Grid,
     Shades,
     axis_label,
+    cell_texts,
     draw,
     hover_text,
     mark_of,
@@ -152,18 +153,19 @@ class LiveMap:
         if len(table):
             into = table["source_layer"] if target == "same" else target
             table = table[(table["position"] == position) & (table["target_layer"] == into)]
-        grid = self._grid(table)
+        grid, shown = self._grid(table), value_range(table, value)
         with self.widget.batch_update():
             for index, kind in enumerate(self.axes.kinds):
                 cells, *marks = self.widget.data[_TRACES * index : _TRACES * (index + 1)]
                 cells.z = grid.numbers(kind, value)
+                cells.text = cell_texts(grid, kind, value, shown)
                 cells.customdata = grid.each(kind, hover_text, NO_CELL)
                 marked = grid.marked(kind, lambda row: mark_of(row, value))
                 for trace in marks:
                     trace.x = [axis_label(x) for _, x in marked[trace.name]]
                     trace.y = [axis_label(y) for y, _ in marked[trace.name]]
             scale = self.widget.layout.coloraxis
-            scale.cmin, scale.cmax = value_range(table, value)
+            scale.cmin, scale.cmax = shown
             scale.colorbar.title.text = value
         there = {trace.name for trace in self.widget.data if trace.name in MARKS and trace.x}
         self.marks = tuple(name for name in MARKS if name in there)

@@ -17,12 +17,11 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.colors import sample_colorscale
 
 from superscopes_tl.engine import NEAR_TIE
 from superscopes_tl.experiment import Cell, Reading, SweepResult, flags
 from superscopes_tl.explorer.cell import beside
-from superscopes_tl.figures import COLOR_SCALE, MARKS, USUAL_SCORES, Shades
+from superscopes_tl.figures import MARKS, USUAL_SCORES, Shades, on_scale
 from superscopes_tl.model import PAPER_KINDS, layer_name
 
 SHARES = {
@@ -127,15 +126,8 @@ def _part(rows: pd.DataFrame) -> list[tuple[str, Mapping[Any, Any]]]:
 
 def _shade(value: float, low: float, high: float) -> str:
     """Return the style of a value's colour, with the text colour that contrasts more."""
-    share = min(1.0, max(0.0, (value - low) / (high - low)))
-    colour: str = sample_colorscale(COLOR_SCALE, [share])[0]
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (float(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(","))
-    ]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    # 0.179 is where black and white contrast equally, both above 4.5 : 1.
-    return f"background:{colour};color:{'#000' if luminance > 0.179 else '#fff'}"
+    background, ink = on_scale(value, low, high)
+    return f"background:{background};color:{ink}"
 
 
 _TEMPLATES = Environment(

@@ -11,7 +11,9 @@ from superscopes_tl.figures.grid import (
     NO_CELL,
     Grid,
     axis_label,
+    cell_texts,
     draw,
+    on_scale,
 )
 from superscopes_tl.figures.neighbours import (
     cells_of,
@@ -59,6 +61,7 @@ __all__ = [
     "alpha_ladder",
     "axis_label",
     "best_table",
+    "cell_texts",
     "cells_of",
     "decomposition",
     "draw",
@@ -78,6 +81,7 @@ __all__ = [
     "mixture_curve",
     "next_token_curve",
     "next_token_grid",
+    "on_scale",
     "readability_curve",
     "relevancy_heatmap",
     "save_as",

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from superscopes_tl.errors import bad_value, check_choice, describe
 from superscopes_tl.experiment import SweepResult
-from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES, Grid, Row
+from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES, Grid, Row, on_scale
 from superscopes_tl.figures.paper import best_table, decomposition
 from superscopes_tl.figures.sweeps import Shades, alpha_curve, heatmap, mark_of, usual_value
 from superscopes_tl.files import written_whole
@@ -148,7 +148,7 @@ def heatmap_png(
         for y, row in enumerate(numbers):
             for x, number in enumerate(row):
                 if math.isfinite(number) and len(grid.xs) <= LABEL_LIMIT:
-                    color = "black" if number > (shades.low + shades.high) / 2 else "white"
+                    _, color = on_scale(number, shades.low, shades.high)
                     panel.text(x, y, f"{number:.2f}", ha="center", va="center", size=7, color=color)
     axes[0].set_ylabel("source layer")
     figure.colorbar(image, ax=list(axes), label=value, fraction=0.03)

@@ -5,8 +5,9 @@
 3. `draw` makes the plotly figure: one colour scale for all panels, and a mark on every cell that
    has no colour to show.
 
-Colours are cividis, which reads the same with and without colour vision. Generated and typed text
-is untrusted: hover texts, labels and titles are escaped where they are built.
+Colours are cividis, which reads the same with and without colour vision, and text on them is black
+or white, whichever contrasts more. Generated and typed text is untrusted: hover texts, labels and
+titles are escaped where they are built.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import html
 import math
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import pandas as pd
@@ -25,9 +27,6 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from superscopes_tl.errors import bad_value, check_choice
-
-escape = partial(html.escape, quote=False)
-"""Makes any text safe in a figure, where quotation marks need no escape."""
 
 COLOR_SCALE = "cividis"
 """The colours of every map: cividis, even in lightness, with and without colour vision."""
@@ -56,8 +55,44 @@ HOVER = "%{customdata}<extra></extra>"
 NO_CELL = "not computed"
 """The name of the mark of cells that were not computed."""
 
+LABEL_SIZE = 11  # of a text in a cell, in pixels, where there is room
+_LEFT_TO_RIGHT = {"L", "EN", "ES", "ET", "CS", "NSM", "BN", "B", "S", "WS", "ON"}
+
 Row = dict[Any, Any]
 T = TypeVar("T")
+
+
+def escape(text: str) -> str:
+    """Return any text safe in a figure, where quotation marks need no escape.
+
+    A text with right-to-left letters, or with marks of direction, is isolated (U+2068, U+2069):
+    else it would turn the words and numbers beside it round.
+    """
+    safe = html.escape(text, quote=False)
+    if {unicodedata.bidirectional(c) for c in text} <= _LEFT_TO_RIGHT | {""}:
+        return safe
+    return f"\u2068{safe}\u2069"
+
+
+@cache
+def _steps(scale: str) -> list[tuple[str, str]]:
+    """Return 256 colours of a scale, each with the colour of text on it."""
+    several = []
+    for colour in sample_colorscale(scale, [step / 255 for step in range(256)]):
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (float(part) / 255 for part in colour[4:-1].split(","))
+        ]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        # 0.179 is where black and white contrast equally, both above 4.5 : 1 (WCAG 2, 1.4.3).
+        several.append((colour, "#000" if luminance > 0.179 else "#fff"))
+    return several
+
+
+def on_scale(value: float, low: float, high: float, scale: str = COLOR_SCALE) -> tuple[str, str]:
+    """Return a number's colour, and black or white for text on it, whichever contrasts more."""
+    share = (value - low) / (high - low) if high > low else 0.5
+    return _steps(scale)[round(255 * min(1.0, max(0.0, share)))]
 
 
 @dataclass(frozen=True)
@@ -123,6 +158,11 @@ class Grid:
         """Return the finite values of a panel, `None` elsewhere."""
         return self.each(panel, lambda row: finite(row[value]), None)
 
+    def extent(self, value: str) -> tuple[float, float]:
+        """Return the least and the greatest finite value; 0 and 1 if there is none."""
+        numbers = [n for row in self.cells.values() if (n := finite(row[value])) is not None]
+        return (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+
     def marked(
         self, panel: Any, mark: Callable[[Row | None], str]
     ) -> dict[str, list[tuple[Any, Any]]]:
@@ -154,6 +194,7 @@ def draw(
     text: Callable[[Row], str] | None = None,
     mark: Callable[[Row | None], str] | None = None,
     every_mark: bool = False,
+    color_scale: str = COLOR_SCALE,
     labels: Sequence[str] | None = None,
     stacked: bool = False,
     cell_width: int = 46,
@@ -172,6 +213,7 @@ def draw(
         text: text of a cell, escaped; defaults to its number, where there is room.
         mark: the name in `MARKS` of a row's mark (`None`: not computed), or "".
         every_mark: whether each panel has a trace for every mark, used or not.
+        color_scale: plotly's name of the colour scale.
         labels: tick labels of the columns, escaped; default to their values.
         stacked: whether panels stand one below the other.
         cell_width: width of a cell in pixels; no panel is narrower than 300.
@@ -187,9 +229,14 @@ def draw(
         subplot_titles=[TITLES.get(panel, escape(str(panel))) for panel in grid.panels],
     )
     explained: set[str] = set()  # the legend names each mark once
+    shown = color_range or grid.extent(value)
+    size = _label_size(grid, text, cell_width)
     for number, panel in enumerate(grid.panels):
         at = {"row": 1 + number % down, "col": 1 + number // down}
-        figure.add_trace(_cells_trace(grid, panel, value, hover, text), **at)
+        cells = _cells_trace(grid, panel, value, hover)
+        cells.text = cell_texts(grid, panel, value, shown, text, color_scale)
+        cells.update(texttemplate="%{text}" if cells.text else None, textfont_size=size)
+        figure.add_trace(cells, **at)
         for marks in _mark_traces(grid, panel, mark, hover) if mark else ():
             if not (marks.x or every_mark):
                 continue
@@ -207,7 +254,7 @@ def draw(
         title=title,
         template="plotly_white",
         coloraxis={
-            "colorscale": COLOR_SCALE,
+            "colorscale": color_scale,
             "colorbar": {"title": name or value},
             "cmin": low,
             "cmax": high,
@@ -221,23 +268,45 @@ def draw(
     )
 
 
-def _cells_trace(
+def cell_texts(
     grid: Grid,
     panel: Any,
     value: str,
-    hover: Callable[[Row], str],
-    text: Callable[[Row], str] | None,
-) -> go.Heatmap:
+    color_range: tuple[float, float],
+    text: Callable[[Row], str] | None = None,
+    scale: str = COLOR_SCALE,
+) -> list[list[str]] | None:
+    """Return the texts in the cells of one panel; `None` where there is no room for numbers.
+
+    Plotly's own choice of their colour, #444 or white, falls below a contrast of 4.5 : 1.
+    """
+    if text is None and len(grid.xs) > LABEL_LIMIT:
+        return None
+
+    def show(row: Row) -> str:
+        number = finite(row[value])
+        shown = text(row) if text else "" if number is None else f"{number:.2f}"
+        if not shown or number is None:
+            return shown
+        return f'<span style="color:{on_scale(number, *color_range, scale)[1]}">{shown}</span>'
+
+    return grid.each(panel, show, "")
+
+
+def _label_size(grid: Grid, text: Callable[[Row], str] | None, width: int) -> int:
+    """Return the font size with which the longest text fits into a cell, if that is legible."""
+    longest = max((len(text(row)) for row in grid.cells.values()), default=1) if text else 5
+    return max(6, min(LABEL_SIZE, int(1.6 * width / max(1, longest))))
+
+
+def _cells_trace(grid: Grid, panel: Any, value: str, hover: Callable[[Row], str]) -> go.Heatmap:
     """Return the coloured cells of one panel; arguments as in `draw`."""
-    numbers = "%{z:.2f}" if len(grid.xs) <= LABEL_LIMIT else None
     return go.Heatmap(
         z=grid.numbers(panel, value),
         x=[axis_label(x) for x in grid.xs],
         y=[axis_label(y) for y in grid.ys],
-        text=grid.each(panel, text, "") if text else None,
         customdata=grid.each(panel, hover, NO_CELL),
         hovertemplate=HOVER,
-        texttemplate="%{text}" if text else numbers,
         coloraxis="coloraxis",
         xgap=1,
         ygap=1,

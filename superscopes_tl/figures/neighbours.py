@@ -358,9 +358,9 @@ def relevancy_heatmap(table: pd.DataFrame, *, tokens: int = 16) -> go.Figure:
         color_range=(-1, 1),
         text=lambda row: escape(row["generated_token"]),
         cell_width=56,
+        color_scale="RdBu",
     )
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return figure.update_coloraxes(colorscale="RdBu")
+    return figure.update_yaxes(autorange="reversed", automargin=True)
 
 
 def cells_of(table: pd.DataFrame) -> dict[str, list[str]]:

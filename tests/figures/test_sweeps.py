@@ -160,7 +160,10 @@ def test_a_kind_that_was_not_read_yet_has_a_panel_of_crosses() -> None:
 def test_values_are_printed_where_there_is_room(count: int, labelled: bool) -> None:
     """Up to eight columns each cell shows its number."""
     figure = heatmap(result_of(*(reading(5, a, 0.5) for a in range(1, count + 1))))
-    assert heatmaps(figure)[0].texttemplate == ("%{z:.2f}" if labelled else None)
+    panel = heatmaps(figure)[0]
+    assert panel.texttemplate == ("%{text}" if labelled else None)
+    assert (panel.text is not None) == labelled
+    assert not labelled or ">0.50<" in panel.text[0][0]
 
 
 def test_another_value_can_be_drawn() -> None:
