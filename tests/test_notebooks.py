@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from superscopes_tl.explorer.explorer import NO_WIDGETS
 from tests.support.notebooks import FOLDER, LARGEST_NOTEBOOK, PLOTLY, PNG, WIDGET, execute, tidy
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -132,7 +133,7 @@ def test_notebooks_run(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|traitlets)")
 def test_the_explorer_leaves_a_picture_in_the_notebook(llama_folder: Path) -> None:
-    """Beside the widget stands a PNG, brought up to date when the sweep ends; no warnings."""
+    """Beside the widget stand advice and a PNG, up to date when the sweep ends; no warnings."""
     cells = [
         "from pathlib import Path\n"
         "from superscopes_tl import Explorer, load_model, SweepConfig\n"
@@ -144,7 +145,8 @@ def test_the_explorer_leaves_a_picture_in_the_notebook(llama_folder: Path) -> No
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    widget, picture = notebook.cells[0].outputs
+    widget, advice, picture = notebook.cells[0].outputs
+    assert advice["data"] == {"text/plain": NO_WIDGETS}
     assert "application/vnd.jupyter.widget-view+json" in widget["data"]
     assert "Explorer of LanguageModel" in widget["data"]["text/plain"]
     assert "image/png" in picture["data"]

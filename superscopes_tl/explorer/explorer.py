@@ -13,8 +13,9 @@
    setting raises from a method and is shown as a message after a click; a run that fails says why
    and leaves everything usable.
 
-A saved notebook keeps a plain picture in the next output, for readers without JavaScript; a live
-Explorer hides it.
+A saved notebook keeps a line of advice and a plain picture in the next two outputs, for front ends
+that show no widgets; a live Explorer hides them. marimo, which shows none of these outputs, asks
+for `_mime_`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, check_text, load_
 from superscopes_tl.neighbours import LENSES, Lens
 from superscopes_tl.scores import PAPER_SCORER, Scorer
 
+NO_WIDGETS = (
+    "No controls here? Then this front end cannot show the Explorer's widgets. In a terminal, "
+    "superscopes app serves them as a page; here, explorer.run().wait() computes a map, and "
+    'explorer.export("map.html") writes it as a page that opens anywhere.'
+)
 LARGEST_LINK = 8 * 2**20  # bytes of a file that is offered as a download, too
 
 
@@ -431,25 +437,37 @@ class Explorer:
         view.saved.value = markup.render("saved", path, data)
 
     def _ipython_display_(self) -> None:
-        """Show the widgets, and in an output of its own the picture that needs no JavaScript."""
+        """Show the widgets, and in outputs of their own what needs no widgets and no JavaScript."""
         from IPython.display import display
 
         show: Any = display
         show({**self.view.root._repr_mimebundle_(), "text/plain": repr(self)}, raw=True)
+        show({"text/plain": NO_WIDGETS}, raw=True)
         self._picture = show({"text/plain": "No sweep yet."}, raw=True, display_id=True)
         self._show_picture()
 
-    def _show_picture(self) -> None:
-        """Bring the picture of a saved notebook up to date."""
-        if self._picture is None or self.result is None or self.result.table.empty:
-            return
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows: it has no widgets of ipywidgets."""
+        still = self._still()
+        picture = still.get("image/png", "")
+        return "text/html", markup.render("still", still["text/plain"], NO_WIDGETS, picture)
+
+    def _still(self) -> dict[str, str]:
+        """Return what needs no widgets, by MIME type: a name, and a picture once there is a map."""
         shown = {"text/plain": repr(self)}
+        if self.result is None or self.result.table.empty:
+            return shown
         try:
             picture = heatmap_png(self.result, **self._shown())
             shown["image/png"] = base64.b64encode(picture).decode()
         except ImportError as missing:
             shown["text/plain"] += f"\n{missing}"
-        self._picture.update(shown, raw=True)
+        return shown
+
+    def _show_picture(self) -> None:
+        """Bring the picture of a saved notebook up to date."""
+        if self._picture is not None and self.result is not None and len(self.result.table):
+            self._picture.update(self._still(), raw=True)
 
     def __repr__(self) -> str:
         what = self.model if self.model is not None else self.result

@@ -45,7 +45,7 @@ from superscopes_tl.figures import (
 )
 from superscopes_tl.model import EMBED
 
-MARKED = "#ff6d00"
+MARKED = "#e05a00"
 GREY = "#8a8a8a"
 _TRACES = 1 + len(MARKS)  # of a panel: the colours, and one for each kind of mark
 

@@ -10,7 +10,9 @@ import html
 import io
 import math
 import os
+import textwrap
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,22 @@ import plotly.graph_objects as go
 
 from superscopes_tl.errors import bad_value, check_choice, describe
 from superscopes_tl.experiment import SweepResult
-from superscopes_tl.figures.grid import COLOR_SCALE, LABEL_LIMIT, MARKS, TITLES, Grid, Row, on_scale
+from superscopes_tl.figures.grid import (
+    COLOR_SCALE,
+    LABEL_LIMIT,
+    MARKS,
+    TITLES,
+    Grid,
+    Row,
+    escape,
+    on_scale,
+)
 from superscopes_tl.figures.paper import best_table, decomposition
 from superscopes_tl.figures.sweeps import Shades, alpha_curve, heatmap, mark_of, usual_value
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import PatchedLayer
 
+LEFT_TO_RIGHT = "\u200e"
 SUFFIXES = (".html", ".png", ".csv", ".parquet", ".zip")
 
 
@@ -153,12 +165,44 @@ def heatmap_png(
     axes[0].set_ylabel("source layer")
     figure.colorbar(image, ax=list(axes), label=value, fraction=0.03)
     title = f"{str(result.provenance.get('prompt', ''))[:80]} · token {table['token'].iloc[0]}"
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11)  # a dollar would start a formula
-    if grey := _grey(grid, value):
-        figure.supxlabel(f"grey: {', '.join(grey)}", fontsize=8)
+    families, missing = _fonts(title)
+    for character in missing:
+        title = title.replace(character, "?")
+    # A dollar would start a formula, right-to-left letters at the beginning a line that runs so.
+    title = f"{LEFT_TO_RIGHT}{title}" if escape(title) != html.escape(title, quote=False) else title
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11, family=families)
+    notes = [f"grey: {', '.join(grey)}"] if (grey := _grey(grid, value)) else []
+    if missing:
+        points = ", ".join(f"U+{ord(character):04X}" for character in missing)
+        notes.append(textwrap.shorten(f"?: no font on this machine has {points}", 80))
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+@lru_cache
+def _fonts(text: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return families of fonts that together have a text's characters, and what none of them has.
+
+    Matplotlib's own font has no Chinese, Japanese or Korean. Bitmap fonts (emoji in colour) are
+    none that matplotlib can draw.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    families = ["DejaVu Sans"]
+    has = FT2Font(findfont(FontProperties(family=families))).get_char_index
+    missing = tuple(dict.fromkeys(c for c in text if not has(ord(c)) and c != "\n"))
+    for entry in fontManager.ttflist if missing else ():
+        if entry.weight != 400 or entry.style != "normal" or entry.name.startswith("Last Resort"):
+            continue
+        font = FT2Font(entry.fname)
+        left = tuple(c for c in missing if not font.scalable or not font.get_char_index(ord(c)))
+        if left != missing:
+            families, missing = [*families, entry.name], left
+    return families, missing
 
 
 def _grey(grid: Grid, value: str) -> list[str]:

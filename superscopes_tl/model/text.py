@@ -24,6 +24,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeAlias
 
 import torch
@@ -305,19 +306,31 @@ def covering(tokens: TokenizedText, start: int, end: int) -> list[int]:
 
 
 def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return each token for display; those of one character are counted: `🌶 1/3`."""
+    """Return each token for display; the tokens that share a character are counted: `🌶 1/3`."""
+    sharing: dict[int, list[int]] = {}  # the tokens of each character
+    for index, span in enumerate(spans):
+        for place in range(*span):
+            sharing.setdefault(place, []).append(index)
     labels: list[str] = []
     before = 0
-    for index, span in enumerate(spans):
+    for index, (start, end) in enumerate(spans):
         # Some tokenizers leave the space before a word out of its token's span.
-        gap = text[before : span[0]]
-        piece = (gap if gap.isspace() else "") + text[slice(*span)]
-        before = max(before, span[1])
-        shown = "".join(
-            _VISIBLE.get(c, "·" if unicodedata.category(c) == "Zs" else c) for c in piece
-        )
-        same = [i for i, other in enumerate(spans) if other == span]
-        if len(same) > 1:
-            shown = f"{shown} {same.index(index) + 1}/{len(same)}"
-        labels.append(shown or "∅")
+        gap = text[before:start]
+        shown = _visible(gap) if gap.isspace() else ""
+        # A byte-level tokenizer may join a part of one character to the next one.
+        for several, places in groupby(range(start, end), sharing.__getitem__):
+            part = f" {several.index(index) + 1}/{len(several)} " if len(several) > 1 else ""
+            shown += _visible("".join(text[place] for place in places)) + part
+        before = max(before, end)
+        labels.append(shown.removesuffix(" ") or "∅")
     return labels
+
+
+def _visible(piece: str) -> str:
+    """Return a piece of text with signs for white space; of what shows nothing, the code points."""
+    kinds = {unicodedata.category(c) for c in piece}
+    if kinds and (kinds == {"Cf"} or "\ufe00" <= min(piece) <= max(piece) <= "\ufe0f"):
+        return " ".join(f"U+{ord(c):04X}" for c in piece)
+    if kinds == {"Mn"}:
+        return f"◌{piece}"  # an accent needs something to stand on
+    return "".join(_VISIBLE.get(c, "·" if unicodedata.category(c) == "Zs" else c) for c in piece)

@@ -1,5 +1,7 @@
 """The Explorer in a real browser: JupyterLab, a saved notebook, an exported page, Voilà.
 
+With the mouse, with the keyboard alone, and as axe-core judges it for other ways to use a page.
+
 Waits are for states and elements, never for time.
 """
 
@@ -33,7 +35,11 @@ from tests.support.browser import (
 
 MISSING = [
     *([] if browser_path() else ["a Chromium"]),
-    *(n for n in ("playwright", "jupyterlab") if importlib.util.find_spec(n) is None),
+    *(
+        n
+        for n in ("playwright", "jupyterlab", "axe_playwright_python")
+        if importlib.util.find_spec(n) is None
+    ),
 ]
 pytestmark = [
     pytest.mark.browser,
@@ -79,6 +85,37 @@ APP = """\
 import sys
 from superscopes_tl.explorer import serve
 sys.exit(serve({cell!r}, port=int(sys.argv[1]), token=sys.argv[2], open_browser=False))"""
+# What Tab has to reach, in this order.
+STOPS = """[...document.querySelectorAll('.ssx :is(button, input, select, textarea, summary, '
+  + 'a[href], [tabindex], [contenteditable=true])')]
+  .filter(e => !e.disabled && e.tabIndex >= 0 && e.checkVisibility())"""
+STOP = f"""() => {{
+  const e = document.activeElement, style = getComputedStyle(e);
+  const seen = style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2;
+  return [{STOPS}.indexOf(e), seen];
+}}"""
+# The least contrast of the texts around the plots (WCAG 2); those in cells are tested elsewhere.
+CONTRAST = """() => {
+  const light = (colour) => {
+    const context = new OffscreenCanvas(1, 1).getContext('2d');
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => {
+      const c = part / 255;
+      return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    }).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  };
+  let behind = document.querySelector('.ssx');
+  while (/, 0\\)$/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+  const page = light(getComputedStyle(behind).backgroundColor);
+  const texts = [...document.querySelectorAll('.ssx .js-plotly-plot text')]
+    .filter((text) => !text.closest('.heatmap-label, .hm, .hoverlayer') && text.textContent);
+  return [texts.length, Math.min(...texts.map((text) => {
+    const [dark, bright] = [page, light(getComputedStyle(text).fill)].sort((a, b) => a - b);
+    return (bright + 0.05) / (dark + 0.05);
+  }))];
+}"""
+BAD = ("serious", "critical")
 SHAPES = """() => document.querySelector('.ssx-map .js-plotly-plot').layout.shapes
   .map(s => [s.xref, s.x0, s.y0])"""
 
@@ -157,6 +194,70 @@ def test_the_keyboard_moves_the_selection(page: Any) -> None:
     detail(page, "mlp_out/3/3")
 
 
+def test_arrow_keys_move_the_selection_on_the_map(page: Any) -> None:
+    """The map is a stop of Tab: arrows change layer and α, page up and down the kind."""
+    click_cell(page, 1, 1, 2)
+    detail(page, "mlp_out/2/3")
+    page.locator(".ssx-map").focus()
+    for key, cell in (
+        ("ArrowUp", "mlp_out/3/3"), ("ArrowRight", "mlp_out/3/9"), ("PageDown", "resid_post/3/9"),
+        ("PageDown", "resid_post/3/9"), ("ArrowLeft", "resid_post/3/3"),
+        ("ArrowDown", "resid_post/2/3"),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        detail(page, cell)
+    page.wait_for_selector(".ssx-probe [data-probe='done']")
+
+
+def test_enter_chooses_a_token_and_arrows_an_option(page: Any) -> None:
+    """Chips are buttons and lists are lists: the keys of either work."""
+    for name in ("·Chili", "·Peppers"):
+        page.locator(".ssx-tokens").get_by_role("button", name=name).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            "name => document.querySelector('.ssx-tokens .mod-active').innerText === name", arg=name
+        )
+    click_cell(page, 1, 1, 2)
+    detail(page, "mlp_out/2/3")
+    page.locator(".ssx-panel select").first.focus()
+    page.keyboard.press("ArrowDown")
+    detail(page, "resid_post/2/3")
+
+
+def test_tab_reaches_every_control_and_shows_where_it_is(page: Any) -> None:
+    """In the order of the page, each with an outline; nothing holds the keyboard."""
+    page.wait_for_selector(".ssx-probe [data-probe='done']")
+    page.locator(".ssx-prompt textarea").focus()
+    stops = page.evaluate(f"() => {STOPS}.length")
+    assert stops > 40
+    for place in range(stops):
+        assert page.evaluate(STOP) == [place, True]
+        page.keyboard.press("Tab")
+    assert page.evaluate(STOP)[0] == -1, "the next stop is JupyterLab's"
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_axe_finds_nothing_serious(page: Any, theme: str) -> None:
+    """In no view and theme; and the texts around the plots, which axe skips, stand out enough."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme
+    )
+    page.wait_for_function("name => document.body.dataset.jpThemeName === name", arg=theme)
+    page.wait_for_selector(".ssx-probe [data-probe='done']")
+    for view in ("Best α", "Decomposition", "All α"):
+        page.get_by_text(view, exact=True).first.click()
+        there = Axe().run(page, ".ssx", {"resultTypes": ["violations", "incomplete"]}).response
+        found = [*there["violations"], *there["incomplete"]]
+        bad = [(rule["id"], rule["nodes"][0]["html"]) for rule in found if rule["impact"] in BAD]
+        assert bad == []
+    page.wait_for_selector(".ssx-map .js-plotly-plot .heatmaplayer image")
+    count, least = page.evaluate(CONTRAST)
+    assert count > 20
+    assert least >= 4.5
+
+
 def test_every_control_has_a_name(page: Any) -> None:
     """What can be focused says what it is, to a screen reader too."""
     nameless = page.evaluate(
@@ -224,7 +325,7 @@ def test_a_map_that_comes_back_answers(page: Any) -> None:
 def test_a_saved_notebook_has_a_picture_without_javascript(
     page: Any, server: Server, tmp_path: Any
 ) -> None:
-    """GitHub and nbconvert show the PNG that stands beside the widget."""
+    """GitHub and nbconvert show the PNG beside the widget, and what to do instead."""
     page.wait_for_function(SAVED)
     saved = nbformat.read(server.folder / "explorer.ipynb", as_version=4)
     outputs = [output["data"] for output in saved.cells[0].outputs]
@@ -243,7 +344,9 @@ def test_a_saved_notebook_has_a_picture_without_javascript(
     assert image.count() == 1
     assert image.is_visible()
     assert image.bounding_box()["width"] > 300
+    assert plain.get_by_text("No controls here?").is_visible()
     plain.close()
+    assert not page.get_by_text("No controls here?").is_visible(), "not under a live Explorer"
 
 
 def test_the_exported_page_opens_offline_with_hover(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from superscopes_tl import SweepResult, alpha_curve, heatmap, write_html
 from superscopes_tl.figures import heatmap_png, save_as
+from superscopes_tl.figures.export import _fonts
 from tests.support.readings import NAN, reading, result_of
 
 EVIL = "<script>alert('x')</script>"
@@ -83,3 +85,34 @@ def test_the_plain_picture_takes_any_sweep() -> None:
         result_of(*(reading(5, alpha, 0.5) for alpha in range(1, 12))),
     ):
         assert heatmap_png(result).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "title", "note"),
+    [
+        ("宮崎 é", "?? é · token ·token6", "?: no font on this machine has U+5BAE, U+5D0E"),
+        ("نجيب محفوظ", "\u200eنجيب محفوظ · token ·token6", ""),
+        ("a $ b\x12", r"a \$ b? · token ·token6", "?: no font on this machine has U+0012"),
+    ],
+)
+def test_the_picture_shows_no_boxes(
+    prompt: str, title: str, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a machine with matplotlib's own fonts: what they lack is said, and nothing warns."""
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    own = [font for font in font_manager.fontManager.ttflist if font.name.startswith("DejaVu")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    _fonts.cache_clear()
+    texts: list[str] = []
+    for name in ("suptitle", "supxlabel"):
+        draw = getattr(Figure, name)
+        monkeypatch.setattr(
+            Figure, name, lambda self, t, *, draw=draw, **k: texts.append(t) or draw(self, t, **k)
+        )
+    result = result_of(reading(5, 1, 0.5))
+    result = replace(result, provenance={**result.provenance, "prompt": prompt})
+    assert heatmap_png(result).startswith(b"\x89PNG")
+    _fonts.cache_clear()
+    assert texts == [title, *([note] if note else [])]

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 
 from superscopes_tl import LanguageModel
 from superscopes_tl.model import TokenizedText, resolve_positions, tokenize
+from superscopes_tl.model.text import _labels
 from tests.support.hand_tokenizer import by_hand
 
 HAND = by_hand()
@@ -107,6 +108,26 @@ def test_an_ambiguous_substring_lists_its_candidates(
 def test_labels_make_every_character_visible(text: str, labels: tuple[str, ...]) -> None:
     """White space gets a sign, and the tokens of one character are counted."""
     assert tokenize(HAND, text).labels == ("<s>", *labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "labels"),
+    [
+        ("ים", ((0, 2), (1, 2)), ["ים 1/2", "ם 2/2"]),
+        (" 👩", ((0, 2), (1, 2), (1, 2)), ["·👩 1/3", "👩 2/3", "👩 3/3"]),
+        ("国家", ((0, 1), (0, 2), (1, 2)), ["国 1/2", "国 2/2 家 1/2", "家 2/2"]),
+        ("e\u0301", ((0, 2), (0, 2)), ["e\u0301 1/2", "e\u0301 2/2"]),
+        ("e\u0301", ((0, 1), (1, 2)), ["e", "◌\u0301"]),
+        ("👩\u200d👩", ((0, 1), (1, 2), (2, 3)), ["👩", "U+200D", "👩"]),
+        ("👩\u200d👩", ((0, 3),), ["👩\u200d👩"]),
+        ("🌶\ufe0f\u202e", ((0, 1), (1, 2), (2, 3)), ["🌶", "U+FE0F", "U+202E"]),
+    ],
+)
+def test_parts_of_characters_and_signs_that_show_nothing_have_a_label(
+    text: str, spans: tuple[tuple[int, int], ...], labels: list[str]
+) -> None:
+    """Tokens of SmolLM2 hold parts of characters, joined to others; a joiner may be a token."""
+    assert _labels(text, spans) == labels
 
 
 def test_trimmed_offsets_change_neither_labels_nor_positions() -> None:

@@ -242,6 +242,12 @@ _OUTLINED = """([panel, column, row]) => {
 }"""
 
 
+def place_of(page: Any, panel: int, column: int, row: int) -> tuple[float, float]:
+    """Return where a cell of the map is on the page."""
+    x, y = page.evaluate(_PLACE, [panel, column, row])
+    return x, y
+
+
 def click_cell(page: Any, panel: int, column: int, row: int) -> None:
     """Click a cell of the map until it is outlined, as a hand would.
 
@@ -252,7 +258,7 @@ def click_cell(page: Any, panel: int, column: int, row: int) -> None:
 
     for attempt in range(6):
         page.locator(".ssx-map .js-plotly-plot").scroll_into_view_if_needed()
-        x, y = page.evaluate(_PLACE, [panel, column, row])
+        x, y = place_of(page, panel, column, row)
         page.mouse.move(x - 4, y - 4)
         page.mouse.move(x, y)
         page.wait_for_selector(".ssx-map .js-plotly-plot .hoverlayer .hovertext")
