@@ -8,6 +8,7 @@
 # make app       serve the Explorer as a page of its own
 # make bench     cells per second beside other ways, on a small random model
 # make picture   draw the README's pictures of one name anew
+# make film      draw the README's short film of the Explorer anew
 # make results   measure the files in notebooks/results anew: hours; stop it, and it resumes
 # make figures   draw all pictures of README and site anew
 # make docs      build the documentation into output/site, and check its links; no network is needed
@@ -28,7 +29,7 @@ WORKERS ?= 2
 # No hub: demo and tests use the models and the scorer that come from the package index.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture results figures docs docstest wheel clean
+.PHONY: demo test smollm2 models check notebook notebooks app browser bench picture film results figures docs docstest wheel clean
 
 demo: smollm2
 	$(OFFLINE) $(VENV)/bin/superscopes demo --output output
@@ -78,6 +79,9 @@ bench: $(VENV)/ready
 
 picture: smollm2 browser
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.readme_picture
+
+film: smollm2 browser
+	$(OFFLINE) $(VENV)/bin/python -m tests.support.film
 
 results: models
 	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py $(RESULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import math
 import sys
 import threading
@@ -19,6 +20,7 @@ from superscopes_tl import Explorer, LanguageModel, SweepConfig, SweepResult, Ta
 from superscopes_tl.evaluation import Readability
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer.cell import code_for
+from superscopes_tl.explorer.explorer import NO_WIDGETS
 from superscopes_tl.figures import value_range
 from tests.explorer.conftest import PROMPT, WAIT, finished, heatmaps, marked, numbers
 from tests.support.hooks import hooks_on
@@ -412,3 +414,12 @@ def test_find_adopts_what_was_found(chatty: LanguageModel, monkeypatch: pytest.M
     assert (shown.alphas, shown.kinds, shown.layers) == ((1, 2), ("mlp_out",), (1, 2))
     assert "readable &lt;b&gt;" in made.view.found.value
     assert (made.check, made.state, made.view.run.disabled) == (found, "idle", False)
+
+
+def test_where_there_are_no_widgets_a_line_says_what_to_do(ran: Explorer) -> None:
+    """The page that marimo shows has it, with a picture of the map; all is escaped."""
+    kind, page = ran._mime_()
+    assert kind == "text/html"
+    assert NO_WIDGETS in html.unescape(page)
+    assert "src='data:image/png;base64,iVBOR" in page
+    assert "<LanguageModel" not in page
