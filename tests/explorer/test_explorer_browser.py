@@ -88,7 +88,7 @@ sys.exit(serve({cell!r}, port=int(sys.argv[1]), token=sys.argv[2], open_browser=
 # What Tab has to reach, in this order.
 STOPS = """[...document.querySelectorAll('.ssx :is(button, input, select, textarea, summary, '
   + 'a[href], [tabindex], [contenteditable=true])')]
-  .filter(e => !e.disabled && e.tabIndex >= 0 && e.checkVisibility())"""
+  .filter(e => !e.disabled && (e.tabIndex >= 0 || e.isContentEditable) && e.checkVisibility())"""
 STOP = f"""() => {{
   const e = document.activeElement, style = getComputedStyle(e);
   const seen = style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2;

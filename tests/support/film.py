@@ -30,7 +30,8 @@ from tests.support.browser import (
 )
 
 TARGET = Path(__file__).parent.parent.parent / "notebooks" / "images" / "explorer.gif"
-WIDTH, CAPTION, COLOURS = 900, 40, 96
+WIDTH, CAPTION, COLOURS = 900, 40, 128
+KEPT = ("#e05a00", "#4caf50", "#1a5fb4", "#ffffff", "#000000")  # too rare to be chosen
 FILLING = 7
 LARGEST = 3_000_000  # bytes
 CODE = """\
@@ -42,6 +43,10 @@ Explorer(
     kinds=("mlp_out", "resid_post"), layers=range(0, 30, 2), max_new_tokens=16, generate="none",
 )"""
 CELL = (1, 0, 5)  # block outputs, α = 1, layer 10
+SCROLL = """e => {
+  e.scrollIntoView({ block: 'start' });
+  for (let p = e; p; p = p.parentElement) p.scrollLeft = 0;
+}"""
 POINTER = """() => {
   const pointer = document.createElement('div');
   pointer.innerHTML = `<svg width="22" height="30"><path d="M1 1v23l6-6 4 10 4-2-4-9h8z"
@@ -88,22 +93,24 @@ def _scenes(page: Any, server: Any) -> Iterator[Frame]:
     yield shot(), "1 · Choose a model and a name", 2500
     run_all(page)
     page.wait_for_selector(".ssx-estimate .ssx-note")
-    page.locator(".ssx").evaluate("e => e.scrollIntoView({block: 'start'})")
+    page.locator(".ssx").evaluate(SCROLL)
     page.wait_for_timeout(1500)
     yield shot(), "2 · Choose a token, layers, kinds of activation, amplifiers", 2500
     page.locator(".ssx-run").hover()
     yield shot(), "3 · Run", 800
     page.locator(".ssx-run").click()
+    page.wait_for_selector(".ssx-map .js-plotly-plot")
+    page.locator(".ssx-bar").evaluate(SCROLL)
     filling = []
     while page.locator(".ssx-status [data-state='done'][data-run='1']").count() == 0:
         filling.append(shot())
         page.wait_for_timeout(150)
     step = max(1, len(filling) // FILLING)
     for picture in filling[::step]:
-        yield picture, "3 · Run: the share of the model's own words that each cell recovers", 350
+        yield picture, "3 · Run: the share of the model's own words that each cell recovers", 400
     wait_for_state(page, "done", 1)
     page.wait_for_selector(".ssx-probe [data-probe='done']")
-    page.locator(".ssx-bar").evaluate("e => e.scrollIntoView({block: 'start'})")
+    page.locator(".ssx-bar").evaluate(SCROLL)
     page.wait_for_timeout(800)
     yield shot(), "3 · Run: the share of the model's own words that each cell recovers", 1800
     page.mouse.move(*place_of(page, *CELL))
@@ -111,9 +118,12 @@ def _scenes(page: Any, server: Any) -> Iterator[Frame]:
     yield shot(), "4 · Click a cell", 1000
     click_cell(page, *CELL)
     page.wait_for_selector(".ssx-probe [data-probe='done']")
+    page.wait_for_timeout(500)
+    yield shot(), "4 · Click a cell", 1200
+    page.mouse.move(40, 700)
     page.wait_for_timeout(800)
     yield shot(), "4 · Click a cell: what the model says of that activation", 4000
-    page.locator(".ssx-below").evaluate("e => e.scrollIntoView({block: 'start'})")
+    page.locator(".ssx-below").evaluate(SCROLL)
     page.mouse.move(2, 2)
     page.wait_for_timeout(800)
     yield shot(), "5 · Compare: every amplifier, no patch, a random vector, the logit lens", 4000
@@ -122,9 +132,12 @@ def _scenes(page: Any, server: Any) -> Iterator[Frame]:
 def _assemble(frames: list[Frame]) -> None:
     """Write the frames with their captions as one GIF."""
     several = [_captioned(picture, caption) for picture, caption, _ in frames]
-    strip = Image.new("RGB", (several[0].width, several[0].height * 3))
+    width, height = several[0].size
+    strip = Image.new("RGB", (width, height * 3 + 40 * len(KEPT)))
     for place, frame in enumerate((several[0], several[-2], several[-1])):
-        strip.paste(frame, (0, place * frame.height))
+        strip.paste(frame, (0, place * height))
+    for place, colour in enumerate(KEPT):
+        strip.paste(colour, (0, 3 * height + 40 * place, width, 3 * height + 40 * (place + 1)))
     palette = strip.quantize(COLOURS)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in several]
     durations = [milliseconds for _, _, milliseconds in frames]

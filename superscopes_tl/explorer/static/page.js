@@ -15,9 +15,9 @@ function move(root, event) {
     slider?.dispatchEvent(new KeyboardEvent("keydown", { key: event.key }));
   } else return;
   event.preventDefault();
-  event.stopPropagation();  // JupyterLab would go to another cell
 }
 function name(root) {
+  root.dataset.lmSuppressShortcuts = "true";  // else arrows in a list go to JupyterLab's next cell
   const map = root.querySelector(".ssx-map");
   if (map && !map.hasAttribute("tabindex")) {
     map.tabIndex = 0;
