@@ -258,6 +258,22 @@ def test_axe_finds_nothing_serious(page: Any, theme: str) -> None:
     assert least >= 4.5
 
 
+def test_a_right_to_left_prompt_runs_that_way(page: Any) -> None:
+    """In its field, and from token to token; the BOS comes first, at the right."""
+    prompt = page.locator(".ssx-prompt textarea")
+    for text, right_to_left in (("ירושלים", True), ("Red Hot Chili Peppers", False)):
+        prompt.fill(text)
+        prompt.press("Tab")
+        page.wait_for_function(
+            """rtl => {
+              const chips = [...document.querySelectorAll('.ssx-tokens button')];
+              const [bos, first] = chips.map((chip) => chip.getBoundingClientRect().x);
+              return chips.length > 3 && (bos > first) === rtl;
+            }""",
+            arg=right_to_left,
+        )
+
+
 def test_every_control_has_a_name(page: Any) -> None:
     """What can be focused says what it is, to a screen reader too."""
     nameless = page.evaluate(

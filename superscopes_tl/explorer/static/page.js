@@ -25,7 +25,7 @@ function name(root) {
     map.setAttribute("aria-label", keys);
     map.addEventListener("keydown", (event) => { if (event.target === map) move(root, event); });
   }
-  const tokens = root.querySelector(".ssx-tokens .widget-toggle-buttons");
+  const tokens = root.querySelector(".ssx-tokens > div");
   if (tokens) {
     tokens.dir = "auto";
     // The BOS is written in Latin letters, whatever comes after it.
