@@ -16,8 +16,11 @@ function move(root, event) {
   } else return;
   event.preventDefault();
 }
+// A list's keys are the browser's own: kept from the notebook, which would go to its next cell.
+const list = (event) => { if (event.target.matches?.(".ssx select")) event.stopPropagation(); };
 function name(root) {
-  root.dataset.lmSuppressShortcuts = "true";  // else arrows in a list go to JupyterLab's next cell
+  addEventListener("keydown", list, true);  // once: the same function is added but once
+  root.dataset.lmSuppressShortcuts = "true";  // no key in here is a shortcut of JupyterLab
   const map = root.querySelector(".ssx-map");
   if (map && !map.hasAttribute("tabindex")) {
     map.tabIndex = 0;
