@@ -109,6 +109,9 @@ def results() -> str:
         f"| `{name}` | {_made(made)} | {_model(kept)} | {kept.get('created', '')[:10]} |"
         for name, made, kept in rows
     ]
+    for path in sorted(RESULTS.glob("*_*.csv")):  # a table to be joined to an evaluation's
+        made = {"command": f"make results RESULTS={path.stem}"}
+        lines.append(f"| `{path.name}` | {_made(made)} | {path.stem.split('_')[0]} | |")
     return "| file | command and time | model | measured |\n|---|---|---|---|\n" + "\n".join(lines)
 
 
