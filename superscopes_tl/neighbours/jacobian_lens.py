@@ -14,8 +14,8 @@ Transformer Circuits (https://transformer-circuits.pub/2026/workspace):
 3. The lens reads W_U norm(J_l h): what a vector makes the model say, now or later in the text, to
    first order and on average over contexts.
 4. `rows` divides the rows between texts: each text gives the next `rows` of them, in turn, so that
-   every row is the exact mean over as many texts. More texts then cost only their forward passes
-   more, and what is peculiar to one of them does not reach all rows.
+   every row is the exact mean over as many texts, or one more. With as few rows as cover all, more
+   texts cost only their forward passes more, and what is peculiar to one does not reach all rows.
 
 A linear map needs no α, and takes a term of the stream as it takes the stream: an MLP output u of
 block l is read as J_l u, so that J_l resid_mid + J_l mlp_out = J_l resid_post. `resid_pre` of block

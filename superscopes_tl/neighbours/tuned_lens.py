@@ -271,6 +271,7 @@ def _sampled(
     others[top.cpu()] = False
     order = torch.randperm(n_vocab, generator=generator)
     drawn = order[others[order]][: max(size - len(top), size // 4)].to(top.device)
-    weight = (n_vocab - len(top)) / len(drawn)
+    # Of a small vocabulary all may be `top`: then none is left.
+    weight = max(1, n_vocab - len(top)) / max(1, len(drawn))
     shift = torch.cat([torch.zeros(len(top)), torch.full((len(drawn),), math.log(weight))])
     return torch.cat([top, drawn]), shift.to(top.device)

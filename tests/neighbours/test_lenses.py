@@ -390,6 +390,9 @@ def test_a_sample_holds_the_top_tokens_and_others_that_stand_for_the_rest() -> N
         assert set(tokens[:count].tolist()) == set(top.tolist())
         assert shift[:count].abs().max() == 0
         assert float(shift.exp().sum()) == pytest.approx(1000, rel=1e-4)
+    tokens, shift = _sampled(torch.arange(100), 100, 64, draw)  # a small vocabulary, all of it
+    assert tokens.tolist() == list(range(100))
+    assert shift.abs().max() == 0
 
 
 def test_training_on_a_sampled_vocabulary_lowers_the_exact_divergence(tiny: Tiny) -> None:
