@@ -187,7 +187,8 @@ def mixture(
         **settings: other sweep settings, with one target layer.
 
     Raises:
-        ValueError, TypeError: a bad setting, several cells, or prompts with one name.
+        ValueError, TypeError: a bad setting, several cells, prompts with one name, or a name whose
+            share recovered is not defined.
     """
     asked = sorted({float(share) for share in shares})
     if len(asked) < 2 or not all(map(math.isfinite, asked)):
@@ -199,7 +200,7 @@ def mixture(
     names = [plan.about(plan.cells[0].position) for plan in plans]
     if names[0] == names[1]:
         raise bad_value("prompt_2", "another name than prompt_1", prompt_2, "mix two names")
-    words = [next(iter(plan.own_words([plan.cells[0].position]).values())) for plan in plans]
+    words = [_defined_words(plan, f"prompt_{n}") for n, plan in enumerate(plans, start=1)]
     mean = (one.norm + two.norm) / 2
     equal = [patch.vector * (mean / max(patch.norm, 1e-30)) for patch in (one, two)]
     random = random_direction(equal[1], stable_hash(prompt_1, prompt_2))
@@ -241,6 +242,15 @@ def flip_point(shares: Sequence[float], difference: Sequence[float]) -> float | 
         if low * high < 0:
             return float(start + (end - start) * low / (low - high))
     return float(points[-1][0]) if points[-1][1] == 0 else None
+
+
+def _defined_words(plan: SweepPlan, argument: str) -> OwnWords:
+    """Return the own words of a plan's cell, of which a share can be recovered."""
+    (words,) = plan.own_words([plan.cells[0].position]).values()
+    if words.undefined:
+        expected = "a name whose share recovered is defined"
+        raise bad_value(argument, expected, words.undefined, "mix other names")
+    return words
 
 
 def _told(names: Sequence[str], both: Sequence[float]) -> str:

@@ -117,6 +117,7 @@ def test_a_straight_line_flips_where_it_is_zero(
         ({"shares": [0.5]}, "shares: "),
         ({"shares": [0, float("nan")]}, "shares: "),
         ({"prompt_2": ONE}, "prompt_2: "),
+        ({"reference": " the"}, "prompt_2: .* adds .* nats"),
         ({"target_layer": (0, 2)}, "layer: expected one cell"),
         ({"controls": "unpatched"}, "settings: "),
         ({"kind": "mlp"}, "kinds: "),
