@@ -90,7 +90,8 @@ def self_explaining(table: pd.DataFrame) -> pd.Series[float]:
 def explains_nothing(table: pd.DataFrame) -> pd.Series[bool]:
     """Return for each row whether its site's self-similarity is at most 0.01 at every α.
 
-    The authors leave such vectors out: the model does not take up what was patched.
+    The authors leave such vectors out: the model does not take up what was patched. Where it was
+    not measured (NaN) that is not known, and so False.
 
     Raises:
         ValueError: a table without the signal.
@@ -108,8 +109,8 @@ def equal_dose(nats: float = 1.0) -> Selector:
 
     def dose(table: pd.DataFrame) -> pd.Series[float]:
         given = _signal(table, "kl_unpatched")
-        # Above 0 for what reaches the dose, below for what does not.
-        return (given - nats).where(given < nats, 1 / (1 + table["alpha"].abs()))
+        # Above 0 for what reaches the dose, below for what does not; NaN is no rank.
+        return (given - nats).mask(given >= nats, 1 / (1 + table["alpha"].abs()))
 
     return dose
 

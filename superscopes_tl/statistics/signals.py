@@ -52,7 +52,8 @@ def alpha_signals(
     Args:
         plans: of a `SweepResult` (`plan`), or from `plan_sweep` and `SweepPlan.at_prompt`.
         probe_layer: where S is measured, above the target layers: what is patched reaches no later
-            token before; defaults to nine tenths of the depth.
+            token before; defaults to nine tenths of the depth. Of cells that are patched there or
+            above it S is NaN.
 
     Returns:
         One row per cell, with `prompt`, the columns of its `Cell`, `mapping`, and
@@ -89,10 +90,11 @@ def alpha_signals(
     similar -= torch.cosine_similarity(states[:1, 0], torch.stack(vectors), dim=-1)
     first = _first_of_description(generator, text)
     entropy, dose = _entropy_and_dose(model.decoder, states[:, 1:], first)
+    cells = [(plan, cell) for plan in several for cell in plan.all_cells]
+    similar[[cell.target_layer >= probe for _, cell in cells]] = torch.nan  # not 0: not measured
     rows = [
         {"prompt": plan.source.text, **asdict(cell), "mapping": plan.mapping_name}
-        for plan in several
-        for cell in plan.all_cells
+        for plan, cell in cells
     ]
     measured = {
         "self_similarity": similar.tolist(),

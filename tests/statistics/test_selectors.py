@@ -231,6 +231,9 @@ def test_self_explaining_weighs_similarity_and_entropy() -> None:
     assert alphas(table, self_explaining) == [3, 1]
     flat = measured("P", {1: (0.1, 1.0, 0), 3: (0.1, 1.0, 0)})
     assert self_explaining(flat).tolist() == [0, 0]
+    unknown = measured("P", {1: (NAN, 1.0, 0), 3: (NAN, 0.0, 0)})
+    assert self_explaining(unknown).isna().all()
+    assert not explains_nothing(unknown).any()
     with pytest.raises(ValueError, match="alpha_signals"):
         self_explaining(table_of(cell()))
 
@@ -251,6 +254,8 @@ def test_equal_dose_is_the_smallest_that_reaches_it(doses: dict[float, float], n
     else:
         # Two doses may differ by less than what is left of the difference to `nats`.
         assert doses[chosen] - nats == max(doses.values()) - nats
+    unknown = measured("P", {0.5: (0, 0, NAN)})  # a dose that is not known reaches nothing
+    assert alphas(pd.concat([unknown, table]), equal_dose(nats)) == [chosen]
 
 
 def test_mode_frequency_counts_equal_draws() -> None:
