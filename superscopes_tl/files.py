@@ -41,6 +41,10 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_CELLS = 20_000_000
 """The most cells of a table of texts."""
 
+MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
+"""The most columns of one, and characters up to the end of its header: pandas takes minutes and
+gigabytes for millions of names."""
+
 SEPARATORS = (",", "\t", ";")
 
 _DTYPES = {"int": "iu", "float": "fiu", "bool": "b"}
@@ -237,12 +241,14 @@ def parse_table(
         one of which the header makes most names.
 
     Raises:
-        ValueError: no table, or more than `MAX_CELLS` cells.
+        ValueError: no table, more than `MAX_CELLS` cells or `MAX_COLUMNS` columns, or a header
+            longer than `MAX_HEADER`.
     """
     stated = re.match(r'"?sep=(.)"?\r?\n', text)  # by a spreadsheet
     text = text[stated.end() :] if stated else text
     first = next(iter(text[:100_000].splitlines()), "")
     separator = stated[1] if stated else max(SEPARATORS, key=lambda s: _fields(first, s))
+    _check_header(text, separator)
     options: dict[str, Any] = {"sep": separator, "index_col": False, "dtype": str}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)  # cells beyond the header
@@ -264,6 +270,18 @@ def _fields(header: str, separator: str) -> int:
         return len(next(csv.reader([header], delimiter=separator), []))
     except csv.Error:
         return 0
+
+
+def _check_header(text: str, separator: str) -> None:
+    """Raise a `ValueError` for a header of too many columns, or that does not end."""
+    start = io.StringIO(text[:MAX_HEADER], newline="")
+    rows = csv.reader(start, delimiter=separator)
+    try:  # as pandas does, pass over blank lines
+        names = next((row for row in rows if len(row) > 1 or any(map(str.strip, row))), [])
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    if len(names) > MAX_COLUMNS or start.tell() == MAX_HEADER < len(text):
+        raise ValueError(f"more than {MAX_COLUMNS} columns, or {MAX_HEADER} characters of header")
 
 
 def read_parquet(data: bytes, most: int) -> pd.DataFrame:

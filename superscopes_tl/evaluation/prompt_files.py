@@ -15,8 +15,9 @@
    continues the target prompt, and the score is 1 where the text contains it (`Contains`).
    In `known_1000.json` the target prompt is the prompt with the placeholder for the subject.
 
-Rows without a prompt, or whose prompt does not begin with those tokens, are left out and counted;
-the authors leave them out, too (prompts with line breaks were cut when they were saved).
+Rows without a prompt, without a fact where there is a column of facts, or whose prompt does not
+begin with those tokens, are left out and counted; the authors leave the last out, too (prompts with
+line breaks were cut when they were saved).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from superscopes_tl.errors import RunFileError, bad_value, brief, describe
 from superscopes_tl.files import MAX_CELLS, parse_json, parse_table, read_text, reading
 from superscopes_tl.scores import Contains
 
-MAX_FILE_BYTES = 64 * 2**20
+MAX_FILE_BYTES, MOST_ROWS = 64 * 2**20, 1_000_000
+"""The largest file, and the most lines or rows in it: a row takes many times its bytes."""
 
 DELIMITED, JSON, JSON_LINES = (".csv", ".tsv", ".tab"), (".json",), (".jsonl", ".ndjson")
 
@@ -136,8 +138,8 @@ def load_prompts(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: more than 64 MiB (JSON: 16 MiB), no text, no such column, no prompt, or a
-            table in a text file. The message names the columns found.
+        ValueError: more than 64 MiB (JSON: 16 MiB) or a million rows, no text, no such column, no
+            prompt, or a table in a text file. The message names the columns found.
     """
     file = Path(path)
     ending = file.suffix.lower()
@@ -158,12 +160,14 @@ def load_prompts(
         rows = _facts(table)
     else:
         chosen = table[_column(column, "column", names, file)].tolist()
-        references = [""] * len(chosen)
+        known = [""] * len(chosen)
         if reference_column is not None:
-            references = table[_column(reference_column, "reference_column", names, file)].tolist()
+            known = table[_column(reference_column, "reference_column", names, file)].tolist()
         rows = [
-            SourcePrompt(prompt.strip(), reference=reference.strip()) if prompt.strip() else None
-            for prompt, reference in zip(chosen, references, strict=True)
+            SourcePrompt(prompt.strip(), reference=fact.strip())
+            if prompt.strip() and (fact.strip() or reference_column is None)
+            else None
+            for prompt, fact in zip(chosen, known, strict=True)
         ]
     return _collected(rows, file)
 
@@ -182,7 +186,9 @@ def _collected(rows: Sequence[SourcePrompt | None], file: Path) -> PromptFile:
         raise bad_value("path", "at least one prompt that can be read", got, "add prompts")
     notes = []
     if lacking := sum(row is None for row in rows):
-        notes.append(f"{lacking} of {len(rows)} rows are left out: no prompt up to the subject.")
+        notes.append(
+            f"{lacking} of {len(rows)} rows are left out: no prompt up to the subject, or no fact."
+        )
     if twice:
         notes.append(f"{twice} rows repeat a prompt with another fact: the first one counts.")
     if len(targets) > 1:
@@ -248,15 +254,23 @@ def _facts(table: pd.DataFrame) -> list[SourcePrompt | None]:
 def _table(text: str, ending: str) -> pd.DataFrame:
     """Return a table of texts; a `ValueError` for anything else."""
     if ending in DELIMITED:
+        _check_rows(max(text.count("\n"), text.count("\r")))
         table, _, _ = parse_table(text)
     else:
         if ending in JSON_LINES:
+            _check_rows(text.count("\n"))
             found = [parse_json(line, nan=True) for line in text.split("\n") if line.strip()]
         else:
             found = parse_json(text, nan=True)
         table = _of_json(found)
     table = table.rename(columns=lambda name: str(name).strip())
     return table.loc[:, ~table.columns.duplicated()]
+
+
+def _check_rows(number: int) -> None:
+    """Raise a `ValueError` for a file of too many rows."""
+    if number > MOST_ROWS:
+        raise ValueError(f"more than {MOST_ROWS} rows")
 
 
 def _of_json(found: Any) -> pd.DataFrame:
@@ -267,12 +281,14 @@ def _of_json(found: Any) -> pd.DataFrame:
         if len(lists) == 1:
             (found,) = lists
         elif by_column:
+            _check_rows(max(map(len, found.values())))
             columns = {k: list(v.values()) if isinstance(v, dict) else v for k, v in found.items()}
             found = [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ]
     if not isinstance(found, list) or not found:
         raise ValueError(f"JSON that is no list of rows but {type(found).__name__}")
+    _check_rows(len(found))
     if not all(isinstance(row, dict) for row in found):
         if not all(isinstance(row, str) for row in found):
             raise ValueError("a JSON list of other things than rows or texts")
@@ -299,6 +315,7 @@ _TABLE = re.compile(r"(?<!\d)[,;](?=\S)|[,;](?=[^\s\d])")
 def _lines(text: str, file: Path, column: str | None) -> list[str]:
     """Return the lines of a text file that is no table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    _check_rows(len(lines))
     kind = ""
     if lines and lines[0][0] in "[{" and lines[0][-1] in "[{,]}":
         kind = ".jsonl" if lines[0][0] == "{" and lines[0][-1] == "}" else ".json"

@@ -24,6 +24,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import struct
@@ -32,6 +33,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,6 +53,12 @@ SAE_FILES = ("sae_weights.safetensors", "sae.safetensors", "params.npz", "params
 
 DECODER = "w_dec"
 """The name of the decoder's rows, [d_sae d_model], in all of them, but for upper case."""
+
+HEADER_BYTES = 2**16
+"""More than numpy accepts as the header of an array; a packed one may unpack to gigabytes."""
+
+MOST_NUMBERS = 8
+"""How many numbers in an array's name may be the one that says the layer."""
 
 DEEPEST, MOST_FOLDERS = 4, 10_000
 """How far below a folder weights are looked for, and in how many folders."""
@@ -166,7 +174,7 @@ def chosen(arrays: Arrays, name: str | None, file: Path) -> str:
     """
     fit = [n for n, array in arrays.items() if array.fits]
     if name is None:
-        stacks = [n for n in fit if arrays[n].labels and _members(n, fit) == len(fit) - 1]
+        stacks = [n for n in fit if len(arrays[n].labels) == len(fit) - 1 > 0]
         decoders = [n for n in fit if n.rpartition(".")[2].lower() == DECODER]
         for only in (decoders, stacks, fit):
             if len(only) == 1:
@@ -181,12 +189,6 @@ def chosen(arrays: Arrays, name: str | None, file: Path) -> str:
         got = f"{name!r}; {file.name} holds {shown}"
         raise bad_value("name", "one array [n d_model] or [d_model]", got, "pass its name")
     return name
-
-
-def _members(stack: str, names: Sequence[str]) -> int:
-    """Return how many of some names a stack holds."""
-    pattern = re.escape(stack).replace(r"\*", r"\d+")
-    return sum(re.fullmatch(pattern, name) is not None for name in names)
 
 
 def _unbatched(array: Array) -> Array:
@@ -206,7 +208,7 @@ def _stacks(arrays: Arrays) -> dict[str, Array]:
     singles = [(n, a) for n, a in arrays.items() if a.fits and a.shape[:-1] in ((), (1,))]
     places: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for name, array in singles:
-        for match in re.finditer(r"\d{1,9}", name):
+        for match in islice(re.finditer(r"\d{1,9}", name), MOST_NUMBERS):
             pattern = f"{name[: match.start()]}*{name[match.end() :]}"
             places.setdefault((pattern, array.shape[-1]), []).append((int(match[0]), name))
     stacks: dict[str, Array] = {}
@@ -243,9 +245,10 @@ def _npz(file: Path, stack: contextlib.ExitStack) -> Arrays:
 
 def _entry(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
     """Return an array of an `.npz`: mapped where it is stored, else unpacked as a whole."""
-    with archive.open(member) as stream:  # which checks the entry's own header
-        shape, order, dtype = _npy_header(stream)
-        start = stream.tell()
+    with archive.open(member) as packed:  # which checks the entry's own header
+        stream = io.BytesIO(packed.read(HEADER_BYTES))
+    shape, order, dtype = _npy_header(stream)
+    start = stream.tell()
     if dtype.hasobject:
         raise TypeError(f"numbers of type {dtype}")
     if member.compress_type == zipfile.ZIP_STORED:
@@ -320,7 +323,7 @@ def _torch(file: Path, stack: contextlib.ExitStack) -> Arrays:
         ) from error
     arrays = {
         name: Array(tuple(tensor.shape), partial(_rows_of, tensor))
-        for name, tensor in _tensors(found, "", file.stem)
+        for name, tensor in _tensors(found, "", file.stem, set())
     }
     if not arrays:
         keys = f" of {brief(', '.join(map(str, found)))}" if isinstance(found, dict) else ""
@@ -342,15 +345,22 @@ def _rows_of(tensor: Tensor, rows: Rows) -> Tensor:
     return _real(tensor.clone() if rows is None else tensor[list(rows)])
 
 
-def _tensors(found: Any, prefix: str, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors of a structure, with the names that lead to them."""
+def _tensors(
+    found: Any, prefix: str, name: str, seen: set[int], depth: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the plain tensors of a structure, with the names that lead to them.
+
+    A part that is `seen` again is skipped: a small file can hold one a million times.
+    """
     if isinstance(found, Tensor):
         if found.layout is torch.strided and found.device.type == "cpu" and not found.is_quantized:
             yield prefix or name, found.detach()
-    elif isinstance(found, Mapping | list | tuple) and depth < 5:
+    elif isinstance(found, Mapping | list | tuple) and depth < 5 and id(found) not in seen:
+        seen.add(id(found))
         parts = found.items() if isinstance(found, Mapping) else enumerate(found)
         for key, part in parts:
-            yield from _tensors(part, f"{prefix}.{key}" if prefix else str(key), name, depth + 1)
+            path = f"{prefix}.{key}" if prefix else str(key)
+            yield from _tensors(part, path, name, seen, depth + 1)
 
 
 def _gguf(file: Path, stack: contextlib.ExitStack) -> Arrays:
@@ -396,9 +406,9 @@ def _json(file: Path, stack: contextlib.ExitStack) -> Arrays:
         raise ValueError(f"an empty {known[0]!r}: take the row of this feature from its SAE")
     arrays = {}
     for name in known[:1] or objects[0]:
-        values = [one.get(name) for one in objects]
-        if not all(map(_is_numbers, values)):
+        if not all(_is_numbers(one.get(name)) for one in objects):  # up to the first that is none
             continue
+        values = [one[name] for one in objects]
         read = torch.tensor(values, dtype=torch.float32)  # raises if one is longer than another
         read = read if len(objects) > 1 else read[0]
         labels = tuple(map(_label, objects)) if known and read.numel() else ()

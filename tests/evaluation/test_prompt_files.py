@@ -67,7 +67,7 @@ def test_a_table_of_patchscopes_is_an_evaluation(tmp_path: Path) -> None:
         "score_against": "own words", "score_on": "text", "scorer": Contains(),
         "target_prompt": target, "max_new_tokens": 20,
     }  # fmt: skip
-    assert found.notes == ("1 of 3 rows are left out: no prompt up to the subject.",)
+    assert found.notes == ("1 of 3 rows are left out: no prompt up to the subject, or no fact.",)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,35 @@ def test_a_table_in_a_text_file_is_refused(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     message = refused(lambda: load_prompts(path), ValueError, "path")
     assert "rename it to prompts." in message
+
+
+def test_a_row_without_its_fact_is_left_out(tmp_path: Path) -> None:
+    """It would be judged by the model's own words, among rows that are judged by facts."""
+    (tmp_path / "t.csv").write_text("prompt,fact\nJapan,Tokyo\nSyria, \n")
+    found = load_prompts(tmp_path / "t.csv", reference_column="fact")
+    assert found.prompts == ("Japan",)
+    assert found.notes[0].startswith("1 of 2 rows")
+    assert load_prompts(tmp_path / "t.csv").prompts == ("Japan", "Syria")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "," * 10_001 + "\n"), ("a.csv", "\n  \n" + "," * 10_001 + "\n1\n"),
+        ("a.csv", ("a" * 300 + ",") * 5_000), ("a.csv", '"a\n"' + ',"b\n"' * 10_001),
+        ("a.txt", "a\n" * 1_000_001), ("a.txt", "a\v" * 1_000_001),
+        ("a.jsonl", "{}\n" * 1_000_001), ("a.csv", "a\n" * 1_000_002),
+        ("a.json", '["' + 'a","' * 1_000_000 + 'a"]'),
+    ],
+    ids=["columns", "after blanks", "long names", "over lines", "lines", "form feeds", "objects",
+         "rows", "list"],
+)  # fmt: skip
+def test_more_rows_or_columns_than_any_list_has_are_refused(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    """Each would take gigabytes, or minutes, before anything can be said of it."""
+    (tmp_path / name).write_text(text)
+    assert "more than 1" in refused(lambda: load_prompts(tmp_path / name), ValueError, "path")
 
 
 @pytest.mark.parametrize(

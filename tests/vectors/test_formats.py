@@ -263,6 +263,37 @@ def test_a_torch_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
     assert "more than" in refused(lambda: load_vectors(tmp_path / "w.pt"), ValueError, "path")
 
 
+def test_small_files_that_would_take_gigabytes_or_hours_do_not(tmp_path: Path) -> None:
+    """A packed header, a list held a million times, a name of numbers, keys of one object alone."""
+    with (
+        zipfile.ZipFile(tmp_path / "v.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("v.npy", "w") as entry,
+    ):
+        entry.write(b"\x93NUMPY\x02\x00" + (2**24).to_bytes(4, "little"))
+        entry.write(b" " * 2**24)
+    rows = [torch.ones(2)] * 3
+    torch.save([[[[rows] * 1000] * 1000] * 1000] * 1000, tmp_path / "v.pt")
+    (tmp_path / "v.json").write_text(json.dumps({"1a" * 10_000: [1, 2]}))
+    several = [{str(n): [0] for n in range(8_000)}, *[{}] * 8_000]
+    (tmp_path / "w.json").write_text(json.dumps(several))
+    tracemalloc.start()
+    refused(lambda: load_vectors(tmp_path / "v.npz"), ValueError, "path")
+    refused(lambda: load_vectors(tmp_path / "w.json"), ValueError, "path")
+    assert load_vectors(tmp_path / "v.pt").tolist() == [[1.0, 1.0]] * 3
+    assert load_vectors(tmp_path / "v.json").tolist() == [[1.0, 2.0]]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**23
+
+
+def test_a_vector_of_another_length_is_not_passed_over(tmp_path: Path) -> None:
+    """Two of three vectors are no stack of all: the names are listed."""
+    path = tmp_path / "v.safetensors"
+    save_file({"d.1": torch.ones(4), "d.2": torch.ones(4), "d.3": torch.ones(5)}, path)
+    assert "'d.3' [5]" in refused(lambda: load_vectors(path), ValueError, "name")
+    assert load_vectors(path, "d.*").shape == (2, 4)
+
+
 def control_vector(
     path: Path, layers: tuple[int, ...] = (10, 1, 2), dtype: Any = np.float32
 ) -> Path:
