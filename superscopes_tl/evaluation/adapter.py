@@ -29,11 +29,10 @@ from superscopes_tl.experiment import SweepConfig, SweepPlan, collect, make_patc
 from superscopes_tl.model import LanguageModel, PatchedLayer, load_model
 from superscopes_tl.scores import no_scores, words_of
 from superscopes_tl.statistics import bootstrap
-from superscopes_tl.vectors import Adapter, Scale
+from superscopes_tl.vectors import ADAPTER_SETTINGS, Adapter, Scale
 
 UNTRAINED = (1, 2, 4, 8, 16, 32, 64)
 """The α, in norms of what is replaced, among which the untrained vector is given its best."""
-_FIXED = ("kinds", "layers", "alphas", "positions", "mapping", "controls", "scorer", "generate")
 
 
 def fit_adapter(
@@ -69,16 +68,17 @@ def fit_adapter(
             the width; it decays linearly to 0.
         seed: orders the names.
         progress: whether to show a progress bar.
-        **settings: other settings of `SweepConfig`, such as `chat`, `target_prompt`,
-            `source_template` or `precision`.
+        **settings: of `SweepConfig` those in `ADAPTER_SETTINGS`, which a sweep with the
+            adapter needs too, and `precision`.
 
     Raises:
         ValueError, TypeError: a bad setting, or names of which none has own words.
     """
     check_count("steps", steps, least=1, fix="60 is the default")
     check_count("batch_size", batch_size, least=1, fix="16 is the default")
-    if misplaced := sorted(set(_FIXED) & set(settings)):
-        raise bad_value("settings", "others than the site's", misplaced, "leave them out")
+    if others := sorted(set(settings).difference(ADAPTER_SETTINGS, ["precision"])):
+        expected = f"out of {', '.join((*ADAPTER_SETTINGS, 'precision'))}"
+        raise bad_value("settings", expected, others, "leave them out")
     plan = _plan(model, names, layer, kind, target_layer, settings)
     units, texts, norm = _examples(plan, names)
     about = {"names": len(texts), "steps": steps, "batch_size": batch_size, "seed": seed}

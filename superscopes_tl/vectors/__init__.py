@@ -5,7 +5,7 @@ parameters are, can be sent to other processes, and print as the Python that mak
 also what results call them (`label`). Plain functions of the same shape do as well.
 """
 
-from superscopes_tl.vectors.adapter import Adapter
+from superscopes_tl.vectors.adapter import ADAPTER_SETTINGS, Adapter
 from superscopes_tl.vectors.affine import AffineMap, Mapped, fit_affine, load_maps, save_maps
 from superscopes_tl.vectors.amplify import (
     PAPER_MAPPING,
@@ -42,6 +42,7 @@ from superscopes_tl.vectors.stored import (
 from superscopes_tl.vectors.writes import SELFIE_PROMPT, Add, AtLayers, Both, Interpolate, Write
 
 __all__ = [
+    "ADAPTER_SETTINGS",
     "PAPER_MAPPING",
     "PRESETS",
     "SELFIE_PROMPT",

@@ -27,12 +27,17 @@ from torch import Tensor
 
 from superscopes_tl.engine import TargetPrompt
 from superscopes_tl.errors import bad_value
-from superscopes_tl.files import reading, write_tensors
+from superscopes_tl.files import read_json, reading, write_tensors
 from superscopes_tl.model import LanguageModel, PatchedLayer
 from superscopes_tl.vectors.amplify import MappingFunction, stable_hash
 
 FORMAT = "superscopes_tl adapter 1"
 MOST_BYTES = 2**24
+ADAPTER_SETTINGS: Mapping[str, type] = {
+    "chat": bool, "source_template": str, "max_new_tokens": int, "target_prompt": dict,
+}  # fmt: skip
+"""The settings of a sweep, as plain data, that an adapter is fitted with and keeps. A file may say
+no others: one could name a model to be loaded."""
 _WHERE = ("kind", "layer", "target_layer", "settings")
 _TYPES: Mapping[str, Any] = {
     "model": str, "fingerprint": str, "kind": str, "layer": (int, type(None)),
@@ -52,7 +57,7 @@ class Adapter:
         kind: the kind of activation that it was fitted on.
         layer: the source layer; `None` where the file does not say it.
         target_layer: where f(v) is written.
-        settings: the other settings of the sweep that it was fitted with, as plain data.
+        settings: those of `ADAPTER_SETTINGS` that it was fitted with.
         training: how it was fitted, as plain data.
     """
 
@@ -132,7 +137,10 @@ class Adapter:
             scale, bias = (_numbers(tensors, name) for name in ("log_scale", "bias"))
             if len(scale) != 1 or set(tensors) != {"log_scale", "bias"}:
                 raise ValueError(f"the tensors {sorted(tensors)}")
-            found = cls(math.exp(float(scale)), bias, **{**about, **where})
+            number = math.exp(float(scale))
+            if not 0 < number < math.inf:
+                raise ValueError(f"the logarithm of a scale {float(scale)}")
+            found = cls(number, bias, **{**about, **where})
             TargetPrompt(**found.settings.get("target_prompt", {"text": "x"}))
         if found.fingerprint not in ("", model.fingerprint) or len(bias) != model.d_model:
             wanted = f"an adapter of {model.name}, width {model.d_model} ({model.fingerprint})"
@@ -148,9 +156,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    about = json.loads(header["adapter"]) if header.get("format") == FORMAT else {}
-    if set(about) - set(_TYPES) or not all(isinstance(v, _TYPES[k]) for k, v in about.items()):
-        raise ValueError(f"a header with {about}")
+    about = read_json(header["adapter"]) if header.get("format") == FORMAT else {}
+    for parts, types in ((about, _TYPES), (about.get("settings", {}), ADAPTER_SETTINGS)):
+        if set(parts) - set(types) or not all(isinstance(v, types[k]) for k, v in parts.items()):
+            raise ValueError(f"a header with {about}")
     return tensors, about
 
 

@@ -26,6 +26,7 @@ from superscopes_tl.evaluation import adapter_shares, fit_adapter
 from superscopes_tl.experiment import make_patches
 from superscopes_tl.scores import no_scores
 from superscopes_tl.vectors import Adapter
+from superscopes_tl.vectors.adapter import FORMAT
 from tests.conftest import BACKENDS
 from tests.support.hooks import hooks_on
 from tests.support.tiny_models import tiny_hf
@@ -189,3 +190,30 @@ def test_a_file_of_another_form_is_refused(
         save_file(tensors, path)
     with pytest.raises(RunFileError, match="log_scale"):
         Adapter.load(path, llama)
+
+
+@pytest.mark.parametrize(
+    ("about", "scale"),
+    [
+        ('{"settings": {"target_model": "a/b"}}', 0.0), ('{"settings": {"chat": "yes"}}', 0.0),
+        ('{"training": {"loss": NaN}}', 0.0), ("[]", 0.0), ("{}", 1e4), ("{}", -1e4),
+    ],
+)  # fmt: skip
+def test_a_file_chooses_no_model_and_no_scale_without_an_end(
+    llama: LanguageModel, about: str, scale: float, tmp_path: Path
+) -> None:
+    """Settings that `fit_adapter` does not keep, a header that is no object, e^±10000."""
+    tensors = {"log_scale": torch.tensor([scale]), "bias": torch.ones(32)}
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, metadata={"format": FORMAT, "adapter": about})
+    with pytest.raises(RunFileError, match="log_scale"):
+        Adapter.load(path, llama)
+
+
+@pytest.mark.parametrize("name", ["reference", "vectors", "write", "alphas"])
+def test_settings_that_an_adapter_would_not_keep_are_refused(
+    llama: LanguageModel, name: str
+) -> None:
+    """They would be fitted with, or ignored, and missing from `Adapter.sweep`."""
+    with pytest.raises(ValueError, match="settings: expected out of chat"):
+        fit_adapter(llama, NAMES, layer=5, progress=False, **{name: None})
