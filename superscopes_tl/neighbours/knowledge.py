@@ -346,10 +346,8 @@ def agreement(
         expected = "settings other than the prompts and their controls"
         raise bad_value("settings", expected, misplaced, "leave them out")
     model = load_model(model)
-    plans = [
-        plan_sweep(model, prompt, target_prompt=one, controls=_OTHER, others=1, **settings)
-        for one in several
-    ]
+    made: dict[str, Any] = {"controls": _OTHER, "others": 1, "generate": "all"}
+    plans = [plan_sweep(model, prompt, target_prompt=one, **made, **settings) for one in several]
     tables = []
     for plan, one in zip(plans, several, strict=True):
         table = collect([plan], progress=progress).table

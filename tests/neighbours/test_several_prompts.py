@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superscopes_tl import LanguageModel, TargetPrompt, sweep
+from superscopes_tl import LanguageModel, SweepConfig, TargetPrompt, sweep
 from superscopes_tl.engine import crop_description
 from superscopes_tl.neighbours import agreement
 from superscopes_tl.neighbours.knowledge import similar_pairs
@@ -95,6 +95,18 @@ def test_the_cells_are_those_of_a_sweep_with_each_prompt(
     for row in best.to_dict("records"):
         rivals = found.table[found.table["source_layer"] == row["source_layer"]]
         assert row["choices"] == rivals["choices"].max()
+
+
+def test_a_config_that_writes_nothing_is_read_out_all_the_same(
+    llama: LanguageModel, word_overlap: Any
+) -> None:
+    """Agreement compares texts: it asks for them whatever `config` says."""
+    silent = SweepConfig(generate="none", controls="unpatched")
+    cell: dict[str, Any] = {**SETTINGS, "layers": 5, "alphas": 1, "scorer": word_overlap}
+    found = agreement(llama, PROMPT, ASK[:2], config=silent, **cell)
+    expected = agreement(llama, PROMPT, ASK[:2], **cell)
+    assert found.readings["written"].all()
+    assert found.readings["description"].equals(expected.readings["description"])
 
 
 @pytest.mark.parametrize(
