@@ -12,6 +12,7 @@ import torch
 
 from superscopes_tl import LanguageModel, Site, capture
 from superscopes_tl.neighbours import LENSES, TunedLens, content_token, lens_recovery, logit_lens
+from superscopes_tl.neighbours.first_tokens import _table
 from superscopes_tl.scores import own_words
 
 PROMPTS = ["Red Hot Chili Peppers", "Syria", "American rock band", "Country", "Middle East"]
@@ -87,6 +88,18 @@ def test_it_is_one_vector_and_one_token_at_a_time(llama: LanguageModel) -> None:
             assert row["others"] == pytest.approx(np.mean([nats[o] for o in others]), abs=1e-3)
             assert abs(row["own_rank"] - ranks[n]) <= 1
             assert abs(row["others_rank"] - np.median([ranks[o] for o in others])) <= 1
+
+
+def test_prompts_with_the_same_token_are_no_control_of_each_other() -> None:
+    """By hand: of three prompts two have one token, so each has the third alone as its other."""
+    nats = torch.tensor([[-1.0, -1.0, -5.0], [-2.0, -2.0, -6.0], [-3.0, -3.0, -7.0]])
+    numbers = {False: (nats, -nats), True: (nats - 1, -nats)}
+    names = [("a", " x"), ("b", " x"), ("c", " y")]
+    table = _table("lens", [Site("mlp_out", 2, 0)], names, torch.tensor([4, 4, 9]), numbers)
+    assert table["own"].tolist() == [-1, -2, -7]
+    assert table["others"].tolist() == [-3, -3, (-5 - 6) / 2]
+    assert table["random"].tolist() == [-2, -3, -8]
+    assert table["others_rank"].tolist() == [3, 3, 5.5]
 
 
 def test_the_summary_is_the_mean_over_prompts_with_an_interval(llama: LanguageModel) -> None:
