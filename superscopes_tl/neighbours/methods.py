@@ -128,11 +128,12 @@ def side_by_side(
         name: plan_sweep(model, prompt, **{**settings, **own, **site})
         for name, own in methods.items()
     }
+    first = next(iter(plans.values()))
+    # Before the readings, which take longer: a lens may refuse the layer.
+    tokens = lens_table(model, first.source, first.sites, lenses=lenses, top_k=3)
     rows = [row for group in _groups(plans) for row in _read(group, progress=progress)]
     order = list(methods)
     rows.sort(key=lambda row: order.index(row["method"]))
-    first = next(iter(plans.values()))
-    tokens = lens_table(model, first.source, first.sites, lenses=lenses, top_k=3)
     rows += [
         {"method": lens_label(str(name), bool(random)), "description": _tokens(found)}
         for (name, random), found in tokens.groupby(["lens", "control"], sort=False)

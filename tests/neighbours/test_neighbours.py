@@ -60,6 +60,15 @@ def test_every_method_has_a_row_in_order(llama: LanguageModel, table: pd.DataFra
     assert f"{effects['control_effect']:+.2g} with a random change" in table["description"].iloc[-1]
 
 
+def test_a_lens_that_refuses_the_layer_does_so_first(llama: LanguageModel) -> None:
+    """No method is read before, which takes longer."""
+    scorer = create_autospec(letters)
+    lens = JacobianLens(llama.name, llama.fingerprint, {2: torch.eye(llama.d_model)}, {})
+    with pytest.raises(ValueError, match="Jacobian lens: "):
+        side_by_side(llama, PROMPT, layer=4, lenses={"Jacobian lens": lens}, scorer=scorer)
+    scorer.assert_not_called()
+
+
 def test_the_ablated_run_has_the_same_template(tiny: Tiny, word_overlap: Any) -> None:
     """The ablated vector is the one that methods and lenses read, in the same template."""
     model = tiny("llama", "bridge")
