@@ -13,6 +13,7 @@ from superscopes_tl import LanguageModel, sweep
 from superscopes_tl.experiment import make_patches, plan_sweep
 from superscopes_tl.figures import mixture_curve
 from superscopes_tl.neighbours import flip_point, mixture, whose_knowledge
+from superscopes_tl.neighbours.knowledge import _told
 from superscopes_tl.scores import no_scores
 from tests.support import plain_hf
 from tests.support.tiny_models import sharp_llama
@@ -72,6 +73,15 @@ def test_a_mixture_is_between_the_two_readings(llama: LanguageModel) -> None:
             row = table.loc[(way, 0.3)]
             expected = words.recovered(likely)
             assert row[f"recovered_{number}"] == pytest.approx(expected, rel=1e-2, abs=1e-2)
+    mixed = found.table.to_dict("records")
+    for row in mixed:
+        shares = [row["recovered_1"], row["recovered_2"]]
+        name = found.prompts[shares.index(max(shares))] if max(shares) > 0 else ""
+        assert row["told"] == name
+    assert {row["told"] for row in mixed} == {ONE, TWO}
+    assert _told((ONE, TWO), (-0.2, -0.1)) == ""
+    ends = [table.loc[(way, 0.0), "recovered_2"] for way in ("equal norms", "the second random")]
+    assert ends[0] != pytest.approx(ends[1], abs=1e-2)  # that vector is another one
     drawn = mixture_curve(found)
     assert len(drawn.data) == 6
     assert list(drawn.data[1].y) == table.loc["as they are", "recovered_2"].tolist()

@@ -7,14 +7,16 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from superscopes_tl import LanguageModel, SweepConfig, TargetPrompt, sweep
 from superscopes_tl.engine import crop_description
+from superscopes_tl.experiment import SITE
 from superscopes_tl.neighbours import agreement
-from superscopes_tl.neighbours.knowledge import similar_pairs
+from superscopes_tl.neighbours.knowledge import Agreement, similar_pairs
 from tests.support import scorers
 
 PROMPT = "Red Hot Chili Peppers"
@@ -95,6 +97,16 @@ def test_the_cells_are_those_of_a_sweep_with_each_prompt(
     for row in best.to_dict("records"):
         rivals = found.table[found.table["source_layer"] == row["source_layer"]]
         assert row["choices"] == rivals["choices"].max()
+
+
+def test_the_best_of_equal_choices_agrees_most() -> None:
+    """Most choices, then the highest agreement, then the smallest |α|; NaN comes last."""
+    site = dict.fromkeys(SITE, 0)
+    cells = [(3, 1, 0.9), (6, 2, math.nan), (9, 2, 0.1), (-12, 2, 0.4), (2, 2, 0.1), (15, 2, 0.4)]
+    rows = [{**site, "alpha": a, "choices": n, "agreement": alike} for a, n, alike in cells]
+    table = pd.DataFrame(rows)
+    for left, alpha in ((6, -12), (3, 9), (2, 6)):
+        assert Agreement(table.head(left), table).best()["alpha"].tolist() == [alpha]
 
 
 def test_a_config_that_writes_nothing_is_read_out_all_the_same(

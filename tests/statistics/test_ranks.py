@@ -120,6 +120,9 @@ def test_every_vector_is_scored_against_everyones_own_words(
     own = {by: found.scores[by][:, 1, 1] for by in found.scores}
     np.testing.assert_allclose(own["recovered"], rows["recovered"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(own["similarity"], rows["score"])
+    for r, name in enumerate(PROMPTS):  # of what the second vector says to every name
+        alike = word_overlap([name] * len(rows), list(rows["description"]))
+        np.testing.assert_allclose(found.scores["similarity"][:, 1, r], alike)
     for s, one in enumerate(plans):
         patch = (target.positions, make_patches(one)[0].vector, 2)
         for r, said in enumerate(words):

@@ -198,14 +198,14 @@ def test_nothing_beats_the_oracle(patterns: list[str]) -> None:
 def test_rate_takes_any_number_and_any_baseline() -> None:
     """The mean worth of what is chosen, beside another selector; rows without a worth are none."""
     table = table_of(
-        cell("P", 0, 1, recovered=0.2), cell("P", 0, 3, recovered=0.8),
+        cell("P", 0, 1, recovered=0.2), cell("P", 0, 3, recovered=0.8), cell("P", 0, 9, recovered=0),
         cell("Q", 0, 1, recovered=NAN), cell("Q", 0, 3, recovered=0.4),
         cell("R", 0, 1, recovered=NAN), cell("R", 0, 3, recovered=NAN),
     )  # fmt: skip
     selectors = {"3": fixed_alpha(3), "recovered": by_recovered}
     found = rate(table, selectors, lambda rows: rows["recovered"], against=fixed_alpha(1))
-    assert found["value"].tolist() == pytest.approx([0.6, 0.6, 0.6, (0.5 + 0.4) / 2])
-    assert found["difference"].tolist() == pytest.approx([0.3, 0.3, 0.3, 0.45 - 0.3])
+    assert found["value"].tolist() == pytest.approx([0.6, 0.6, 0.6, (1 / 3 + 0.4) / 2])
+    assert found["difference"].tolist() == pytest.approx([0.3, 0.3, 0.3, (1 / 3 + 0.4) / 2 - 0.3])
     assert list(found.index) == ["3", "recovered", ORACLE, BLIND]
 
 
