@@ -198,7 +198,8 @@ def test_nothing_beats_the_oracle(patterns: list[str]) -> None:
 def test_rate_takes_any_number_and_any_baseline() -> None:
     """The mean worth of what is chosen, beside another selector; rows without a worth are none."""
     table = table_of(
-        cell("P", 0, 1, recovered=0.2), cell("P", 0, 3, recovered=0.8), cell("P", 0, 9, recovered=0),
+        cell("P", 0, 1, recovered=0.2), cell("P", 0, 3, recovered=0.8),
+        cell("P", 0, 9, recovered=0),
         cell("Q", 0, 1, recovered=NAN), cell("Q", 0, 3, recovered=0.4),
         cell("R", 0, 1, recovered=NAN), cell("R", 0, 3, recovered=NAN),
     )  # fmt: skip
