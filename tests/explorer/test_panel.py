@@ -15,8 +15,9 @@ from superscopes_tl import Explorer, LanguageModel, SweepConfig, SweepResult, sw
 from superscopes_tl.experiment import Cell
 from superscopes_tl.explorer import markup
 from superscopes_tl.explorer.cell import ControlReading, LensReading, Probe
-from superscopes_tl.explorer.live_map import SharedFigureWidget
+from superscopes_tl.explorer.live_map import Axes, SharedFigureWidget
 from superscopes_tl.figures import MARKS, Shades
+from superscopes_tl.model import EMBED
 from superscopes_tl.neighbours import TokenEffect
 from tests.explorer.conftest import PROMPT, WAIT, heatmaps, marked, numbers
 from tests.support.scorers import by_length
@@ -226,6 +227,17 @@ def test_a_reloaded_page_gets_the_present_figure(ran: Explorer) -> None:
     assert kept == [list(row) for row in heatmaps(ran)[0].z]
     assert any(number is not None for row in kept for number in row)
     assert state["_widget_layout"]["shapes"]
+
+
+def test_a_target_layer_may_be_named_as_in_a_sweep() -> None:
+    """The name "embed" is the input embedding, "same" the source layer; each is found again."""
+    several = Axes(("mlp_out",), (2, 5), (1.0,), (3,), (EMBED, 4))
+    cells = [several.cell("mlp_out", 5, 1.0, 3, into) for into in ("embed", EMBED, 4)]
+    assert [cell.target_layer for cell in cells] == [EMBED, EMBED, 4]
+    assert [several.target_of(cell) for cell in cells] == [EMBED, EMBED, 4]
+    assert all(map(several.have, cells))
+    same = Axes(("mlp_out",), (2, 5), (1.0,), (3,), ("same",))
+    assert same.cell("mlp_out", 5, 1.0, 3, "same").target_layer == 5
 
 
 def test_figures_share_plotlys_own_script_at_a_third_of_its_size() -> None:
