@@ -42,7 +42,7 @@ from superscopes_tl.evaluation import (
     methods,
 )
 from superscopes_tl.evaluation import evaluate as run_evaluate
-from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted, flags
+from superscopes_tl.experiment import SweepConfig, SweepError, SweepInterrupted, flags, rows_at
 from superscopes_tl.experiment import sweep as run_sweep
 from superscopes_tl.figures import (
     earlier_table,
@@ -54,10 +54,10 @@ from superscopes_tl.figures import (
 )
 from superscopes_tl.files import written_whole
 from superscopes_tl.model import DEFAULT_MODEL, LanguageModel, layer_name
-from superscopes_tl.scores import PAPER_THRESHOLD
+from superscopes_tl.scores import PAPER_THRESHOLD, Contains
 from superscopes_tl.statistics import FEWEST_PROMPTS, compare, layer_shares, reveals_earlier
 from superscopes_tl.statistics import replay as run_replay
-from superscopes_tl.vectors import PAPER_MAPPING
+from superscopes_tl.vectors import PAPER_MAPPING, PRESETS
 
 SECTIONS = {"4.1": MLP_OUTPUTS, "4.2": HIDDEN_STATES}
 LISTS = {"paper": PAPER_PROMPTS, "names": SECOND_LIST, "all-names": ALL_NAMES}
@@ -153,7 +153,7 @@ def evaluate(
         listed = read_prompts(Path(prompts), "--prompts", column, reference_column)
         several = listed.prompts
         # What is asked for on the command line wins over what the file says.
-        usual = Cells().settings()
+        usual = Cells(chat=cells.chat).settings()
         asked = {name for name, value in settings.items() if value != usual.get(name)}
         settings |= {name: v for name, v in listed.settings.items() if name not in asked}
     _check_auto(cells, auto=auto)
@@ -208,9 +208,12 @@ def replay(
 
 def _check_auto(cells: Cells, *, auto: bool) -> None:
     """Raise if `--auto` stands beside a setting that it chooses."""
-    if auto and any(getattr(cells, name) != getattr(Cells, name) for name in (*CHECKED, "answer")):
+    chosen = {name for name in (*CHECKED, "answer") if getattr(cells, name) != getattr(Cells, name)}
+    if cells.preset and set(CHECKED) & set(PRESETS.get(cells.preset, ())):
+        chosen.add("preset")
+    if auto and chosen:
         expected = f"none of {', '.join((*CHECKED, 'answer'))} with it"
-        raise bad_value("--auto", expected, "both", "leave one out")
+        raise bad_value("--auto", expected, ", ".join(sorted(chosen)), "leave one out")
 
 
 def _checked(model: LanguageModel) -> dict[str, Any]:
@@ -293,8 +296,10 @@ def _print_evaluation(evaluation: Any, target: Any, scorer: Any) -> list[Any]:
         if not evaluation.table["written"].all():
             continue  # counts over selected cells would be biased
         if evaluation.provenance["config"]["reference"]:  # a fact each: no count by similarity
-            title = f"{kind} of {model}: texts with their fact, of all"
-            OUTPUT.print(_fact_table(evaluation.table.query("kind == @kind and draw == 0"), title))
+            rows = rows_at(evaluation.table, kind=kind, target_layer=target).query("draw == 0")
+            for mapping, part in rows.groupby("mapping", sort=False):
+                title = f"{kind} of {model}" + f", {mapping}" * (mapping != PAPER_MAPPING)
+                OUTPUT.print(_fact_table(part, title, evaluation.provenance["config"]["scorer"]))
             continue
         parts = methods(evaluation, kind=kind, target_layer=target)
         few = [name for name, part in parts.items() if part["prompt"].nunique() < FEWEST_PROMPTS]
@@ -388,15 +393,18 @@ def share_table(table: pd.DataFrame, title: str) -> Table:
     return table_of(title + beside, ["layer", *(f"α = {alpha:g}" for alpha in alphas)], rows)
 
 
-def _fact_table(table: pd.DataFrame, title: str) -> Table:
-    """Return the mean score per layer and α, which counts texts that contain a fact."""
+def _fact_table(table: pd.DataFrame, title: str, scorer: str) -> Table:
+    """Return the sum of scores per layer and α; that of `Contains` counts texts with their fact."""
+    counts = scorer == Contains().name
+    what = "texts with their fact, of all" if counts else f"sum of scores by {scorer}, of all texts"
     wide = table.pivot_table("score", "source_layer", "alpha", aggfunc=["sum", "count"])
     alphas = sorted(table["alpha"].unique())
     rows = [
         [layer, *(f"{row['sum', a]:.3g} of {row['count', a]:.0f}" for a in alphas)]
         for layer, row in wide.iterrows()
     ]
-    return table_of(title, ["layer", *(f"α = {alpha:g}" for alpha in alphas)], rows)
+    headers = ["layer", *(f"α = {alpha:g}" for alpha in alphas)]
+    return table_of(f"{title}: {what}", headers, rows)
 
 
 def _print_early(table: pd.DataFrame) -> list[Any]:

@@ -134,8 +134,10 @@ class Cells(Sampling):
             return own
         usual = Cells(chat=self.chat, answer=self.answer)._settings()
         preset = PRESETS[check_choice("--preset", self.preset, PRESETS)]
-        left = {name for name in preset if own.get(name) == usual.get(name)}
-        return own | {name: value for name, value in preset.items() if name in left}
+        left = {n: value for n, value in preset.items() if own.get(n) == usual.get(n)}
+        if self.answer and "target_prompt" in left:
+            left["target_prompt"] = replace(left["target_prompt"], answer=self.answer)
+        return own | left
 
     def _settings(self) -> dict[str, Any]:
         given = {

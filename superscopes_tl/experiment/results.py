@@ -34,7 +34,7 @@ from superscopes_tl.experiment.store import (
     read_readings,
     write_run,
 )
-from superscopes_tl.model import EMBED, KINDS, PatchedLayer
+from superscopes_tl.model import EMBED, KINDS, PatchedLayer, layer_name
 from superscopes_tl.scores import LEAST_GAP, PAPER_THRESHOLD, above_others
 from superscopes_tl.vectors import PAPER_MAPPING
 
@@ -302,15 +302,16 @@ def rows_at(
             rows = rows[rows[column] == value]
     if "target_layer" not in rows or target_layer == "all":
         return rows
+    targets = [layer_name(number) for number in _values(rows, "target_layer")]
     if target_layer is not None:
         named: dict[Any, Any] = {"same": rows["source_layer"], "embed": EMBED}
         chosen: pd.DataFrame = rows[rows["target_layer"] == named.get(target_layer, target_layer)]
         if chosen.empty:
-            check_choice("target_layer", target_layer, ["same", *_values(rows, "target_layer")])
+            check_choice("target_layer", target_layer, ["same", *targets])
         return chosen
     place = [c for c in ("prompt", "kind", "source_layer") if c in rows]
     if (rows.groupby(place)["target_layer"].nunique() > 1).any():
-        choices = f"one of {_values(rows, 'target_layer')}"
+        choices = f"one of {targets}"
         raise bad_value("target_layer", choices, None, "choose one")
     return rows
 

@@ -118,6 +118,7 @@ def test_a_layer_by_layer_grid_is_drawn_over_target_layers(tmp_path: Path, use: 
         (["Pearl Jam", "--dtype", "int8"], "dtype"),
         (["Pearl Jam", "--token", "Juice"], "positions"),
         (["Pearl Jam", "--auto", "--target", "0"], "--auto"),
+        (["Pearl Jam", "--auto", "--preset", "selfie"], "--auto"),
     ],
 )
 def test_bad_input_ends_with_two_and_says_what_to_do(
@@ -257,6 +258,8 @@ def test_a_table_of_facts_is_an_evaluation(tmp_path: Path, use: list[str]) -> No
     assert found.provenance["config"]["max_new_tokens"] == 4
     words = found.table.drop_duplicates("prompt")[["prompt", "own_words"]].to_numpy().tolist()
     assert words == [list(fact) for fact in several]
+    done = run(*command, "--max-new-tokens", "4", "--target", "embed")
+    assert done.output.count(" of 3") == 4, "of one target layer"
     done = run(*command, "--column", "subjects")
     assert done.exit_code == 2
     assert "'prompt', 'subject', 'attribute'" in done.output
