@@ -26,6 +26,7 @@ from superscopes_tl.cli.options import (
     table_of,
 )
 from superscopes_tl.engine import crop_description
+from superscopes_tl.errors import bad_value
 from superscopes_tl.experiment import read_vectors
 from superscopes_tl.figures import cells_of, side_by_side_table, write_html
 from superscopes_tl.model import DEFAULT_MODEL, layer_name
@@ -47,6 +48,7 @@ def read_vector(
         str, typer.Option(help="α = 1 is the norm of 'residual' or of 'vector'.")
     ] = "residual",
     target_layer: Annotated[str, typer.Option(help="Where to patch: 0,3,6 or embed.")] = "0",
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     reference: Annotated[str, typer.Option(help="What to score against.")] = "",
     controls: Controls = "random_direction",
     out: RunFile = None,
@@ -56,8 +58,12 @@ def read_vector(
     chosen = parse_layers(rows, "--rows") if rows else None
     vectors = load_vectors(file, name or None, rows=chosen)
     wanted: Any = unit  # read_vectors checks it
+    loaded = loading.load(model)
+    if (width := vectors.shape[-1]) != loaded.d_model:
+        expected = f"vectors of width {loaded.d_model}, that of {loaded.name}"
+        raise bad_value("file", expected, f"width {width}", "wrong file or wrong --model?")
     result = read_vectors(
-        loading.load(model),
+        loaded,
         vectors,
         names=vector_names(file, name or None, rows=chosen),
         references=reference or None,
@@ -65,7 +71,8 @@ def read_vector(
         unit=wanted,
         target_layer=parse_targets(target_layer),
         controls=parse_names(controls),
-        **sampling.settings(),
+        chat=chat,
+        **sampling.settings() | {"target_prompt": sampling.target(chat=chat)},
     )
     OUTPUT.print(_readings(result, file, scored=bool(reference)))
     if out:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,11 @@ LEAST_RECOVERED = 0.2
 USUAL_RATIO = (0.1, 10.0)
 """Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
 MOST_CAVEATS = 3
+
+_NO_CONTENT = frozenset(
+    "about also been from have into more most over some such than that their them then there these "
+    "they this those under very were what when where which while will with your".split()
+)
 
 _PAGES = Environment(loader=PackageLoader("superscopes_tl.experiment"), autoescape=True)
 
@@ -503,6 +509,35 @@ def _poor_own_words(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     return ""
 
 
+def _no_shared_word(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
+    """Judge the text at the contextualization layer that shares of the own words choose."""
+    rows = rows_at(table, target_layer="all")
+    rows = rows[(rows["kind"] == "resid_post") & (rows["alpha"] == 1)].sort_values("source_layer")
+    if rows.empty or rows.duplicated("source_layer").any():  # no single one
+        return ""
+    found = contextualization(rows)
+    own = _content_words(found.own_words)
+    if found.by != "recovered" or found.layer is None or not found.description or not own:
+        return ""
+    if is_echo(found.own_words, found.about) or {*own} & {*_content_words(found.description)}:
+        return ""
+    line = (
+        f"the text at layer {found.layer} ({found.description!r}), the contextualization layer, "
+        f"shares no word with the own words ({found.own_words!r}); "
+    )
+    later = rows[rows["source_layer"] > found.layer]
+    for layer, text in zip(later["source_layer"], later["description"], strict=True):
+        if shared := [word for word in own if word in _content_words(str(text))]:
+            judge = f"reads=lambda _, text: {shared[-1]!r} in text.casefold()"
+            return f"{line}the first later one that does is at layer {layer}. Try {judge}."
+    return f"{line}nor does any later one. Try reads= with a judge of your own."
+
+
+def _content_words(text: str) -> list[str]:
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    return [word for word in words if len(word) > 3 and word not in _NO_CONTENT]
+
+
 def _unusual_norms(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
     ratio = _plain(table)["norm_ratio"].median()
     if pd.isna(ratio) or USUAL_RATIO[0] <= ratio <= USUAL_RATIO[1]:
@@ -538,8 +573,8 @@ def _echoes(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
 
 
 _RULES = (
-    _attention_sink, _nothing_changed, _nothing_recovered, _poor_own_words, _unusual_norms,
-    _same_texts, _echoes,
+    _attention_sink, _nothing_changed, _nothing_recovered, _poor_own_words, _no_shared_word,
+    _unusual_norms, _same_texts, _echoes,
 )  # fmt: skip
 
 

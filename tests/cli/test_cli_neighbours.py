@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from superscopes_tl import LanguageModel, SweepResult, read_vectors
 from superscopes_tl.cli.main import app
+from superscopes_tl.engine import CHAT_PROMPT
 from superscopes_tl.vectors import mlp_values
 
 FAST = ["--backend", "bridge", "--device", "cpu", "--alphas", "1", "--max-new-tokens", "8"]
@@ -108,8 +109,27 @@ def test_bad_input_ends_with_2(
 def test_a_vector_of_another_model_ends_with_2(
     tmp_path: Path, read_vector: Callable[..., Any]
 ) -> None:
-    """Its width does not fit."""
+    """Both widths are named."""
     save_file({"v": torch.ones(5, 7)}, tmp_path / "v.safetensors")
     run = read_vector(tmp_path / "v.safetensors")
     assert run.exit_code == 2
-    assert "Error: vectors: expected " in " ".join(run.output.split())
+    text = " ".join(run.output.split())
+    assert "Error: file: expected vectors of width" in text
+    assert "width 7" in text
+    assert "wrong file or wrong --model?" in text
+
+
+def test_chat_reaches_read_vectors(
+    file: Path, monkeypatch: pytest.MonkeyPatch, read_vector: Callable[..., Any]
+) -> None:
+    """With the question that a chat model is asked."""
+    passed: dict[str, Any] = {}
+
+    def caught(*arguments: Any, **settings: Any) -> Any:
+        passed.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("superscopes_tl.cli.neighbours.read_vectors", caught)
+    assert read_vector(file, "--name", "one", "--chat").exit_code == 2
+    assert passed["chat"] is True
+    assert passed["target_prompt"] == CHAT_PROMPT

@@ -22,7 +22,7 @@ def _map(shares: list[float], **changes: Any) -> pd.DataFrame:
     }  # fmt: skip
     return table_of(
         *(
-            {**cell("Pink Floyd", layer, 1, 0.4, f"text {layer}"), **usual, "recovered": share}
+            {**cell("Pink Floyd", layer, 1, 0.4, f"band {layer}"), **usual, "recovered": share}
             | changes
             for layer, share in enumerate(shares)
         )
@@ -44,7 +44,7 @@ def test_a_map_that_reads_its_name_has_no_caveats() -> None:
         ({"plain_nats": -24.5, "recovered": float("nan")}, "recovered is not defined"),
         ({"own_words": "Pink Floyd, Pink Floyd"}, "repeat the name"),
         ({"norm_ratio": 170.0}, "170 times as long"),
-        ({"description": "American actor"}, "read as 'American actor'"),
+        ({"description": "British actor"}, "read as 'British actor'"),
         ({"echo": True}, "repeat the name"),
     ],
 )
@@ -54,6 +54,18 @@ def test_each_caveat_suggests_a_setting(changes: dict[str, Any], part: str) -> N
     assert len(lines) == 1
     assert part in lines[0]
     assert "Try " in lines[0]
+
+
+def test_a_contextualization_layer_without_a_shared_word_is_named() -> None:
+    """Its text, the own words, and the first later layer whose text shares one; none without."""
+    table = _map([0.6, 0.6, 0.9, 0.9])
+    texts = ["American actor", "with the singer", "a Rock BAND", "band"]
+    (line,) = caveats(table.assign(description=texts), CONFIG)
+    for part in ("layer 0 ('American actor')", "'British rock band'", "at layer 2", "'band' in"):
+        assert part in line
+    (line,) = caveats(table.assign(description=["a", "b", "c", "d"]), CONFIG)
+    assert "nor does any later one" in line
+    assert caveats(table.assign(description="", written=False), CONFIG) == ()
 
 
 def test_there_are_at_most_three() -> None:
