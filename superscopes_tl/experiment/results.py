@@ -50,10 +50,11 @@ USUAL_RATIO = (0.1, 10.0)
 """Usual norms of an unamplified vector, in units of the residual stream that it replaces."""
 MOST_CAVEATS = 3
 
-_NO_CONTENT = frozenset(
-    "about also been from have into more most over some such than that their them then there these "
-    "they this those under very were what when where which while will with your".split()
+_NO_CONTENT = (
+    "about also been from have into more most over some such than that their them then there "
+    "these they this those under very were what when where which while will with your "
 )
+"""Longer words that say nothing of an entity."""
 
 _PAGES = Environment(loader=PackageLoader("superscopes_tl.experiment"), autoescape=True)
 
@@ -535,7 +536,7 @@ def _no_shared_word(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
 
 def _content_words(text: str) -> list[str]:
     words = re.findall(r"[^\W\d_]+", text.casefold())
-    return [word for word in words if len(word) > 3 and word not in _NO_CONTENT]
+    return [word for word in words if len(word) > 3 and f" {word} " not in f" {_NO_CONTENT}"]
 
 
 def _unusual_norms(table: pd.DataFrame, config: Mapping[str, Any]) -> str:
