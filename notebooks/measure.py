@@ -8,6 +8,10 @@
 2. Each check is what `superscopes check` finds of a model, with the model's hash, as JSON.
 3. Each sweep of the gallery is a run file, from which the documentation draws its pages.
 4. What tells a good α without a text (`alpha_signals`) is a table, to be joined to an evaluation's.
+5. What lenses read of the model's own words, without an α, is a table with a row per lens, kind and
+   layer (`lens_recovery`). The lenses are fitted on paragraphs of Python's own manual.
+6. An adapter is fitted on names of 15 kinds, and what it recovers of the names of five other kinds
+   is a table, beside its b alone and the untrained vector (`adapter_shares`).
 
 Every file says in `measured` which command made it, and how long it took where it ran in one go.
 Shares of evaluations are computed with `precision="high"`; see `SweepConfig` for the error.
@@ -20,6 +24,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from superscopes_tl import (
@@ -32,8 +37,16 @@ from superscopes_tl import (
     readability,
     sweep,
 )
-from superscopes_tl.evaluation import ALL_NAMES, LONG_PROMPT, SECOND_LIST
+from superscopes_tl.evaluation import (
+    ALL_NAMES,
+    LONG_PROMPT,
+    NAMES_BY_KIND,
+    SECOND_LIST,
+    adapter_shares,
+    fit_adapter,
+)
 from superscopes_tl.experiment import SweepConfig
+from superscopes_tl.neighbours import LENSES, fit_jacobian_lens, lens_recovery, train_tuned_lens
 from superscopes_tl.statistics import alpha_signals
 
 KINDS = ("mlp_out", "resid_post", "resid_mid")
@@ -96,6 +109,9 @@ EVALUATIONS: dict[str, Evaluation] = {
 
 SIGNALS = {"smollm2_chat_signals": "smollm2_chat"}
 """By file, the evaluation whose first part's cells are measured."""
+LENS_TABLES = {"smollm2_lenses": "smollm2", "gemma-3-270m_lenses": "gemma-3-270m"}
+ADAPTERS = {"smollm2_adapter": ("smollm2", 12)}
+"""By file, the model and the layer whose block output is read."""
 CHECKS = {"smollm2_check": "smollm2", "gemma-3-270m_check": "gemma-3-270m"}
 
 Sweep = tuple[str, str, dict[str, Any]]
@@ -134,7 +150,7 @@ GALLERY: dict[str, Sweep] = {
 def main() -> None:
     """Measure what the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = [*EVALUATIONS, *SIGNALS, *CHECKS, *GALLERY]
+    every = [*EVALUATIONS, *SIGNALS, *LENS_TABLES, *ADAPTERS, *CHECKS, *GALLERY]
     parser.add_argument("names", nargs="*", choices=[[], *every], metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("output"), help="of the SQLite files")
     parser.add_argument("--runs", type=int, help="only so many of each evaluation's parts")
@@ -145,6 +161,10 @@ def main() -> None:
             check(name)
         elif name in SIGNALS:
             signals(name)
+        elif name in LENS_TABLES:
+            lenses(name)
+        elif name in ADAPTERS:
+            adapter(name)
         elif name in GALLERY:
             model, prompt, settings = GALLERY[name]
             started = time.monotonic()
@@ -170,6 +190,37 @@ def signals(name: str) -> None:
     plan = plan_sweep(load_model(model, backend="bridge"), prompts[0], BASE, **runs[0])
     found = alpha_signals(plan.at_prompt(prompt) for prompt in prompts)
     found.round(4).to_csv(_path(f"{name}.csv"), index=False)
+
+
+def lenses(name: str) -> None:
+    """Fit both lenses, and count what all three read of own words that begin differently."""
+    model = load_model(LENS_TABLES[name], backend="bridge")
+    paragraphs = [part for text in topics.values() for part in text.split("\n\n")]
+    texts = [part for part in paragraphs if 200 < len(part) < 400][:36]
+    jacobian = fit_jacobian_lens(
+        model, texts, rows=model.d_model // 12 + 1, max_tokens=40, skip_first=8
+    )
+    tuned = train_tuned_lens(model, texts, steps=200)
+    read = {**LENSES, "tuned lens": tuned, "Jacobian lens": jacobian}
+    asked = {key: CHAT[key] for key in ("chat", "source_template", "max_new_tokens")}
+    settings = asked if LENS_TABLES[name] == "smollm2" else {}
+    found = lens_recovery(model, ALL_NAMES[::4], lenses=read, **settings).summary()
+    found.round(4).to_csv(_path(f"{name}.csv"), index=False)
+
+
+def adapter(name: str) -> None:
+    """Fit an adapter, and measure it on names of kinds that it has not seen."""
+    asked, layer = ADAPTERS[name]
+    model = load_model(asked, backend="bridge")
+    groups = list(NAMES_BY_KIND.values())
+    unseen = [name for several in groups[3::4] for name in several]
+    seen = [name for several in groups for name in several[:4] if name not in unseen]
+    fitted = fit_adapter(
+        model, seen, layer=layer, batch_size=20, learning_rate=0.05,
+        source_template=CHAT["source_template"], precision="high",
+    )  # fmt: skip
+    fitted.save(_path(f"{name}.safetensors"))
+    adapter_shares(model, fitted, unseen).round(4).to_csv(_path(f"{name}.csv"), index=False)
 
 
 def check(name: str) -> None:

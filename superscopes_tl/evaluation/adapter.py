@@ -31,7 +31,7 @@ from superscopes_tl.scores import no_scores, words_of
 from superscopes_tl.statistics import bootstrap
 from superscopes_tl.vectors import ADAPTER_SETTINGS, Adapter, Scale
 
-UNTRAINED = (1, 2, 4, 8, 16, 32, 64)
+UNTRAINED = (1, 4, 16, 32, 64, 128, 256)
 """The α, in norms of what is replaced, among which the untrained vector is given its best."""
 
 
