@@ -41,6 +41,7 @@ model = load_model("smollm2", backend="bridge")
 Explorer(
     model, "Albert Einstein", source_template="Tell me about {}", chat=True, target_layer=0,
     kinds=("mlp_out", "resid_post"), layers=range(0, 30, 2), max_new_tokens=16, generate="none",
+    batch_size=20,
 )"""
 CELL = (1, 0, 5)  # block outputs, α = 1, layer 10
 SCROLL = """e => {
@@ -122,11 +123,11 @@ def _scenes(page: Any, server: Any) -> Iterator[Frame]:
     yield shot(), "4 · Click a cell", 1200
     page.mouse.move(40, 700)
     page.wait_for_timeout(800)
-    yield shot(), "4 · Click a cell: what the model says of that activation", 4000
+    yield shot(), "4 · Click a cell: what the model says of that activation", 3500
     page.locator(".ssx-below").evaluate(SCROLL)
     page.mouse.move(2, 2)
     page.wait_for_timeout(800)
-    yield shot(), "5 · Compare: every amplifier, no patch, a random vector, the logit lens", 4000
+    yield shot(), "5 · Compare: every amplifier, no patch, a random vector, the logit lens", 3500
 
 
 def _assemble(frames: list[Frame]) -> None:
