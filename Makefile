@@ -86,7 +86,7 @@ film: smollm2 browser
 results: models
 	$(OFFLINE) $(VENV)/bin/python notebooks/measure.py $(RESULTS)
 
-figures: picture
+figures: picture film
 	$(OFFLINE) $(VENV)/bin/python -m tests.support.result_figures
 
 # A broken link, a name without an entry or a file from another host fails.
