@@ -8,7 +8,16 @@ import nbformat
 import pandas as pd
 import pytest
 
-from superscopes_tl.statistics import layer_shares, quality, quality_intervals
+from superscopes_tl.scores import above_others
+from superscopes_tl.statistics import (
+    by_other_prompts,
+    equal_dose,
+    layer_shares,
+    quality,
+    quality_intervals,
+    rate,
+    self_explaining,
+)
 from tests.support.notebooks import FOLDER
 from tests.support.result_figures import ALPHA, MODELS, RESULTS, confirmed, table
 
@@ -78,6 +87,24 @@ def test_the_readme_states_how_scores_agree_with_judged_readings() -> None:
             "auc"
         ]
         assert f"{quality(right, judged[name]).auc:.2f} ({low:.2f} to {high:.2f})" in README
+
+
+def test_the_readme_states_what_chooses_alpha() -> None:
+    """What each selector's α recovers above others, at the layer of the headline."""
+    cells = table("smollm2_chat")
+    cells = cells[(cells["source_layer"] == 8) & (cells["target_layer"] == 0)]
+    rated = cells.merge(pd.read_csv(RESULTS / "smollm2_chat_signals.csv"))
+    selectors = {"own": self_explaining, "dose": equal_dose(1), "others": by_other_prompts}
+    found = rate(
+        rated,
+        selectors,
+        lambda rows: above_others(rows["recovered"], rows["other_prompt_recovered"]),
+    )["value"]
+    (row,) = (line for line in README.splitlines() if line.startswith("| Does the choice of α"))
+    stated = [float(number) for number in re.findall(r"0\.\d\d", row)]
+    oracle, blind = found["best alpha (oracle)"], found["random alpha"]
+    measured = [found["own"], found["dose"], blind, found["others"], oracle]
+    assert stated == [round(value, 2) for value in measured]
 
 
 def _ends(found: dict[str, float], name: str) -> str:
