@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -252,8 +253,10 @@ def _best_table(result: Any, title: str, position: int) -> Table:
     """Return the best reading per layer and kind of a token."""
     wide = result.by_layer(position=position)
     several = _several(result)
-    legend = "α, similarity, recovered" + (", → target layer" if several else "")
     kinds = list(wide.columns.get_level_values(0).unique())
+    others = "other_prompt_recovered" in wide.columns.get_level_values(1)
+    legend = "α, similarity, recovered" + (" / by other prompts' vectors" if others else "")
+    legend += ", → target layer" if several else ""
     rows = [
         [layer, *(_best_cell(row[kind], several=several) for kind in kinds)]
         for layer, row in wide.iterrows()
@@ -266,6 +269,8 @@ def _best_cell(cell: Any, *, several: bool) -> Text:
         return Text("not computed", "dim")
     numbers = [f"{cell['alpha']:g}"]
     numbers += [f"{cell[name]:.2f}" for name in ("score", "recovered") if not cell.isna()[name]]
+    if not math.isnan(others := cell.get("other_prompt_recovered", math.nan)):
+        numbers[-1] += f" / {others:.2f}"
     into = f" → {layer_name(int(cell['target_layer']))}" if several else ""
     return Text.assemble(str(cell["description"]), (f" ({', '.join(numbers)}{into})", "dim"))
 

@@ -134,7 +134,8 @@ class SweepResult:
 
         Returns:
             A table with the source layer as index and the columns `(kind, "description")`, and so
-            on for "alpha", "score", "recovered", "target_layer" and "written".
+            on for "alpha", "score", "recovered", "target_layer" and "written", and for
+            "other_prompt_recovered" where that control was computed.
 
         Raises:
             ValueError: an α or position that the sweep does not have.
@@ -144,9 +145,10 @@ class SweepResult:
         chosen = at.best(by=by) if alpha is None else at.table
         order = chosen.sort_values(column, ascending=False, kind="stable")
         one = order.drop_duplicates(["source_layer", "kind"])
-        wide = one.pivot(index="source_layer", columns="kind", values=list(_SHOWN))
+        shown = [*_SHOWN, *({"other_prompt_recovered"} & set(one.columns))]
+        wide = one.pivot(index="source_layer", columns="kind", values=shown)
         kinds = list(dict.fromkeys(chosen["kind"]))
-        columns = [(column, kind) for kind in kinds for column in _SHOWN]
+        columns = [(column, kind) for kind in kinds for column in shown]
         return wide[columns].swaplevel(axis="columns")
 
     def contextualization_layer(

@@ -69,6 +69,21 @@ def test_a_sweep_prints_a_table_and_writes_both_files(tmp_path: Path, use: list[
     assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
 
 
+def test_what_other_prompts_vectors_recover_stands_beside_the_share(
+    tmp_path: Path, use: list[str]
+) -> None:
+    """The control that was asked for is in the row of each layer."""
+    out = tmp_path / "run.zip"
+    asked = ["--kinds", "mlp_out", "--controls", "other_prompt", "--out", str(out)]
+    done = run("sweep", *use, "Pearl Jam", *FAST, *asked)
+    assert done.exit_code == 0, done.stderr
+    assert "other prompts'" in done.stdout
+    best = SweepResult.load(out).by_layer()["mlp_out"]
+    assert len(best) == 2
+    for row in best.itertuples():
+        assert f"{row.recovered:.2f} / {row.other_prompt_recovered:.2f})" in done.stdout
+
+
 def test_all_cells_can_be_printed(use: list[str]) -> None:
     """--all prints a row per cell."""
     done = run("sweep", *use, "Pearl Jam", *FAST, "--kinds", "mlp_out", "--all")
