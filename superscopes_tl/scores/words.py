@@ -158,7 +158,8 @@ def above_others(own: Shares, others: Shares) -> Shares:
 
 
 Known: TypeAlias = dict[tuple[str, str | None], OwnWords]
-_KNOWN: WeakKeyDictionary[LanguageModel, dict[tuple[Any, ...], Known]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[LanguageModel, tuple[Any, dict[Any, Known]]] = WeakKeyDictionary()
+"""By model, the state in which it was asked, and what is known of each target prompt."""
 
 
 def _known(generator: PatchedGenerator) -> Known:
@@ -168,13 +169,14 @@ def _known(generator: PatchedGenerator) -> Known:
     """
     model, target = generator.model, generator.target
     state = state_of(model.tl)
+    then, known = _KNOWN.get(model) or (state, {})
+    if then != state:
+        known = {}
+    _KNOWN[model] = state, known
     asked = target.prompt, target.tokens.ids, generator.chat
     # With a hook on the model, which may have a state of its own, only the generator knows them.
     alone = ref(generator) if state[0] else None
-    key = state, *asked, generator.max_new_tokens, generator.precision, alone
-    kept = {k: known for k, known in _KNOWN.get(model, {}).items() if k[0] == state}
-    _KNOWN[model] = kept
-    return kept.setdefault(key, {})
+    return known.setdefault((*asked, generator.max_new_tokens, generator.precision, alone), {})
 
 
 def words_of(
